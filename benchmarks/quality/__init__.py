@@ -1,0 +1,1 @@
+"""Measures whether a system's pictures show what their prompts say."""

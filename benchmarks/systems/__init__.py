@@ -1,0 +1,1 @@
+"""The systems that benchmarks run, one file each."""

@@ -1,0 +1,51 @@
+"""What a benchmarked system is: something that turns prompts into pictures."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Protocol
+
+import numpy as np
+
+# Name → module and class. Imported only when asked for: each needs libraries of its own.
+SYSTEMS: dict[str, tuple[str, str]] = {
+    "diffusers": ("zimage_rt.benchmarks.systems.diffusers", "DiffusersSystem"),
+    "zimage_rt": ("zimage_rt.benchmarks.systems.zimage_rt", "ZImageRtSystem"),
+}
+
+
+class System(Protocol):
+    """One way to run a Z-Image checkpoint.
+
+    Seed ``s``'s noise is ``torch.randn(1, 16, height / 8, width / 8)`` in fp32 from
+    ``torch.Generator("cpu").manual_seed(s)``, whatever the system runs on.
+    """
+
+    name: str
+
+    def generate(
+        self,
+        prompts: list[str],
+        seeds: list[int],
+        *,
+        height: int = 256,
+        width: int = 256,
+        num_inference_steps: int = 8,
+        guidance_scale: float = 0.0,
+        vae: str = "tiny",
+    ) -> list[np.ndarray]:
+        """Return one uint8 [height, width, 3] picture a prompt."""
+        ...
+
+
+def load_system(name: str, **options: str | None) -> System:
+    """Build the system called ``name``; options that are None are not passed on.
+
+    Raises:
+        ValueError: no system has that name.
+    """
+    if name not in SYSTEMS:
+        raise ValueError(f"no system is called {name!r}; there are: {', '.join(SYSTEMS)}")
+    module, attribute = SYSTEMS[name]
+    given = {key: value for key, value in options.items() if value is not None}
+    return getattr(importlib.import_module(module), attribute)(**given)

@@ -1,0 +1,39 @@
+"""Hold the training twins to the reference implementations, with random weights, in fp32."""
+
+from __future__ import annotations
+
+import architecture
+import torch
+from fast_models import FastTextEncoder, FastTransformer, patchify, unpatchify
+
+
+@torch.no_grad()
+def main() -> None:
+    parts = architecture.fresh(seed=1)
+    transformer, encoder = FastTransformer().eval(), FastTextEncoder().eval()
+    transformer.initialise()
+    encoder.initialise()
+    for parameter in transformer.parameters():  # nothing may stay zero, or it is not compared
+        parameter.add_(0.02 * torch.randn_like(parameter))
+    parts.transformer.load_state_dict(transformer.state_dict())
+    parts.text_encoder.load_state_dict(encoder.state_dict())
+    for padded, lengths in ((32, (20, 31)), (64, (33, 64))):
+        ids = torch.randint(0, architecture.TEXT_ENCODER["vocab_size"], (2, padded))
+        mask = torch.arange(padded) < torch.tensor(lengths)[:, None]
+        reference = parts.text_encoder(ids, attention_mask=mask, output_hidden_states=True)
+        features = encoder(ids)
+        text_error = (features - reference.hidden_states[-2])[mask].abs().max().item()
+        latents, t = torch.randn(2, 16, 32, 32), torch.tensor([0.1, 0.7])
+        expected = parts.transformer(
+            list(latents.unsqueeze(2)), t, [f[:n] for f, n in zip(features, lengths, strict=True)]
+        ).sample
+        found = unpatchify(transformer(patchify(latents), t, features, torch.tensor(lengths)))
+        error = (found - torch.stack(expected).squeeze(2)).abs().max().item()
+        scale = found.abs().mean().item()
+        print(f"length {padded}: text {text_error:.1e}, transformer {error:.1e} of {scale:.2f}")
+        if not (text_error < 1e-4 and error < 1e-4 and scale > 0.01):
+            raise SystemExit("the training twins differ from the reference")
+
+
+if __name__ == "__main__":
+    main()

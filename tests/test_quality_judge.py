@@ -1,0 +1,81 @@
+"""The quality judge, on pictures composed from its own atlas: right ones pass, wrong ones fail."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from zimage_rt.benchmarks.quality.__main__ import read_prompts
+from zimage_rt.benchmarks.quality.judge import Judge, summarise
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return Judge()
+
+
+def compose(judge, scene, shift=(0, 0), order=1):
+    """Draw a scene as the judge's data describes it; ``order`` −1 swaps a pair."""
+    atlas = judge.atlas
+    ground = tuple(round(255 * v) for v in atlas.colours[scene["colour"]])
+    picture = Image.new("RGB", (256, 256), ground)
+    size = atlas.sizes[scene["layout"]][scene["size"]]
+    style = atlas.styles.index(scene["style"])
+    for code, (x, y) in zip(
+        scene["subjects"][::order], atlas.centres[scene["layout"]], strict=False
+    ):
+        sprite = Image.fromarray(atlas.sprites[style, atlas.hexcodes.index(code)])
+        sprite = sprite.resize((size, size), Image.Resampling.BICUBIC)
+        corner = (x - size // 2 + shift[0], y - size // 2 + shift[1])
+        picture.paste(sprite, corner, sprite)
+    return np.asarray(picture)
+
+
+def test_right_pictures_pass(judge):
+    judged = []
+    for prompt in read_prompts(40):
+        scene = prompt["scene"]
+        judged.append((prompt, judge.score(compose(judge, scene, shift=(5, -6)), scene)))
+    figures = summarise(judged)
+    assert figures["colour"] == 1
+    assert figures["places"] == 1
+    for name in ("subject", "subject_pair", "subject_word", "style"):
+        assert figures[name] >= 0.95, name
+
+
+def test_swapped_places_are_seen(judge):
+    for prompt in [p for p in read_prompts(60) if len(p["scene"]["subjects"]) == 2][:12]:
+        answers = judge.score(compose(judge, prompt["scene"], order=-1), prompt["scene"])
+        assert answers["places"] == [False]
+        assert answers["subject_pair"] == [False, False]
+
+
+@pytest.mark.parametrize("field", ["colour", "style", "subjects"])
+def test_a_wrong_part_is_seen(judge, field):
+    atlas = judge.atlas
+    prompts = [p for p in read_prompts(60) if p["scene"]["layout"] == "single"][:10]
+    wrong = []
+    for prompt in prompts:
+        drawn = dict(prompt["scene"])
+        choices = {"colour": list(atlas.colours), "style": atlas.styles, "subjects": atlas.hexcodes}
+        value = drawn[field][0] if field == "subjects" else drawn[field]
+        names = choices[field]
+        other = names[(names.index(value) + 1) % len(names)]
+        drawn[field] = [other] if field == "subjects" else other
+        answers = judge.score(compose(judge, drawn), prompt["scene"])
+        wrong.append(answers[{"subjects": "subject"}.get(field, field)][0])
+    assert sum(wrong) <= 1
+
+
+def test_an_empty_picture_holds_no_subject(judge):
+    prompts = [p for p in read_prompts(200) if p["scene"]["layout"] == "single"]
+    hits = []
+    for prompt in prompts:
+        scene = dict(prompt["scene"], subjects=[])
+        hits += judge.score(compose(judge, scene), prompt["scene"])["subject"]
+    assert np.mean(hits) < 0.15
+
+
+def test_prompts_are_the_same_every_time():
+    prompts = read_prompts(10_000)
+    assert len(prompts) >= 500
+    assert len({p["seed"] for p in prompts}) == len(prompts)
+    assert {p["language"] for p in prompts} == {"zh", "en", "mixed"}
