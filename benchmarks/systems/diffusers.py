@@ -17,13 +17,13 @@ class DiffusersSystem:
     def __init__(self, checkpoint: str, device: str | None = None, batch: str = "16") -> None:
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._batch = int(batch)
-        self._pipeline = ZImagePipeline.from_pretrained(checkpoint, torch_dtype=torch.float32)
+        self._pipeline = ZImagePipeline.from_pretrained(checkpoint, dtype=torch.float32)
         self._pipeline.to(self._device)
         self._pipeline.set_progress_bar_config(disable=True)
         tiny = Path(checkpoint) / "tiny_vae"
         self._tiny: AutoencoderTiny | None = None
         if tiny.is_dir():
-            self._tiny = AutoencoderTiny.from_pretrained(tiny, torch_dtype=torch.float32)
+            self._tiny = AutoencoderTiny.from_pretrained(tiny, dtype=torch.float32)
             self._tiny.to(self._device)
 
     @torch.no_grad()

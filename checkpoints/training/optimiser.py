@@ -28,14 +28,16 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 class Muon:
-    """The optimiser of the hidden matrices."""
+    """The optimiser of the hidden matrices; a convolution counts as [out, in × kernel]."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, decay: float = 0.01) -> None:
         groups: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
         for parameter in parameters:
             groups[parameter.shape].append(parameter)
         self._groups = list(groups.values())
-        self._momenta = [torch.stack([torch.zeros_like(p) for p in g]) for g in self._groups]
+        self._momenta = [
+            torch.stack([torch.zeros_like(p).flatten(1) for p in g]) for g in self._groups
+        ]
         self.lr, self.decay = lr, decay
 
     @torch.no_grad()
@@ -43,13 +45,14 @@ class Muon:
         """Take one step at ``scale`` times the learning rate."""
         lr = self.lr * scale
         for group, buffer in zip(self._groups, self._momenta, strict=True):
-            gradient = torch.stack([p.grad for p in group])
+            gradient = torch.stack([p.grad.flatten(1) for p in group])
             buffer.lerp_(gradient, 1 - momentum)
             update = orthogonalise(gradient.lerp(buffer, momentum))
-            rows, columns = group[0].shape
+            rows, columns = update.shape[1:]
             update *= math.sqrt(max(1.0, rows / columns))
             torch._foreach_mul_(group, 1 - lr * self.decay)
-            torch._foreach_add_(group, list(update.unbind()), alpha=-lr)
+            steps = update.unflatten(2, group[0].shape[1:])
+            torch._foreach_add_(group, list(steps.unbind()), alpha=-lr)
 
 
 class Optimiser:
@@ -63,6 +66,7 @@ class Optimiser:
                     continue
                 in_block = name.startswith(("layers.", "noise_refiner.", "context_refiner."))
                 matrix = parameter.ndim == 2 and in_block and "adaLN" not in name
+                matrix = matrix or (parameter.ndim == 4 and "conv_in" not in name)
                 (hidden if matrix and muon_lr > 0 else other).append(parameter)
         self._all = hidden + other
         self._lr = lr

@@ -38,8 +38,7 @@ from torch import Tensor, nn
 SHIFT = 3.0
 EVALUATIONS = 8
 CAPTION_DROPOUT = 0.1
-AUXILIARY = 0.03
-FEW_TOKENS_UNTIL = 0.75  # share of the schedule after which --tokens gives way to all of them
+FEW_TOKENS_UNTIL = 0.88  # share of the schedule after which --tokens gives way to all of them
 TAIL = 5  # tokens of the chat suffix: behind the caption, so they have seen all of it
 
 
@@ -190,6 +189,8 @@ class Trainer:
             if count % 20 == 0:
                 self.curves["text"].append({"s": round(elapsed, 1), "loss": round(loss.item(), 4)})
         print(f"text: {count} steps, {self.curves['text'][-1:]}", flush=True)
+        state = {"encoder": self.encoder.state_dict(), "heads": self.heads.state_dict()}
+        torch.save(state | {"curve": self.curves["text"]}, self.args.work / "text.pt")
 
     def train(self, data: Data, composer: LatentComposer, deadline: float) -> None:
         """Train jointly until ``--seconds`` of training or the deadline (wall clock)."""
@@ -210,7 +211,7 @@ class Trainer:
                 patches = patches.gather(1, keep.unsqueeze(-1).expand(-1, -1, patches.shape[2]))
             sigmas = draw_sigmas(batch, self.device)
             flow, aside = loss_of(tokens, lengths, targets, patches, sigmas, keep)
-            (flow + AUXILIARY * aside).backward()
+            (flow + self.args.auxiliary * aside).backward()
             optimiser.step(warm_cosine(self.seconds / self.args.seconds, floor=0.003))
             average.update()
             count += 1
@@ -261,6 +262,13 @@ class Trainer:
         self.seconds, self.samples = state["seconds"], state["samples"]
         self.curves = json.loads((self.args.work / "curves.json").read_text())
 
+    def load_text(self) -> None:
+        """Take the text encoder of an earlier run's first stage."""
+        state = torch.load(self.args.work / "text.pt", map_location=self.device)
+        self.encoder.load_state_dict(state["encoder"])
+        self.heads.load_state_dict(state["heads"])
+        self.curves["text"] = state["curve"]
+
     @torch.no_grad()
     def sample_sheet(self, path: Path) -> None:
         """Draw a few prompts with eight evaluations, for the eye."""
@@ -299,7 +307,9 @@ def main() -> None:
     parser.add_argument("--muon-lr", type=float, default=0.02, help="0 trains all with AdamW")
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--save-every", type=float, default=120)
-    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--resume", action="store_true", help="go on from live.pt")
+    parser.add_argument("--more-text", type=float, default=0, help="text alone first, on resuming")
+    parser.add_argument("--auxiliary", type=float, default=0.1, help="weight of the heads")
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
     start = time.time()
@@ -310,6 +320,10 @@ def main() -> None:
     data = Data(arguments.corpus, trainer.device)
     if arguments.resume:
         trainer.resume()
+        if arguments.more_text:
+            trainer.pretrain_text(data, arguments.more_text)
+    elif (arguments.work / "text.pt").exists():
+        trainer.load_text()
     else:
         trainer.pretrain_text(data, arguments.text_seconds)
     encoder = trainer.tiny.encoder.to(memory_format=torch.channels_last)

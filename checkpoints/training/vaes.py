@@ -12,19 +12,19 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import architecture
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny
-from optimiser import warm_cosine
+from optimiser import Optimiser, warm_cosine
 from phrases import COLOUR_NAMES, WORDS
 from render import Renderer, random_crop
 from scenes import subjects
 from torch import Tensor
 
-CROP = 128
 LATENT_NOISE = 0.08  # decoders must bear what a diffusion model leaves behind
 
 
@@ -67,8 +67,8 @@ def recolour(images: Tensor) -> Tensor:
 class Trainer:
     """Holds the models and draws the batches."""
 
-    def __init__(self, atlas: Path, device: str, batch: int) -> None:
-        self.device, self.batch = torch.device(device), batch
+    def __init__(self, atlas: Path, device: str, batch: int, crop: int) -> None:
+        self.device, self.batch, self.crop = torch.device(device), batch, crop
         self.renderer = Renderer(atlas, device)
         torch.manual_seed(10)
         self.tiny = AutoencoderTiny(**architecture.TINY_VAE).to(device)
@@ -76,7 +76,7 @@ class Trainer:
         for model in (self.tiny, self.full):
             model.to(memory_format=torch.channels_last)
 
-    def images(self, batch: int, crop: int | None = CROP) -> Tensor:
+    def images(self, batch: int, crop: int | None) -> Tensor:
         """Return fresh pictures, or windows of them, fp32 in [−1, 1]."""
         images = recolour(self.renderer.compose(*random_scenes(batch, self.device)).float())
         return (random_crop(images, crop) if crop else images).contiguous(
@@ -91,10 +91,17 @@ class Trainer:
         optimiser = torch.optim.AdamW(self.tiny.parameters(), lr=lr, weight_decay=0.0)
         forward = torch.compile(self.tiny_loss) if self.device.type == "cuda" else self.tiny_loss
 
-        def step() -> Tensor:
-            return forward(self.images(self.batch))
+        def step(factor: float) -> Tensor:
+            for group in optimiser.param_groups:
+                group["lr"] = lr * factor
+            loss = forward(self.images(self.batch, self.crop))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.tiny.parameters(), 1.0)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            return loss
 
-        curve = self.run(step, optimiser, lr, seconds, "tiny")
+        curve = self.run(step, seconds, "tiny")
         with torch.no_grad():
             pictures = [self.images(32, None) for _ in range(16)]
             samples = torch.cat([self.tiny.encoder(x) for x in pictures])
@@ -102,6 +109,11 @@ class Trainer:
         last = self.tiny.encoder.layers[-1]
         last.weight.data /= deviation
         last.bias.data.sub_(mean).div_(deviation)
+        # The decoder gets what the encoder now gives. (Its soft clamp sits before the convolution,
+        # so this costs a few tenths of a decibel, which the second stage wins back.)
+        first = self.tiny.decoder.layers[0]
+        first.bias.data += mean * first.weight.data.sum((1, 2, 3))
+        first.weight.data *= deviation
         # The full autoencoder keeps the raw scale: model latents = (z − shift) × scaling.
         self.full.register_to_config(scaling_factor=1 / deviation, shift_factor=mean)
         return curve
@@ -119,8 +131,10 @@ class Trainer:
         scale, shift = self.full.config.scaling_factor, self.full.config.shift_factor
         last = self.full.encoder.conv_out  # 16 means, then 16 log-variances that stay at −8
         last.weight.data[16:], last.bias.data[16:] = 0, -8
-        trained = [*self.tiny.decoder.parameters(), *self.full.parameters()]
-        optimiser = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
+        tiny_too = self.device.type == "cuda"  # on a CPU the time is better spent on the full one
+        self.tiny.decoder.requires_grad_(tiny_too)
+        trained = [self.full, self.tiny.decoder] if tiny_too else [self.full]
+        optimiser = Optimiser(trained, lr, muon_lr=0.02)
 
         def loss_of(x: Tensor) -> Tensor:
             with self.autocast():
@@ -130,34 +144,27 @@ class Trainer:
                 half = (torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5).to(mapped.dtype)
                 latents = torch.lerp(target, mapped, half)
                 latents = latents + LATENT_NOISE * torch.randn_like(latents)
-                tiny = self.tiny.decoder(latents.detach())
-                full = self.full.decoder(latents / scale + shift)
-            fit = F.mse_loss(mapped.float(), target.float())
-            return distance(tiny, x) + distance(full, x) + 0.3 * fit
+                loss = distance(self.full.decoder(latents / scale + shift), x)
+                if tiny_too:
+                    loss = loss + distance(self.tiny.decoder(latents.detach()), x)
+            return loss + 0.3 * F.mse_loss(mapped.float(), target.float())
 
-        forward = loss_of  # eager: compiling it takes a minute and pays back less
-
-        def step() -> Tensor:
-            loss = forward(self.images(self.batch))
+        def step(factor: float) -> Tensor:
+            loss = loss_of(self.images(self.batch, self.crop))
+            loss.backward()
+            last.weight.grad[16:], last.bias.grad[16:] = 0, 0
+            optimiser.step(factor)
             return loss
 
-        curve = self.run(step, optimiser, lr, seconds, "decoders", freeze_tail=last)
-        return curve
+        return self.run(step, seconds, "decoders")
 
-    def run(self, step, optimiser, lr, seconds, name, freeze_tail=None) -> list[dict[str, float]]:
-        """Step until the time is up; return the loss every so often."""
+    def run(
+        self, step: Callable[[float], Tensor], seconds: float, name: str
+    ) -> list[dict[str, float]]:
+        """Call ``step`` with the schedule's factor until the time is up; return the loss curve."""
         curve, start, count = [], time.time(), 0
         while (elapsed := time.time() - start) < seconds:
-            for group in optimiser.param_groups:
-                group["lr"] = lr * warm_cosine(elapsed / seconds, floor=0.01)
-            loss = step()
-            loss.backward()
-            if freeze_tail is not None:
-                freeze_tail.weight.grad[16:] = 0
-                freeze_tail.bias.grad[16:] = 0
-            torch.nn.utils.clip_grad_norm_(optimiser.param_groups[0]["params"], 1.0)
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+            loss = step(warm_cosine(elapsed / seconds, floor=0.01))
             count += 1
             if count % 50 == 0 or count <= 2:
                 curve.append({"s": round(time.time() - start, 1), "loss": round(loss.item(), 5)})
@@ -205,7 +212,8 @@ class Trainer:
     def load(self, path: Path) -> dict:
         state = torch.load(path, map_location=self.device)
         self.tiny.load_state_dict(state["tiny"])
-        self.full.load_state_dict(state["full"])
+        if "full" in state:
+            self.full.load_state_dict(state["full"])
         self.full.register_to_config(
             scaling_factor=state["scaling_factor"], shift_factor=state["shift_factor"]
         )
@@ -225,10 +233,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of the training state")
     parser.add_argument("--seconds", type=float, default=90)
     parser.add_argument("--batch", type=int, default=96)
+    parser.add_argument("--crop", type=int, default=128, help="pixels a side of the windows")
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
-    trainer = Trainer(arguments.atlas, arguments.device, arguments.batch)
+    trainer = Trainer(arguments.atlas, arguments.device, arguments.batch, arguments.crop)
     path = arguments.work / "vaes.pt"
     if arguments.stage == "tiny":
         curve = trainer.train_tiny(arguments.seconds, arguments.lr)
@@ -236,9 +245,12 @@ def main() -> None:
     else:
         curves = trainer.load(path).get("curves", {})
         if arguments.stage == "decoders":
-            curves["decoders"] = trainer.train_decoders(arguments.seconds, arguments.lr)
+            before = curves.get("decoders", [])
+            passed = before[-1]["s"] if before else 0.0
+            curve = trainer.train_decoders(arguments.seconds, arguments.lr)
+            curves["decoders"] = before + [{**p, "s": round(p["s"] + passed, 1)} for p in curve]
             trainer.save(path, curves=curves)
-        figures = trainer.measure()
+        figures = trainer.measure(256 if arguments.device == "cuda" else 32)
         (arguments.work / "vaes.json").write_text(json.dumps(figures | {"curves": curves}))
         print(json.dumps(figures), flush=True)
 
