@@ -1,0 +1,117 @@
+// _core: the CPU runtime for Python. Arguments are checked here, once; the runtime below trusts
+// them.
+
+#include <pybind11/functional.h>
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+
+#include "zimage_rt/guidance.h"
+#include "zimage_rt/rng.h"
+#include "zimage_rt/sampler.h"
+#include "zimage_rt/schedule.h"
+
+namespace py = pybind11;
+namespace zrt = zimage_rt;
+
+namespace {
+
+using FloatArray = py::array_t<float, py::array::c_style>;
+
+// A numpy view of memory that C++ owns. The capsule keeps numpy from copying; it frees nothing.
+FloatArray view(const float* data, std::vector<py::ssize_t> shape, bool writeable) {
+  FloatArray array(std::move(shape), data, py::capsule(data, [](void*) {}));
+  if (!writeable) array.attr("flags").attr("writeable") = false;
+  return array;
+}
+
+std::vector<py::ssize_t> shape_of(const py::array& array) {
+  return {array.shape(), array.shape() + array.ndim()};
+}
+
+// A Denoiser whose predict is a Python callable (latents, timestep, guided, noise_pred) over numpy
+// views.
+class PythonDenoiser final : public zrt::Denoiser {
+ public:
+  PythonDenoiser(py::function predict, std::vector<py::ssize_t> shape)
+      : predict_(std::move(predict)), shape_(std::move(shape)) {}
+
+  void predict(const float* latents, float timestep, bool guided, float* noise_pred) override {
+    py::gil_scoped_acquire gil;
+    std::vector<py::ssize_t> out_shape = shape_;
+    if (guided) out_shape[0] *= 2;
+    predict_(view(latents, shape_, false), timestep, guided, view(noise_pred, out_shape, true));
+  }
+
+ private:
+  py::function predict_;
+  std::vector<py::ssize_t> shape_;
+};
+
+FloatArray randn(std::uint64_t seed, std::vector<py::ssize_t> shape) {
+  FloatArray out(shape);
+  {
+    float* data = out.mutable_data();
+    const std::size_t count = static_cast<std::size_t>(out.size());
+    py::gil_scoped_release release;
+    zrt::randn(seed, data, count);
+  }
+  return out;
+}
+
+bool sample_euler(py::function predict, const std::vector<float>& sigmas, FloatArray latents,
+                  const zrt::Guidance& guidance, const py::object& callback) {
+  if (latents.ndim() != 4 || latents.shape(0) < 1)
+    throw std::invalid_argument("latents: expected [batch, channels, height, width]");
+  if (sigmas.size() < 2) throw std::invalid_argument("sigmas: expected at least two");
+  const std::vector<py::ssize_t> shape = shape_of(latents);
+  float* data = latents.mutable_data();
+  const auto batch = static_cast<std::size_t>(shape[0]);
+  const auto sample_size = static_cast<std::size_t>(latents.size()) / batch;
+  zrt::StepCallback step_callback;
+  if (!callback.is_none()) {
+    step_callback = [&](const zrt::Step& step) {
+      py::gil_scoped_acquire gil;
+      const py::object go_on = callback(step.index, step.count, step.sigma, step.sigma_next,
+                                        view(step.latents, shape, false));
+      return go_on.cast<bool>();
+    };
+  }
+  PythonDenoiser denoiser(std::move(predict), shape);
+  py::gil_scoped_release release;
+  return zrt::sample_euler(denoiser, sigmas, guidance, data, batch, sample_size, step_callback);
+}
+
+FloatArray guide(const zrt::Guidance& guidance, const FloatArray& positive,
+                 const FloatArray& negative) {
+  if (positive.ndim() < 1 || shape_of(positive) != shape_of(negative))
+    throw std::invalid_argument("positive and negative: expected the same shape [batch, ...]");
+  FloatArray out(shape_of(positive), positive.data());
+  const py::ssize_t batch = out.shape(0);
+  const py::ssize_t sample_size = batch ? out.size() / batch : 0;
+  for (py::ssize_t b = 0; b < batch; ++b)
+    zrt::apply_guidance(guidance, out.mutable_data() + b * sample_size,
+                        negative.data() + b * sample_size, static_cast<std::size_t>(sample_size));
+  return out;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "The CPU runtime of zimage_rt: noise, schedule, guidance and the sampler loop in C++.";
+  py::class_<zrt::Guidance>(m, "Guidance")
+      .def(py::init<float, float, float>(), py::arg("scale") = 0.0f, py::arg("truncation") = 1.0f,
+           py::arg("normalization") = 0.0f)
+      .def_readonly("scale", &zrt::Guidance::scale)
+      .def_readonly("truncation", &zrt::Guidance::truncation)
+      .def_readonly("normalization", &zrt::Guidance::normalization)
+      .def("active", &zrt::Guidance::active, py::arg("timestep"));
+  m.def("randn", &randn, py::arg("seed"), py::arg("shape"));
+  m.def("flow_match_sigmas", &zrt::flow_match_sigmas, py::arg("num_inference_steps"),
+        py::arg("shift"));
+  m.def("apply_guidance", &guide, py::arg("guidance"), py::arg("positive"), py::arg("negative"));
+  m.def("sample_euler", &sample_euler, py::arg("predict"), py::arg("sigmas"),
+        py::arg("latents").noconvert(), py::arg("guidance"), py::arg("callback"));
+}

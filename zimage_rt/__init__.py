@@ -1,0 +1,1 @@
+"""Serve Z-Image without PyTorch."""

@@ -1,0 +1,1 @@
+"""What runs a bundle's modules. One file a backend; nothing here imports a backend's library."""

@@ -1,0 +1,31 @@
+"""The errors this package raises on purpose. Every message says what was wanted, what came, and what to do."""
+
+from __future__ import annotations
+
+
+class ZImageError(Exception):
+    """Base of every error zimage_rt raises on purpose."""
+
+
+class ManifestError(ZImageError):
+    """A bundle's manifest cannot be read: missing, not JSON, an unknown key, or a newer schema."""
+
+
+class BundleMismatch(ZImageError):
+    """A bundle's files are not the ones its manifest names, or cannot serve on this machine."""
+
+
+class BackendUnavailable(ZImageError):
+    """The backend's library is not installed or does not run here; the message names what to install."""
+
+
+class RequestError(ZImageError, ValueError):
+    """A request asks for something impossible; nothing was computed."""
+
+
+class OutOfMemory(ZImageError, MemoryError):
+    """The request does not fit in memory; the engine keeps working."""
+
+
+class Cancelled(ZImageError):
+    """The caller's callback asked to stop; no image was made."""

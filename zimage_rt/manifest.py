@@ -1,0 +1,362 @@
+"""The manifest: the one seam between export and serve.
+
+A bundle is a folder with `manifest.json` and the files it names. The exporter writes the manifest last; the engine reads
+nothing that the manifest does not name. Every dataclass here is frozen, and every reader rejects unknown keys, so that a
+typo or a file from a newer version is an error and never a silently ignored setting.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .errors import BundleMismatch, ManifestError
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+T = TypeVar("T")
+
+Dim = int | str
+
+
+def shape_text(dims: tuple[Any, ...]) -> str:
+    """`[batch, 16, 128, 128]`: how shapes are written in every message."""
+    return "[" + ", ".join(str(dim) for dim in dims) + "]"
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """One tensor at a module's border.
+
+    Attributes:
+        name: the ONNX graph's own name for it.
+        dtype: numpy name, e.g. `float32` or `int64`.
+        dims: fixed sizes as integers, free ones as the names that `ShapeRanges.of` knows.
+    """
+
+    name: str
+    dtype: str
+    dims: tuple[Dim, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ShapeRange:
+    """What one free size may be: `min <= size <= max`, a multiple of `multiple`; `opt` is what to tune for."""
+
+    min: int
+    opt: int
+    max: int
+    multiple: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min <= self.opt <= self.max:
+            raise ManifestError(
+                f"shape range: expected 0 < min <= opt <= max, got {self.min}, {self.opt}, {self.max}"
+            )
+        for value in (self.min, self.opt, self.max):
+            if self.multiple < 1 or value % self.multiple:
+                raise ManifestError(
+                    f"shape range: expected multiples of {self.multiple}, got {value}; round it"
+                )
+
+    def __contains__(self, size: object) -> bool:
+        return (
+            isinstance(size, int)
+            and self.min <= size <= self.max
+            and size % self.multiple == 0
+        )
+
+    def scaled(self, numerator: int, denominator: int = 1) -> ShapeRange:
+        """The range of `size * numerator / denominator` (sizes that divide evenly stay exact)."""
+
+        def scale(value: int) -> int:
+            return value * numerator // denominator
+
+        return ShapeRange(
+            scale(self.min),
+            scale(self.opt),
+            scale(self.max),
+            max(1, scale(self.multiple)),
+        )
+
+    def rounded_up(self, multiple: int) -> ShapeRange:
+        """The range of `ceil(size / multiple) * multiple`."""
+        low, opt, high = (
+            -(-value // multiple) * multiple for value in (self.min, self.opt, self.max)
+        )
+        return ShapeRange(low, opt, high, multiple)
+
+
+@dataclasses.dataclass(frozen=True)
+class ShapeRanges:
+    """The sizes a bundle serves. Heights and widths are pixels; `prompt_tokens` counts the chat template's tokens too."""
+
+    batch: ShapeRange
+    height: ShapeRange
+    width: ShapeRange
+    prompt_tokens: ShapeRange
+
+    def of(self, symbol: str, pipeline: PipelineSpec) -> ShapeRange:
+        """The range of a named dim of a `TensorSpec`."""
+        if symbol in ("batch", "height", "width", "prompt_tokens"):
+            return getattr(self, symbol)
+        if symbol == "latent_height":
+            return self.height.scaled(1, pipeline.vae_scale_factor)
+        if symbol == "latent_width":
+            return self.width.scaled(1, pipeline.vae_scale_factor)
+        if symbol == "context_tokens":
+            return self.prompt_tokens.rounded_up(pipeline.sequence_multiple)
+        raise ManifestError(
+            f"unknown dim {symbol!r}; known: batch, height, width, prompt_tokens, "
+            "latent_height, latent_width, context_tokens"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineSpec:
+    """What the loop around the modules needs to know of the checkpoint.
+
+    Attributes:
+        latent_channels, vae_scale_factor: latents are `[batch, latent_channels, height / f, width / f]`.
+        sequence_multiple: caption rows are padded to a multiple of this before the transformer.
+        size_multiple: heights and widths are multiples of this (vae_scale_factor * patch size).
+        shift: the flow-match scheduler's timestep shift.
+        prompt_prefix, prompt_suffix: the chat template around a user's prompt.
+        num_inference_steps, guidance_scale: what a request gets if it does not say.
+    """
+
+    latent_channels: int
+    vae_scale_factor: int
+    sequence_multiple: int
+    size_multiple: int
+    shift: float
+    prompt_prefix: str
+    prompt_suffix: str
+    num_inference_steps: int
+    guidance_scale: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ParityCase:
+    """One comparison of an exported module with its reference implementation.
+
+    `relative_error` is ||out - ref|| / ||ref|| over all outputs; `shapes` are the free sizes used.
+    """
+
+    shapes: Mapping[str, int]
+    relative_error: float
+    max_abs_error: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Parity:
+    """The evidence that a module computes what its reference computes. `runtime` ran the export, `reference` judged it."""
+
+    reference: str
+    runtime: str
+    tolerance: float
+    cases: tuple[ParityCase, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModuleSpec:
+    """One module of a bundle: its border, its files, the architecture its weights belong to, its parity.
+
+    Attributes:
+        precision: `fp32`, `fp16` or `bf16`: what weights are stored and products computed in.
+        graph, weights: file names inside the bundle; the ONNX graph names the safetensors file as its external data.
+        config: architecture numbers from the checkpoint (read by backends that run no ONNX graph).
+        parity: None only where the exporter was told to skip it.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    precision: str
+    graph: str
+    weights: str
+    config: Mapping[str, Any]
+    parity: Parity | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class FileEntry:
+    """Size in bytes and SHA-256 (hex) of one file of a bundle."""
+
+    size: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """All a bundle says of itself.
+
+    Attributes:
+        name: what people call it, e.g. `zimage-nano`.
+        precision: the recipe's precision; a module may differ (see `ModuleSpec.precision`).
+        producer: versions of what wrote it.
+        source: where the weights came from: format, file names and their hashes.
+        modules: by name: text_encoder, context_refiner, transformer, {tiny,full}_vae_{decoder,encoder}.
+        files: every file but the manifest itself.
+    """
+
+    name: str
+    precision: str
+    producer: Mapping[str, str]
+    source: Mapping[str, Any]
+    pipeline: PipelineSpec
+    shapes: ShapeRanges
+    tokenizer: str
+    modules: Mapping[str, ModuleSpec]
+    files: Mapping[str, FileEntry]
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def bundle_id(self) -> str:
+        """Sixteen hex digits that name this bundle's content: any changed file or setting changes it."""
+        canonical = json.dumps(to_json(self), sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    def module(self, name: str) -> ModuleSpec:
+        """The named module; raises BundleMismatch with the ones there are."""
+        if name not in self.modules:
+            raise BundleMismatch(
+                f"module {name!r} is not in this bundle; it has: {', '.join(sorted(self.modules))}. "
+                "Export it again with that module in the recipe"
+            )
+        return self.modules[name]
+
+    def module_files(self, name: str) -> tuple[str, ...]:
+        """The files that the named module reads."""
+        module = self.module(name)
+        return (module.graph, module.weights)
+
+
+def to_json(value: Any) -> Any:
+    """Dataclasses, mappings and sequences to plain JSON values."""
+    if dataclasses.is_dataclass(value):
+        return {
+            field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(item) for item in value]
+    return value
+
+
+def from_json(kind: type[T], value: Any, where: str) -> T:
+    """Read a frozen dataclass from plain JSON values, checking every key and type on the way."""
+    if not isinstance(value, dict):
+        raise ManifestError(f"{where}: expected an object, got {type(value).__name__}")
+    hints = typing.get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    unknown = sorted(set(value) - set(fields))
+    if unknown:
+        raise ManifestError(
+            f"{where}: unknown key {unknown[0]!r}; known: {', '.join(fields)}. "
+            "A newer zimage_rt may have written it: upgrade, or export again"
+        )
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in value and field.default is dataclasses.MISSING
+    ]
+    if missing:
+        raise ManifestError(f"{where}: missing key {missing[0]!r}; export the bundle again")
+    return kind(
+        **{key: _read(hints[key], item, f"{where}.{key}") for key, item in value.items()}
+    )
+
+
+def _read(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        options = [arg for arg in args if arg is not type(None)]
+        for option in options:
+            if len(options) == 1 or (isinstance(option, type) and isinstance(value, option)):
+                return _read(option, value, where)
+        raise ManifestError(f"{where}: expected {hint}, got {value!r}")
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise ManifestError(f"{where}: expected a list, got {type(value).__name__}")
+        return tuple(_read(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, dict):
+            raise ManifestError(f"{where}: expected an object, got {type(value).__name__}")
+        return types.MappingProxyType(
+            {key: _read(args[1], item, f"{where}.{key}") for key, item in value.items()}
+        )
+    if dataclasses.is_dataclass(hint):
+        return from_json(typing.cast(type[Any], hint), value, where)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ManifestError(
+            f"{where}: expected {hint.__name__}, got {type(value).__name__} {value!r}"
+        )
+    return value
+
+
+def read_manifest(bundle: Path) -> Manifest:
+    """Read `bundle/manifest.json`. Raises ManifestError."""
+    path = bundle / MANIFEST_NAME
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        what = "the folder has no manifest.json" if bundle.is_dir() else "there is no such folder"
+        raise ManifestError(
+            f"{bundle} is not a bundle: {what}. Make one with: zimage-export RECIPE.toml"
+        ) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ManifestError(
+            f"{path} cannot be read: {error}. It was damaged: export the bundle again"
+        ) from error
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if not isinstance(version, int):
+        raise ManifestError(f"{path}: no schema_version; this is not a zimage_rt manifest")
+    if version != SCHEMA_VERSION:
+        todo = "upgrade zimage_rt" if version > SCHEMA_VERSION else "export the bundle again"
+        raise ManifestError(
+            f"{path}: expected schema {SCHEMA_VERSION}, got {version}; {todo}"
+        )
+    return from_json(Manifest, data, MANIFEST_NAME)
+
+
+def write_manifest(manifest: Manifest, bundle: Path) -> None:
+    """Write `bundle/manifest.json`; the last file of a bundle to be written."""
+    text = json.dumps(to_json(manifest), indent=1, ensure_ascii=False)
+    (bundle / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def hash_file(path: Path) -> FileEntry:
+    """Size and SHA-256 of a file, in pieces, so that 12 GB need no memory."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileEntry(path.stat().st_size, digest)
+
+
+def check_file(bundle: Path, name: str, entry: FileEntry, *, content: bool = True) -> None:
+    """Raise BundleMismatch unless the file is there, whole, and (with `content`) unchanged."""
+    path = bundle / name
+    again = "copy the bundle again, or export it again"
+    if not path.is_file():
+        raise BundleMismatch(f"{path}: the manifest names it, but it is missing; {again}")
+    size = path.stat().st_size
+    if size != entry.size:
+        raise BundleMismatch(f"{path}: expected {entry.size} bytes, got {size}; {again}")
+    if content and (actual := hash_file(path).sha256) != entry.sha256:
+        raise BundleMismatch(
+            f"{path}: expected sha256 {entry.sha256[:16]}…, got {actual[:16]}…: "
+            f"the file was changed; {again}"
+        )
