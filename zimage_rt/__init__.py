@@ -1,1 +1,36 @@
-"""Serve Z-Image without PyTorch."""
+"""Serve Z-Image compiled, fast and without PyTorch.
+
+>>> engine = zimage_rt.Engine.load("engines/nano")
+>>> engine.generate("一只熊猫", seed=7).pil_images[0].save("panda.png")
+"""
+
+from importlib.metadata import version
+
+from .engine import Engine
+from .errors import (
+    BackendUnavailable,
+    BundleMismatch,
+    Cancelled,
+    ManifestError,
+    OutOfMemory,
+    RequestError,
+    ZImageError,
+)
+from .request import GenerateRequest, GenerateResult, StepInfo
+
+__version__ = version("zimage-rt")
+
+__all__ = [
+    "BackendUnavailable",
+    "BundleMismatch",
+    "Cancelled",
+    "Engine",
+    "GenerateRequest",
+    "GenerateResult",
+    "ManifestError",
+    "OutOfMemory",
+    "RequestError",
+    "StepInfo",
+    "ZImageError",
+    "__version__",
+]

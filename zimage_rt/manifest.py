@@ -1,8 +1,8 @@
 """The manifest: the one seam between export and serve.
 
-A bundle is a folder with `manifest.json` and the files it names. The exporter writes the manifest last; the engine reads
-nothing that the manifest does not name. Every dataclass here is frozen, and every reader rejects unknown keys, so that a
-typo or a file from a newer version is an error and never a silently ignored setting.
+A bundle is a folder with `manifest.json` and the files it names. The exporter writes the manifest last; the engine
+reads nothing that the manifest does not name. Every dataclass here is frozen, and every reader rejects unknown keys, so that
+a typo or a file from a newer version is an error and never a silently ignored setting.
 """
 
 from __future__ import annotations
@@ -57,21 +57,13 @@ class ShapeRange:
 
     def __post_init__(self) -> None:
         if not 0 < self.min <= self.opt <= self.max:
-            raise ManifestError(
-                f"shape range: expected 0 < min <= opt <= max, got {self.min}, {self.opt}, {self.max}"
-            )
+            raise ManifestError(f"shape range: expected 0 < min <= opt <= max, got {self.min}, {self.opt}, {self.max}")
         for value in (self.min, self.opt, self.max):
             if self.multiple < 1 or value % self.multiple:
-                raise ManifestError(
-                    f"shape range: expected multiples of {self.multiple}, got {value}; round it"
-                )
+                raise ManifestError(f"shape range: expected multiples of {self.multiple}, got {value}; round it")
 
     def __contains__(self, size: object) -> bool:
-        return (
-            isinstance(size, int)
-            and self.min <= size <= self.max
-            and size % self.multiple == 0
-        )
+        return isinstance(size, int) and self.min <= size <= self.max and size % self.multiple == 0
 
     def scaled(self, numerator: int, denominator: int = 1) -> ShapeRange:
         """The range of `size * numerator / denominator` (sizes that divide evenly stay exact)."""
@@ -88,15 +80,13 @@ class ShapeRange:
 
     def rounded_up(self, multiple: int) -> ShapeRange:
         """The range of `ceil(size / multiple) * multiple`."""
-        low, opt, high = (
-            -(-value // multiple) * multiple for value in (self.min, self.opt, self.max)
-        )
+        low, opt, high = (-(-value // multiple) * multiple for value in (self.min, self.opt, self.max))
         return ShapeRange(low, opt, high, multiple)
 
 
 @dataclasses.dataclass(frozen=True)
 class ShapeRanges:
-    """The sizes a bundle serves. Heights and widths are pixels; `prompt_tokens` counts the chat template's tokens too."""
+    """The sizes a bundle serves. Heights and widths are pixels; `prompt_tokens` includes the chat template."""
 
     batch: ShapeRange
     height: ShapeRange
@@ -157,7 +147,7 @@ class ParityCase:
 
 @dataclasses.dataclass(frozen=True)
 class Parity:
-    """The evidence that a module computes what its reference computes. `runtime` ran the export, `reference` judged it."""
+    """The evidence that a module computes what its reference computes; `runtime` ran the export."""
 
     reference: str
     runtime: str
@@ -241,9 +231,7 @@ class Manifest:
 def to_json(value: Any) -> Any:
     """Dataclasses, mappings and sequences to plain JSON values."""
     if dataclasses.is_dataclass(value):
-        return {
-            field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)
-        }
+        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {str(key): to_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -263,16 +251,10 @@ def from_json(kind: type[T], value: Any, where: str) -> T:
             f"{where}: unknown key {unknown[0]!r}; known: {', '.join(fields)}. "
             "A newer zimage_rt may have written it: upgrade, or export again"
         )
-    missing = [
-        name
-        for name, field in fields.items()
-        if name not in value and field.default is dataclasses.MISSING
-    ]
+    missing = [name for name, field in fields.items() if name not in value and field.default is dataclasses.MISSING]
     if missing:
         raise ManifestError(f"{where}: missing key {missing[0]!r}; export the bundle again")
-    return kind(
-        **{key: _read(hints[key], item, f"{where}.{key}") for key, item in value.items()}
-    )
+    return kind(**{key: _read(hints[key], item, f"{where}.{key}") for key, item in value.items()})
 
 
 def _read(hint: Any, value: Any, where: str) -> Any:
@@ -294,17 +276,13 @@ def _read(hint: Any, value: Any, where: str) -> Any:
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, dict):
             raise ManifestError(f"{where}: expected an object, got {type(value).__name__}")
-        return types.MappingProxyType(
-            {key: _read(args[1], item, f"{where}.{key}") for key, item in value.items()}
-        )
+        return types.MappingProxyType({key: _read(args[1], item, f"{where}.{key}") for key, item in value.items()})
     if dataclasses.is_dataclass(hint):
         return from_json(typing.cast(type[Any], hint), value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ManifestError(
-            f"{where}: expected {hint.__name__}, got {type(value).__name__} {value!r}"
-        )
+        raise ManifestError(f"{where}: expected {hint.__name__}, got {type(value).__name__} {value!r}")
     return value
 
 
@@ -315,21 +293,15 @@ def read_manifest(bundle: Path) -> Manifest:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         what = "the folder has no manifest.json" if bundle.is_dir() else "there is no such folder"
-        raise ManifestError(
-            f"{bundle} is not a bundle: {what}. Make one with: zimage-export RECIPE.toml"
-        ) from None
+        raise ManifestError(f"{bundle} is not a bundle: {what}. Make one with: zimage-export RECIPE.toml") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ManifestError(
-            f"{path} cannot be read: {error}. It was damaged: export the bundle again"
-        ) from error
+        raise ManifestError(f"{path} cannot be read: {error}. It was damaged: export the bundle again") from error
     version = data.get("schema_version") if isinstance(data, dict) else None
     if not isinstance(version, int):
         raise ManifestError(f"{path}: no schema_version; this is not a zimage_rt manifest")
     if version != SCHEMA_VERSION:
         todo = "upgrade zimage_rt" if version > SCHEMA_VERSION else "export the bundle again"
-        raise ManifestError(
-            f"{path}: expected schema {SCHEMA_VERSION}, got {version}; {todo}"
-        )
+        raise ManifestError(f"{path}: expected schema {SCHEMA_VERSION}, got {version}; {todo}")
     return from_json(Manifest, data, MANIFEST_NAME)
 
 
@@ -357,6 +329,5 @@ def check_file(bundle: Path, name: str, entry: FileEntry, *, content: bool = Tru
         raise BundleMismatch(f"{path}: expected {entry.size} bytes, got {size}; {again}")
     if content and (actual := hash_file(path).sha256) != entry.sha256:
         raise BundleMismatch(
-            f"{path}: expected sha256 {entry.sha256[:16]}…, got {actual[:16]}…: "
-            f"the file was changed; {again}"
+            f"{path}: expected sha256 {entry.sha256[:16]}…, got {actual[:16]}…: the file was changed; {again}"
         )

@@ -48,9 +48,7 @@ class DiffusersSystem:
         pictures: list[np.ndarray] = []
         for i in range(0, len(prompts), self._batch):
             noise = [
-                torch.randn(
-                    1, 16, height // 8, width // 8, generator=torch.Generator().manual_seed(s)
-                )
+                torch.randn(1, 16, height // 8, width // 8, generator=torch.Generator().manual_seed(s))
                 for s in seeds[i : i + self._batch]
             ]
             latents = self._pipeline(

@@ -11,9 +11,10 @@ std::vector<float> flow_match_sigmas(int num_inference_steps, double shift) {
   std::vector<float> sigmas;
   sigmas.reserve(static_cast<std::size_t>(num_inference_steps) + 1);
   const double n = num_inference_steps;
+  const float factor = static_cast<float>(shift);
   for (int i = 0; i < num_inference_steps; ++i) {
-    const double sigma = (n - i) / n;  // linspace(1, 1/n, n)
-    sigmas.push_back(static_cast<float>(shift * sigma / (1.0 + (shift - 1.0) * sigma)));
+    const float sigma = static_cast<float>((n - i) / n);  // linspace(1, 1/n, n)
+    sigmas.push_back(factor * sigma / (1.0f + static_cast<float>(shift - 1.0) * sigma));
   }
   sigmas.push_back(0.0f);
   return sigmas;

@@ -1,0 +1,95 @@
+"""The C++ runtime against torch, diffusers and the numpy references."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from zimage_rt import _core
+from zimage_rt.guidance import apply_guidance, guidance_active
+from zimage_rt.schedule import flow_match_sigmas, sample_euler
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 32, 32), (1,), (2,), (5,), (15,), (16,), (17,), (3, 7, 11)])
+@pytest.mark.parametrize("seed", [0, 42, 2**32 - 1, 2**40 + 5, 2**64 - 1])
+def test_randn_gives_torchs_numbers(shape: tuple[int, ...], seed: int) -> None:
+    import torch
+
+    # torch takes seeds as signed 64-bit numbers or the same bits unsigned.
+    expected = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)).numpy()
+    actual = _core.randn(seed, list(shape))
+    # A last-place difference of log, sin or cos: torch's own results differ as much between CPUs.
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8, 9, 50])
+@pytest.mark.parametrize("shift", [1.0, 3.0, 6.0])
+def test_sigmas_equal_diffusers(steps: int, shift: float) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps).tolist(), mu=0.5)
+    reference = flow_match_sigmas(steps, shift)
+    np.testing.assert_array_equal(np.asarray(_core.flow_match_sigmas(steps, shift), np.float32), reference)
+    np.testing.assert_allclose(reference, scheduler.sigmas.numpy(), rtol=0, atol=1e-7)
+
+
+def test_sigmas_refuse_nonsense() -> None:
+    for sigmas in (_core.flow_match_sigmas, flow_match_sigmas):
+        with pytest.raises(ValueError, match="num_inference_steps"):
+            sigmas(0, 3.0)
+        with pytest.raises(ValueError, match="shift"):
+            sigmas(8, float("nan"))
+
+
+@pytest.mark.parametrize("normalization", [0.0, 0.5, 1.0, 100.0])
+def test_guidance_equals_its_reference(normalization: float) -> None:
+    rng = np.random.default_rng()
+    positive, negative = rng.standard_normal((2, 3, 16, 4, 6)).astype(np.float32)
+    actual = _core.apply_guidance(_core.Guidance(4.0, 1.0, normalization), positive, negative)
+    expected = apply_guidance(positive.copy(), negative, 4.0, normalization)
+    np.testing.assert_allclose(actual, expected, rtol=2e-6, atol=2e-6)
+
+
+def test_guidance_is_active_as_in_diffusers() -> None:
+    for scale, truncation, timestep in [(0, 1, 0.5), (4, 1, 0.99), (4, 0.5, 0.4), (4, 0.5, 0.6), (4, 2.0, 1.0)]:
+        expected = scale > 0 and not (truncation <= 1 and timestep > truncation)
+        assert _core.Guidance(scale, truncation, 0).active(timestep) == expected
+        assert guidance_active(scale, truncation, timestep) == expected
+
+
+@pytest.mark.parametrize("guidance", [(0.0, 1.0, 0.0), (3.5, 1.0, 0.0), (3.5, 0.4, 0.9)])
+def test_cpp_loop_equals_numpy_loop(guidance: tuple[float, float, float]) -> None:
+    rng = np.random.default_rng()
+    latents = rng.standard_normal((2, 16, 4, 6)).astype(np.float32)
+
+    def predict(latents: np.ndarray, timestep: float, guided: bool, noise_pred: np.ndarray) -> None:
+        noise_pred[:2] = np.sin(latents * 3 + timestep)
+        if guided:
+            noise_pred[2:] = np.cos(latents + timestep)
+
+    sigmas, settings = flow_match_sigmas(8, 3.0), _core.Guidance(*guidance)
+    actual = latents.copy()
+    assert _core.sample_euler(predict, sigmas, actual, settings, None)
+    np.testing.assert_allclose(actual, sample_euler(predict, sigmas, latents, settings), rtol=1e-5, atol=1e-5)
+
+
+def test_loop_stops_when_told_and_passes_errors_on() -> None:
+    latents = np.ones((1, 16, 2, 2), np.float32)
+    seen: list[int] = []
+
+    def predict(latents: np.ndarray, timestep: float, guided: bool, noise_pred: np.ndarray) -> None:
+        noise_pred[:] = 1
+
+    def stop(step: int, *rest: object) -> bool:
+        seen.append(step)
+        return step < 2
+
+    assert not _core.sample_euler(predict, flow_match_sigmas(8, 3.0), latents, _core.Guidance(), stop)
+    assert seen == [0, 1, 2]
+
+    def fail(*arguments: object) -> None:
+        raise KeyError("from Python")
+
+    with pytest.raises(KeyError, match="from Python"):
+        _core.sample_euler(fail, flow_match_sigmas(8, 3.0), latents, _core.Guidance(), None)

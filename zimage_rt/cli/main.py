@@ -1,0 +1,150 @@
+"""`zimage`: generate pictures and inspect bundles from the command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from .. import __version__
+from ..engine import Engine
+from ..errors import ZImageError
+from ..manifest import Manifest, check_file, read_manifest
+from ..request import StepInfo
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+stderr = Console(stderr=True)
+
+
+def main() -> None:
+    """The entry point: errors raised on purpose become one line and exit status 1."""
+    try:
+        app()
+    except ZImageError as error:
+        stderr.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False)
+        sys.exit(1)
+
+
+@app.command()
+def generate(
+    bundle: Annotated[Path, typer.Argument(help="A folder that zimage-export wrote.")],
+    prompt: Annotated[list[str], typer.Option("-p", "--prompt", help="What to draw; repeat for several.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="PNG file, or a folder for several.")] = Path("out"),
+    negative_prompt: Annotated[str, typer.Option(help="What to steer away from; needs guidance.")] = "",
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Function evaluations.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="0 means none.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the first picture; the others count up.")] = None,
+    num_images: Annotated[int, typer.Option(help="Pictures for each prompt.")] = 1,
+    vae: Annotated[str | None, typer.Option(help="tiny or full.")] = None,
+    backend: Annotated[str, typer.Option(help="What runs the bundle.")] = "onnxruntime",
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON line a picture on standard output.")] = False,
+) -> None:
+    """Draw pictures; prints where they are and what each stage took."""
+    engine = Engine.load(bundle, backend=backend)
+    for number, text in enumerate(prompt):
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=stderr,
+            disable=not stderr.is_terminal and as_json,
+        ) as progress:
+            task = progress.add_task(text[:40], total=steps)
+
+            def on_step(info: StepInfo, progress: Progress = progress, task: Any = task) -> None:
+                progress.update(task, total=info.num_steps, completed=info.step + 1)
+
+            result = engine.generate(
+                text,
+                negative_prompt,
+                height=height,
+                width=width,
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                seed=None if seed is None else seed + number * num_images,
+                num_images=num_images,
+                vae=vae,
+                callback=on_step,
+            )
+        single = len(prompt) * num_images == 1 and output.suffix.lower() == ".png"
+        for image, image_seed in zip(result.pil_images, result.seeds, strict=True):
+            path = output if single else output / f"{number:03d}-{image_seed}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
+            _report(path, text, image_seed, result.timings, result.bundle_id, as_json)
+
+
+def _report(path: Path, prompt: str, seed: int, timings: dict[str, float], bundle_id: str, as_json: bool) -> None:
+    if as_json:
+        record = {"file": str(path), "prompt": prompt, "seed": seed, "bundle": bundle_id, "timings": timings}
+        print(json.dumps(record, ensure_ascii=False))
+        return
+    stages = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in timings.items())
+    print(f"{path}  {prompt}  (seed {seed}; {stages})")
+
+
+@app.command()
+def inspect(
+    bundle: Annotated[Path, typer.Argument(help="A folder that zimage-export wrote.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Say what a bundle holds and whether every file is as it was written."""
+    manifest = read_manifest(bundle)
+    states: dict[str, str] = {}
+    for name, entry in manifest.files.items():
+        try:
+            check_file(bundle, name, entry)
+            states[name] = "ok"
+        except ZImageError as error:
+            states[name] = str(error)
+    damaged = {name: state for name, state in states.items() if state != "ok"}
+    if as_json:
+        from ..manifest import to_json
+
+        report = to_json(manifest) | {"bundle_id": manifest.bundle_id, "file_states": states, "ok": not damaged}
+        print(json.dumps(report, ensure_ascii=False, indent=1))
+    else:
+        _print_bundle(manifest, states)
+    if damaged:
+        raise typer.Exit(1)
+
+
+def _print_bundle(manifest: Manifest, states: dict[str, str]) -> None:
+    console = Console()
+    shapes = manifest.shapes
+    console.print(
+        f"{manifest.name}  {manifest.precision}  bundle {manifest.bundle_id}  (zimage_rt {__version__})\n"
+        f"height {shapes.height.min}-{shapes.height.max}, width {shapes.width.min}-{shapes.width.max} "
+        f"in steps of {shapes.height.multiple}; batch up to {shapes.batch.max}; "
+        f"prompt up to {shapes.prompt_tokens.max} tokens",
+        highlight=False,
+    )
+    modules = Table("module", "precision", "weights", "parity (relative error)", "tolerance")
+    for name, module in manifest.modules.items():
+        parity = module.parity
+        worst = max((case.relative_error for case in parity.cases), default=0.0) if parity else None
+        modules.add_row(
+            name,
+            module.precision,
+            f"{manifest.files[module.weights].size / 1e6:.1f} MB",
+            "not measured" if worst is None else f"{worst:.2e}",
+            "" if parity is None else f"{parity.tolerance:.0e}",
+        )
+    console.print(modules)
+    files = Table("file", "bytes", "sha256", "state")
+    for name, entry in manifest.files.items():
+        files.add_row(name, str(entry.size), entry.sha256[:16], states[name])
+    console.print(files)
+
+
+if __name__ == "__main__":
+    main()

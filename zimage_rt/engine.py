@@ -1,0 +1,247 @@
+"""The engine: load a bundle, then encode_prompt → prepare_latents → denoise → decode."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import _core
+from .backends.base import Backend, Module
+from .backends.registry import load_backend
+from .errors import BundleMismatch, Cancelled, RequestError, ZImageError
+from .image import to_uint8
+from .manifest import Manifest, check_file, read_manifest
+from .request import (
+    Callback,
+    GenerateRequest,
+    GenerateResult,
+    ResolvedRequest,
+    StepInfo,
+    resolve,
+)
+from .rng import prepare_noise
+from .tokenizer import PromptTokenizer
+
+# Encoded prompts kept for reuse; a context is a few hundred kilobytes at full size.
+CONTEXT_CACHE_SIZE = 64
+
+
+class Engine:
+    """Serves one bundle. Make one with `Engine.load`; `generate` may be called from many threads."""
+
+    def __init__(self, bundle: Path, manifest: Manifest, backend: Backend, *, verify: bool = True) -> None:
+        self.bundle = bundle
+        self.manifest = manifest
+        self.bundle_id = manifest.bundle_id
+        self._backend = backend
+        self._verify = verify
+        self._modules: dict[str, Module] = {}
+        self._contexts: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._lock = threading.RLock()
+        self._check(manifest.tokenizer)
+        self._tokenizer = PromptTokenizer(bundle, manifest)
+
+    @classmethod
+    def load(
+        cls,
+        bundle: str | Path,
+        *,
+        backend: str = "onnxruntime",
+        verify: bool = True,
+        backend_options: Mapping[str, Any] | None = None,
+    ) -> Engine:
+        """Load a bundle that `zimage-export` wrote.
+
+        Args:
+            bundle: the folder with manifest.json.
+            backend: which library runs it.
+            verify: hash every file before it is used; without, only sizes are checked.
+            backend_options: the backend's own settings, e.g. `{"num_threads": 2}`.
+
+        Raises:
+            ManifestError: the manifest is missing, damaged or newer than this package.
+            BundleMismatch: a file is missing, truncated or changed.
+            BackendUnavailable: the backend's library is not here; says what to install.
+        """
+        path = Path(bundle)
+        manifest = read_manifest(path)
+        engine = cls(path, manifest, load_backend(backend, backend_options or {}), verify=verify)
+        for module in ("text_encoder", "context_refiner", "transformer"):
+            engine._module(module)
+        return engine
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] = "",
+        *,
+        callback: Callback | None = None,
+        **fields: Any,
+    ) -> GenerateResult:
+        """Draw pictures; the fields are those of `GenerateRequest`.
+
+        Args:
+            prompt: what to draw; a list for a batch.
+            negative_prompt: what to steer away from, with `guidance_scale` > 0.
+            callback: called after every step with a StepInfo; return False to cancel.
+            **fields: height, width, num_inference_steps, guidance_scale, seed, num_images, vae, …
+
+        Raises:
+            RequestError: a field is impossible; nothing was computed.
+            Cancelled: the callback returned False.
+            OutOfMemory: it does not fit; the engine keeps working.
+        """
+        try:
+            request = GenerateRequest(prompt, negative_prompt, **fields)
+        except TypeError as error:
+            known = ", ".join(GenerateRequest.__dataclass_fields__)
+            raise RequestError(f"{error}; known fields: {known}") from error
+        return self.run(request, callback=callback)
+
+    def run(self, request: GenerateRequest, *, callback: Callback | None = None) -> GenerateResult:
+        """Draw a `GenerateRequest`; see `generate`."""
+        resolved = resolve(request, self.manifest)
+        timings: dict[str, float] = {}
+        with _timed(timings, "total"):
+            with _timed(timings, "encode_prompt"):
+                contexts = [self.encode_prompt(prompt) for prompt in resolved.prompts]
+                negatives: list[np.ndarray] = []
+                if resolved.guidance_scale > 0:
+                    negatives = [self.encode_prompt(text) for text in resolved.negative_prompts]
+            latents = self.prepare_latents(resolved)
+            with _timed(timings, "denoise"):
+                self.denoise(latents, contexts, negatives, resolved, callback)
+            with _timed(timings, "decode"):
+                images = self.decode(latents, resolved.vae)
+        return GenerateResult(images, resolved.seeds, timings, self.bundle_id)
+
+    def encode_prompt(self, prompt: str) -> np.ndarray:
+        """Text encoder and context refiner: a prompt to its context `[1, context_tokens, dim]`.
+
+        It does not depend on the timestep, so it runs once a prompt and is kept for the next request.
+        """
+        with self._lock:
+            if prompt in self._contexts:
+                self._contexts.move_to_end(prompt)
+                return self._contexts[prompt]
+        input_ids = self._tokenizer(prompt)
+        embeds = self._module("text_encoder")({"input_ids": input_ids})
+        context = self._module("context_refiner")(embeds)["context"]
+        context.flags.writeable = False
+        with self._lock:
+            self._contexts[prompt] = context
+            while len(self._contexts) > CONTEXT_CACHE_SIZE:
+                self._contexts.popitem(last=False)
+        return context
+
+    def prepare_latents(self, request: ResolvedRequest) -> np.ndarray:
+        """The starting noise `[batch, 16, latent_height, latent_width]`, float32, the caller's to change."""
+        if request.latents is not None:
+            return np.array(request.latents, dtype=np.float32, order="C")
+        pipeline = self.manifest.pipeline
+        factor = pipeline.vae_scale_factor
+        shape = (pipeline.latent_channels, request.height // factor, request.width // factor)
+        return prepare_noise(request.seeds, shape)
+
+    def denoise(
+        self,
+        latents: np.ndarray,
+        contexts: list[np.ndarray],
+        negatives: list[np.ndarray],
+        request: ResolvedRequest,
+        callback: Callback | None,
+    ) -> None:
+        """The sampler loop, in place, in C++; see `csrc/runtime/sampler.cc`."""
+        sigmas = _core.flow_match_sigmas(request.num_inference_steps, self.manifest.pipeline.shift)
+        guidance = _core.Guidance(request.guidance_scale, request.cfg_truncation, request.cfg_normalization)
+        denoiser = _ModuleDenoiser(self._module("transformer"), contexts, negatives)
+        on_step = None
+        if callback is not None:
+
+            def on_step(step: int, count: int, sigma: float, sigma_next: float, now: np.ndarray) -> bool:
+                def preview() -> np.ndarray:
+                    return self.decode(now, "tiny")
+
+                info = StepInfo(step, count, sigma, sigma_next, now, preview)
+                return callback(info) is not False
+
+        if not _core.sample_euler(denoiser, sigmas, latents, guidance, on_step):
+            raise Cancelled("the callback asked to stop; no image was made")
+
+    def decode(self, latents: np.ndarray, vae: str) -> np.ndarray:
+        """Latents `[batch, 16, h, w]` to uint8 pictures `[batch, height, width, 3]`."""
+        decoder = self._module(f"{vae}_vae_decoder")
+        # One at a time: a batch would only multiply the activations' memory.
+        images = [
+            to_uint8(decoder({"latents": np.ascontiguousarray(latents[i : i + 1])})["image"])
+            for i in range(len(latents))
+        ]
+        return np.concatenate(images)
+
+    def _module(self, name: str) -> Module:
+        """A module, checked and loaded on first use."""
+        with self._lock:
+            if name not in self._modules:
+                for file in self.manifest.module_files(name):
+                    self._check(file)
+                self._modules[name] = self._backend.load_module(self.bundle, self.manifest, name)
+            return self._modules[name]
+
+    def _check(self, file: str) -> None:
+        if file not in self.manifest.files:
+            raise BundleMismatch(f"{file}: not among the manifest's files; export the bundle again")
+        check_file(self.bundle, file, self.manifest.files[file], content=self._verify)
+
+
+class _ModuleDenoiser:
+    """The transformer module as the C++ loop's predict.
+
+    Samples whose contexts have the same length run as one batch: an image token's position
+    depends on its context's length, and equal lengths need no mask, so a picture is the same in a
+    batch as alone.
+    """
+
+    def __init__(self, transformer: Module, contexts: list[np.ndarray], negatives: list[np.ndarray]) -> None:
+        self._transformer = transformer
+        self._batch = len(contexts)
+        self._groups = {
+            False: _group_by_length(contexts),
+            True: _group_by_length(contexts + negatives),
+        }
+
+    def __call__(self, latents: np.ndarray, timestep: float, guided: bool, noise_pred: np.ndarray) -> None:
+        for rows, context in self._groups[guided]:
+            output = self._transformer(
+                {
+                    "latents": latents[[row % self._batch for row in rows]],
+                    "timestep": np.full(len(rows), timestep, np.float32),
+                    "context": context,
+                }
+            )["noise_pred"]
+            if not np.isfinite(output).all():
+                raise ZImageError(
+                    "the transformer gave numbers that are not finite: the bundle's precision "
+                    "overflows with this checkpoint; export it in bf16 or fp32"
+                )
+            noise_pred[rows] = output
+
+
+def _group_by_length(contexts: list[np.ndarray]) -> list[tuple[list[int], np.ndarray]]:
+    groups: dict[int, list[int]] = {}
+    for row, context in enumerate(contexts):
+        groups.setdefault(context.shape[1], []).append(row)
+    return [(rows, np.concatenate([contexts[row] for row in rows])) for rows in groups.values()]
+
+
+@contextmanager
+def _timed(timings: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    timings[stage] = time.perf_counter() - start

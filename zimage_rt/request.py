@@ -1,0 +1,222 @@
+"""What a caller asks for and what comes back. Everything is checked before any work is done."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import secrets
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .errors import RequestError
+from .manifest import Manifest
+from .rng import MAX_SEED
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+VAES = ("tiny", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class StepInfo:
+    """What a callback is told after each step.
+
+    Attributes:
+        step: from 0; `num_steps` of them.
+        sigma, sigma_next: noise level before and after the step.
+        latents: float32 `[batch, 16, latent_height, latent_width]`, read-only, valid until the callback returns.
+        preview: call it for uint8 pictures `[batch, height, width, 3]` of what the latents hold
+            now, through the tiny VAE.
+    """
+
+    step: int
+    num_steps: int
+    sigma: float
+    sigma_next: float
+    latents: np.ndarray
+    preview: Callable[[], np.ndarray]
+
+
+# Returns False to cancel; anything else, None too, goes on.
+Callback = Callable[[StepInfo], bool | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateRequest:
+    """One request. `Engine.generate` takes the same names.
+
+    Attributes:
+        prompt: one prompt, or several for a batch.
+        negative_prompt: what to steer away from; one for all prompts or one each. Used where
+            `guidance_scale` > 0.
+        height, width: pixels.
+        num_inference_steps: function evaluations (guided ones count once).
+        guidance_scale: 0 means none; `pred = pos + scale * (pos - neg)` as in diffusers.
+        cfg_truncation: guidance is off where 1 - sigma exceeds this.
+        cfg_normalization: > 0 limits the guided prediction's norm to that multiple of the positive one's.
+        seed: one for the first image (image i gets seed + i), or one for each image; drawn at
+            random if None, and reported in the result.
+        num_images: images for each prompt.
+        vae: `tiny` or `full`.
+        latents: start from these, float32 `[batch, 16, height / 8, width / 8]`, not from the seed's noise.
+    """
+
+    prompt: str | Sequence[str]
+    negative_prompt: str | Sequence[str] = ""
+    height: int | None = None
+    width: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    cfg_truncation: float = 1.0
+    cfg_normalization: float = 0.0
+    seed: int | Sequence[int] | None = None
+    num_images: int = 1
+    vae: str | None = None
+    latents: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateResult:
+    """What came of a request.
+
+    Attributes:
+        images: uint8 `[batch, height, width, 3]`.
+        seeds: one an image: asking for it alone with that seed gives the same picture.
+        timings: seconds by stage: encode_prompt, denoise, decode, total.
+        bundle_id: which bundle made it.
+    """
+
+    images: np.ndarray
+    seeds: tuple[int, ...]
+    timings: dict[str, float]
+    bundle_id: str
+
+    @property
+    def pil_images(self) -> list[Image]:
+        """The images as `PIL.Image.Image`."""
+        from PIL import Image
+
+        return [Image.fromarray(image) for image in self.images]
+
+
+@dataclasses.dataclass(frozen=True)
+class ResolvedRequest:
+    """A request with every default filled in and every field checked; one entry an image."""
+
+    prompts: tuple[str, ...]
+    negative_prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance_scale: float
+    cfg_truncation: float
+    cfg_normalization: float
+    vae: str
+    latents: np.ndarray | None
+
+
+def resolve(request: GenerateRequest, manifest: Manifest) -> ResolvedRequest:
+    """Check a request against what the bundle serves. Raises RequestError."""
+    defaults, shapes = manifest.pipeline, manifest.shapes
+    prompts = _texts(request.prompt, "prompt")
+    if not prompts:
+        raise RequestError("prompt: expected at least one, got an empty list")
+    for prompt in prompts:
+        if not prompt.strip():
+            raise RequestError("prompt: expected some text, got an empty one; say what to draw")
+    negatives = _texts(request.negative_prompt, "negative_prompt")
+    if len(negatives) not in (1, len(prompts)):
+        raise RequestError(f"negative_prompt: expected 1 or {len(prompts)}, one for each prompt, got {len(negatives)}")
+    negatives = negatives * len(prompts) if len(negatives) == 1 else negatives
+
+    num_images = _integer(request.num_images, "num_images", 1, shapes.batch.max)
+    batch = len(prompts) * num_images
+    if batch not in shapes.batch:
+        raise RequestError(
+            f"batch: expected at most {shapes.batch.max} images a request, got {batch} "
+            f"({len(prompts)} prompts, {num_images} each); split the request"
+        )
+    steps = request.num_inference_steps
+    steps = defaults.num_inference_steps if steps is None else steps
+    scale = defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
+    vae = request.vae or next((v for v in VAES if f"{v}_vae_decoder" in manifest.modules), "tiny")
+    if vae not in VAES:
+        raise RequestError(f"vae: expected tiny or full, got {vae!r}")
+    if f"{vae}_vae_decoder" not in manifest.modules:
+        raise RequestError(f'vae: this bundle has no {vae} VAE; export it again with vae = ["{vae}"]')
+    height, width = (_pixels(request, manifest, name) for name in ("height", "width"))
+    factor = defaults.vae_scale_factor
+    shape = (batch, defaults.latent_channels, height // factor, width // factor)
+    return ResolvedRequest(
+        prompts=tuple(prompt for prompt in prompts for _ in range(num_images)),
+        negative_prompts=tuple(text for text in negatives for _ in range(num_images)),
+        seeds=_seeds(request.seed, batch),
+        height=height,
+        width=width,
+        num_inference_steps=_integer(steps, "num_inference_steps", 1, 1000),
+        guidance_scale=_number(scale, "guidance_scale"),
+        cfg_truncation=_number(request.cfg_truncation, "cfg_truncation"),
+        cfg_normalization=_number(request.cfg_normalization, "cfg_normalization"),
+        vae=vae,
+        latents=None if request.latents is None else _latents(request.latents, shape),
+    )
+
+
+def _texts(value: Any, name: str) -> tuple[str, ...]:
+    texts = (value,) if isinstance(value, str) else value
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        raise RequestError(f"{name}: expected a string or a list of strings, got {type(value).__name__}")
+    return tuple(texts)
+
+
+def _integer(value: Any, name: str, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise RequestError(f"{name}: expected a whole number, got {value!r}")
+    if not low <= value <= high:
+        raise RequestError(f"{name}: expected {low} to {high}, got {value}")
+    return int(value)
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+        raise RequestError(f"{name}: expected a number, got {value!r}")
+    if not math.isfinite(value) or value < 0:
+        raise RequestError(f"{name}: expected a finite number, 0 or more, got {value}")
+    return float(value)
+
+
+def _pixels(request: GenerateRequest, manifest: Manifest, name: str) -> int:
+    allowed = getattr(manifest.shapes, name)
+    value = getattr(request, name)
+    size = allowed.opt if value is None else _integer(value, name, 1, 1 << 20)
+    if size not in allowed:
+        raise RequestError(
+            f"{name}: expected {allowed.min} to {allowed.max} in steps of {allowed.multiple}, "
+            f"got {size}; choose a size in that range, or export the bundle with a wider one"
+        )
+    return size
+
+
+def _seeds(seed: Any, batch: int) -> tuple[int, ...]:
+    if seed is None:
+        # 32 bits: what people can copy by hand, and all of a seed that the generator uses.
+        seed = secrets.randbits(32)
+    if isinstance(seed, Sequence) and not isinstance(seed, str):
+        if len(seed) != batch:
+            raise RequestError(f"seed: expected one number or {batch} of them, got {len(seed)}")
+        return tuple(_integer(item, "seed", 0, MAX_SEED) for item in seed)
+    first = _integer(seed, "seed", 0, MAX_SEED)
+    return tuple((first + i) % (MAX_SEED + 1) for i in range(batch))
+
+
+def _latents(latents: Any, shape: tuple[int, ...]) -> np.ndarray:
+    array = np.asarray(latents)
+    if array.shape != shape:
+        raise RequestError(f"latents: expected {list(shape)}, got {list(array.shape)}")
+    if array.dtype != np.float32 or not np.isfinite(array).all():
+        raise RequestError(f"latents: expected finite float32 values, got {array.dtype}")
+    return array
