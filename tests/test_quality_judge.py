@@ -19,9 +19,7 @@ def compose(judge, scene, shift=(0, 0), order=1):
     picture = Image.new("RGB", (256, 256), ground)
     size = atlas.sizes[scene["layout"]][scene["size"]]
     style = atlas.styles.index(scene["style"])
-    for code, (x, y) in zip(
-        scene["subjects"][::order], atlas.centres[scene["layout"]], strict=False
-    ):
+    for code, (x, y) in zip(scene["subjects"][::order], atlas.centres[scene["layout"]], strict=False):
         sprite = Image.fromarray(atlas.sprites[style, atlas.hexcodes.index(code)])
         sprite = sprite.resize((size, size), Image.Resampling.BICUBIC)
         corner = (x - size // 2 + shift[0], y - size // 2 + shift[1])

@@ -1,0 +1,55 @@
+"""The zimage command, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+
+def zimage(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "zimage_rt.cli.main", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_generate_writes_pictures_and_json_lines(bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "pictures"
+    run = zimage("generate", bundle, "-p", "a panda", "-p", "一只猫", "-o", out, "--seed", 4, "--steps", 2, "--json")
+    assert run.returncode == 0, run.stderr
+    records = [json.loads(line) for line in run.stdout.splitlines()]
+    assert [record["seed"] for record in records] == [4, 5]
+    assert records[1]["prompt"] == "一只猫"
+    for record in records:
+        assert Image.open(record["file"]).size == (256, 256)
+    one = tmp_path / "one.png"
+    assert zimage("generate", bundle, "-p", "a panda", "-o", one, "--steps", 1).returncode == 0
+    assert one.is_file()
+
+
+def test_errors_are_one_line(bundle: Path, tmp_path: Path) -> None:
+    run = zimage("generate", bundle, "-p", "a panda", "--height", 100)
+    assert run.returncode == 1
+    assert "RequestError: height: expected" in run.stderr.replace("\n", " ")
+    assert "Traceback" not in run.stderr
+    run = zimage("inspect", tmp_path)
+    assert run.returncode == 1
+    assert "ManifestError" in run.stderr
+
+
+def test_inspect_says_what_is_damaged(bundle: Path, tmp_path: Path) -> None:
+    run = zimage("inspect", bundle, "--json")
+    assert run.returncode == 0, run.stderr
+    report = json.loads(run.stdout)
+    assert report["ok"] is True
+    assert "transformer" in report["modules"]
+    assert zimage("inspect", bundle).returncode == 0
+    copied = shutil.copytree(bundle, tmp_path / "copy")
+    with (copied / "tiny_vae_decoder.safetensors").open("ab") as file:
+        file.write(b"x")
+    run = zimage("inspect", copied, "--json")
+    assert run.returncode == 1
+    assert "expected" in json.loads(run.stdout)["file_states"]["tiny_vae_decoder.safetensors"]

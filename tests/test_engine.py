@@ -1,0 +1,162 @@
+"""The engine on the real bundle: pictures, batches, callbacks, threads, bad bundles, and no torch in the process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from zimage_rt.benchmarks.quality.__main__ import read_prompts
+from zimage_rt.benchmarks.quality.judge import Judge, summarise
+
+import zimage_rt
+
+PROMPTS = [
+    "a panda",
+    "一只企鹅，蓝色背景",
+    "draw a red apple on the left and a house on the right, green background please",
+]
+
+
+def max_difference(first: np.ndarray, second: np.ndarray) -> int:
+    return int(np.abs(first.astype(np.int16) - second.astype(np.int16)).max())
+
+
+def test_pictures_show_what_the_prompts_say(engine: zimage_rt.Engine) -> None:
+    prompts = [prompt for prompt in read_prompts(60) if not prompt["unseen"]][:24]
+    judge, judged = Judge(), []
+    for prompt in prompts:
+        image = engine.generate(prompt["caption"], seed=prompt["seed"]).images[0]
+        judged.append((prompt, judge.score(image, prompt["scene"])))
+    figures = summarise(judged)
+    assert figures["colour"] >= 0.98
+    assert figures["subject"] >= 0.35
+
+
+def test_same_request_same_bytes(engine: zimage_rt.Engine) -> None:
+    first, second = (engine.generate(PROMPTS[0], seed=3, num_inference_steps=3) for _ in range(2))
+    assert first.images.tobytes() == second.images.tobytes()
+    assert first.images.shape == (1, 256, 256, 3)
+    assert first.seeds == (3,)
+    assert first.bundle_id == engine.bundle_id
+    assert set(first.timings) == {"encode_prompt", "denoise", "decode", "total"}
+
+
+def test_a_batch_gives_each_the_picture_it_has_alone(engine: zimage_rt.Engine) -> None:
+    options = {"num_inference_steps": 4, "guidance_scale": 1.5, "negative_prompt": "text"}
+    batch = engine.generate(PROMPTS, seed=11, **options)
+    for i, prompt in enumerate(PROMPTS):
+        alone = engine.generate(prompt, seed=batch.seeds[i], **options)
+        # A product over more rows may be blocked otherwise and round otherwise: one grey level at most.
+        assert max_difference(batch.images[i], alone.images[0]) <= 1
+
+
+def test_noise_is_the_seeds(engine: zimage_rt.Engine) -> None:
+    import torch
+
+    latents = torch.randn((1, 16, 32, 32), generator=torch.Generator("cpu").manual_seed(9)).numpy()
+    given = engine.generate(PROMPTS[0], latents=latents, num_inference_steps=2)
+    seeded = engine.generate(PROMPTS[0], seed=9, num_inference_steps=2)
+    assert max_difference(given.images, seeded.images) <= 1
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (208, 320), (512, 768)])
+def test_other_sizes_run(engine: zimage_rt.Engine, height: int, width: int) -> None:
+    image = engine.generate(PROMPTS[1], height=height, width=width, num_inference_steps=2, seed=1).images[0]
+    assert image.shape == (height, width, 3)
+    assert image.std() > 1
+
+
+def test_full_vae_and_several_images(engine: zimage_rt.Engine) -> None:
+    result = engine.generate(PROMPTS[0], vae="full", num_images=2, num_inference_steps=2, seed=1)
+    assert result.images.shape == (2, 256, 256, 3)
+    assert max_difference(result.images[0], result.images[1]) > 10
+    assert [image.size for image in result.pil_images] == [(256, 256)] * 2
+
+
+def test_callback_sees_every_step_previews_and_cancels(engine: zimage_rt.Engine) -> None:
+    seen = []
+
+    def callback(info: zimage_rt.StepInfo) -> bool:
+        seen.append((info.step, info.num_steps, info.sigma > info.sigma_next))
+        assert not info.latents.flags.writeable
+        if info.step == 1:
+            assert info.preview().shape == (1, 64, 64, 3)
+        return True
+
+    engine.generate(PROMPTS[0], height=64, width=64, num_inference_steps=3, callback=callback)
+    assert seen == [(0, 3, True), (1, 3, True), (2, 3, True)]
+    with pytest.raises(zimage_rt.Cancelled):
+        engine.generate(PROMPTS[0], height=64, width=64, callback=lambda info: info.step < 2)
+
+
+def test_threads_do_not_mix_results(engine: zimage_rt.Engine) -> None:
+    def draw(seed: int) -> bytes:
+        return engine.generate(
+            PROMPTS[seed % 3], height=64, width=64, seed=seed, num_inference_steps=3
+        ).images.tobytes()
+
+    alone = [draw(seed) for seed in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(draw, range(6))) == alone
+
+
+def test_long_prompts_are_refused(engine: zimage_rt.Engine) -> None:
+    for prompt in ("x" * 10_000_000, "panda " * 2000):
+        with pytest.raises(zimage_rt.RequestError, match="expected at most 512 tokens"):
+            engine.generate(prompt)
+    with pytest.raises(zimage_rt.RequestError, match="known fields"):
+        engine.generate("a cat", stepz=4)
+
+
+def test_unknown_backend_and_option(bundle: Path) -> None:
+    with pytest.raises(zimage_rt.BackendUnavailable, match="expected one of onnxruntime"):
+        zimage_rt.Engine.load(bundle, backend="teapot")
+    with pytest.raises(zimage_rt.RequestError, match="num_threads"):
+        zimage_rt.Engine.load(bundle, backend_options={"num_threads": 0})
+
+
+@pytest.fixture
+def copied(bundle: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(bundle, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("name", ["transformer.onnx", "transformer.safetensors", "tokenizer.json"])
+def test_a_changed_byte_or_a_truncated_file_is_refused(copied: Path, name: str) -> None:
+    path = copied / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(zimage_rt.BundleMismatch, match="was changed"):
+        zimage_rt.Engine.load(copied)
+    path.write_bytes(content[:-7])
+    with pytest.raises(zimage_rt.BundleMismatch, match="bytes, got"):
+        zimage_rt.Engine.load(copied, verify=False)
+
+
+def test_a_newer_schema_is_refused(copied: Path) -> None:
+    path = copied / "manifest.json"
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps(data | {"schema_version": 2}))
+    with pytest.raises(zimage_rt.ManifestError, match="upgrade zimage_rt"):
+        zimage_rt.Engine.load(copied)
+
+
+NO_TORCH = """
+import sys
+import zimage_rt
+result = zimage_rt.Engine.load(sys.argv[1]).generate("a panda", num_inference_steps=2, guidance_scale=1.0)
+assert result.images.std() > 1
+loaded = {name.split(".")[0] for name in sys.modules} & {"torch", "onnx", "diffusers", "transformers"}
+assert not loaded, loaded
+"""
+
+
+def test_a_real_generation_loads_no_torch(bundle: Path, tmp_path: Path) -> None:
+    run = subprocess.run([sys.executable, "-c", NO_TORCH, bundle], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
