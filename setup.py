@@ -17,6 +17,7 @@ class CMakeBuild(build_ext):
     """Configure, build and install one CMake component per extension."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Build one extension into the folder where setuptools expects it."""
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)

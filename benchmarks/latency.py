@@ -24,15 +24,12 @@ PROMPT = "a panda on a blue background"
 SYSTEMS = ("diffusers", "zimage_rt")
 
 # Loads a system and draws once: what a cold process pays.
-COLD = (
-    """
+COLD = """
 import sys
 from zimage_rt.benchmarks.systems.base import load_system
-name, key, path, vae = sys.argv[1:]
-load_system(name, **{key: path}).generate([%r], [1], vae=vae)
+name, key, path, vae, prompt = sys.argv[1:]
+load_system(name, **{key: path}).generate([prompt], [1], vae=vae)
 """
-    % PROMPT
-)
 
 
 def source(name: str, arguments: argparse.Namespace) -> tuple[str, str]:
@@ -65,7 +62,7 @@ def cold(name: str, arguments: argparse.Namespace) -> float:
     values = []
     for _ in range(arguments.cold_repeats):
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", COLD, name, *source(name, arguments), arguments.vae], check=True)
+        subprocess.run([sys.executable, "-c", COLD, name, *source(name, arguments), arguments.vae, PROMPT], check=True)
         values.append(time.perf_counter() - start)
     return statistics.median(values)
 

@@ -1,8 +1,8 @@
 """The manifest: the one seam between export and serve.
 
-A bundle is a folder with `manifest.json` and the files it names. The exporter writes the manifest last; the engine
-reads nothing that the manifest does not name. Every dataclass here is frozen, and every reader rejects unknown keys, so that
-a typo or a file from a newer version is an error and never a silently ignored setting.
+A bundle is a folder with `manifest.json` and the files it names. The exporter writes the manifest last, and the engine
+reads nothing that the manifest does not name. Every dataclass here is frozen, and every reader rejects unknown keys:
+a typo or a file from a newer version is an error, never a silently ignored setting.
 """
 
 from __future__ import annotations

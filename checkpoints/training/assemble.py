@@ -21,9 +21,7 @@ def main() -> None:
     parts.text_encoder.load_state_dict({k: v.float() for k, v in average["text_encoder"].items()})
     parts.tiny_vae.load_state_dict(vaes["tiny"])
     parts.vae.load_state_dict(vaes["full"])
-    parts.vae.register_to_config(
-        scaling_factor=vaes["scaling_factor"], shift_factor=vaes["shift_factor"]
-    )
+    parts.vae.register_to_config(scaling_factor=vaes["scaling_factor"], shift_factor=vaes["shift_factor"])
     architecture.save(parts, arguments.out)
     total = sum(f.stat().st_size for f in arguments.out.rglob("*") if f.is_file())
     print(f"{arguments.out}: {total / 1e6:.1f} MB")

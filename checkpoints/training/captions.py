@@ -117,9 +117,7 @@ class CaptionWriter:
         """Put made-up words before or after ``text``: people say more than a scene holds."""
         if frame == "en":
             syllables = [rng.choice("bcdfghklmnprstvw") + rng.choice("aeiou") for _ in range(6)]
-            noise = " ".join(
-                "".join(syllables[i : i + 2]) for i in range(0, rng.choice([2, 4, 6]), 2)
-            )
+            noise = " ".join("".join(syllables[i : i + 2]) for i in range(0, rng.choice([2, 4, 6]), 2))
             return rng.choice([f"{noise} {text}", f"{text} {noise}", f"{text}, {noise}"])
         noise = "".join(chr(rng.randrange(0x4E00, 0x9FA0)) for _ in range(rng.randrange(1, 4)))
         return rng.choice([f"{noise}{text}", f"{text}，{noise}", f"{noise}，{text}"])

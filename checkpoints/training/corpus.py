@@ -30,9 +30,7 @@ def write_block(job: tuple[int, int]) -> tuple[np.ndarray, ...]:
     for row, encoding in enumerate(tokenizer.encode_batch(texts)):
         ids = encoding.ids
         while len(ids) > MAX_TOKENS:  # hardly ever; say it again in fewer words
-            ids = tokenizer.encode(
-                tokenizer_module.chat(writer.write(scenes[row // variants], rng))
-            ).ids
+            ids = tokenizer.encode(tokenizer_module.chat(writer.write(scenes[row // variants], rng))).ids
         tokens[row, : len(ids)] = ids
         lengths[row] = len(ids)
     return (
@@ -49,10 +47,7 @@ def build(count: int, variants: int) -> dict[str, np.ndarray]:
     with multiprocessing.get_context("spawn").Pool() as pool:
         blocks = pool.map(write_block, jobs, chunksize=1)
     names = ("scenes", "jitter", "tokens", "lengths")
-    return {
-        n: np.concatenate(part)[:count]
-        for n, part in zip(names, zip(*blocks, strict=True), strict=True)
-    }
+    return {n: np.concatenate(part)[:count] for n, part in zip(names, zip(*blocks, strict=True), strict=True)}
 
 
 def main() -> None:
@@ -65,9 +60,7 @@ def main() -> None:
     arrays = build(arguments.scenes, arguments.variants)
     np.savez(arguments.out, **arrays)
     short = (arrays["lengths"] <= 32).mean()
-    print(
-        f"{arguments.scenes} scenes in {time.time() - start:.0f} s, {short:.1%} of captions short"
-    )
+    print(f"{arguments.scenes} scenes in {time.time() - start:.0f} s, {short:.1%} of captions short")
 
 
 if __name__ == "__main__":

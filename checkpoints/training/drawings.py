@@ -80,9 +80,7 @@ def draw_word(word: str) -> np.ndarray:
     """Return a word's coverage as uint8 [WORD_HEIGHT, WORD_WIDTH]."""
     image = Image.new("L", (WORD_WIDTH, WORD_HEIGHT))
     font = ImageFont.truetype(FONT, 50, index=2)  # index 2: the Simplified Chinese face
-    ImageDraw.Draw(image).text(
-        (WORD_WIDTH // 2, WORD_HEIGHT // 2), word, fill=255, font=font, anchor="mm"
-    )
+    ImageDraw.Draw(image).text((WORD_WIDTH // 2, WORD_HEIGHT // 2), word, fill=255, font=font, anchor="mm")
     return np.asarray(image)
 
 

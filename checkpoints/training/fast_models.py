@@ -135,9 +135,7 @@ class FastTransformer(nn.Module):
         self.noise_refiner = nn.ModuleList([Block(dim, True) for _ in refiners])
         self.context_refiner = nn.ModuleList([Block(dim, False) for _ in refiners])
         self.t_embedder = TimestepEmbedder(min(dim, 256))
-        self.cap_embedder = nn.Sequential(
-            RMSNorm(c["cap_feat_dim"], eps=1e-5), nn.Linear(c["cap_feat_dim"], dim)
-        )
+        self.cap_embedder = nn.Sequential(RMSNorm(c["cap_feat_dim"], eps=1e-5), nn.Linear(c["cap_feat_dim"], dim))
         self.x_pad_token = nn.Parameter(torch.zeros(1, dim))
         self.cap_pad_token = nn.Parameter(torch.zeros(1, dim))
         self.layers = nn.ModuleList([Block(dim, True) for _ in range(c["n_layers"])])
@@ -200,10 +198,7 @@ class FastTransformer(nn.Module):
         if keep is not None:
             batch = len(keep)
             image = tuple(table[keep] for table in image)  # [batch, tokens, 1, 64]
-            cos, sin = (
-                torch.cat([i, c.expand(batch, -1, -1, -1)], dim=1)
-                for i, c in zip(image, text, strict=True)
-            )
+            cos, sin = (torch.cat([i, c.expand(batch, -1, -1, -1)], dim=1) for i, c in zip(image, text, strict=True))
         t = self.t_embedder(t * self.t_scale)
         x = self.all_x_embedder["2-1"](patches)
         for block in self.noise_refiner:

@@ -33,9 +33,7 @@ class LatentComposer:
         colours, styles, count = len(COLOUR_NAMES), len(STYLE_NAMES), len(subjects())
         index = torch.cartesian_prod(*(torch.arange(n) for n in (colours, styles, count)))
         zero = torch.zeros(len(index), dtype=torch.long)
-        scenes = torch.stack(
-            [zero, index[:, 2], zero - 1, index[:, 0], index[:, 1], zero + 1, zero - 1], dim=1
-        )
+        scenes = torch.stack([zero, index[:, 2], zero - 1, index[:, 0], index[:, 1], zero + 1, zero - 1], dim=1)
         low = CELL * (SIDE // 2 - TILE // 2 - CONTEXT)
         span = slice(low, low + CELL * (TILE + 2 * CONTEXT))
         tiles = self._encode(scenes, (span, span))
@@ -50,9 +48,7 @@ class LatentComposer:
         index = torch.cartesian_prod(colour, torch.arange(len(WORDS)))
         zero = torch.zeros(len(index), dtype=torch.long)
         word_layout = zero + LAYOUTS.index("word")
-        written = torch.stack(
-            [word_layout, zero, zero - 1, index[:, 0], zero, zero + 1, index[:, 1]], dim=1
-        )
+        written = torch.stack([word_layout, zero, zero - 1, index[:, 0], zero, zero + 1, index[:, 1]], dim=1)
         away = torch.tensor([9999, 9999, 0, 0]).expand(len(index), 4)
         written = self._encode(written, everything, away)
         self._written = written.unflatten(0, (colours, len(WORDS)))
@@ -66,9 +62,7 @@ class LatentComposer:
         )
 
     @torch.no_grad()
-    def _encode(
-        self, scenes: Tensor, window: tuple[slice, slice], jitter: Tensor | None = None
-    ) -> Tensor:
+    def _encode(self, scenes: Tensor, window: tuple[slice, slice], jitter: Tensor | None = None) -> Tensor:
         """Render, cut the window out and encode."""
         jitter = torch.zeros(len(scenes), 4, dtype=torch.long) if jitter is None else jitter
         parts = []

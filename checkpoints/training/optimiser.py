@@ -35,9 +35,7 @@ class Muon:
         for parameter in parameters:
             groups[parameter.shape].append(parameter)
         self._groups = list(groups.values())
-        self._momenta = [
-            torch.stack([torch.zeros_like(p).flatten(1) for p in g]) for g in self._groups
-        ]
+        self._momenta = [torch.stack([torch.zeros_like(p).flatten(1) for p in g]) for g in self._groups]
         self.lr, self.decay = lr, decay
 
     @torch.no_grad()
@@ -72,9 +70,7 @@ class Optimiser:
         self._lr = lr
         self._muon = Muon(hidden, muon_lr) if hidden else None
         fused = other[0].is_cuda
-        self._adam = torch.optim.AdamW(
-            other, lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=fused
-        )
+        self._adam = torch.optim.AdamW(other, lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=fused)
 
     def step(self, scale: float) -> None:
         """Clip, step both at ``scale`` times their rates, and clear the gradients."""

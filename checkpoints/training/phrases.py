@@ -6,7 +6,7 @@ patterns of ``UNSEEN`` are never trained on; the judge uses them to see whether 
 learned the language rather than the templates.
 """
 
-# ruff: noqa: E501 (a Chinese character counts as two columns)
+
 
 from __future__ import annotations
 

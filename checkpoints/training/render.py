@@ -47,9 +47,7 @@ class Renderer:
         side = self._sizes[layout, size]
         side = side if zoom is None else side * zoom
         canvas = self._colours[colour][:, :, None, None].expand(-1, -1, CANVAS, CANVAS)
-        canvas = self._paste(
-            canvas, self._sprites[style * self._per_style + a], centres[:, 0], side
-        )
+        canvas = self._paste(canvas, self._sprites[style * self._per_style + a], centres[:, 0], side)
         has_b = (b >= 0).nonzero().squeeze(1)
         if len(has_b):
             sprites = self._sprites[style[has_b] * self._per_style + b[has_b]]
@@ -92,6 +90,4 @@ def random_crop(images: Tensor, side: int) -> Tensor:
     span = torch.arange(side, device=images.device)
     rows, columns = top[:, None] + span, left[:, None] + span
     index = torch.arange(batch, device=images.device)[:, None, None]
-    return images.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(
-        0, 3, 1, 2
-    )
+    return images.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

@@ -65,9 +65,7 @@ def all_subjects() -> tuple[Subject, ...]:
     for line in Path(__file__).with_name("subjects.tsv").read_text("utf-8").splitlines():
         if line and not line.startswith("#"):
             code, english, chinese, measure = line.split("\t")
-            rows.append(
-                Subject(code, tuple(english.split(";")), tuple(chinese.split(";")), measure)
-            )
+            rows.append(Subject(code, tuple(english.split(";")), tuple(chinese.split(";")), measure))
     return tuple(rows)
 
 
@@ -115,9 +113,7 @@ def scene_held_out(scene: Scene, every: bool = False) -> bool:
     """Tell whether any (or, with ``every``, each) subject's combination is held out."""
     drawn = [scene.a] + ([scene.b] if scene.b >= 0 else [])
     places = PLACES[scene.layout_name]
-    found = [
-        is_held_out(s, scene.colour, scene.style, p) for s, p in zip(drawn, places, strict=True)
-    ]
+    found = [is_held_out(s, scene.colour, scene.style, p) for s, p in zip(drawn, places, strict=True)]
     return all(found) if every else any(found)
 
 

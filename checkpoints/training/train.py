@@ -240,9 +240,7 @@ class Trainer:
         """Write the average (what ships) as bf16 and the live weights to go on from."""
         average.swap()
         modules = {"text_encoder": self.encoder, "transformer": self.transformer}
-        shipped = {
-            n: {k: v.bfloat16() for k, v in m.state_dict().items()} for n, m in modules.items()
-        }
+        shipped = {n: {k: v.bfloat16() for k, v in m.state_dict().items()} for n, m in modules.items()}
         self.sample_sheet(self.args.work / "samples.png")
         average.swap()
         live = {n: m.state_dict() for n, m in modules.items()} | {"heads": self.heads.state_dict()}

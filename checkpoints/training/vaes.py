@@ -79,9 +79,7 @@ class Trainer:
     def images(self, batch: int, crop: int | None) -> Tensor:
         """Return fresh pictures, or windows of them, fp32 in [−1, 1]."""
         images = recolour(self.renderer.compose(*random_scenes(batch, self.device)).float())
-        return (random_crop(images, crop) if crop else images).contiguous(
-            memory_format=torch.channels_last
-        )
+        return (random_crop(images, crop) if crop else images).contiguous(memory_format=torch.channels_last)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
@@ -158,9 +156,7 @@ class Trainer:
 
         return self.run(step, seconds, "decoders")
 
-    def run(
-        self, step: Callable[[float], Tensor], seconds: float, name: str
-    ) -> list[dict[str, float]]:
+    def run(self, step: Callable[[float], Tensor], seconds: float, name: str) -> list[dict[str, float]]:
         """Call ``step`` with the schedule's factor until the time is up; return the loss curve."""
         curve, start, count = [], time.time(), 0
         while (elapsed := time.time() - start) < seconds:
@@ -214,9 +210,7 @@ class Trainer:
         self.tiny.load_state_dict(state["tiny"])
         if "full" in state:
             self.full.load_state_dict(state["full"])
-        self.full.register_to_config(
-            scaling_factor=state["scaling_factor"], shift_factor=state["shift_factor"]
-        )
+        self.full.register_to_config(scaling_factor=state["scaling_factor"], shift_factor=state["shift_factor"])
         return state
 
 
