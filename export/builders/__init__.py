@@ -1,0 +1,1 @@
+"""What each backend needs beyond the ONNX graphs; one file per backend."""

@@ -1,0 +1,214 @@
+"""Makes a bundle: plans the modules, writes weights and graphs, measures parity, puts the folder in place at once."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import onnx_ir as ir
+
+from zimage_rt.manifest import (
+    FileEntry,
+    Manifest,
+    ModuleSpec,
+    PipelineSpec,
+    hash_file,
+    write_manifest,
+)
+
+from . import weights
+from .builders import onnxruntime as builder
+from .checkpoint import Checkpoint, open_checkpoint
+from .errors import ExportError
+from .modeling.transformer import SEQUENCE_MULTIPLE, TransformerConfig
+from .modules import ModulePlan, plan_modules
+from .parity import ReferenceCache, measure
+from .precision import PRECISIONS
+from .recipe import ExportRecipe
+from .tokenizer import chat_template, tokenizer_file
+from .trace import trace
+
+# (what is being done, module, bytes done so far, bytes in all)
+Progress = Callable[[str, str, int, int], None]
+
+
+def export(recipe: ExportRecipe, progress: Progress = lambda *_: None) -> Manifest:
+    """Export a bundle to `recipe.out`.
+
+    Killed at any point, it leaves what was there before: everything is written to a folder beside it, which takes
+    the bundle's name in the end.
+
+    Raises:
+        ExportError: with what was wrong; the folder that was there is untouched.
+    """
+    checkpoint = open_checkpoint(recipe.checkpoint, recipe.parts)
+    vaes = recipe.vae
+    if vaes is None:
+        found = {"tiny": checkpoint.tiny_vae, "full": checkpoint.vae}
+        vaes = tuple(kind for kind, component in found.items() if component is not None)
+    plans = plan_modules(checkpoint, PRECISIONS[recipe.precision], vaes)
+    tokenizer = tokenizer_file(checkpoint.tokenizer)
+    pipeline = _pipeline(checkpoint, recipe)
+    with _replacing(recipe.out) as folder:
+        references = ReferenceCache()
+        modules = {plan.name: _module(plan, folder, recipe, references, progress) for plan in plans}
+        shutil.copyfile(tokenizer, folder / "tokenizer.json")
+        names = sorted(path.name for path in folder.iterdir())
+        files: dict[str, FileEntry] = {}
+        for i, name in enumerate(names):
+            progress("hash", name, i, len(names))
+            files[name] = hash_file(folder / name)
+        manifest = Manifest(
+            name=recipe.name,
+            precision=recipe.precision,
+            producer={
+                package: importlib.metadata.version(package)
+                for package in ("zimage-rt", "torch", "onnx", "onnxscript", "onnxruntime")
+            },
+            source=_source(checkpoint),
+            pipeline=pipeline,
+            shapes=recipe.shapes,
+            tokenizer="tokenizer.json",
+            modules=modules,
+            files=files,
+        )
+        write_manifest(manifest, folder)
+    return manifest
+
+
+def _pipeline(checkpoint: Checkpoint, recipe: ExportRecipe) -> PipelineSpec:
+    config = TransformerConfig.from_dict(checkpoint.transformer.config)
+    vae = checkpoint.vae or checkpoint.tiny_vae
+    factor = 8 if vae is None else 2 ** (len(vae.config["block_out_channels"]) - 1)
+    prefix, suffix = chat_template(checkpoint.tokenizer)
+    return PipelineSpec(
+        latent_channels=config.in_channels,
+        vae_scale_factor=factor,
+        sequence_multiple=SEQUENCE_MULTIPLE,
+        size_multiple=factor * config.patch_size,
+        shift=float(checkpoint.scheduler.get("shift", 3.0)),
+        prompt_prefix=prefix,
+        prompt_suffix=suffix,
+        num_inference_steps=recipe.num_inference_steps,
+        guidance_scale=recipe.guidance_scale,
+    )
+
+
+def _source(checkpoint: Checkpoint) -> dict[str, object]:
+    """What the weights were made of; paths inside the checkpoint only, so that no machine's folders are told."""
+    components = (
+        checkpoint.transformer,
+        checkpoint.text_encoder,
+        checkpoint.vae,
+        checkpoint.tiny_vae,
+    )
+    files = sorted({file for component in components if component for file in component.files})
+    root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+
+    def name(file: Path) -> str:
+        return file.relative_to(root).as_posix() if file.is_relative_to(root) else file.name
+
+    return {
+        "format": checkpoint.format,
+        "files": {name(file): dataclasses.asdict(hash_file(file)) for file in files},
+    }
+
+
+def _module(
+    plan: ModulePlan,
+    folder: Path,
+    recipe: ExportRecipe,
+    references: ReferenceCache,
+    progress: Progress,
+) -> ModuleSpec:
+    graph, weight_file = f"{plan.name}.onnx", f"{plan.name}.safetensors"
+    module = plan.meta_module()
+    total = sum(tensor.nbytes for tensor in module.state_dict().values())
+    done = 0
+
+    def advance(size: int) -> None:
+        nonlocal done
+        done += size
+        progress("write", plan.name, done, total)
+
+    stored = weights.write(module, plan.component, folder / weight_file, advance)
+    progress("trace", plan.name, total, total)
+    model = trace(module, plan.inputs, plan.outputs, plan.multiples)
+    weights.attach(model, weight_file, folder, stored)
+    builder.simplify(model, plan)
+    try:
+        ir.save(model, folder / graph)
+    except OSError as error:
+        raise weights.disk_error(error, folder / graph) from error
+    parity = None
+    if recipe.parity:
+        progress("parity", plan.name, total, total)
+        parity = measure(plan, folder / graph, *references.get(plan))
+    return ModuleSpec(
+        inputs=plan.inputs,
+        outputs=plan.outputs,
+        precision=plan.precision.name,
+        graph=graph,
+        weights=weight_file,
+        config=dict(plan.config),
+        parity=parity,
+    )
+
+
+def _sync(folder: Path) -> None:
+    """Make sure that a folder and the files in it are on the disk."""
+    for path in (*folder.iterdir(), folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _remove_stale(out: Path) -> None:
+    """Remove what killed exports left beside `out`; put back an old bundle that was caught between two renames."""
+    for path in out.parent.glob(f".{out.name}.old-*"):
+        if out.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.rename(out)
+    for path in out.parent.glob(f".{out.name}.new-*"):
+        process = path.name.rpartition("new-")[2].partition("-")[0]
+        if not (process.isdigit() and Path(f"/proc/{process}").exists()):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _replacing(out: Path) -> Iterator[Path]:
+    """A new folder beside `out` that replaces it when the block ends well, and vanishes when it does not."""
+    out = out.absolute()
+    if out.exists() and not (out / "manifest.json").is_file() and any(out.iterdir()):
+        raise ExportError(f"{out} exists and is not a bundle; it is left alone: choose another --out")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(out)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.new-{os.getpid()}-", dir=out.parent))
+        folder.chmod(0o755)
+    except OSError as error:
+        raise ExportError(f"{out} cannot be written: {error}") from error
+    try:
+        yield folder
+        _sync(folder)
+        if out.exists():
+            old = out.parent / f".{out.name}.old-{os.getpid()}"
+            out.rename(old)
+            folder.rename(out)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            folder.rename(out)
+        _sync(out)
+    except OSError as error:
+        raise weights.disk_error(error, folder / "x") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,139 @@
+"""`zimage-export`: the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from zimage_rt.errors import ZImageError
+from zimage_rt.manifest import Manifest
+
+from .recipe import ExportRecipe, read_recipe
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def _recipe(
+    recipe: Path | None,
+    checkpoint: Path | None,
+    out: Path | None,
+    precision: str | None,
+    vae: list[str] | None,
+    skip_parity: bool,
+) -> ExportRecipe:
+    if recipe is not None:
+        base = read_recipe(recipe)
+        if checkpoint is not None:
+            base = dataclasses.replace(base, checkpoint=checkpoint)
+        if out is not None:
+            base = dataclasses.replace(base, out=out)
+    elif checkpoint is not None and out is not None:
+        base = ExportRecipe(checkpoint, out, out.name)
+    else:
+        raise typer.BadParameter("give a recipe, or both --checkpoint and --out")
+    if precision is not None:
+        base = dataclasses.replace(base, precision=precision)
+    if vae:
+        base = dataclasses.replace(base, vae=tuple(vae))
+    return dataclasses.replace(base, parity=False) if skip_parity else base
+
+
+def _summary(manifest: Manifest, out: Path) -> dict[str, object]:
+    return {
+        "bundle": str(out),
+        "bundle_id": manifest.bundle_id,
+        "name": manifest.name,
+        "precision": manifest.precision,
+        "bytes": sum(entry.size for entry in manifest.files.values()),
+        "modules": {
+            name: {
+                "precision": module.precision,
+                "bytes": manifest.files[module.weights].size,
+                "relative_error": max(case.relative_error for case in module.parity.cases) if module.parity else None,
+            }
+            for name, module in manifest.modules.items()
+        },
+    }
+
+
+@app.command()
+def export_command(
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe (*.toml).")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="A diffusers folder or a single .safetensors file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The bundle's folder.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16.")] = None,
+    vae: Annotated[list[str] | None, typer.Option(help="tiny, full; may be repeated.")] = None,
+    skip_parity: Annotated[bool, typer.Option("--skip-parity", help="Do not compare with the reference.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")] = False,
+) -> None:
+    """Turn a Z-Image checkpoint into a bundle for zimage_rt."""
+    from .bundle import export  # torch loads here, not for --help
+
+    chosen = _recipe(recipe, checkpoint, out, precision, vae, skip_parity)
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, disable=as_json, transient=True) as bars:
+        task = bars.add_task("reading the checkpoint", total=None)
+
+        def progress(step: str, module: str, done: int, total: int) -> None:
+            bars.update(task, description=f"{module}: {step}", completed=done, total=total)
+
+        manifest = export(chosen, progress)
+    summary = _summary(manifest, chosen.out)
+    if as_json:
+        print(json.dumps(summary))
+        return
+    for name, module in manifest.modules.items():
+        size = manifest.files[module.weights].size / 1e6
+        error = (
+            f"relative error {max(c.relative_error for c in module.parity.cases):.1e}"
+            if module.parity
+            else "parity skipped"
+        )
+        console.print(f"{name:<18} {module.precision}  {size:9.1f} MB  {error}")
+    console.print(f"{chosen.out}  bundle {manifest.bundle_id}")
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 done, 1 the export failed, 2 wrong usage or recipe, 130 interrupted."""
+    from .errors import RecipeError
+
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as error:
+        sys.exit(error.exit_code)
+    except RecipeError as error:
+        _fail(error, 2)
+    except ZImageError as error:
+        _fail(error, 1)
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+    except Exception as error:
+        show = getattr(error, "show", None)  # click's usage errors know how to print themselves
+        if show is None:
+            raise
+        show()
+        sys.exit(getattr(error, "exit_code", 2))
+
+
+def _fail(error: ZImageError, code: int) -> None:
+    if "--json" in sys.argv:
+        print(json.dumps({"error": type(error).__name__, "message": str(error)}))
+    print(f"zimage-export: {error}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

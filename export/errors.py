@@ -1,0 +1,29 @@
+"""The errors the exporter raises on purpose."""
+
+from __future__ import annotations
+
+from zimage_rt.errors import ZImageError
+
+
+class ExportError(ZImageError):
+    """Base of every error of the exporter; nothing was written where the bundle should be."""
+
+
+class RecipeError(ExportError):
+    """The recipe or the command line asks for something unknown or impossible."""
+
+
+class CheckpointError(ExportError):
+    """The checkpoint is missing, damaged, or not a Z-Image checkpoint."""
+
+
+class TensorError(CheckpointError):
+    """A tensor of the checkpoint is missing, wrongly shaped, or does not fit the bundle's precision."""
+
+
+class ParityError(ExportError):
+    """An exported module does not compute what its reference computes."""
+
+
+class DiskFullError(ExportError):
+    """The disk under the bundle is full."""

@@ -1,0 +1,174 @@
+"""The modules a bundle can have: how each is built from the checkpoint and what its border looks like."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from zimage_rt.manifest import TensorSpec
+
+from .checkpoint import Checkpoint, Component
+from .errors import RecipeError
+from .modeling.text_encoder import TextEncoder, TextEncoderConfig
+from .modeling.transformer import (
+    SEQUENCE_MULTIPLE,
+    ContextRefiner,
+    Transformer,
+    TransformerConfig,
+)
+from .modeling.vae import FullVAEDecoder, FullVAEEncoder, TinyVAEDecoder, TinyVAEEncoder
+from .precision import FP16, FP32, Precision
+
+
+@dataclasses.dataclass(frozen=True)
+class ModulePlan:
+    """One module to export.
+
+    Attributes:
+        name: as in the manifest.
+        component: where its weights come from.
+        precision: may differ from the recipe's (the full VAE stays fp32 in an fp16 bundle).
+        build: makes the torch module on the current default device.
+        inputs, outputs: its border.
+        multiples: what its free sizes must be multiples of.
+        config: architecture numbers for the manifest.
+    """
+
+    name: str
+    component: Component
+    precision: Precision
+    build: Callable[[], nn.Module]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    multiples: Mapping[str, int]
+    config: Mapping[str, Any]
+
+    def meta_module(self) -> nn.Module:
+        """The module without values: shapes and dtypes only."""
+        with torch.device("meta"):
+            return self.build()
+
+
+def layout_config(precision: Precision) -> dict[str, Any]:
+    """How weights are laid out and scaled: what a backend that runs no ONNX graph must know."""
+    return {
+        "weight_layout": "in_out",
+        "compute": str(precision.compute).removeprefix("torch."),
+        "attention_scale": precision.attention_scale,
+        "gate_scale": precision.gate_scale,
+        "up_scale": precision.up_scale,
+    }
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Architecture numbers alone: no `_class_name` and the like."""
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+def plan_modules(checkpoint: Checkpoint, precision: Precision, vaes: tuple[str, ...]) -> list[ModulePlan]:
+    """What to export, in the order that an image is made.
+
+    Raises:
+        RecipeError: `vaes` names one that the checkpoint does not have.
+    """
+    transformer = TransformerConfig.from_dict(checkpoint.transformer.config)
+    encoder = TextEncoderConfig.from_dict(checkpoint.text_encoder.config)
+    latents = TensorSpec(
+        "latents",
+        "float32",
+        ("batch", transformer.in_channels, "latent_height", "latent_width"),
+    )
+    image = TensorSpec("image", "float32", ("batch", 3, "height", "width"))
+    embeds = TensorSpec("prompt_embeds", "float32", ("batch", "prompt_tokens", transformer.cap_feat_dim))
+    context = TensorSpec("context", "float32", ("batch", "context_tokens", transformer.dim))
+    layout = layout_config(precision)
+    text = {**dataclasses.asdict(encoder), **layout}
+    image_model = {
+        **dataclasses.asdict(transformer),
+        "hidden_dim": transformer.hidden_dim,
+        "rope_layout": "half_split",
+        **layout,
+    }
+    plans = [
+        ModulePlan(
+            "text_encoder",
+            checkpoint.text_encoder,
+            precision,
+            lambda: TextEncoder(encoder, precision),
+            (TensorSpec("input_ids", "int64", ("batch", "prompt_tokens")),),
+            (embeds,),
+            {},
+            text,
+        ),
+        ModulePlan(
+            "context_refiner",
+            checkpoint.transformer,
+            precision,
+            lambda: ContextRefiner(transformer, precision),
+            (embeds,),
+            (context,),
+            {},
+            image_model,
+        ),
+        ModulePlan(
+            "transformer",
+            checkpoint.transformer,
+            precision,
+            lambda: Transformer(transformer, precision),
+            (latents, TensorSpec("timestep", "float32", ("batch",)), context),
+            (TensorSpec("noise_pred", "float32", latents.dims),),
+            {
+                "latent_height": transformer.patch_size,
+                "latent_width": transformer.patch_size,
+                "context_tokens": SEQUENCE_MULTIPLE,
+            },
+            image_model,
+        ),
+    ]
+    for kind in vaes:
+        component = checkpoint.tiny_vae if kind == "tiny" else checkpoint.vae
+        if component is None:
+            raise RecipeError(
+                f"the recipe asks for the {kind} VAE, but {checkpoint.path} has none; "
+                f"take it out of `vae`, or name a folder for {'tiny_vae' if kind == 'tiny' else 'vae'}"
+            )
+        plans += _plan_vae(kind, component, precision, latents, image)
+    return plans
+
+
+def _plan_vae(
+    kind: str, component: Component, precision: Precision, latents: TensorSpec, image: TensorSpec
+) -> list[ModulePlan]:
+    if kind == "full" and precision is FP16:
+        # The full VAE's activations overflow fp16 (FACTS: white or black frames); it runs once an image.
+        precision = FP32
+    decoder, encoder = (TinyVAEDecoder, TinyVAEEncoder) if kind == "tiny" else (FullVAEDecoder, FullVAEEncoder)
+    config = component.config
+    settings = {**_plain(config), **layout_config(precision)}
+    factor = 2 ** (len(config["block_out_channels"]) - 1)
+    return [
+        ModulePlan(
+            f"{kind}_vae_decoder",
+            component,
+            precision,
+            lambda: decoder(config, precision),
+            (latents,),
+            (image,),
+            {},
+            settings,
+        ),
+        ModulePlan(
+            f"{kind}_vae_encoder",
+            component,
+            precision,
+            lambda: encoder(config, precision),
+            (image,),
+            (latents,),
+            {"height": factor, "width": factor},
+            settings,
+        ),
+    ]

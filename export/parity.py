@@ -1,0 +1,194 @@
+"""Is every exported module what its reference computes? Measured on ONNX Runtime against diffusers and transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from zimage_rt.manifest import Parity, ParityCase, TensorSpec
+
+from .checkpoint import Component, float_tensors
+from .errors import ParityError
+from .modules import ModulePlan
+
+# Relative error, ||out - reference|| / ||reference||, that a module may have in each precision.
+TOLERANCES = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2}
+
+Reference = Callable[..., Tensor]
+
+# Shapes that catch baked-in sizes: odd aspect ratios, image rows that do and do not need padding, prompts around a multiple of 32.
+_PROMPTS = (
+    {"batch": 1, "prompt_tokens": 1},
+    {"batch": 2, "prompt_tokens": 31},
+    {"batch": 1, "prompt_tokens": 32},
+    {"batch": 1, "prompt_tokens": 33},
+)
+_LATENTS = (
+    {"batch": 1, "latent_height": 32, "latent_width": 32},
+    {"batch": 2, "latent_height": 12, "latent_width": 20},
+    {"batch": 1, "latent_height": 26, "latent_width": 140},
+)
+CASES: Mapping[str, tuple[Mapping[str, int], ...]] = {
+    "text_encoder": _PROMPTS,
+    "context_refiner": _PROMPTS,
+    "transformer": tuple({**case, "context_tokens": 32 * (i + 1)} for i, case in enumerate(_LATENTS)),
+    "decoder": _LATENTS[:1] + _LATENTS[2:],
+    "encoder": (
+        {"batch": 2, "height": 64, "width": 96},
+        {"batch": 1, "height": 208, "width": 1120},
+    ),
+}
+
+
+def load_reference(component: Component) -> nn.Module:
+    """The component in its reference implementation, fp32 on the CPU."""
+    config = {key: value for key, value in component.config.items() if not key.startswith("_")}
+    with torch.device("meta"):
+        if component.name == "text_encoder":
+            from transformers import Qwen3Config, Qwen3Model
+
+            model: nn.Module = Qwen3Model(Qwen3Config(**config))
+        else:
+            import diffusers
+
+            model = {
+                "transformer": diffusers.ZImageTransformer2DModel,
+                "vae": diffusers.AutoencoderKL,
+                "tiny_vae": diffusers.AutoencoderTiny,
+            }[component.name].from_config(config)
+    tensors = float_tensors(component, torch.float32)
+    missing, _ = model.load_state_dict(tensors, strict=False, assign=True)
+    for name in missing:
+        raise ParityError(f"{component.name}: the reference implementation needs {name!r} too")
+    if component.name == "text_encoder":
+        from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+
+        model.rotary_emb = Qwen3RotaryEmbedding(model.config)  # its buffers are not in the file
+    return model.eval()
+
+
+def _context(model: nn.Module, prompt_embeds: Tensor) -> Tensor:
+    """The part of ZImageTransformer2DModel.forward that `context_refiner` covers."""
+    out = []
+    for sample in prompt_embeds:
+        padded, ids, mask, _, _ = model._pad_with_ids(
+            sample, (-(-len(sample) // 32) * 32, 1, 1), (1, 0, 0), sample.device
+        )
+        x, freqs, mask, _, _ = model._prepare_sequence(
+            [model.cap_embedder(padded)], [ids], [mask], model.cap_pad_token, None, sample.device
+        )
+        for layer in model.context_refiner:
+            x = layer(x, mask, freqs)
+        out.append(x)
+    return torch.cat(out)
+
+
+class _Passed(nn.Module):
+    """Stands in for the caption embedder: the context is given and passes through untouched."""
+
+    def forward(self, x: Tensor, *_: object) -> Tensor:
+        return x
+
+
+def reference_function(name: str, model: nn.Module) -> Reference:
+    """What the named module must compute, in terms of its reference model."""
+    if name == "text_encoder":
+        return lambda ids: model(input_ids=ids, output_hidden_states=True).hidden_states[-2]
+    if name == "context_refiner":
+        return lambda embeds: _context(model, embeds)
+    if name == "transformer":
+
+        def noise_pred(latents: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+            embedder, refiner = model.cap_embedder, model.context_refiner
+            model.cap_embedder, model.context_refiner = _Passed(), nn.ModuleList()
+            try:
+                out = model(list(latents.unsqueeze(2)), timestep, list(context)).sample
+            finally:
+                model.cap_embedder, model.context_refiner = embedder, refiner
+            return -torch.stack(list(out)).squeeze(2)
+
+        return noise_pred
+    scaling = model.config.get("scaling_factor") or 1.0
+    shift = model.config.get("shift_factor") or 0.0
+    if name.endswith("decoder"):
+        return lambda latents: model.decode(latents / scaling + shift).sample
+    if name.startswith("full"):
+        return lambda image: (model.encode(image).latent_dist.mean - shift) * scaling
+    return lambda image: (model.encode(image).latents - shift) * scaling
+
+
+def sample(spec: TensorSpec, sizes: Mapping[str, int], vocabulary: int, seed: int) -> np.ndarray:
+    """An input for a parity run."""
+    shape = [sizes[dim] if isinstance(dim, str) else dim for dim in spec.dims]
+    random = np.random.default_rng(seed)
+    if spec.dtype == "int64":
+        return random.integers(0, vocabulary, shape)
+    if spec.name == "timestep":
+        return random.uniform(0, 1, shape).astype(np.float32)
+    if spec.name == "image":
+        return random.uniform(-1, 1, shape).astype(np.float32)
+    return random.standard_normal(shape, dtype=np.float32)
+
+
+def session(graph: Path) -> onnxruntime.InferenceSession:
+    """ONNX Runtime on the CPU, as the bundle's default backend runs it."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
+def measure(plan: ModulePlan, graph: Path, reference: Reference, reference_name: str) -> Parity:
+    """Compare one exported module with its reference at several shapes.
+
+    Raises:
+        ParityError: outside the tolerance; the message has the numbers.
+    """
+    tolerance = TOLERANCES[plan.precision.name]
+    run = session(graph)
+    kind = plan.name if plan.name in CASES else plan.name.rpartition("_")[2]
+    cases = []
+    for seed, sizes in enumerate(CASES[kind]):
+        vocabulary = int(plan.config.get("vocab_size", 1))
+        arrays = {spec.name: sample(spec, sizes, vocabulary, seed) for spec in plan.inputs}
+        with torch.no_grad():
+            wanted = reference(*(torch.from_numpy(array) for array in arrays.values())).numpy()
+        got = run.run(None, arrays)[0]
+        if got.shape != wanted.shape:
+            raise ParityError(f"{plan.name} at {dict(sizes)}: shape {got.shape}, the reference has {wanted.shape}")
+        difference = got.astype(np.float64) - wanted
+        error = float(np.linalg.norm(difference) / np.linalg.norm(wanted.astype(np.float64)))
+        peak = float(np.abs(difference).max())
+        if not error <= tolerance:  # also where it is NaN
+            raise ParityError(
+                f"{plan.name} at {dict(sizes)}: relative error {error:.3g}, largest {peak:.3g}; "
+                f"tolerated in {plan.precision.name}: {tolerance:g} (reference: {reference_name})"
+            )
+        cases.append(ParityCase(dict(sizes), error, peak))
+    runtime = f"onnxruntime {onnxruntime.__version__} CPUExecutionProvider"
+    return Parity(reference_name, runtime, tolerance, tuple(cases))
+
+
+@dataclasses.dataclass
+class ReferenceCache:
+    """Holds one reference model at a time; modules of the same component come one after the other."""
+
+    component: Component | None = None
+    model: nn.Module | None = None
+
+    def get(self, plan: ModulePlan) -> tuple[Reference, str]:
+        """The reference of a module and its name with version."""
+        if self.model is None or self.component is not plan.component:
+            self.model = None
+            gc.collect()
+            self.model, self.component = load_reference(plan.component), plan.component
+        library = "transformers" if plan.component.name == "text_encoder" else "diffusers"
+        version = __import__(library).__version__
+        name = f"{library} {version} {type(self.model).__name__}, fp32"
+        return reference_function(plan.name, self.model), name

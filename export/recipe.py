@@ -1,0 +1,137 @@
+"""`ExportRecipe`: all that decides what a bundle is, from a TOML file and the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from zimage_rt.errors import ManifestError
+from zimage_rt.manifest import ShapeRange, ShapeRanges
+
+from .checkpoint import PARTS
+from .errors import RecipeError
+from .precision import PRECISIONS
+
+VAES = ("tiny", "full")
+DEFAULT_SHAPES = ShapeRanges(
+    batch=ShapeRange(1, 1, 8),
+    height=ShapeRange(64, 1024, 2048, 16),
+    width=ShapeRange(64, 1024, 2048, 16),
+    prompt_tokens=ShapeRange(1, 64, 512),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportRecipe:
+    """What to export.
+
+    Attributes:
+        checkpoint: a diffusers folder or a single `.safetensors` file.
+        out: the bundle's folder.
+        name: what the manifest calls it.
+        precision: `fp32`, `fp16` or `bf16`.
+        vae: which autoencoders, of `tiny` and `full`; None means those that the checkpoint has.
+        parts: other places for single parts of the checkpoint.
+        shapes: the sizes the bundle is to serve.
+        num_inference_steps, guidance_scale: what a request gets if it does not say.
+        parity: whether to compare every module with its reference.
+    """
+
+    checkpoint: Path
+    out: Path
+    name: str
+    precision: str = "fp32"
+    vae: tuple[str, ...] | None = None
+    parts: Mapping[str, Path] = dataclasses.field(default_factory=dict)
+    shapes: ShapeRanges = DEFAULT_SHAPES
+    num_inference_steps: int = 8
+    guidance_scale: float = 0.0
+    parity: bool = True
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise RecipeError(f"precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        for kind in self.vae or ():
+            if kind not in VAES:
+                raise RecipeError(f"vae: expected any of {', '.join(VAES)}, got {kind!r}")
+        for part in self.parts:
+            if part not in PARTS:
+                raise RecipeError(f"parts: expected any of {', '.join(PARTS)}, got {part!r}")
+        if self.num_inference_steps < 1:
+            raise RecipeError(f"num_inference_steps: expected > 0, got {self.num_inference_steps}")
+
+
+def _reject_unknown(table: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+    for key in table:
+        if key not in known:
+            raise RecipeError(f"{where}: unknown key {key!r}; known: {', '.join(known)}")
+
+
+def _typed(table: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
+    value = table[key]
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise RecipeError(f"{where}: {key}: expected {kind.__name__}, got {value!r}")
+    return value
+
+
+def _shapes(table: Mapping[str, Any], where: str) -> ShapeRanges:
+    known = tuple(field.name for field in dataclasses.fields(ShapeRanges))
+    _reject_unknown(table, known, f"{where} [shapes]")
+    ranges = {name: getattr(DEFAULT_SHAPES, name) for name in known}
+    for name, values in table.items():
+        at = f"{where} [shapes.{name}]"
+        if not isinstance(values, dict):
+            raise RecipeError(f"{at}: expected a table of min, opt, max, got {values!r}")
+        _reject_unknown(values, ("min", "opt", "max", "multiple"), at)
+        numbers = {key: _typed(values, key, int, at) for key in values}
+        try:
+            ranges[name] = dataclasses.replace(ranges[name], **numbers)
+        except ManifestError as error:
+            raise RecipeError(f"{at}: {error}") from error
+    return ShapeRanges(**ranges)
+
+
+def read_recipe(path: Path) -> ExportRecipe:
+    """Read a recipe; relative paths start at its own folder.
+
+    Raises:
+        RecipeError: no such file, not TOML, an unknown key or a wrong type.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}") from error
+    where, base = path.name, path.resolve().parent
+    known = tuple(field.name for field in dataclasses.fields(ExportRecipe))
+    _reject_unknown(table, known, where)
+    if "checkpoint" not in table:
+        raise RecipeError(f"{where}: `checkpoint` is missing")
+    values: dict[str, Any] = {
+        key: _typed(table, key, kind, where)
+        for key, kind in (
+            ("name", str),
+            ("precision", str),
+            ("num_inference_steps", int),
+            ("guidance_scale", float),
+            ("parity", bool),
+        )
+        if key in table
+    }
+    values["checkpoint"] = base / _typed(table, "checkpoint", str, where)
+    values["out"] = base / (_typed(table, "out", str, where) if "out" in table else path.stem)
+    values.setdefault("name", path.stem)
+    if "vae" in table:
+        values["vae"] = tuple(_typed(table, "vae", list, where))
+    if "parts" in table:
+        parts = _typed(table, "parts", dict, where)
+        values["parts"] = {key: base / _typed(parts, key, str, f"{where} [parts]") for key in parts}
+    if "shapes" in table:
+        values["shapes"] = _shapes(_typed(table, "shapes", dict, where), where)
+    return ExportRecipe(**values)

@@ -1,0 +1,136 @@
+"""Weight files: one safetensors file a module, written tensor by tensor, and named by the ONNX graph as external data."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import Component
+from .errors import DiskFullError, TensorError
+from .modeling.layers import weight_sources
+
+_DTYPES = {
+    torch.float32: ("F32", ir.DataType.FLOAT),
+    torch.float16: ("F16", ir.DataType.FLOAT16),
+    torch.bfloat16: ("BF16", ir.DataType.BFLOAT16),
+}
+_ALIGNMENT = 4096  # the data starts on a page, so that a mapped file needs no copy
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor lies: `offset` counts from the start of the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def layout(module: nn.Module) -> tuple[bytes, dict[str, StoredTensor]]:
+    """The file's header and where every tensor of the module goes; wider formats first, so that all are aligned."""
+    tensors = {name: tensor for name, tensor, _ in weight_sources(module)}
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    relative, position = {}, 0
+    for name in order:
+        tensor = tensors[name]
+        size = tensor.numel() * tensor.dtype.itemsize
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype][0],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, position + size],
+        }
+        relative[name] = position
+        position += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    start = -(-(8 + len(text)) // _ALIGNMENT) * _ALIGNMENT
+    text = text.ljust(start - 8)
+    stored = {
+        name: StoredTensor(tensors[name].dtype, tuple(tensors[name].shape), start + offset)
+        for name, offset in relative.items()
+    }
+    return len(text).to_bytes(8, "little") + text, stored
+
+
+def write(
+    module: nn.Module,
+    component: Component,
+    path: Path,
+    advance: Callable[[int], None] = lambda size: None,
+) -> dict[str, StoredTensor]:
+    """Write the module's weights; at most one tensor is in memory at a time.
+
+    Args:
+        module: on the meta device; says what is stored and how it is made.
+        component: the checkpoint's tensors.
+        path: the file to make.
+        advance: called with the bytes written after each tensor.
+    """
+    header, stored = layout(module)
+    sources = {name: source for name, _, source in weight_sources(module)}
+    try:
+        with path.open("wb") as file:
+            file.write(header)
+            for name, place in stored.items():
+                source = sources[name]
+                parts = [component.read(part, shape) for part, shape in zip(source.names, source.shapes, strict=True)]
+                tensor = _convert(name, source.assemble(parts), place)
+                file.write(tensor.view(torch.uint8).numpy().data)
+                advance(place.size)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise disk_error(error, path) from error
+    return stored
+
+
+def disk_error(error: OSError, path: Path) -> Exception:
+    """The typed error for a full disk; any other error as it is."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFullError(
+            f"no space left on the disk of {path.parent.parent}; free some or choose another --out "
+            "(the old bundle, if there was one, is untouched)"
+        )
+    return error
+
+
+def _convert(name: str, tensor: Tensor, place: StoredTensor) -> Tensor:
+    if tuple(tensor.shape) != place.shape:
+        raise TensorError(f"{name}: expected shape {place.shape}, got {tuple(tensor.shape)}")
+    result = tensor.to(place.dtype).contiguous()
+    if place.dtype == torch.float16 and not bool(torch.isfinite(result).all()):
+        peak = float(tensor.float().abs().max())
+        raise TensorError(f"{name}: its largest value is {peak:g}, fp16 holds 65504; export with --precision bf16")
+    # A zero-dimensional or empty tensor cannot be viewed as bytes.
+    return result.reshape(-1)
+
+
+def attach(model: ir.Model, file_name: str, folder: Path, stored: Mapping[str, StoredTensor]) -> None:
+    """Point the graph's initialisers at their places in the weight file; constants of the graph stay inside it."""
+    for name, value in list(model.graph.initializers.items()):
+        place = stored.get(name)
+        if place is None:
+            continue
+        value.const_value = ir.ExternalTensor(
+            location=file_name,
+            offset=place.offset,
+            length=place.size,
+            dtype=_DTYPES[place.dtype][1],
+            shape=ir.Shape(place.shape),
+            name=name,
+            base_dir=folder,
+        )
