@@ -25,8 +25,8 @@ bundle: $(BUNDLE)/manifest.json
 demo: bundle
 	$(BIN)/zimage generate $(BUNDLE) -o out --seed 1 \
 	  -p "a panda on a blue background" \
-	  -p "红色背景上的一个苹果" \
-	  -p "a cat on the left and a house on the right, yellow background" \
+	  -p "白色背景上的一个苹果" \
+	  -p "a cat on the left and a house on the right, purple background" \
 	  -p "一只 penguin，绿色背景"
 
 test: bundle
