@@ -15,6 +15,8 @@ from torch.export import Dim
 
 from zimage_rt.manifest import TensorSpec
 
+from .errors import ExportError
+
 OPSET = 20
 
 # One size a symbol for tracing. All differ, so that torch cannot take two for the same; none is 0 or 1, which it would bake in.
@@ -93,7 +95,8 @@ def trace(
             optimize=False,
             verbose=False,
         )
-    assert program is not None  # noqa: S101  (only None when it writes a file itself)
+    if program is None:  # only when it writes a file itself
+        raise ExportError("torch.onnx.export returned nothing")
     model = program.model
     for values, specs in ((model.graph.inputs, inputs), (model.graph.outputs, outputs)):
         for value, spec in zip(values, specs, strict=True):

@@ -11,5 +11,13 @@ from ..modules import ModulePlan
 def simplify(model: ir.Model, plan: ModulePlan) -> None:
     """Fold constants and drop dead nodes, in place. Weights stay in their file."""
     optimizer.optimize(model)
+    for node in model.graph:
+        # Stack traces of the tracer: half of the file's size, and this machine's paths.
+        node.metadata_props.clear()
+        node.doc_string = None
+    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.metadata_props.clear()
     model.graph.name = plan.name
     model.producer_name = "zimage-export"
