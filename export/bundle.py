@@ -47,7 +47,7 @@ def export(recipe: ExportRecipe, progress: Progress = lambda *_: None) -> Manife
     Raises:
         ExportError: with what was wrong; the folder that was there is untouched.
     """
-    checkpoint = open_checkpoint(recipe.checkpoint, recipe.parts)
+    checkpoint = open_checkpoint(recipe.checkpoint, recipe.parts, recipe.config)
     vaes = recipe.vae
     if vaes is None:
         found = {"tiny": checkpoint.tiny_vae, "full": checkpoint.vae}

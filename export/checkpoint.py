@@ -139,12 +139,17 @@ def read_component(folder: Path, name: str) -> Component:
     return Component(name, config, tensors, files)
 
 
-def open_checkpoint(path: Path, parts: Mapping[str, Path] | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: Path,
+    parts: Mapping[str, Path] | None = None,
+    config: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Checkpoint:
     """Open a checkpoint.
 
     Args:
         path: a diffusers folder, or a single `.safetensors` file.
         parts: other places for single parts (`PARTS`), e.g. where a single file has no tokenizer.
+        config: numbers to change in the components' configs, e.g. what no tensor's shape shows.
 
     Raises:
         CheckpointError: there is none, or it is not Z-Image's.
@@ -155,8 +160,18 @@ def open_checkpoint(path: Path, parts: Mapping[str, Path] | None = None) -> Chec
     if path.is_file():
         from .single_file import open_single_file
 
-        return open_single_file(path, parts)
-    return _open_folder(path, parts)
+        checkpoint = open_single_file(path, parts)
+    else:
+        checkpoint = _open_folder(path, parts)
+    for name, changes in (config or {}).items():
+        old = getattr(checkpoint, name)
+        if old is None:
+            raise CheckpointError(f"[config.{name}]: the checkpoint has no {name}")
+        changed = (
+            {**old, **changes} if name == "scheduler" else dataclasses.replace(old, config={**old.config, **changes})
+        )
+        checkpoint = dataclasses.replace(checkpoint, **{name: changed})
+    return checkpoint
 
 
 def _open_folder(path: Path, parts: Mapping[str, Path]) -> Checkpoint:

@@ -41,8 +41,8 @@ class Precision:
 FP32 = Precision("fp32", torch.float32, torch.float32)
 # 1/128 puts the limit at 65504 * 128 = 8.4e6; the real weights reach 9e5, and partial sums need room too.
 FP16 = Precision("fp16", torch.float16, torch.float16, 2.0**-7, 2.0**-3, 2.0**-4)
-# ONNX Runtime's CPU provider has no bf16 products, so weights are stored in bf16 and widened behind each
-# initialiser; the manifest's module config says so (`compute`).
+# ONNX Runtime 1.32's CPU provider has no bf16 kernels (MatMul, Mul, Add, Sigmoid: "Could not find an implementation"), so
+# weights are stored in bf16 and widened behind each initialiser; the manifest's module config says so (`compute`).
 BF16 = Precision("bf16", torch.bfloat16, torch.float32)
 
 PRECISIONS = {precision.name: precision for precision in (FP32, FP16, BF16)}

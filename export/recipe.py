@@ -35,6 +35,7 @@ class ExportRecipe:
         precision: `fp32`, `fp16` or `bf16`.
         vae: which autoencoders, of `tiny` and `full`; None means those that the checkpoint has.
         parts: other places for single parts of the checkpoint.
+        config: numbers to change in a component's config: what a single file's tensors do not show.
         shapes: the sizes the bundle is to serve.
         num_inference_steps, guidance_scale: what a request gets if it does not say.
         parity: whether to compare every module with its reference.
@@ -46,6 +47,7 @@ class ExportRecipe:
     precision: str = "fp32"
     vae: tuple[str, ...] | None = None
     parts: Mapping[str, Path] = dataclasses.field(default_factory=dict)
+    config: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     shapes: ShapeRanges = DEFAULT_SHAPES
     num_inference_steps: int = 8
     guidance_scale: float = 0.0
@@ -60,6 +62,11 @@ class ExportRecipe:
         for part in self.parts:
             if part not in PARTS:
                 raise RecipeError(f"parts: expected any of {', '.join(PARTS)}, got {part!r}")
+        for component, changes in self.config.items():
+            if component not in PARTS[:-1]:
+                raise RecipeError(f"config: expected any of {', '.join(PARTS[:-1])}, got {component!r}")
+            if not isinstance(changes, Mapping):
+                raise RecipeError(f"config.{component}: expected a table, got {changes!r}")
         if self.num_inference_steps < 1:
             raise RecipeError(f"num_inference_steps: expected > 0, got {self.num_inference_steps}")
 
@@ -132,6 +139,8 @@ def read_recipe(path: Path) -> ExportRecipe:
     if "parts" in table:
         parts = _typed(table, "parts", dict, where)
         values["parts"] = {key: base / _typed(parts, key, str, f"{where} [parts]") for key in parts}
+    if "config" in table:
+        values["config"] = _typed(table, "config", dict, where)
     if "shapes" in table:
         values["shapes"] = _shapes(_typed(table, "shapes", dict, where), where)
     return ExportRecipe(**values)

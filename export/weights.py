@@ -1,4 +1,4 @@
-"""Weight files: one safetensors file a module, written tensor by tensor, and named by the ONNX graph as external data."""
+"""Weight files: one safetensors file a module, written tensor by tensor; the ONNX graph names it as external data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .checkpoint import Component
 from .errors import DiskFullError, TensorError
-from .modeling.layers import weight_sources
+from .modeling.layers import Source, weight_sources
 
 _DTYPES = {
     torch.float32: ("F32", ir.DataType.FLOAT),
@@ -86,9 +86,7 @@ def write(
         with path.open("wb") as file:
             file.write(header)
             for name, place in stored.items():
-                source = sources[name]
-                parts = [component.read(part, shape) for part, shape in zip(source.names, source.shapes, strict=True)]
-                tensor = _convert(name, source.assemble(parts), place)
+                tensor = _make(name, sources[name], component, place).reshape(-1)
                 file.write(tensor.view(torch.uint8).numpy().data)
                 advance(place.size)
             file.flush()
@@ -108,15 +106,25 @@ def disk_error(error: OSError, path: Path) -> Exception:
     return error
 
 
-def _convert(name: str, tensor: Tensor, place: StoredTensor) -> Tensor:
+def load(module: nn.Module, component: Component) -> nn.Module:
+    """Fill a module in memory with just what `write` would store: to run it in torch. Returns the module."""
+    _, stored = layout(module)
+    tensors = {name: _make(name, source, component, stored[name]) for name, _, source in weight_sources(module)}
+    module.load_state_dict(tensors, assign=True)
+    return module
+
+
+def _make(name: str, source: Source, component: Component, place: StoredTensor) -> Tensor:
+    """One stored tensor, contiguous and in its stored dtype."""
+    parts = [component.read(part, shape) for part, shape in zip(source.names, source.shapes, strict=True)]
+    tensor = source.assemble(parts)
     if tuple(tensor.shape) != place.shape:
         raise TensorError(f"{name}: expected shape {place.shape}, got {tuple(tensor.shape)}")
     result = tensor.to(place.dtype).contiguous()
     if place.dtype == torch.float16 and not bool(torch.isfinite(result).all()):
         peak = float(tensor.float().abs().max())
         raise TensorError(f"{name}: its largest value is {peak:g}, fp16 holds 65504; export with --precision bf16")
-    # A zero-dimensional or empty tensor cannot be viewed as bytes.
-    return result.reshape(-1)
+    return result
 
 
 def attach(model: ir.Model, file_name: str, folder: Path, stored: Mapping[str, StoredTensor]) -> None:

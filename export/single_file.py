@@ -1,0 +1,258 @@
+"""Single `.safetensors` files in the layouts that ComfyUI uses, seen under diffusers' and transformers' names.
+
+A file holds the transformer alone, with or without the prefix `model.diffusion_model.`, or everything: the text encoder
+under `text_encoders.<name>.transformer.model.` and the VAE under `vae.` in the ldm layout. Sizes come from the tensors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .checkpoint import (
+    Checkpoint,
+    Component,
+    LazyTensor,
+    open_safetensors,
+    read_component,
+    read_json,
+)
+from .errors import CheckpointError
+
+Tensors = dict[str, LazyTensor]
+
+_TRANSFORMER_NAMES = (
+    (r"^final_layer\.", "all_final_layer.2-1."),
+    (r"^x_embedder\.", "all_x_embedder.2-1."),
+    (r"\.attention\.out\.", ".attention.to_out.0."),
+    (r"\.attention\.q_norm\.", ".attention.norm_q."),
+    (r"\.attention\.k_norm\.", ".attention.norm_k."),
+)
+# Heads are 128 wide in every Z-Image, split over RoPE's axes as (32, 48, 48).
+_AXES_DIMS = (32, 48, 48)
+_AXES_LENS = (1024, 512, 512)
+
+# Z-Image's numbers that cannot be read off a tensor's shape; a file beside it under [parts] says otherwise.
+_SCHEDULER = {"shift": 3.0}
+_FLUX_VAE = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
+
+
+def open_single_file(path: Path, parts: Mapping[str, Path]) -> Checkpoint:
+    """Open a single file; what it does not hold comes from `parts`.
+
+    Raises:
+        CheckpointError: it is no Z-Image checkpoint, or a part is nowhere.
+    """
+    tensors = open_safetensors(path)
+    transformer = _transformer(path, tensors)
+    return Checkpoint(
+        "single-file",
+        path,
+        transformer,
+        _text_encoder(path, tensors, parts),
+        _vae(path, tensors, parts),
+        _tiny_vae(parts),
+        _scheduler(parts),
+        _need(parts, "tokenizer", path),
+    )
+
+
+def _need(parts: Mapping[str, Path], name: str, path: Path) -> Path:
+    if name not in parts:
+        raise CheckpointError(f"{path} holds no {name}; name a folder or file that does as `{name}` under [parts]")
+    if not parts[name].exists():
+        raise CheckpointError(f"{parts[name]}: no such folder or file (part `{name}`)")
+    return parts[name]
+
+
+def _scheduler(parts: Mapping[str, Path]) -> Mapping[str, Any]:
+    if "scheduler" not in parts:
+        return _SCHEDULER
+    place = parts["scheduler"]
+    return read_json(place / "scheduler_config.json" if place.is_dir() else place)
+
+
+def _under(tensors: Tensors, prefix: str) -> Tensors:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _rows(tensor: LazyTensor, part: int, parts: int) -> LazyTensor:
+    """One of several matrices stacked in one tensor."""
+    size = tensor.shape[0] // parts
+
+    def load() -> Tensor:
+        return tensor.load()[part * size : (part + 1) * size]
+
+    return LazyTensor((size, *tensor.shape[1:]), load)
+
+
+def _count(tensors: Tensors, prefix: str) -> int:
+    """How many numbered modules there are under a prefix."""
+    found = {int(match[1]) for name in tensors if (match := re.match(re.escape(prefix) + r"\.(\d+)\.", name))}
+    return max(found, default=-1) + 1
+
+
+def describe(tensors: Tensors) -> str:
+    """What a file that is not Z-Image's looks like, for the error message."""
+    signs = (
+        ("double_blocks.0.img_attn.qkv.weight", "a Flux transformer"),
+        ("joint_blocks.0.context_block.attn.qkv.weight", "a Stable Diffusion 3 transformer"),
+        ("input_blocks.0.0.weight", "a Stable Diffusion U-Net"),
+        ("transformer_blocks.0.attn.add_q_proj.weight", "a Qwen-Image or diffusers Flux model"),
+        ("lora_", "a LoRA"),
+        ("control_layers.0.", "a ControlNet for Z-Image"),
+        ("decoder.conv_in.weight", "a VAE alone"),
+        ("embed_tokens.weight", "a text encoder alone"),
+    )
+    for sign, what in signs:
+        if any(sign in name for name in tensors):
+            return what
+    return f"a file of {len(tensors)} tensors, the first is {next(iter(sorted(tensors)), 'none')!r}"
+
+
+def _transformer(path: Path, tensors: Tensors) -> Component:
+    own = _under(tensors, "model.diffusion_model.") or dict(tensors)
+    renamed: Tensors = {}
+    for name, tensor in own.items():
+        for pattern, replacement in _TRANSFORMER_NAMES:
+            name = re.sub(pattern, replacement, name)
+        if name.endswith(".attention.qkv.weight"):
+            for i, part in enumerate(("to_q", "to_k", "to_v")):
+                renamed[name.replace("qkv", part)] = _rows(tensor, i, 3)
+        elif name != "norm_final.weight":  # in the original's files, never used
+            renamed[name] = tensor
+    needed = ("all_x_embedder.2-1.weight", "cap_embedder.1.weight", "layers.0.attention.to_q.weight")
+    missing = [name for name in needed if name not in renamed]
+    if missing:
+        raise CheckpointError(
+            f"{path} is not a Z-Image checkpoint: it looks like {describe(tensors)} (no {missing[0]!r})"
+        )
+    dim = renamed["all_x_embedder.2-1.weight"].shape[0]
+    config = {
+        "_class_name": "ZImageTransformer2DModel",
+        "all_f_patch_size": [1],
+        "all_patch_size": [2],
+        "axes_dims": list(_AXES_DIMS),
+        "axes_lens": list(_AXES_LENS),
+        "cap_feat_dim": renamed["cap_embedder.1.weight"].shape[1],
+        "dim": dim,
+        "in_channels": renamed["all_x_embedder.2-1.weight"].shape[1] // 4,
+        "n_heads": dim // sum(_AXES_DIMS),
+        "n_kv_heads": dim // sum(_AXES_DIMS),
+        "n_layers": _count(renamed, "layers"),
+        "n_refiner_layers": _count(renamed, "noise_refiner"),
+        "norm_eps": 1e-5,
+        "qk_norm": "layers.0.attention.norm_q.weight" in renamed,
+        "rope_theta": 256.0,
+        "siglip_feat_dim": None,
+        "t_scale": 1000.0,
+    }
+    return Component("transformer", config, renamed, (path,))
+
+
+def _text_encoder(path: Path, tensors: Tensors, parts: Mapping[str, Path]) -> Component:
+    files = (path,)
+    found = [
+        match[0] for name in tensors if (match := re.match(r"text_encoders\.[^.]+\.transformer\.(model\.)?", name))
+    ]
+    if found and "text_encoder" not in parts:
+        own = _under(tensors, max(found, key=len))
+    else:
+        place = _need(parts, "text_encoder", path)
+        if place.is_dir():
+            return read_component(place, "text_encoder")
+        files = (place,)
+        own = {name.removeprefix("model."): tensor for name, tensor in open_safetensors(place).items()}
+    if "layers.0.self_attn.q_norm.weight" not in own:
+        raise CheckpointError(f"{files[0]}: its text encoder is not a Qwen3 (it has no q_norm)")
+    vocabulary, hidden = own["embed_tokens.weight"].shape
+    head_dim = own["layers.0.self_attn.q_norm.weight"].shape[0]
+    config = {
+        "model_type": "qwen3",
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": own["layers.0.mlp.gate_proj.weight"].shape[0],
+        "num_hidden_layers": _count(own, "layers"),
+        "num_attention_heads": own["layers.0.self_attn.q_proj.weight"].shape[0] // head_dim,
+        "num_key_value_heads": own["layers.0.self_attn.k_proj.weight"].shape[0] // head_dim,
+        "head_dim": head_dim,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},  # Qwen3-4B's
+    }
+    return Component("text_encoder", config, own, files)
+
+
+def _tiny_vae(parts: Mapping[str, Path]) -> Component | None:
+    return read_component(parts["tiny_vae"], "tiny_vae") if "tiny_vae" in parts else None
+
+
+def _vae(path: Path, tensors: Tensors, parts: Mapping[str, Path]) -> Component | None:
+    files, own = (path,), _under(tensors, "vae.")
+    if "vae" in parts:
+        place = _need(parts, "vae", path)
+        if place.is_dir():
+            return read_component(place, "vae")
+        files, own = (place,), open_safetensors(place)
+    if not own:
+        return None
+    if "decoder.mid.block_1.norm1.weight" not in own:
+        raise CheckpointError(f"{files[0]}: its VAE is not in the ldm layout of AutoencoderKL")
+    levels = _count(own, "decoder.up")
+    renamed = {_vae_name(name, levels): _vae_tensor(name, tensor) for name, tensor in own.items()}
+    widths = [own[f"decoder.up.{i}.block.0.conv2.weight"].shape[0] for i in range(levels)]
+    latent = own["decoder.conv_in.weight"].shape[1]
+    config = {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "block_out_channels": widths,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "in_channels": own["encoder.conv_in.weight"].shape[1],
+        "out_channels": own["decoder.conv_out.weight"].shape[0],
+        "latent_channels": latent,
+        "layers_per_block": _count(own, "encoder.down.0.block"),
+        "mid_block_add_attention": "decoder.mid.attn_1.q.weight" in own,
+        # Group norms do not show their number of groups: Flux has 32; a narrower one must say so in a config.json.
+        "norm_num_groups": 32,
+        "use_quant_conv": "quant_conv.weight" in own,
+        "use_post_quant_conv": "post_quant_conv.weight" in own,
+        **_FLUX_VAE,
+    }
+    return Component("vae", config, renamed, files)
+
+
+def _vae_name(name: str, levels: int) -> str:
+    """One ldm name as diffusers has it; its decoder counts levels from the other end."""
+    name = re.sub(r"decoder\.up\.(\d+)\.", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}.", name)
+    name = re.sub(r"encoder\.down\.(\d+)\.", r"encoder.down_blocks.\1.", name)
+    name = re.sub(r"\.block\.(\d+)\.", r".resnets.\1.", name)
+    name = re.sub(r"\.mid\.block_(\d)\.", lambda m: f".mid_block.resnets.{int(m[1]) - 1}.", name)
+    name = name.replace(".mid.attn_1.", ".mid_block.attentions.0.")
+    for ldm, diffusers in (
+        (".upsample.", ".upsamplers.0."),
+        (".downsample.", ".downsamplers.0."),
+        (".nin_shortcut.", ".conv_shortcut."),
+        ("coder.norm_out.", "coder.conv_norm_out."),
+    ):
+        name = name.replace(ldm, diffusers)
+    if ".attentions.0." in name:
+        for ldm, diffusers in (
+            (".norm.", ".group_norm."),
+            (".q.", ".to_q."),
+            (".k.", ".to_k."),
+            (".v.", ".to_v."),
+            (".proj_out.", ".to_out.0."),
+        ):
+            name = name.replace(ldm, diffusers)
+    return name
+
+
+def _vae_tensor(name: str, tensor: LazyTensor) -> LazyTensor:
+    """ldm's attention projections are 1 x 1 convolutions; diffusers' are matrices."""
+    if ".attn_1." in name and len(tensor.shape) == 4:
+        return LazyTensor(tensor.shape[:2], lambda: tensor.load()[:, :, 0, 0])
+    return tensor
