@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 from conftest import CHECKPOINT
+from zimage_rt.benchmarks.fidelity import SETTINGS, compare
 from zimage_rt.benchmarks.quality.__main__ import read_prompts
-from zimage_rt.benchmarks.systems.diffusers import DiffusersSystem
-
-import zimage_rt
+from zimage_rt.benchmarks.systems.base import System, load_system
 
 
-def psnr(first: np.ndarray, second: np.ndarray) -> float:
-    error = np.mean((first.astype(np.float64) - second.astype(np.float64)) ** 2)
-    return 10 * np.log10(255.0**2 / max(error, 1e-3))
+@pytest.fixture(scope="module")
+def reference() -> System:
+    return load_system("diffusers", checkpoint=str(CHECKPOINT))
 
 
-@pytest.mark.parametrize(("vae", "guidance_scale", "count"), [("tiny", 0.0, 8), ("full", 0.0, 4), ("tiny", 2.0, 4)])
-def test_fp32_equals_diffusers(engine: zimage_rt.Engine, vae: str, guidance_scale: float, count: int) -> None:
-    prompts = read_prompts(count)
-    captions, seeds = [p["caption"] for p in prompts], [p["seed"] for p in prompts]
-    options = {"vae": vae, "guidance_scale": guidance_scale}
-    expected = DiffusersSystem(str(CHECKPOINT)).generate(captions, seeds, **options)
-    scores = [
-        psnr(engine.generate(caption, seed=seed, **options).images[0], picture)
-        for caption, seed, picture in zip(captions, seeds, expected, strict=True)
-    ]
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_fp32_equals_diffusers(bundle: Path, reference: System, setting: dict[str, Any]) -> None:
+    scores = compare(load_system("zimage_rt", bundle=str(bundle)), reference, read_prompts(5), setting)
     assert np.mean(scores) >= 50, scores

@@ -33,6 +33,7 @@ class System(Protocol):
         num_inference_steps: int = 8,
         guidance_scale: float = 0.0,
         vae: str = "tiny",
+        negative_prompt: str = "",
     ) -> list[np.ndarray]:
         """Return one uint8 [height, width, 3] picture a prompt."""
         ...

@@ -37,6 +37,7 @@ class DiffusersSystem:
         num_inference_steps: int = 8,
         guidance_scale: float = 0.0,
         vae: str = "tiny",
+        negative_prompt: str = "",
     ) -> list[np.ndarray]:
         """Return one uint8 [height, width, 3] picture a prompt.
 
@@ -57,6 +58,7 @@ class DiffusersSystem:
                 width=width,
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
+                negative_prompt=[negative_prompt] * len(prompts[i : i + self._batch]),
                 latents=torch.cat(noise).to(self._device),
                 output_type="latent",
             ).images

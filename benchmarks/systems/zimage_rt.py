@@ -24,6 +24,7 @@ class ZImageRtSystem:
         num_inference_steps: int = 8,
         guidance_scale: float = 0.0,
         vae: str = "tiny",
+        negative_prompt: str = "",
     ) -> list[np.ndarray]:
         """Return one uint8 [height, width, 3] picture a prompt."""
         images: list[np.ndarray] = []
@@ -31,6 +32,7 @@ class ZImageRtSystem:
         for start in range(0, len(prompts), batch):
             result = self.engine.generate(
                 prompts[start : start + batch],
+                negative_prompt,
                 seed=seeds[start : start + batch],
                 height=height,
                 width=width,
