@@ -65,7 +65,7 @@ def test_noise_is_the_seeds(engine: zimage_rt.Engine) -> None:
     assert max_difference(given.images, seeded.images) <= 1
 
 
-@pytest.mark.parametrize(("height", "width"), [(64, 64), (208, 320), (512, 768)])
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (512, 768), (208, 1120), (1024, 1024)])
 def test_other_sizes_run(engine: zimage_rt.Engine, height: int, width: int) -> None:
     image = engine.generate(PROMPTS[1], height=height, width=width, num_inference_steps=2, seed=1).images[0]
     assert image.shape == (height, width, 3)
