@@ -17,6 +17,7 @@ from zimage_rt.manifest import (
     FileEntry,
     Manifest,
     ModuleSpec,
+    Parity,
     PipelineSpec,
     hash_file,
     write_manifest,
@@ -33,6 +34,9 @@ from .precision import PRECISIONS
 from .recipe import ExportRecipe
 from .tokenizer import chat_template, tokenizer_file
 from .trace import trace
+
+# Above this many weights a module and its reference, both fp32, do not fit in a 24 GB machine together.
+WHOLE_PARITY_ELEMENTS = 1_000_000_000
 
 # (what is being done, module, bytes done so far, bytes in all)
 Progress = Callable[[str, str, int, int], None]
@@ -57,7 +61,7 @@ def export(recipe: ExportRecipe, progress: Progress = lambda *_: None) -> Manife
     pipeline = _pipeline(checkpoint, recipe)
     with _replacing(recipe.out) as folder:
         references = ReferenceCache()
-        modules = {plan.name: _module(plan, folder, recipe, references, progress) for plan in plans}
+        modules = {plan.name: _module(plan, checkpoint, folder, recipe, references, progress) for plan in plans}
         shutil.copyfile(tokenizer, folder / "tokenizer.json")
         names = sorted(path.name for path in folder.iterdir())
         files: dict[str, FileEntry] = {}
@@ -122,6 +126,7 @@ def _source(checkpoint: Checkpoint) -> dict[str, object]:
 
 def _module(
     plan: ModulePlan,
+    checkpoint: Checkpoint,
     folder: Path,
     recipe: ExportRecipe,
     references: ReferenceCache,
@@ -139,17 +144,11 @@ def _module(
 
     stored = weights.write(module, plan.component, folder / weight_file, advance)
     progress("trace", plan.name, total, total)
-    model = trace(module, plan.inputs, plan.outputs, plan.multiples)
-    weights.attach(model, weight_file, folder, stored)
-    builder.simplify(model, plan)
-    try:
-        ir.save(model, folder / graph)
-    except OSError as error:
-        raise weights.disk_error(error, folder / graph) from error
+    _write_graph(plan, folder, stored)
     parity = None
     if recipe.parity:
         progress("parity", plan.name, total, total)
-        parity = measure(plan, folder / graph, *references.get(plan))
+        parity = _parity(plan, checkpoint, folder / graph, references)
     return ModuleSpec(
         inputs=plan.inputs,
         outputs=plan.outputs,
@@ -159,6 +158,35 @@ def _module(
         config=dict(plan.config),
         parity=parity,
     )
+
+
+def _write_graph(plan: ModulePlan, folder: Path, stored: dict[str, weights.StoredTensor]) -> Path:
+    """Trace a module whose weights are written already, and write its graph beside them."""
+    model = trace(plan.meta_module(), plan.inputs, plan.outputs, plan.multiples)
+    weights.attach(model, f"{plan.name}.safetensors", folder, stored)
+    builder.simplify(model, plan)
+    path = folder / f"{plan.name}.onnx"
+    try:
+        ir.save(model, path)
+    except OSError as error:
+        raise weights.disk_error(error, path) from error
+    return path
+
+
+def _parity(plan: ModulePlan, checkpoint: Checkpoint, graph: Path, references: ReferenceCache) -> Parity:
+    """Measure a module; one too large for memory is measured on its first layers, exported the same way."""
+    elements = sum(tensor.numel() for tensor in plan.meta_module().state_dict().values())
+    if elements <= WHOLE_PARITY_ELEMENTS:
+        return measure(plan, graph, *references.get(plan))
+    shorter = references.shorter(checkpoint)
+    plans = plan_modules(shorter, plan.precision, ())
+    short = next(other for other in plans if other.name == plan.name)
+    with tempfile.TemporaryDirectory(prefix="parity-", dir=graph.parent) as name:
+        folder = Path(name)
+        module = short.meta_module()
+        stored = weights.write(module, short.component, folder / f"{short.name}.safetensors")
+        path = _write_graph(short, folder, stored)
+        return measure(short, path, *references.get(short))
 
 
 def _sync(folder: Path) -> None:

@@ -167,11 +167,16 @@ def open_checkpoint(
         old = getattr(checkpoint, name)
         if old is None:
             raise CheckpointError(f"[config.{name}]: the checkpoint has no {name}")
-        changed = (
+        changed: Any = (
             {**old, **changes} if name == "scheduler" else dataclasses.replace(old, config={**old.config, **changes})
         )
-        checkpoint = dataclasses.replace(checkpoint, **{name: changed})
+        checkpoint = _with(checkpoint, name, changed)
     return checkpoint
+
+
+def _with(checkpoint: Checkpoint, name: str, value: Any) -> Checkpoint:
+    changes: dict[str, Any] = {name: value}
+    return dataclasses.replace(checkpoint, **changes)
 
 
 def _open_folder(path: Path, parts: Mapping[str, Path]) -> Checkpoint:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 from zimage_rt.manifest import Parity, ParityCase, TensorSpec
 
-from .checkpoint import Component, float_tensors
+from .checkpoint import Checkpoint, Component, float_tensors
 from .errors import ParityError
 from .modules import ModulePlan
 
@@ -23,7 +25,8 @@ TOLERANCES = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2}
 
 Reference = Callable[..., Tensor]
 
-# Shapes that catch baked-in sizes: odd aspect ratios, image rows that do and do not need padding, prompts around a multiple of 32.
+# Shapes that catch baked-in sizes: odd aspect ratios, image rows with and without padding, prompts around a
+# multiple of 32.
 _PROMPTS = (
     {"batch": 1, "prompt_tokens": 1},
     {"batch": 2, "prompt_tokens": 31},
@@ -47,14 +50,14 @@ CASES: Mapping[str, tuple[Mapping[str, int], ...]] = {
 }
 
 
-def load_reference(component: Component) -> nn.Module:
+def load_reference(component: Component) -> Any:
     """The component in its reference implementation, fp32 on the CPU."""
     config = {key: value for key, value in component.config.items() if not key.startswith("_")}
     with torch.device("meta"):
         if component.name == "text_encoder":
             from transformers import Qwen3Config, Qwen3Model
 
-            model: nn.Module = Qwen3Model(Qwen3Config(**config))
+            model: Any = Qwen3Model(Qwen3Config(**config))
         else:
             import diffusers
 
@@ -74,7 +77,7 @@ def load_reference(component: Component) -> nn.Module:
     return model.eval()
 
 
-def _context(model: nn.Module, prompt_embeds: Tensor) -> Tensor:
+def _context(model: Any, prompt_embeds: Tensor) -> Tensor:
     """The part of ZImageTransformer2DModel.forward that `context_refiner` covers."""
     out = []
     for sample in prompt_embeds:
@@ -97,7 +100,7 @@ class _Passed(nn.Module):
         return x
 
 
-def reference_function(name: str, model: nn.Module) -> Reference:
+def reference_function(name: str, model: Any) -> Reference:
     """What the named module must compute, in terms of its reference model."""
     if name == "text_encoder":
         return lambda ids: model(input_ids=ids, output_hidden_states=True).hidden_states[-2]
@@ -175,12 +178,35 @@ def measure(plan: ModulePlan, graph: Path, reference: Reference, reference_name:
     return Parity(reference_name, runtime, tolerance, tuple(cases))
 
 
+def _first_layers(component: Component, key: str, count: int) -> Component:
+    config = {**component.config, key: min(count, component.config[key])}
+    if "layer_types" in config:
+        config["layer_types"] = config["layer_types"][:count]
+    tensors = {
+        name: tensor
+        for name, tensor in component.tensors.items()
+        if not (match := re.match(r"layers\.(\d+)\.", name)) or int(match[1]) < count
+    }
+    return dataclasses.replace(component, config=config, tensors=tensors)
+
+
 @dataclasses.dataclass
 class ReferenceCache:
     """Holds one reference model at a time; modules of the same component come one after the other."""
 
     component: Component | None = None
-    model: nn.Module | None = None
+    short: Checkpoint | None = None
+    model: Any = None
+
+    def shorter(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The same checkpoint with only the first layers of the transformer and the text encoder."""
+        if self.short is None:
+            self.short = dataclasses.replace(
+                checkpoint,
+                transformer=_first_layers(checkpoint.transformer, "n_layers", 2),
+                text_encoder=_first_layers(checkpoint.text_encoder, "num_hidden_layers", 3),
+            )
+        return self.short
 
     def get(self, plan: ModulePlan) -> tuple[Reference, str]:
         """The reference of a module and its name with version."""
@@ -191,4 +217,6 @@ class ReferenceCache:
         library = "transformers" if plan.component.name == "text_encoder" else "diffusers"
         version = __import__(library).__version__
         name = f"{library} {version} {type(self.model).__name__}, fp32"
+        if self.short and plan.component in (self.short.transformer, self.short.text_encoder):
+            name += ", first layers only"
         return reference_function(plan.name, self.model), name

@@ -1,8 +1,8 @@
 """What is stored and computed in which number format, and how fp16 is kept from overflowing.
 
-Inputs of Z-Image's post-norms (`attention_norm2`, `ffn_norm2`) reach 1e6 on the real weights, 15 times the largest fp16
-number. RMSNorm does not change when its input is scaled, if eps is scaled by the square, so everything that feeds one is
-multiplied by a power of two on the way. That is exact: only exponents change.
+Inputs of Z-Image's post-norms (`attention_norm2`, `ffn_norm2`) reach 1e6 on the real weights, 15 times the largest
+fp16 number. RMSNorm does not change when its input is scaled, if eps is scaled by the square, so everything that feeds
+one is multiplied by a power of two on the way. That is exact: only exponents change.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Precision:
 FP32 = Precision("fp32", torch.float32, torch.float32)
 # 1/128 puts the limit at 65504 * 128 = 8.4e6; the real weights reach 9e5, and partial sums need room too.
 FP16 = Precision("fp16", torch.float16, torch.float16, 2.0**-7, 2.0**-3, 2.0**-4)
-# ONNX Runtime 1.32's CPU provider has no bf16 kernels (MatMul, Mul, Add, Sigmoid: "Could not find an implementation"), so
+# ONNX Runtime 1.32's CPU provider has no bf16 kernels ("Could not find an implementation" for MatMul, Mul, Add), so
 # weights are stored in bf16 and widened behind each initialiser; the manifest's module config says so (`compute`).
 BF16 = Precision("bf16", torch.bfloat16, torch.float32)
 

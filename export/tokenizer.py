@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from .checkpoint import read_json
 from .errors import CheckpointError
@@ -27,7 +28,7 @@ def chat_template(folder: Path) -> tuple[str, str]:
 
     file = folder / "chat_template.jinja"
     if file.is_file():
-        template = file.read_text(encoding="utf-8")
+        template: Any = file.read_text(encoding="utf-8")
     else:
         template = read_json(folder / "tokenizer_config.json").get("chat_template")
     if not isinstance(template, str):

@@ -19,7 +19,8 @@ from .errors import ExportError
 
 OPSET = 20
 
-# One size a symbol for tracing. All differ, so that torch cannot take two for the same; none is 0 or 1, which it would bake in.
+# One size a symbol for tracing. All differ, so that torch cannot take two for the same; none is 0 or 1, which it
+# would bake in.
 _SAMPLE_SIZES = {
     "batch": 3,
     "prompt_tokens": 37,

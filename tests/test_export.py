@@ -20,7 +20,6 @@ transformers = pytest.importorskip("transformers")
 
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
-
 from zimage_rt.export import weights  # noqa: E402
 from zimage_rt.export.bundle import export  # noqa: E402
 from zimage_rt.export.checkpoint import open_checkpoint  # noqa: E402
@@ -36,6 +35,7 @@ from zimage_rt.export.modules import plan_modules  # noqa: E402
 from zimage_rt.export.parity import load_reference, reference_function, session  # noqa: E402
 from zimage_rt.export.precision import FP16, FP32  # noqa: E402
 from zimage_rt.export.recipe import ExportRecipe, read_recipe  # noqa: E402
+
 from zimage_rt.manifest import check_file, read_manifest  # noqa: E402
 
 TEMPLATE = (
@@ -500,3 +500,14 @@ def test_exit_codes_and_json_errors(tmp_path: Path):
     assert json.loads(done.stdout)["error"] == "CheckpointError"
     done = subprocess.run(command(), capture_output=True, text=True, check=False)
     assert done.returncode == 2
+
+
+def test_a_module_too_large_for_memory_is_measured_on_its_first_layers(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("zimage_rt.export.bundle.WHOLE_PARITY_ELEMENTS", 0)
+    manifest = export(recipe(checkpoint, tmp_path / "out", vae=()))
+    parity = manifest.modules["transformer"].parity
+    assert parity is not None
+    assert parity.reference.endswith("first layers only")
+    assert manifest.modules["transformer"].config["n_layers"] == 2

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,10 @@ from ..precision import Precision
 
 def _only(parts: Sequence[Tensor]) -> Tensor:
     return parts[0]
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(parts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +38,7 @@ class Source:
 
 
 def weight_sources(module: nn.Module) -> Iterator[tuple[str, Tensor, Source]]:
-    """Every tensor of an export module: (name, empty tensor with the stored shape and dtype, source with full names)."""
+    """Every tensor of an export module: (name, empty tensor of the stored shape and dtype, source with full names)."""
     for name, tensor in module.state_dict(keep_vars=True).items():
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
@@ -81,7 +87,7 @@ class Linear(nn.Module):
 
         def assemble(parts: Sequence[Tensor]) -> Tensor:
             rows = [reorder(i, part) if reorder else part for i, part in enumerate(parts)]
-            return (rows[0] if len(rows) == 1 else torch.cat(rows)).t()
+            return (rows[0] if len(rows) == 1 else _joined(rows)).t()
 
         self.sources = {
             "weight": Source(
@@ -94,7 +100,7 @@ class Linear(nn.Module):
         if bias:
             self.bias = nn.Parameter(torch.empty(sum(sizes)), requires_grad=False)
             self.sources["bias"] = Source(
-                tuple(f"{name}.bias" for name in names), tuple((size,) for size in sizes), torch.cat
+                tuple(f"{name}.bias" for name in names), tuple((size,) for size in sizes), _joined
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -122,6 +128,10 @@ class RMSNorm(nn.Module):
         return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
 
 
+def _constant(value: Tensor, _: Sequence[Tensor]) -> Tensor:
+    return value
+
+
 class Constants(nn.Module):
     """Named tensors computed at export and stored beside the weights.
 
@@ -133,7 +143,11 @@ class Constants(nn.Module):
         self.sources = {}
         for name, value in tensors.items():
             self.register_buffer(name, torch.empty(value.shape))
-            self.sources[name] = Source((), (), lambda _, value=value: value)
+            self.sources[name] = Source((), (), functools.partial(_constant, value))
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Tensor: ...
 
 
 def swiglu(gate: Tensor, up: Tensor, precision: Precision) -> Tensor:

@@ -118,13 +118,13 @@ class Layer(nn.Module):
 class TextEncoder(nn.Module):
     """input_ids int64 [batch, prompt_tokens] -> prompt_embeds fp32 [batch, prompt_tokens, hidden].
 
-    `hidden_states[-2]`: the last layer, the final norm and the head are left out. Causal, so a prompt is run at its true
-    length and needs no mask.
+    `hidden_states[-2]`: the last layer, the final norm and the head are left out. Causal, so a prompt is run at
+    its true length and needs no mask.
     """
 
     def __init__(self, config: TextEncoderConfig, precision: Precision) -> None:
         super().__init__()
-        self.embed_tokens = nn.Module()
+        self.embed_tokens: Any = nn.Module()
         self.embed_tokens.weight = nn.Parameter(
             torch.empty(config.vocab_size, config.hidden_size, dtype=precision.storage),
             requires_grad=False,

@@ -186,7 +186,7 @@ def _arange(end: int, step: int = 1) -> Tensor:
 
 
 def rope_tables(config: TransformerConfig, axes: int = 3) -> Constants:
-    """Cosines and sines of the first `axes` axes by position, from float64 angles as diffusers' `precompute_freqs_cis` has them."""
+    """Cosines and sines of the first `axes` axes by position, from float64 angles as in `precompute_freqs_cis`."""
     tables = {}
     sizes = list(zip(config.axes_dims, config.axes_lens, strict=True))[:axes]
     for axis, (dim, length) in enumerate(sizes):

@@ -120,7 +120,7 @@ class TinyVAEDecoder(nn.Module):
             layers += [TinyBlock(width, width, precision) for _ in range(count)]
             layers += [] if last else [Double()]
             layers += [Conv(width, config["out_channels"] if last else width, precision, bias=last)]
-        self.decoder = nn.Module()
+        self.decoder: Any = nn.Module()
         self.decoder.layers = nn.Sequential(*layers)
 
     def forward(self, latents: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ class TinyVAEEncoder(nn.Module):
                 layers += [Conv(width, width, precision, stride=2, bias=False)]
             layers += [TinyBlock(width, width, precision) for _ in range(count)]
         layers += [Conv(widths[-1], config["latent_channels"], precision)]
-        self.encoder = nn.Module()
+        self.encoder: Any = nn.Module()
         self.encoder.layers = nn.Sequential(*layers)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -277,7 +277,8 @@ class _Half(nn.Module):
             )
             for i, width in enumerate(widths)
         ]
-        setattr(self, "up_blocks" if decoder else "down_blocks", nn.ModuleList(stages))
+        self.stages_name = "up_blocks" if decoder else "down_blocks"
+        self.add_module(self.stages_name, nn.ModuleList(stages))
         attention = config.get("mid_block_add_attention", True)
         middle = widths[0] if decoder else widths[-1]
         self.mid_block = MidBlock(middle, groups, attention, precision)
@@ -289,11 +290,9 @@ class _Half(nn.Module):
         x = self.conv_in(x)
         if self.is_decoder:
             x = self.mid_block(x)
-            for stage in self.up_blocks:
-                x = stage(x)
-        else:
-            for stage in self.down_blocks:
-                x = stage(x)
+        for stage in self.get_submodule(self.stages_name).children():
+            x = stage(x)
+        if not self.is_decoder:
             x = self.mid_block(x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
