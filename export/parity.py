@@ -61,6 +61,8 @@ def load_reference(component: Component) -> Any:
         else:
             import diffusers
 
+            # It warns of tiny VAEs' `block_out_channels`, which it wrote itself.
+            diffusers.logging.set_verbosity_error()
             model = {
                 "transformer": diffusers.ZImageTransformer2DModel,
                 "vae": diffusers.AutoencoderKL,
