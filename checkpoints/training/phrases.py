@@ -6,8 +6,6 @@ patterns of ``UNSEEN`` are never trained on; the judge uses them to see whether 
 learned the language rather than the templates.
 """
 
-
-
 from __future__ import annotations
 
 # name: (sRGB, English names, Chinese names)
