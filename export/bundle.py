@@ -35,23 +35,33 @@ from .recipe import ExportRecipe
 from .tokenizer import chat_template, tokenizer_file
 from .trace import trace
 
-# Above this many weights a module and its reference, both fp32, do not fit in a 24 GB machine together.
+# Above this many weights a component's reference in fp32 and a module of it do not fit in a 24 GB machine together.
 WHOLE_PARITY_ELEMENTS = 1_000_000_000
 
 # (what is being done, module, bytes done so far, bytes in all)
 Progress = Callable[[str, str, int, int], None]
 
 
-def export(recipe: ExportRecipe, progress: Progress = lambda *_: None) -> Manifest:
+def export(
+    recipe: ExportRecipe,
+    progress: Progress = lambda *_: None,
+    checkpoint: Checkpoint | None = None,
+) -> Manifest:
     """Export a bundle to `recipe.out`.
 
     Killed at any point, it leaves what was there before: everything is written to a folder beside it, which takes
     the bundle's name in the end.
 
+    Args:
+        recipe: what to export.
+        progress: called with every step.
+        checkpoint: an open one instead of what the recipe names; its tensors may come from anywhere.
+
     Raises:
         ExportError: with what was wrong; the folder that was there is untouched.
     """
-    checkpoint = open_checkpoint(recipe.checkpoint, recipe.parts, recipe.config)
+    if checkpoint is None:
+        checkpoint = open_checkpoint(recipe.checkpoint, recipe.parts, recipe.config)
     vaes = recipe.vae
     if vaes is None:
         found = {"tiny": checkpoint.tiny_vae, "full": checkpoint.vae}
@@ -174,19 +184,25 @@ def _write_graph(plan: ModulePlan, folder: Path, stored: dict[str, weights.Store
 
 
 def _parity(plan: ModulePlan, checkpoint: Checkpoint, graph: Path, references: ReferenceCache) -> Parity:
-    """Measure a module; one too large for memory is measured on its first layers, exported the same way."""
-    elements = sum(tensor.numel() for tensor in plan.meta_module().state_dict().values())
-    if elements <= WHOLE_PARITY_ELEMENTS:
+    """Measure a module; where its component is too large for memory, only the component's first layers are used.
+
+    A module that lost layers by that is exported again, the same way; one that has none of them (the context refiner)
+    is measured as it is, against what is left of the reference.
+    """
+    if plan.component.elements <= WHOLE_PARITY_ELEMENTS:
         return measure(plan, graph, *references.get(plan))
     shorter = references.shorter(checkpoint)
     plans = plan_modules(shorter, plan.precision, ())
     short = next(other for other in plans if other.name == plan.name)
-    with tempfile.TemporaryDirectory(prefix="parity-", dir=graph.parent) as name:
-        folder = Path(name)
+    if short.meta_module().state_dict().keys() == plan.meta_module().state_dict().keys():
+        return measure(plan, graph, *references.get(short))
+    with tempfile.TemporaryDirectory(prefix="parity-", dir=graph.parent) as temporary:
+        folder = Path(temporary)
         module = short.meta_module()
         stored = weights.write(module, short.component, folder / f"{short.name}.safetensors")
         path = _write_graph(short, folder, stored)
-        return measure(short, path, *references.get(short))
+        reference, name = references.get(short)
+        return measure(short, path, reference, f"{name}, first layers only")
 
 
 def _sync(folder: Path) -> None:
@@ -237,6 +253,7 @@ def _replacing(out: Path) -> Iterator[Path]:
             folder.rename(out)
         _sync(out)
     except OSError as error:
-        raise weights.disk_error(error, folder / "x") from error
+        known = weights.disk_error(error, folder / "x")
+        raise (ExportError(f"the export to {out} failed: {error}") if known is error else known) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)

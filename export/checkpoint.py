@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,11 @@ class Component:
     config: Mapping[str, Any]
     tensors: Mapping[str, LazyTensor]
     files: tuple[Path, ...]
+
+    @property
+    def elements(self) -> int:
+        """How many weights it has."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The named tensor; raises TensorError if it is missing or has another shape."""

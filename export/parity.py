@@ -219,6 +219,4 @@ class ReferenceCache:
         library = "transformers" if plan.component.name == "text_encoder" else "diffusers"
         version = __import__(library).__version__
         name = f"{library} {version} {type(self.model).__name__}, fp32"
-        if self.short and plan.component in (self.short.transformer, self.short.text_encoder):
-            name += ", first layers only"
         return reference_function(plan.name, self.model), name

@@ -1,0 +1,122 @@
+"""What an export costs: seconds and peak memory of every step of every module.
+
+    python -m zimage_rt.benchmarks.export_cost /tmp/z-image-random /tmp/bundle --precision bf16
+
+Runs just what `zimage-export` runs and looks at the kernel's account of this process twenty times a second. *Anonymous*
+memory is what the export itself holds; *mapped* is pages of the checkpoint and the bundle that the kernel may drop at
+any time, so a machine needs the first and is faster with the second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import resource
+import threading
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from zimage_rt.export.bundle import export
+from zimage_rt.export.recipe import ExportRecipe
+
+INTERVAL = 0.05  # seconds between two looks
+
+
+@dataclasses.dataclass
+class Cost:
+    """Seconds, and peaks in bytes."""
+
+    seconds: float = 0.0
+    anonymous: int = 0
+    mapped: int = 0
+
+
+def memory() -> tuple[int, int]:
+    """Anonymous and file-mapped bytes of this process now, from /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    values = {key: value for key, _, value in (line.partition(":") for line in lines)}
+    anonymous, mapped = (1024 * int(values[key].split()[0]) for key in ("RssAnon", "RssFile"))
+    return anonymous, mapped
+
+
+class Meter:
+    """Books time and peak memory on the step that the export reported last."""
+
+    def __init__(self) -> None:
+        self.costs: dict[tuple[str, str], Cost] = {}
+        self._current = Cost()
+        self._since = time.perf_counter()
+        self._done = threading.Event()
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def step(self, step: str, module: str, done: int, total: int) -> None:
+        """`zimage_rt.export.bundle.Progress`."""
+        module = "bundle" if step == "hash" else module  # there it is a file's name
+        with self._lock:
+            now = time.perf_counter()
+            self._current.seconds += now - self._since
+            self._since = now
+            self._current = self.costs.setdefault((module, step), Cost())
+
+    def stop(self) -> None:
+        """Book the last step's time."""
+        self.step("end", "bundle", 0, 0)
+        del self.costs["bundle", "end"]
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(INTERVAL):
+            anonymous, mapped = memory()
+            with self._lock:
+                self._current.anonymous = max(self._current.anonymous, anonymous)
+                self._current.mapped = max(self._current.mapped, mapped)
+
+
+def main(
+    checkpoint: Annotated[Path, typer.Argument(help="A diffusers folder or a single .safetensors file.")],
+    out: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
+    parity: Annotated[bool, typer.Option(help="Measure parity, as zimage-export does.")] = True,
+    to_json: Annotated[Path | None, typer.Option("--json", help="A file to write the figures to.")] = None,
+) -> None:
+    """Export a checkpoint and print what each step of it cost."""
+    start = time.perf_counter()
+    meter = Meter()
+    manifest = export(ExportRecipe(checkpoint, out, out.name, precision, parity=parity), meter.step)
+    meter.stop()
+    seconds = time.perf_counter() - start
+    for (module, step), cost in meter.costs.items():
+        memory_text = f"anonymous {cost.anonymous / 1e9:5.2f} GB  mapped {cost.mapped / 1e9:5.2f} GB"
+        typer.echo(f"{module:<18} {step:<7} {cost.seconds:7.1f} s  {memory_text}")
+    for name, spec in manifest.modules.items():
+        if spec.parity is not None:
+            error = max(case.relative_error for case in spec.parity.cases)
+            typer.echo(f"{name:<18} {spec.precision}  relative error {error:.1e}  ({spec.parity.reference})")
+    size = sum(entry.size for entry in manifest.files.values())
+    anonymous = max(cost.anonymous for cost in meter.costs.values())
+    resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    typer.echo(
+        f"{seconds:.0f} s, {size / 1e9:.1f} GB; peak anonymous {anonymous / 1e9:.2f} GB, "
+        f"resident with mapped files {resident / 1e9:.2f} GB"
+    )
+    report = {
+        "precision": precision,
+        "bytes": size,
+        "seconds": seconds,
+        "peak_anonymous": anonymous,
+        "peak_resident": resident,
+        "steps": [
+            {"module": module, "step": step, **dataclasses.asdict(cost)} for (module, step), cost in meter.costs.items()
+        ],
+    }
+    if to_json:
+        to_json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
