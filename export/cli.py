@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from zimage_rt.errors import ZImageError
 from zimage_rt.manifest import Manifest
 
+from .errors import RecipeError
 from .recipe import ExportRecipe, read_recipe
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -37,7 +38,7 @@ def _recipe(
     elif checkpoint is not None and out is not None:
         base = ExportRecipe(checkpoint, out, out.name)
     else:
-        raise typer.BadParameter("give a recipe, or both --checkpoint and --out")
+        raise RecipeError("give a recipe, or both --checkpoint and --out")
     if precision is not None:
         base = dataclasses.replace(base, precision=precision)
     if vae:
@@ -84,11 +85,17 @@ def export_command(
         TaskProgressColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, disable=as_json, transient=True) as bars:
+    with Progress(*columns, console=console, disable=as_json or not console.is_terminal, transient=True) as bars:
         task = bars.add_task("reading the checkpoint", total=None)
+        last = ""
 
         def progress(step: str, module: str, done: int, total: int) -> None:
-            bars.update(task, description=f"{module}: {step}", completed=done, total=total)
+            nonlocal last
+            description = f"{module}: {step}"
+            bars.update(task, description=description, completed=done, total=total)
+            if description != last and not (as_json or console.is_terminal):
+                console.print(description)  # a log file shows no moving bar
+            last = description
 
         manifest = export(chosen, progress)
     summary = _summary(manifest, chosen.out)
@@ -108,8 +115,6 @@ def export_command(
 
 def main() -> None:
     """Entry point. Exit codes: 0 done, 1 the export failed, 2 wrong usage or recipe, 130 interrupted."""
-    from .errors import RecipeError
-
     try:
         app(standalone_mode=False)
     except typer.Exit as error:

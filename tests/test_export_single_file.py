@@ -1,0 +1,129 @@
+"""`zimage-export` reads the single files that ComfyUI uses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+from export_checkpoints import recipe  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from zimage_rt.export.bundle import export  # noqa: E402
+from zimage_rt.export.checkpoint import open_checkpoint  # noqa: E402
+from zimage_rt.export.errors import (  # noqa: E402
+    CheckpointError,
+)
+
+from zimage_rt.manifest import read_manifest  # noqa: E402
+
+
+def ldm_vae(name: str) -> str:
+    """diffusers' name of a VAE tensor -> ldm's (as ComfyUI has it)."""
+    for i in range(4):
+        name = name.replace(f"up_blocks.{i}.", f"up.{3 - i}.").replace(f"down_blocks.{i}.", f"down.{i}.")
+    for i in range(2):
+        name = name.replace(f"mid_block.resnets.{i}.", f"mid.block_{i + 1}.")
+    for old, new in (
+        ("mid_block.attentions.0.", "mid.attn_1."),
+        ("resnets.", "block."),
+        ("upsamplers.0.", "upsample."),
+        ("downsamplers.0.", "downsample."),
+        ("conv_shortcut", "nin_shortcut"),
+        ("conv_norm_out", "norm_out"),
+        ("group_norm", "norm"),
+        ("to_out.0", "proj_out"),
+        ("to_q", "q"),
+        ("to_k", "k"),
+        ("to_v", "v"),
+    ):
+        name = name.replace(old, new)
+    return name
+
+
+@pytest.fixture(scope="session")
+def single_file(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tensors = {}
+    source = load_file(small_checkpoint / "transformer" / "diffusion_pytorch_model.safetensors")
+    for name, tensor in source.items():
+        if ".to_k." in name or ".to_v." in name:
+            continue
+        if ".to_q." in name:
+            parts = [source[name.replace("to_q", part)] for part in ("to_q", "to_k", "to_v")]
+            name, tensor = name.replace("to_q", "qkv"), torch.cat(parts)
+        for old, new in (
+            ("all_x_embedder.2-1", "x_embedder"),
+            ("all_final_layer.2-1", "final_layer"),
+            ("to_out.0", "out"),
+            ("norm_q", "q_norm"),
+            ("norm_k", "k_norm"),
+        ):
+            name = name.replace(old, new)
+        tensors[f"model.diffusion_model.{name}"] = tensor
+    for name, tensor in load_file(small_checkpoint / "text_encoder" / "model.safetensors").items():
+        tensors[f"text_encoders.qwen3_4b.transformer.model.{name}"] = tensor
+    for name, tensor in load_file(small_checkpoint / "vae" / "diffusion_pytorch_model.safetensors").items():
+        if "attentions" in name and tensor.ndim == 2:
+            tensor = tensor[:, :, None, None]
+        tensors["vae." + ldm_vae(name)] = tensor
+    path = tmp_path_factory.mktemp("single") / "z_image.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    return path
+
+
+def test_single_file_gives_the_same_weights_as_the_folder(
+    single_file: Path, small_checkpoint: Path, small_bundle: Path, tmp_path: Path
+):
+    manifest = export(
+        recipe(
+            single_file,
+            tmp_path / "out",
+            vae=("full",),
+            parts={"tokenizer": small_checkpoint / "tokenizer"},
+            config={
+                "vae": {"norm_num_groups": 8},
+                "text_encoder": {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}},
+            },
+        )
+    )
+    original = read_manifest(small_bundle)
+    assert manifest.source["format"] == "single-file"
+    for module in manifest.modules.values():
+        assert manifest.files[module.weights] == original.files[module.weights]
+        assert manifest.files[module.graph] == original.files[module.graph]
+
+
+def test_split_files_are_parts_of_one_checkpoint(single_file: Path, small_checkpoint: Path, tmp_path: Path):
+    """ComfyUI's other layout: transformer, text encoder and VAE in a file each, with no prefix over them all."""
+    tensors = load_file(single_file)
+    prefixes = {
+        "transformer": "model.diffusion_model.",
+        "text_encoder": "text_encoders.qwen3_4b.transformer.",  # what is left begins with `model.`, as in its own file
+        "vae": "vae.",
+    }
+    files = {name: tmp_path / f"{name}.safetensors" for name in prefixes}
+    for name, prefix in prefixes.items():
+        save_file({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}, files[name])
+    parts = {"text_encoder": files["text_encoder"], "vae": files["vae"], "tokenizer": small_checkpoint / "tokenizer"}
+    parts["tiny_vae"] = small_checkpoint / "tiny_vae"
+    split, folder = open_checkpoint(files["transformer"], parts), open_checkpoint(small_checkpoint)
+    for name in (*prefixes, "tiny_vae"):
+        found, wanted = getattr(split, name), getattr(folder, name)
+        assert found.tensors.keys() == wanted.tensors.keys()
+        for key, tensor in wanted.tensors.items():
+            assert torch.equal(found.tensors[key].load(), tensor.load()), key
+
+
+def test_single_file_without_tokenizer_says_what_to_add(single_file: Path):
+    with pytest.raises(CheckpointError, match=r"holds no tokenizer.*\[parts\]"):
+        open_checkpoint(single_file)
+
+
+def test_other_models_files_are_named(tmp_path: Path):
+    path = tmp_path / "flux.safetensors"
+    save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(2, 2)}, path)
+    with pytest.raises(CheckpointError, match="looks like a Flux transformer"):
+        open_checkpoint(path)
