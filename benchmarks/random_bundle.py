@@ -1,0 +1,172 @@
+"""A bundle of random weights, weights alone: what the `cuda` backend needs, written as fast as the disk takes it.
+
+    python -m zimage_rt.benchmarks.random_bundle /tmp/random-bf16 --precision bf16
+
+The modules, their layouts and their weight files are those that `zimage-export` would make of the same checkpoint; no
+graph is traced and no parity measured. Tensors are made, arranged and written by several threads, on the GPU if there
+is one, and files are hashed side by side, so that 20 GB take seconds rather than minutes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from zimage_rt.benchmarks.random_checkpoint import RULES, Z_IMAGE, Config, random_checkpoint, read_configs
+from zimage_rt.export import weights
+from zimage_rt.export.bundle import _pipeline
+from zimage_rt.export.checkpoint import Checkpoint, Component
+from zimage_rt.export.modeling.layers import Source, weight_sources
+from zimage_rt.export.modules import ModulePlan, plan_modules
+from zimage_rt.export.precision import PRECISIONS
+from zimage_rt.export.recipe import ExportRecipe
+
+import zimage_rt
+from zimage_rt.manifest import Manifest, ModuleSpec, hash_file, write_manifest
+
+NANO = Path("checkpoints/zimage-nano")
+SIZES = ("full", "nano")
+THREADS = min(16, os.cpu_count() or 1)
+
+
+def default_device() -> str:
+    """Where tensors are made: the GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def configs_of(size: str, nano: Path = NANO) -> dict[str, Config]:
+    """The components' configs: Z-Image's own, or those of the small checkpoint."""
+    return dict(Z_IMAGE) if size == "full" else read_configs(nano)
+
+
+def shortened(
+    configs: Mapping[str, Config], layers: int, refiner_layers: int, encoder_layers: int
+) -> dict[str, Config]:
+    """The same widths with fewer layers (`encoder_layers` counts those that are run: the last one never is)."""
+    encoder: dict[str, Any] = {**configs["text_encoder"], "num_hidden_layers": encoder_layers + 1}
+    if "layer_types" in encoder:
+        encoder["layer_types"] = encoder["layer_types"][:1] * (encoder_layers + 1)
+    transformer = {**configs["transformer"], "n_layers": layers, "n_refiner_layers": refiner_layers}
+    return {**configs, "text_encoder": encoder, "transformer": transformer}
+
+
+def _store(path: Path, component: Component, source: Source, place: weights.StoredTensor, device: str) -> None:
+    """Make one stored tensor and write it at its place."""
+    parts = [component.read(name, shape).to(device) for name, shape in zip(source.names, source.shapes, strict=True)]
+    tensor = source.assemble(parts).to(place.dtype).contiguous().cpu()
+    data = tensor.reshape(-1).view(torch.uint8).numpy().data
+    handle = os.open(path, os.O_WRONLY)
+    try:
+        written = 0
+        while written < len(data):  # one call writes 2 GB at most
+            written += os.pwrite(handle, data[written:], place.offset + written)
+    finally:
+        os.close(handle)
+
+
+def _write_weights(plan: ModulePlan, folder: Path, device: str, pool: ThreadPoolExecutor) -> list[Future[None]]:
+    """Start writing a module's weights: as `weights.write`, but its tensors in any order and not synced to the disk."""
+    module = plan.meta_module()
+    header, stored = weights.layout(module)
+    path = folder / f"{plan.name}.safetensors"
+    with path.open("wb") as file:
+        file.write(header)
+        file.truncate(max(place.offset + place.size for place in stored.values()))
+    return [
+        pool.submit(_store, path, plan.component, source, stored[name], device)
+        for name, _, source in weight_sources(module)
+    ]
+
+
+def write_random_bundle(
+    checkpoint: Checkpoint,
+    out: Path,
+    precision: str = "bf16",
+    *,
+    vaes: tuple[str, ...] = ("tiny",),
+    device: str | None = None,
+    threads: int = THREADS,
+) -> Manifest:
+    """Write a bundle without graphs into a new folder.
+
+    Args:
+        checkpoint: from `random_checkpoint`.
+        out: the folder; one that exists is replaced.
+        precision: as in a recipe.
+        vaes: which autoencoders.
+        device: where tensors are arranged; the GPU if there is one.
+        threads: how many tensors are in work at once; each may take a gigabyte.
+    """
+    device = device or default_device()
+    if out.exists():
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    recipe = ExportRecipe(checkpoint.path, out, out.name, precision, vae=vaes, parity=False)
+    plans = plan_modules(checkpoint, PRECISIONS[precision], vaes)
+    with ThreadPoolExecutor(threads) as pool:
+        # All files are begun before any is waited for: the largest one does not hold up the others.
+        for future in [future for plan in plans for future in _write_weights(plan, out, device, pool)]:
+            future.result()
+        shutil.copyfile(checkpoint.tokenizer / "tokenizer.json", out / "tokenizer.json")
+        names = sorted(path.name for path in out.iterdir())
+        files = dict(zip(names, pool.map(hash_file, [out / name for name in names]), strict=True))
+    manifest = Manifest(
+        name=recipe.name,
+        precision=precision,
+        producer={"zimage-rt": zimage_rt.__version__, "torch": torch.__version__},
+        source={"format": checkpoint.format, "files": {}},
+        pipeline=_pipeline(checkpoint, recipe),
+        shapes=recipe.shapes,
+        tokenizer="tokenizer.json",
+        modules={
+            plan.name: ModuleSpec(
+                inputs=plan.inputs,
+                outputs=plan.outputs,
+                precision=plan.precision.name,
+                graph=None,
+                weights=f"{plan.name}.safetensors",
+                config=dict(plan.config),
+            )
+            for plan in plans
+        },
+        files=files,
+    )
+    write_manifest(manifest, out)
+    return manifest
+
+
+def main(
+    out: Annotated[Path, typer.Argument(help="The bundle's folder; one that exists is replaced.")],
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "bf16",
+    size: Annotated[str, typer.Option(help=f"{' or '.join(SIZES)}.")] = "full",
+    rule: Annotated[str, typer.Option(help=f"{' or '.join(RULES)}: how large the numbers are.")] = "plain",
+    seed: Annotated[int, typer.Option(help="Which random numbers.")] = 0,
+    device: Annotated[str, typer.Option(help="Where they are made.")] = default_device(),
+    threads: Annotated[int, typer.Option(help="How many tensors are in work at once.")] = THREADS,
+    nano: Annotated[Path, typer.Option(help="The small checkpoint: its tokenizer, and the sizes of nano.")] = NANO,
+) -> None:
+    """Write a bundle of random weights, without graphs."""
+    for value, known, option in (
+        (precision, PRECISIONS, "--precision"),
+        (size, SIZES, "--size"),
+        (rule, RULES, "--rule"),
+    ):
+        if value not in known:
+            raise typer.BadParameter(f"expected one of {', '.join(known)}, got {value!r}", param_hint=option)
+    start = time.perf_counter()
+    configs = configs_of(size, nano)
+    checkpoint = random_checkpoint(nano / "tokenizer", configs, seed=seed, rule=RULES[rule], device=device)
+    manifest = write_random_bundle(checkpoint, out, precision, device=device, threads=threads)
+    size_gb = sum(entry.size for entry in manifest.files.values()) / 1e9
+    typer.echo(f"{out}: {size_gb:.2f} GB in {time.perf_counter() - start:.1f} s")
+
+
+if __name__ == "__main__":
+    typer.run(main)
