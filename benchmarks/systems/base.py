@@ -10,6 +10,7 @@ import numpy as np
 # Name → module and class. Imported only when asked for: each needs libraries of its own.
 SYSTEMS: dict[str, tuple[str, str]] = {
     "diffusers": ("zimage_rt.benchmarks.systems.diffusers", "DiffusersSystem"),
+    "torch_best": ("zimage_rt.benchmarks.systems.torch_best", "TorchBestSystem"),
     "zimage_rt": ("zimage_rt.benchmarks.systems.zimage_rt", "ZImageRtSystem"),
 }
 
