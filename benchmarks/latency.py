@@ -4,6 +4,9 @@
 
 Prints one line a figure: the median of `--repeats` warm pictures, alternating between the systems so that a noisy
 machine is noisy for all of them, and the time from process start to the first picture, each in a process of its own.
+
+On a GPU (`--device cuda`, the default where there is one) this is `zimage_rt.benchmarks.gpu`, with that command's
+options: many systems, random weights of the full size, and figures by stage.
 """
 
 from __future__ import annotations
@@ -67,9 +70,23 @@ def cold(name: str, arguments: argparse.Namespace) -> float:
     return statistics.median(values)
 
 
+def has_gpu() -> bool:
+    """Whether torch sees a GPU."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m zimage_rt.benchmarks.latency")
+    chooser = argparse.ArgumentParser(add_help=False)
+    chooser.add_argument("--device", choices=["cpu", "cuda"])
+    chosen, argv = chooser.parse_known_args(argv)
+    if (chosen.device or ("cuda" if has_gpu() else "cpu")) == "cuda":
+        from zimage_rt.benchmarks import gpu
+
+        return gpu.main(argv)
+    parser = argparse.ArgumentParser(prog="python -m zimage_rt.benchmarks.latency", parents=[chooser])
     parser.add_argument("--bundle", default="engines/nano")
     parser.add_argument("--checkpoint", default="checkpoints/zimage-nano")
     parser.add_argument("--size", type=int, default=256)

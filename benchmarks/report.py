@@ -1,0 +1,145 @@
+"""What a benchmark found: lines that say all of what they measure, kept on the disk as they come, and their table."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import statistics
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+OURS = "zimage_rt"
+PACKAGES = ("torch", "triton", "diffusers", "transformers", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One figure of one system.
+
+    Attributes:
+        figure: what is measured; lines of one figure and shape are compared.
+        system, precision, shape: whose, in what format, of what size.
+        evaluations: how many times the transformer runs inside what is timed.
+        includes: what the time (or the memory) covers.
+        unit: `ms`, `s` or `GB`.
+        median, low, high: of `count` values; the spread is the smallest and the largest.
+        detail: what the figure is made of, if there is more to say.
+    """
+
+    figure: str
+    system: str
+    precision: str
+    shape: str
+    evaluations: int
+    includes: str
+    unit: str
+    median: float
+    low: float
+    high: float
+    count: int
+    detail: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def gpu_state() -> str:
+    """Name, driver, clocks, heat and power of the first GPU, as nvidia-smi says them; empty where there is none."""
+    query = "name,driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw,power.limit"
+    try:
+        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the systems are made of."""
+    import torch
+
+    import zimage_rt
+
+    found = {"zimage_rt": zimage_rt.__version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if torch.version.cuda:
+        found |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
+    return found
+
+
+class Report:
+    """Lines and what had to be left out; the file is written anew with each of them, so that a stop loses nothing."""
+
+    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
+        self._path = path
+        self.lines: list[Line] = []
+        self.left_out: list[dict[str, str]] = []
+        self.seconds: dict[str, float] = {}  # what loading, compiling and each part took
+        self.notes: dict[str, Any] = {}
+        self._gpu, self._versions = gpu_state(), versions()
+        self._settings = settings
+
+    def add(self, values: Sequence[float], **fields: Any) -> Line:
+        """Add the median and spread of `values`; the other fields are `Line`'s."""
+        line = Line(median=statistics.median(values), low=min(values), high=max(values), count=len(values), **fields)
+        self.lines.append(line)
+        print(row(line), flush=True)
+        self.save()
+        return line
+
+    def leave_out(self, what: str, why: str) -> None:
+        """Say what was not measured and why."""
+        self.left_out.append({"what": what, "why": why})
+        print(f"left out: {what}: {why}", flush=True)
+        self.save()
+
+    def ratios(self) -> list[str]:
+        """Ours over each other system, where figure, shape and precision are the same."""
+        text = []
+        for ours in self.lines:
+            if ours.system != OURS:
+                continue
+            for other in self.lines:
+                same = (other.figure, other.shape, other.precision) == (ours.figure, ours.shape, ours.precision)
+                if other.system != OURS and same:
+                    ratio = ours.median / other.median
+                    text.append(f"{ours.figure}, {ours.shape}, {ours.precision}: {ratio:.3f} of {other.system}")
+        return text
+
+    def save(self) -> None:
+        """Write the file."""
+        if self._path is None:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        report = {
+            "machine": {"gpu_before": self._gpu, "gpu_after": gpu_state(), "cpu": platform.machine()},
+            "versions": self._versions,
+            "settings": self._settings,
+            "seconds": self.seconds,
+            "notes": self.notes,
+            "lines": [dataclasses.asdict(line) for line in self.lines],
+            "ratios": self.ratios(),
+            "left_out": self.left_out,
+        }
+        self._path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+
+    def table(self) -> str:
+        """Every line, what was left out, and ours over the others."""
+        rows = [self._gpu or "no GPU"]
+        rows += [row(line) for line in sorted(self.lines, key=lambda line: (line.figure, line.shape, line.precision))]
+        rows += [f"left out: {item['what']}: {item['why']}" for item in self.left_out]
+        return "\n".join(rows + self.ratios())
+
+
+def row(line: Line) -> str:
+    """A line as text."""
+    digits = {"ms": 3, "s": 3, "GB": 2}[line.unit]
+    median, low, high = (f"{value:.{digits}f}" for value in (line.median, line.low, line.high))
+    return (
+        f"{line.figure:<26} {line.system:<26} {line.precision:<5} {line.shape:<36} {line.evaluations:>2} eval  "
+        f"{median:>9} {line.unit:<2} ({low} … {high}, {line.count})  {line.includes}"
+    )
