@@ -1,0 +1,376 @@
+"""Is the `cuda` backend right at full size? Against diffusers and transformers in fp32 on the same GPU.
+
+    python -m zimage_rt.benchmarks.full_size_parity --json parity.json
+
+The weights are random and loud (`random_checkpoint.loud`): attention is peaked and the post-norms' inputs exceed 1e5,
+as on the real weights; both are measured in the reference, printed, and required. Modules of the full width with few
+layers are judged at sizes and caption lengths that cover what is served, by the relative error ||out - reference|| /
+||reference||. Then the whole depth runs once from token ids to pixels; that is reported and not judged, since random
+layers amplify every rounding. Both sides hold the same numbers: the weights are rounded to bf16 before anything else.
+
+`--backend export` puts the exporter's own torch modules in our place: what the formulas alone cost, also without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from zimage_rt.benchmarks.random_bundle import NANO, SIZES, configs_of, default_device, shortened, write_random_bundle
+from zimage_rt.benchmarks.random_checkpoint import RULES, random_checkpoint
+from zimage_rt.benchmarks.report import gpu_state, versions
+from zimage_rt.benchmarks.systems.torch_best import load_model
+from zimage_rt.export.checkpoint import Checkpoint
+from zimage_rt.export.modeling.transformer import SEQUENCE_MULTIPLE
+from zimage_rt.export.modules import plan_modules
+from zimage_rt.export.parity import reference_function
+from zimage_rt.export.precision import PRECISIONS
+
+import zimage_rt
+from zimage_rt.errors import ZImageError
+
+TOLERANCES = {"fp32": 1e-4, "bf16": 1e-2, "fp16": 3e-3}
+LOUD_PEAK = 1e5  # what the post-norms' inputs must exceed
+PEAKED = 0.05  # mean weight of a query's favourite key; even attention over 1,000 keys would give 0.001
+QUERIES = 64  # how many queries that is measured on
+
+# (width, height, caption tokens, batch): every size, every length and both batches at least once.
+CASES = (
+    (512, 512, 1, 1),
+    (512, 512, 31, 3),
+    (512, 512, 512, 1),
+    (1024, 1024, 32, 1),
+    (1024, 1024, 33, 3),
+    (832, 1216, 200, 1),
+    (832, 1216, 31, 3),
+    (1536, 1536, 512, 1),
+)
+SMALL_CASES = ((64, 64, 1, 1), (208, 96, 33, 3), (96, 160, 200, 1))
+TOKENS = (1, 31, 32, 33, 200, 512)
+
+Runner = Callable[[str, Mapping[str, np.ndarray]], np.ndarray]
+
+
+class Loudness:
+    """What the reference's modulated blocks saw: the largest post-norm input, and how peaked attention was."""
+
+    def __init__(self) -> None:
+        self.peak: dict[str, float] = {}
+        self.favourite: list[float] = []
+
+    @contextmanager
+    def watch(self, model: nn.Module) -> Iterator[None]:
+        """Look at every pass through the model's modulated blocks."""
+        queries: list[Tensor] = []
+        handles = []
+
+        def norm(name: str) -> Callable[..., None]:
+            def look(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                self.peak[name] = max(self.peak.get(name, 0.0), float(inputs[0].abs().max()))
+
+            return look
+
+        def query(_: nn.Module, __: Any, out: Tensor) -> None:
+            queries.append(out)
+
+        def key(_: nn.Module, __: Any, out: Tensor) -> None:
+            # Before the rotation, which changes no length: [heads, QUERIES, tokens] of the first sample.
+            q, k = queries.pop()[0, :QUERIES].transpose(0, 1), out[0].transpose(0, 1)
+            scores = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
+            self.favourite.append(float(scores.softmax(-1).amax(-1).mean()))
+
+        for name, module in model.named_modules():
+            if name.startswith(("layers.", "noise_refiner.")):
+                last = name.rpartition(".")[2]
+                if last in ("attention_norm2", "ffn_norm2"):
+                    handles.append(module.register_forward_pre_hook(norm(last)))
+                elif last in ("norm_q", "norm_k"):
+                    handles.append(module.register_forward_hook(query if last == "norm_q" else key))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def summary(self) -> dict[str, float]:
+        """The figures by name."""
+        peaks = {f"largest input of {name}": peak for name, peak in self.peak.items()}
+        return {**peaks, "mean weight of the favourite key": float(np.mean(self.favourite))}
+
+    def loud_enough(self) -> bool:
+        """Whether the weights are as hard as the real ones."""
+        return min(self.peak.values()) > LOUD_PEAK and min(self.favourite) > PEAKED
+
+
+def exported_runner(checkpoint: Checkpoint, bundle: Path, precision: str, device: str) -> Runner:
+    """The exporter's modules in torch, with the weights that lie in the bundle."""
+    plans = {plan.name: plan for plan in plan_modules(checkpoint, PRECISIONS[precision], ("tiny",))}
+    modules: dict[str, nn.Module] = {}
+
+    @torch.no_grad()
+    def run(name: str, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        if name not in modules:
+            module = plans[name].meta_module()
+            module.load_state_dict(load_file(bundle / f"{name}.safetensors", device=device), assign=True)
+            modules[name] = module
+        return modules[name](*(torch.from_numpy(array).to(device) for array in inputs.values())).float().cpu().numpy()
+
+    return run
+
+
+def engine_runner(bundle: Path, backend: str) -> Runner:
+    """Our engine's modules, arrays in and out."""
+    pipeline: Any = zimage_rt.Engine.load(bundle, backend=backend, verify=False).pipeline
+
+    def run(name: str, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        outputs: Mapping[str, np.ndarray] = pipeline.module(name)(dict(inputs))
+        return next(iter(outputs.values()))
+
+    return run
+
+
+def errors(got: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:
+    """Relative and largest absolute error; infinite where shapes differ or numbers are not finite."""
+    if got.shape != wanted.shape or not np.isfinite(got).all():
+        return float("inf"), float("inf")
+    difference = got.astype(np.float64) - wanted
+    return float(np.linalg.norm(difference) / np.linalg.norm(wanted.astype(np.float64))), float(abs(difference).max())
+
+
+class Parity:
+    """One run of the command."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments, self.device = arguments, arguments.device
+        self.loudness = Loudness()
+        self.rows: list[dict[str, Any]] = []
+        # Made on the CPU, so that they are the same wherever the references run.
+        self._random = torch.Generator().manual_seed(arguments.seed)
+
+    def checkpoint(self, layers: bool) -> Checkpoint:
+        """Random, loud, in full width; with few layers if `layers` is False."""
+        configs = configs_of(self.arguments.size, self.arguments.nano)
+        configs.pop("vae", None)
+        if not layers:
+            configs = shortened(configs, self.arguments.layers, self.arguments.refiner_layers, self.arguments.layers)
+        folder = self.arguments.nano / "tokenizer"
+        return random_checkpoint(
+            folder, configs, seed=self.arguments.seed, rule=RULES["loud"], device=self.arguments.device
+        )
+
+    def normal(self, *shape: int) -> np.ndarray:
+        """Normal numbers, fp32."""
+        return torch.randn(shape, generator=self._random).numpy()
+
+    def ids(self, checkpoint: Checkpoint, batch: int, tokens: int) -> np.ndarray:
+        """Token ids."""
+        vocabulary = checkpoint.text_encoder.config["vocab_size"]
+        return torch.randint(0, vocabulary, (batch, tokens), generator=self._random).numpy()
+
+    def timesteps(self, batch: int) -> np.ndarray:
+        """Timesteps, one a sample."""
+        return torch.rand(batch, generator=self._random).numpy()
+
+    def module_cases(self, checkpoint: Checkpoint) -> list[tuple[str, str, dict[str, np.ndarray], np.ndarray]]:
+        """(module, shape, inputs, the reference's output) of every judged case."""
+        found = []
+        references: dict[str, Any] = {
+            name: load_model(component, torch.float32, self.device)
+            for name, component in (("transformer", checkpoint.transformer), ("text_encoder", checkpoint.text_encoder))
+        }
+
+        def run(module: str, component: str, inputs: dict[str, np.ndarray], shape: str) -> np.ndarray:
+            function = reference_function(module, references[component])
+            with torch.no_grad():
+                tensors = [torch.from_numpy(array).to(self.device) for array in inputs.values()]
+                wanted = function(*tensors).float().cpu().numpy()
+            found.append((module, shape, inputs, wanted))
+            return wanted
+
+        config = checkpoint.transformer.config
+        with self.loudness.watch(references["transformer"]):
+            for i, tokens in enumerate(TOKENS):
+                batch = 3 if i % 2 else 1
+                shape = f"{tokens} tokens, batch {batch}"
+                run("text_encoder", "text_encoder", {"input_ids": self.ids(checkpoint, batch, tokens)}, shape)
+                embeds = {"prompt_embeds": self.normal(batch, tokens, config["cap_feat_dim"])}
+                run("context_refiner", "transformer", embeds, shape)
+            for width, height, tokens, batch in CASES if self.arguments.size == "full" else SMALL_CASES:
+                rows = -(-tokens // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE
+                inputs = {
+                    "latents": self.normal(batch, config["in_channels"], height // 8, width // 8),
+                    "timestep": self.timesteps(batch),
+                    "context": self.normal(batch, rows, config["dim"]),
+                }
+                shape = f"{width}x{height}, {tokens} tokens, batch {batch}"
+                run("transformer", "transformer", inputs, shape)
+        return found
+
+    def runner(self, checkpoint: Checkpoint, precision: str, name: str) -> Runner:
+        """What is under test, on a bundle of this checkpoint."""
+        bundle = self.arguments.bundles / f"{name}-{precision}"
+        write_random_bundle(checkpoint, bundle, precision, device=self.device)
+        if self.arguments.backend == "export":
+            return exported_runner(checkpoint, bundle, precision, self.device)
+        return engine_runner(bundle, self.arguments.backend)
+
+    def judge(self) -> None:
+        """Modules with few layers, every case, every precision."""
+        checkpoint = self.checkpoint(layers=False)
+        cases = self.module_cases(checkpoint)
+        self.free()
+        for precision in self.arguments.precisions:
+            run = self.runner(checkpoint, precision, "few-layers")
+            for module, shape, inputs, wanted in cases:
+                self.add(module, precision, shape, run(module, inputs), wanted, judged=True)
+            del run
+            self.free()
+
+    def end_to_end(self) -> None:
+        """Every layer, from token ids to pixels, each side on its own outputs."""
+        checkpoint = self.checkpoint(layers=True)
+        config, tiny = checkpoint.transformer.config, checkpoint.tiny_vae
+        if tiny is None:
+            raise ValueError("the checkpoint has no tiny VAE")
+        side = 128 if self.arguments.size == "full" else 16
+        ids = self.ids(checkpoint, 1, 128)
+        latents, timestep = self.normal(1, config["in_channels"], side, side), self.timesteps(1)
+
+        def chain(run: Runner) -> dict[str, np.ndarray]:
+            embeds = run("text_encoder", {"input_ids": ids})
+            context = run("context_refiner", {"prompt_embeds": embeds})
+            noise_pred = run("transformer", {"latents": latents, "timestep": timestep, "context": context})
+            image = run("tiny_vae_decoder", {"latents": latents + noise_pred})
+            return {
+                "text_encoder": embeds,
+                "context_refiner": context,
+                "transformer": noise_pred,
+                "tiny_vae_decoder": image,
+            }
+
+        components = {
+            "text_encoder": checkpoint.text_encoder,
+            "context_refiner": checkpoint.transformer,
+            "transformer": checkpoint.transformer,
+            "tiny_vae_decoder": tiny,
+        }
+        loaded: dict[str, Any] = {}
+
+        def reference(name: str, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+            component = components[name]
+            if component.name not in loaded:
+                loaded.clear()  # one at a time: together they are 41 GB
+                self.free()
+                loaded[component.name] = load_model(component, torch.float32, self.device)
+            with torch.no_grad():
+                function = reference_function(name, loaded[component.name])
+                return function(*(torch.from_numpy(x).to(self.device) for x in inputs.values())).float().cpu().numpy()
+
+        wanted = chain(reference)
+        loaded.clear()
+        self.free()
+        for precision in self.arguments.precisions:
+            run = self.runner(checkpoint, precision, "all-layers")
+            for name, got in chain(run).items():
+                shape = f"end to end, {8 * side}x{8 * side}, 128 tokens"
+                self.add(name, precision, shape, got, wanted[name], judged=False)
+            del run
+            self.free()
+
+    def add(
+        self, module: str, precision: str, shape: str, got: np.ndarray, wanted: np.ndarray, *, judged: bool
+    ) -> None:
+        """Note and print one comparison."""
+        relative, largest = errors(got, wanted)
+        passed = relative <= TOLERANCES[precision]
+        self.rows.append(
+            {
+                "module": module,
+                "precision": precision,
+                "shape": shape,
+                "relative_error": relative,
+                "max_abs_error": largest,
+                "reference_rms": float(np.sqrt(np.mean(wanted.astype(np.float64) ** 2))),
+                "tolerance": TOLERANCES[precision] if judged else None,
+            }
+        )
+        verdict = ("ok" if passed else "WRONG") if judged else "not judged"
+        print(f"{module:<18} {precision:<5} {shape:<40} relative {relative:.2e}  largest {largest:.2e}  {verdict}")
+
+    def failures(self) -> list[str]:
+        """What did not hold."""
+        found = [
+            f"{row['module']} {row['precision']} {row['shape']}: {row['relative_error']:.2e}"
+            for row in self.rows
+            if row["tolerance"] is not None and not row["relative_error"] <= row["tolerance"]
+        ]
+        if self.loudness.peak and not self.loudness.loud_enough():
+            found.append(f"the weights are not loud enough to prove anything: {self.loudness.summary()}")
+        return found
+
+    def free(self) -> None:
+        """Give memory back to the device."""
+        gc.collect()
+        if self.device != "cpu":
+            torch.cuda.empty_cache()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m zimage_rt.benchmarks.full_size_parity")
+    parser.add_argument("--backend", default="cuda", help="ours, or `export` for the exporter's torch modules")
+    parser.add_argument("--precisions", type=lambda text: text.split(","), default=["bf16", "fp16"])
+    parser.add_argument("--size", choices=SIZES, default="full")
+    parser.add_argument("--layers", type=int, default=1, help="main layers (and text encoder layers) of judged modules")
+    parser.add_argument("--refiner-layers", type=int, default=1)
+    parser.add_argument("--skip-end-to-end", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default=default_device(), help="where the references run")
+    parser.add_argument("--bundles", type=Path, default=Path("/tmp/zimage-parity-bundles"))
+    parser.add_argument("--nano", type=Path, default=NANO, help="the small checkpoint, for its tokenizer")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args(argv)
+    if unknown := set(arguments.precisions) - set(TOLERANCES):
+        parser.error(f"--precisions: expected any of {', '.join(TOLERANCES)}, got {', '.join(unknown)}")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    start = time.perf_counter()
+    parity = Parity(arguments)
+    stopped: list[str] = []
+    try:
+        parity.judge()
+        if not arguments.skip_end_to_end:
+            parity.end_to_end()
+    except (ZImageError, torch.OutOfMemoryError) as error:
+        stopped.append(f"stopped: {type(error).__name__}: {error}")
+    loudness = parity.loudness.summary() if parity.loudness.peak else {}
+    for name, value in loudness.items():
+        print(f"{name}: {value:.3g}")
+    failures = stopped + parity.failures()
+    print("\n".join(failures) or f"all within {TOLERANCES}", f"({time.perf_counter() - start:.0f} s)")
+    if arguments.json:
+        report = {
+            "gpu": gpu_state(),
+            "versions": versions(),
+            "backend": arguments.backend,
+            "layers": [arguments.layers, arguments.refiner_layers],
+            "loudness": loudness,
+            "rows": parity.rows,
+            "failures": failures,
+        }
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
