@@ -391,8 +391,7 @@ def main(argv: list[str] | None = None) -> int:
                 report.leave_out(f"{part} {precision}", f"{type(error).__name__}: {error}")
             report.seconds[f"{part} {precision}"] = time.perf_counter() - start
         bench.release()
-    report.save()
-    print("\n" + report.table())
+    print("\n" + report.finish())
     return 1 if report.left_out else 0
 
 

@@ -80,7 +80,7 @@ class Report:
         self.left_out: list[dict[str, str]] = []
         self.seconds: dict[str, float] = {}  # what loading, compiling and each part took
         self.notes: dict[str, Any] = {}
-        self._gpu, self._versions = gpu_state(), versions()
+        self._gpu, self._gpu_after, self._versions = gpu_state(), "", versions()
         self._settings = settings
 
     def add(self, values: Sequence[float], **fields: Any) -> Line:
@@ -110,13 +110,19 @@ class Report:
                     text.append(f"{ours.figure}, {ours.shape}, {ours.precision}: {ratio:.3f} of {other.system}")
         return text
 
+    def finish(self) -> str:
+        """Note the GPU's state after the work, write the file, and return the table."""
+        self._gpu_after = gpu_state()
+        self.save()
+        return self.table()
+
     def save(self) -> None:
         """Write the file."""
         if self._path is None:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         report = {
-            "machine": {"gpu_before": self._gpu, "gpu_after": gpu_state(), "cpu": platform.machine()},
+            "machine": {"gpu_before": self._gpu, "gpu_after": self._gpu_after, "cpu": platform.machine()},
             "versions": self._versions,
             "settings": self._settings,
             "seconds": self.seconds,

@@ -12,7 +12,9 @@ import dataclasses
 import functools
 import itertools
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ from zimage_rt.export.tokenizer import chat_template, tokenizer_file
 from zimage_rt.schedule import flow_match_sigmas
 
 FINAL_NORM_EPS = 1e-6
+THREADS = min(8, os.cpu_count() or 1)  # tensors that are read at once
 # How blocks are compiled: `none` runs eager.
 COMPILE_MODES = ("none", "default", "max-autotune-no-cudagraphs")
 
@@ -188,7 +191,8 @@ class TorchBestTransformer:
         config = self.config
         names = [f"noise_refiner.{i}" for i in range(config.n_refiner_layers)]
         names += [f"layers.{i}" for i in range(config.n_layers)]
-        self._blocks = [read.block(name, config) for name in names]
+        with ThreadPoolExecutor(THREADS) as pool:
+            self._blocks = list(pool.map(lambda name: read.block(name, config), names))
         self._norms = torch.stack([read.norms(name) for name in names])  # [blocks, 4, dim]
         # The adaLN of every block in one: [blocks * 4 * dim, 256].
         self._adaln = torch.cat([read(f"{name}.adaLN_modulation.0.weight") for name in names])
@@ -348,9 +352,10 @@ def load_model(component: Component, dtype: torch.dtype, device: str, config: Ma
             diffusers.logging.set_verbosity_error()
             kinds = {"transformer": diffusers.ZImageTransformer2DModel, "tiny_vae": diffusers.AutoencoderTiny}
             model = kinds[component.name].from_config(settings)
-    wanted = model.state_dict().keys()
-    tensors = {name: component.tensors[name].load().to(device, dtype) for name in wanted}
-    model.load_state_dict(tensors, strict=True, assign=True)
+    wanted = list(model.state_dict())
+    with ThreadPoolExecutor(THREADS) as pool:
+        tensors = pool.map(lambda name: component.tensors[name].load().to(device, dtype), wanted)
+        model.load_state_dict(dict(zip(wanted, tensors, strict=True)), strict=True, assign=True)
     if component.name == "text_encoder":
         from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
