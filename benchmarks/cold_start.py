@@ -32,12 +32,11 @@ stages["first picture"] = time.time() - float(began)
 assert result.images.shape[1:3] == (int(height), int(width))
 again = engine.generate("another " + "picture", **settings)
 stages["second picture"] = time.time() - float(began)
-pipeline = getattr(engine, "pipeline", None)
 print(json.dumps({
     "stages": stages,
     "first_timings": dict(result.timings),
     "second_timings": dict(again.timings),
-    "memory": dict(pipeline.memory()) if pipeline is not None else {},
+    "memory": dict(engine.pipeline.memory()) if hasattr(engine.pipeline, "memory") else {},
     "torch_imported": "torch" in sys.modules,
 }))
 """

@@ -59,6 +59,22 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
+@torch.library.custom_op("zimage_rt_benchmarks::scaled_linear", mutates_args=())
+def scaled_linear(x: Tensor, weight: Tensor, scale: float) -> Tensor:
+    """x [batch, tokens, in], weight [out, in] -> scale * x weightᵀ, scaled before it is rounded: exact and free.
+
+    The library multiplies its fp32 sums by alpha. Opaque to the compiler, whose autotuning fails on it (torch 2.13).
+    """
+    result = x.new_empty(*x.shape[:-1], weight.shape[0])
+    result.view(-1, weight.shape[0]).addmm_(x.flatten(0, -2), weight.t(), beta=0, alpha=scale)
+    return result
+
+
+@scaled_linear.register_fake
+def _(x: Tensor, weight: Tensor, scale: float) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What is the same in every block."""
@@ -91,9 +107,7 @@ def attention(h: Tensor, weights: Weights, cos: Tensor, sin: Tensor, settings: S
     scale = settings.precision.attention_scale
     if scale == 1.0:
         return F.linear(h, out)
-    # The library multiplies its fp32 sums by alpha before it rounds them: exact, and no kernel of its own.
-    rows = h.flatten(0, 1)
-    return torch.addmm(rows.new_zeros(()), rows, out.t(), beta=0, alpha=scale).view(h.shape)
+    return scaled_linear(h, out, scale)
 
 
 def block(
