@@ -1,4 +1,4 @@
-"""The engine: load a bundle, then encode_prompt → prepare_latents → denoise → decode."""
+"""The engine: load a bundle, then encode_prompt → prepare_latents → the sampler loop → decode."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 
 from . import _core
-from .backends.base import Backend, Module
+from .backends.base import Backend, OnStep, SampleJob
 from .backends.registry import load_backend
-from .errors import BundleMismatch, Cancelled, RequestError, ZImageError
-from .image import to_uint8
+from .errors import BundleMismatch, Cancelled, RequestError
 from .manifest import Manifest, check_file, read_manifest
 from .request import (
     Callback,
@@ -40,13 +39,12 @@ class Engine:
         self.bundle = bundle
         self.manifest = manifest
         self.bundle_id = manifest.bundle_id
-        self._backend = backend
         self._verify = verify
-        self._modules: dict[str, Module] = {}
         self._contexts: OrderedDict[str, np.ndarray] = OrderedDict()
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self._check(manifest.tokenizer)
         self._tokenizer = PromptTokenizer(bundle, manifest)
+        self.pipeline = backend.open(bundle, manifest, self._check_module)
 
     @classmethod
     def load(
@@ -73,8 +71,7 @@ class Engine:
         path = Path(bundle)
         manifest = read_manifest(path)
         engine = cls(path, manifest, load_backend(backend, backend_options or {}), verify=verify)
-        for module in ("text_encoder", "context_refiner", "transformer"):
-            engine._module(module)
+        engine.pipeline.load(("text_encoder", "context_refiner", "transformer"))
         return engine
 
     def generate(
@@ -115,11 +112,12 @@ class Engine:
                 negatives: list[np.ndarray] = []
                 if resolved.guidance_scale > 0:
                     negatives = [self.encode_prompt(text) for text in resolved.negative_prompts]
-            latents = self.prepare_latents(resolved)
-            with _timed(timings, "denoise"):
-                self.denoise(latents, contexts, negatives, resolved, callback)
-            with _timed(timings, "decode"):
-                images = self.decode(latents, resolved.vae)
+            job = self._job(resolved, self.prepare_latents(resolved), contexts, negatives, callback)
+            result = self.pipeline.generate(job, resolved.vae)
+            if result is None:
+                raise Cancelled("the callback asked to stop; no image was made")
+            images, seconds = result
+            timings.update(seconds)
         return GenerateResult(images, resolved.seeds, timings, self.bundle_id)
 
     def encode_prompt(self, prompt: str) -> np.ndarray:
@@ -131,9 +129,7 @@ class Engine:
             if prompt in self._contexts:
                 self._contexts.move_to_end(prompt)
                 return self._contexts[prompt]
-        input_ids = self._tokenizer(prompt)
-        embeds = self._module("text_encoder")({"input_ids": input_ids})
-        context = self._module("context_refiner")(embeds)["context"]
+        context = self.pipeline.context(self._tokenizer(prompt))
         context.flags.writeable = False
         with self._lock:
             self._contexts[prompt] = context
@@ -150,94 +146,38 @@ class Engine:
         shape = (pipeline.latent_channels, request.height // factor, request.width // factor)
         return prepare_noise(request.seeds, shape)
 
-    def denoise(
+    def decode(self, latents: np.ndarray, vae: str) -> np.ndarray:
+        """Latents `[batch, 16, h, w]` to uint8 pictures `[batch, height, width, 3]`."""
+        return self.pipeline.decode(latents, vae)
+
+    def _job(
         self,
+        request: ResolvedRequest,
         latents: np.ndarray,
         contexts: list[np.ndarray],
         negatives: list[np.ndarray],
-        request: ResolvedRequest,
         callback: Callback | None,
-    ) -> None:
-        """The sampler loop, in place, in C++; see `csrc/runtime/sampler.cc`."""
+    ) -> SampleJob:
         sigmas = _core.flow_match_sigmas(request.num_inference_steps, self.manifest.pipeline.shift)
         guidance = _core.Guidance(request.guidance_scale, request.cfg_truncation, request.cfg_normalization)
-        denoiser = _ModuleDenoiser(self._module("transformer"), contexts, negatives)
-        on_step = None
-        if callback is not None:
+        on_step = None if callback is None else self._on_step(callback)
+        return SampleJob(latents, contexts, negatives, sigmas, guidance, on_step)
 
-            def on_step(step: int, count: int, sigma: float, sigma_next: float, now: np.ndarray) -> bool:
-                def preview() -> np.ndarray:
-                    return self.decode(now, "tiny")
+    def _on_step(self, callback: Callback) -> OnStep:
+        def on_step(step: int, count: int, sigma: float, sigma_next: float, now: np.ndarray) -> bool:
+            info = StepInfo(step, count, sigma, sigma_next, now, lambda: self.decode(now, "tiny"))
+            return callback(info) is not False
 
-                info = StepInfo(step, count, sigma, sigma_next, now, preview)
-                return callback(info) is not False
+        return on_step
 
-        if not _core.sample_euler(denoiser, sigmas, latents, guidance, on_step):
-            raise Cancelled("the callback asked to stop; no image was made")
-
-    def decode(self, latents: np.ndarray, vae: str) -> np.ndarray:
-        """Latents `[batch, 16, h, w]` to uint8 pictures `[batch, height, width, 3]`."""
-        decoder = self._module(f"{vae}_vae_decoder")
-        # One at a time: a batch would only multiply the activations' memory.
-        images = [
-            to_uint8(decoder({"latents": np.ascontiguousarray(latents[i : i + 1])})["image"])
-            for i in range(len(latents))
-        ]
-        return np.concatenate(images)
-
-    def _module(self, name: str) -> Module:
-        """A module, checked and loaded on first use."""
-        with self._lock:
-            if name not in self._modules:
-                for file in self.manifest.module_files(name):
-                    self._check(file)
-                self._modules[name] = self._backend.load_module(self.bundle, self.manifest, name)
-            return self._modules[name]
+    def _check_module(self, name: str) -> None:
+        for file in self.manifest.module_files(name):
+            self._check(file)
 
     def _check(self, file: str) -> None:
         if file not in self.manifest.files:
             raise BundleMismatch(f"{file}: not among the manifest's files; export the bundle again")
         check_file(self.bundle, file, self.manifest.files[file], content=self._verify)
-
-
-class _ModuleDenoiser:
-    """The transformer module as the C++ loop's predict.
-
-    Samples whose contexts have the same length run as one batch: an image token's position
-    depends on its context's length, and equal lengths need no mask, so a picture is the same in a
-    batch as alone.
-    """
-
-    def __init__(self, transformer: Module, contexts: list[np.ndarray], negatives: list[np.ndarray]) -> None:
-        self._transformer = transformer
-        self._batch = len(contexts)
-        self._groups = {
-            False: _group_by_length(contexts),
-            True: _group_by_length(contexts + negatives),
-        }
-
-    def __call__(self, latents: np.ndarray, timestep: float, guided: bool, noise_pred: np.ndarray) -> None:
-        for rows, context in self._groups[guided]:
-            output = self._transformer(
-                {
-                    "latents": latents[[row % self._batch for row in rows]],
-                    "timestep": np.full(len(rows), timestep, np.float32),
-                    "context": context,
-                }
-            )["noise_pred"]
-            if not np.isfinite(output).all():
-                raise ZImageError(
-                    "the transformer gave numbers that are not finite: the bundle's precision "
-                    "overflows with this checkpoint; export it in bf16 or fp32"
-                )
-            noise_pred[rows] = output
-
-
-def _group_by_length(contexts: list[np.ndarray]) -> list[tuple[list[int], np.ndarray]]:
-    groups: dict[int, list[int]] = {}
-    for row, context in enumerate(contexts):
-        groups.setdefault(context.shape[1], []).append(row)
-    return [(rows, np.concatenate([contexts[row] for row in rows])) for rows in groups.values()]
 
 
 @contextmanager

@@ -1,14 +1,67 @@
-"""What a backend is to the engine: something that loads a module and runs it."""
+"""What a backend is to the engine."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from .._core import Guidance
 from ..manifest import Manifest
+
+# Checks the files of a module by name before they are read; raises BundleMismatch.
+CheckModule = Callable[[str], None]
+
+# (step, count, sigma, sigma_next, latents) after each step; False stops the loop.
+OnStep = Callable[[int, int, float, float, np.ndarray], bool]
+
+
+@dataclasses.dataclass
+class SampleJob:
+    """One request to the sampler loop; entry i of `contexts` and `negatives` belongs to sample i.
+
+    Attributes:
+        latents: float32 `[batch, channels, latent_height, latent_width]`, the caller's; changed in place.
+        contexts: `[1, context_tokens, dim]` each.
+        negatives: the same, read where the guidance is on.
+        sigmas: 1 → 0, one more than there are steps.
+        guidance: its settings.
+        on_step: called after each step.
+    """
+
+    latents: np.ndarray
+    contexts: Sequence[np.ndarray]
+    negatives: Sequence[np.ndarray]
+    sigmas: Sequence[float]
+    guidance: Guidance
+    on_step: OnStep | None = None
+
+
+class Pipeline(Protocol):
+    """A bundle's modules put together. Safe to call from several threads."""
+
+    def load(self, modules: Sequence[str]) -> None:
+        """Load modules now that would otherwise be loaded on first use."""
+        ...
+
+    def context(self, input_ids: np.ndarray) -> np.ndarray:
+        """Text encoder and context refiner: ids int64 `[1, prompt_tokens]` → `[1, context_tokens, dim]`."""
+        ...
+
+    def sample(self, job: SampleJob) -> bool:
+        """The sampler loop; False where `on_step` stopped it."""
+        ...
+
+    def decode(self, latents: np.ndarray, vae: str) -> np.ndarray:
+        """Latents to uint8 pictures `[batch, height, width, 3]`."""
+        ...
+
+    def generate(self, job: SampleJob, vae: str) -> tuple[np.ndarray, dict[str, float]] | None:
+        """`sample`, then `decode`: pictures, and the seconds of `denoise` and `decode`; None where stopped."""
+        ...
 
 
 class Module(Protocol):
@@ -20,10 +73,10 @@ class Module(Protocol):
 
 
 class Backend(Protocol):
-    """One way to run modules. `name` is what people write; constructing it loads its library."""
+    """One way to run bundles. `name` is what people write; constructing it loads its library."""
 
     name: str
 
-    def load_module(self, bundle: Path, manifest: Manifest, module: str) -> Module:
-        """Load a module of a bundle whose files were checked. Raises BundleMismatch or OutOfMemory."""
+    def open(self, bundle: Path, manifest: Manifest, check: CheckModule) -> Pipeline:
+        """A pipeline over a bundle. Raises BundleMismatch or OutOfMemory."""
         ...

@@ -10,6 +10,8 @@ import onnxruntime as ort
 
 from ..errors import BundleMismatch, OutOfMemory, RequestError
 from ..manifest import Manifest, ModuleSpec, shape_text
+from .base import CheckModule
+from .modules import ModulePipeline
 
 
 class OnnxRuntimeBackend:
@@ -29,9 +31,18 @@ class OnnxRuntimeBackend:
                 raise RequestError(f"num_threads: expected 1 or more, got {num_threads}")
             self._options.intra_op_num_threads = num_threads
 
+    def open(self, bundle: Path, manifest: Manifest, check: CheckModule) -> ModulePipeline:
+        """A pipeline over a bundle; modules are loaded on first use."""
+        return ModulePipeline(lambda name: self.load_module(bundle, manifest, name), check)
+
     def load_module(self, bundle: Path, manifest: Manifest, module: str) -> OnnxRuntimeModule:
         """Load a module. Raises BundleMismatch where the graph and its weights do not fit."""
         spec = manifest.module(module)
+        if spec.graph is None:
+            raise BundleMismatch(
+                f"{module}: this bundle has weights and no ONNX graph; load it with backend='cuda', "
+                "or export it for onnxruntime"
+            )
         path = bundle / spec.graph
         try:
             session = ort.InferenceSession(str(path), self._options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,112 @@
+"""The pipeline of backends that run a bundle's modules one by one."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from .. import _core
+from ..errors import ZImageError
+from ..image import to_uint8
+from .base import CheckModule, Module, SampleJob
+
+
+class ModulePipeline:
+    """Runs modules that a backend loads by name, with the sampler loop in C++ around them."""
+
+    def __init__(self, load_module: Callable[[str], Module], check: CheckModule) -> None:
+        self._load_module = load_module
+        self._check = check
+        self._modules: dict[str, Module] = {}
+        self._lock = threading.Lock()
+
+    def module(self, name: str) -> Module:
+        """A module, checked and loaded on first use."""
+        with self._lock:
+            if name not in self._modules:
+                self._check(name)
+                self._modules[name] = self._load_module(name)
+            return self._modules[name]
+
+    def load(self, modules: Sequence[str]) -> None:
+        """See `Pipeline`."""
+        for name in modules:
+            self.module(name)
+
+    def context(self, input_ids: np.ndarray) -> np.ndarray:
+        """See `Pipeline`."""
+        embeds = self.module("text_encoder")({"input_ids": input_ids})
+        return self.module("context_refiner")(embeds)["context"]
+
+    def sample(self, job: SampleJob) -> bool:
+        """See `Pipeline`; the loop is `csrc/runtime/sampler.cc`."""
+        denoiser = ModuleDenoiser(self.module("transformer"), job.contexts, job.negatives)
+        return _core.sample_euler(denoiser, job.sigmas, job.latents, job.guidance, job.on_step)
+
+    def decode(self, latents: np.ndarray, vae: str) -> np.ndarray:
+        """See `Pipeline`."""
+        decoder = self.module(f"{vae}_vae_decoder")
+        # One at a time: a batch would only multiply the activations' memory.
+        images = [
+            to_uint8(decoder({"latents": np.ascontiguousarray(latents[i : i + 1])})["image"])
+            for i in range(len(latents))
+        ]
+        return np.concatenate(images)
+
+    def generate(self, job: SampleJob, vae: str) -> tuple[np.ndarray, dict[str, float]] | None:
+        """See `Pipeline`."""
+        start = time.perf_counter()
+        if not self.sample(job):
+            return None
+        denoised = time.perf_counter()
+        images = self.decode(job.latents, vae)
+        return images, {"denoise": denoised - start, "decode": time.perf_counter() - denoised}
+
+
+class ModuleDenoiser:
+    """The transformer module as the C++ loop's predict.
+
+    Samples whose contexts have the same length run as one batch: an image token's position
+    depends on its context's length, and equal lengths need no mask, so a picture is the same in a
+    batch as alone.
+    """
+
+    def __init__(self, transformer: Module, contexts: Sequence[np.ndarray], negatives: Sequence[np.ndarray]) -> None:
+        self._transformer = transformer
+        self._batch = len(contexts)
+        self._groups = {
+            False: _group_by_length(contexts),
+            True: _group_by_length([*contexts, *negatives]),
+        }
+
+    def __call__(self, latents: np.ndarray, timestep: float, guided: bool, noise_pred: np.ndarray) -> None:
+        """One function evaluation; see `Denoiser` in csrc/include/zimage_rt/sampler.h."""
+        for rows, context in self._groups[guided]:
+            output = self._transformer(
+                {
+                    "latents": latents[[row % self._batch for row in rows]],
+                    "timestep": np.full(len(rows), timestep, np.float32),
+                    "context": context,
+                }
+            )["noise_pred"]
+            check_finite(output)
+            noise_pred[rows] = output
+
+
+def check_finite(noise_pred: np.ndarray) -> None:
+    """Raise ZImageError where a prediction is not finite: never a black picture."""
+    if not np.isfinite(noise_pred).all():
+        raise ZImageError(
+            "the transformer gave numbers that are not finite: the bundle's precision "
+            "overflows with this checkpoint; export it in bf16 or fp32"
+        )
+
+
+def _group_by_length(contexts: Sequence[np.ndarray]) -> list[tuple[list[int], np.ndarray]]:
+    groups: dict[int, list[int]] = {}
+    for row, context in enumerate(contexts):
+        groups.setdefault(context.shape[1], []).append(row)
+    return [(rows, np.concatenate([contexts[row] for row in rows])) for rows in groups.values()]
