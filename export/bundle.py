@@ -24,7 +24,7 @@ from zimage_rt.manifest import (
 )
 
 from . import weights
-from .builders import onnxruntime as builder
+from .builders import builder_for
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import ExportError
 from .modeling.transformer import SEQUENCE_MULTIPLE, TransformerConfig
@@ -40,6 +40,9 @@ WHOLE_PARITY_ELEMENTS = 1_000_000_000
 
 # (what is being done, module, bytes done so far, bytes in all)
 Progress = Callable[[str, str, int, int], None]
+
+# A builder's last touch to a traced graph.
+Simplify = Callable[[ir.Model, ModulePlan], None]
 
 
 def export(
@@ -60,18 +63,23 @@ def export(
     Raises:
         ExportError: with what was wrong; the folder that was there is untouched.
     """
+    builder = builder_for(recipe.backend)
+    builder.check(recipe)
     if checkpoint is None:
         checkpoint = open_checkpoint(recipe.checkpoint, recipe.parts, recipe.config)
     vaes = recipe.vae
     if vaes is None:
         found = {"tiny": checkpoint.tiny_vae, "full": checkpoint.vae}
-        vaes = tuple(kind for kind, component in found.items() if component is not None)
+        vaes = tuple(kind for kind, component in found.items() if component is not None and kind in builder.vaes)
     plans = plan_modules(checkpoint, PRECISIONS[recipe.precision], vaes)
     tokenizer = tokenizer_file(checkpoint.tokenizer)
     pipeline = _pipeline(checkpoint, recipe)
     with _replacing(recipe.out) as folder:
         references = ReferenceCache()
-        modules = {plan.name: _module(plan, checkpoint, folder, recipe, references, progress) for plan in plans}
+        modules = {
+            plan.name: _module(plan, checkpoint, folder, recipe, builder.simplify, references, progress)
+            for plan in plans
+        }
         shutil.copyfile(tokenizer, folder / "tokenizer.json")
         names = sorted(path.name for path in folder.iterdir())
         files: dict[str, FileEntry] = {}
@@ -139,10 +147,11 @@ def _module(
     checkpoint: Checkpoint,
     folder: Path,
     recipe: ExportRecipe,
+    simplify: Simplify | None,
     references: ReferenceCache,
     progress: Progress,
 ) -> ModuleSpec:
-    graph, weight_file = f"{plan.name}.onnx", f"{plan.name}.safetensors"
+    graph, weight_file = None, f"{plan.name}.safetensors"
     module = plan.meta_module()
     total = sum(tensor.nbytes for tensor in module.state_dict().values())
     done = 0
@@ -153,28 +162,29 @@ def _module(
         progress("write", plan.name, done, total)
 
     stored = weights.write(module, plan.component, folder / weight_file, advance)
-    progress("trace", plan.name, total, total)
-    _write_graph(plan, folder, stored)
     parity = None
-    if recipe.parity:
-        progress("parity", plan.name, total, total)
-        parity = _parity(plan, checkpoint, folder / graph, references)
+    if simplify is not None:
+        progress("trace", plan.name, total, total)
+        graph = _write_graph(plan, folder, stored, simplify)
+        if recipe.parity:
+            progress("parity", plan.name, total, total)
+            parity = _parity(plan, checkpoint, graph, simplify, references)
     return ModuleSpec(
         inputs=plan.inputs,
         outputs=plan.outputs,
         precision=plan.precision.name,
-        graph=graph,
+        graph=None if graph is None else graph.name,
         weights=weight_file,
         config=dict(plan.config),
         parity=parity,
     )
 
 
-def _write_graph(plan: ModulePlan, folder: Path, stored: dict[str, weights.StoredTensor]) -> Path:
+def _write_graph(plan: ModulePlan, folder: Path, stored: dict[str, weights.StoredTensor], simplify: Simplify) -> Path:
     """Trace a module whose weights are written already, and write its graph beside them."""
     model = trace(plan.meta_module(), plan.inputs, plan.outputs, plan.multiples)
     weights.attach(model, f"{plan.name}.safetensors", folder, stored)
-    builder.simplify(model, plan)
+    simplify(model, plan)
     path = folder / f"{plan.name}.onnx"
     try:
         ir.save(model, path)
@@ -183,7 +193,9 @@ def _write_graph(plan: ModulePlan, folder: Path, stored: dict[str, weights.Store
     return path
 
 
-def _parity(plan: ModulePlan, checkpoint: Checkpoint, graph: Path, references: ReferenceCache) -> Parity:
+def _parity(
+    plan: ModulePlan, checkpoint: Checkpoint, graph: Path, simplify: Simplify, references: ReferenceCache
+) -> Parity:
     """Measure a module; where its component is too large for memory, only the component's first layers are used.
 
     A module that lost layers by that is exported again, the same way; one that has none of them (the context refiner)
@@ -200,7 +212,7 @@ def _parity(plan: ModulePlan, checkpoint: Checkpoint, graph: Path, references: R
         folder = Path(temporary)
         module = short.meta_module()
         stored = weights.write(module, short.component, folder / f"{short.name}.safetensors")
-        path = _write_graph(short, folder, stored)
+        path = _write_graph(short, folder, stored, simplify)
         reference, name = references.get(short)
         return measure(short, path, reference, f"{name}, first layers only")
 

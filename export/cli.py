@@ -27,6 +27,7 @@ def _recipe(
     out: Path | None,
     precision: str | None,
     vae: list[str] | None,
+    backend: str | None,
     skip_parity: bool,
 ) -> ExportRecipe:
     if recipe is not None:
@@ -43,6 +44,8 @@ def _recipe(
         base = dataclasses.replace(base, precision=precision)
     if vae:
         base = dataclasses.replace(base, vae=tuple(vae))
+    if backend is not None:
+        base = dataclasses.replace(base, backend=backend)
     return dataclasses.replace(base, parity=False) if skip_parity else base
 
 
@@ -71,13 +74,16 @@ def export_command(
     out: Annotated[Path | None, typer.Option(help="The bundle's folder.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16.")] = None,
     vae: Annotated[list[str] | None, typer.Option(help="tiny, full; may be repeated.")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="onnxruntime: graphs and weights. cuda: weights alone, for that backend.")
+    ] = None,
     skip_parity: Annotated[bool, typer.Option("--skip-parity", help="Do not compare with the reference.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")] = False,
 ) -> None:
     """Turn a Z-Image checkpoint into a bundle for zimage_rt."""
     from .bundle import export  # torch loads here, not for --help
 
-    chosen = _recipe(recipe, checkpoint, out, precision, vae, skip_parity)
+    chosen = _recipe(recipe, checkpoint, out, precision, vae, backend, skip_parity)
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description:<28}"),

@@ -11,6 +11,7 @@ from typing import Any
 from zimage_rt.errors import ManifestError
 from zimage_rt.manifest import ShapeRange, ShapeRanges
 
+from .builders import BUILDERS
 from .checkpoint import PARTS
 from .errors import RecipeError
 from .precision import PRECISIONS
@@ -39,6 +40,7 @@ class ExportRecipe:
         shapes: the sizes the bundle is to serve.
         num_inference_steps, guidance_scale: what a request gets if it does not say.
         parity: whether to compare every module with its reference.
+        backend: what the bundle is built for: `onnxruntime` has graphs, `cuda` weights alone.
     """
 
     checkpoint: Path
@@ -52,10 +54,13 @@ class ExportRecipe:
     num_inference_steps: int = 8
     guidance_scale: float = 0.0
     parity: bool = True
+    backend: str = "onnxruntime"
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise RecipeError(f"precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        if self.backend not in BUILDERS:
+            raise RecipeError(f"backend: expected one of {', '.join(BUILDERS)}, got {self.backend!r}")
         for kind in self.vae or ():
             if kind not in VAES:
                 raise RecipeError(f"vae: expected any of {', '.join(VAES)}, got {kind!r}")
@@ -125,6 +130,7 @@ def read_recipe(path: Path) -> ExportRecipe:
         for key, kind in (
             ("name", str),
             ("precision", str),
+            ("backend", str),
             ("num_inference_steps", int),
             ("guidance_scale", float),
             ("parity", bool),

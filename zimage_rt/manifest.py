@@ -162,6 +162,7 @@ class ModuleSpec:
     Attributes:
         precision: `fp32`, `fp16` or `bf16`: what weights are stored and products computed in.
         graph, weights: file names inside the bundle; the ONNX graph names the safetensors file as its external data.
+            A bundle for the `cuda` backend alone may have no graph.
         config: architecture numbers from the checkpoint (read by backends that run no ONNX graph).
         parity: None only where the exporter was told to skip it.
     """
@@ -169,7 +170,7 @@ class ModuleSpec:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     precision: str
-    graph: str
+    graph: str | None
     weights: str
     config: Mapping[str, Any]
     parity: Parity | None = None
@@ -225,7 +226,7 @@ class Manifest:
     def module_files(self, name: str) -> tuple[str, ...]:
         """The files that the named module reads."""
         module = self.module(name)
-        return (module.graph, module.weights)
+        return (module.weights,) if module.graph is None else (module.graph, module.weights)
 
 
 def to_json(value: Any) -> Any:

@@ -6,6 +6,13 @@ import onnx_ir as ir
 from onnxscript import optimizer
 
 from ..modules import ModulePlan
+from ..recipe import ExportRecipe
+
+vaes = ("tiny", "full")
+
+
+def check(recipe: ExportRecipe) -> None:
+    """ONNX Runtime runs whatever a recipe can ask for."""
 
 
 def simplify(model: ir.Model, plan: ModulePlan) -> None:
