@@ -12,6 +12,7 @@ from .base import Backend
 # Name → (module, class, the pip extra that brings its library).
 BACKENDS: dict[str, tuple[str, str, str]] = {
     "onnxruntime": ("zimage_rt.backends.onnxruntime", "OnnxRuntimeBackend", "onnxruntime"),
+    "cuda": ("zimage_rt.backends.cuda", "CudaBackend", "cuda"),
 }
 
 

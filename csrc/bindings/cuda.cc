@@ -1,0 +1,385 @@
+// _cuda: the CUDA programs for Python. Arguments are checked here, once; the pipeline trusts them.
+
+#include <pybind11/functional.h>
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <numeric>
+
+#include "bindings/kernels.h"
+#include "programs/pipeline.h"
+#include "zimage_rt/check.h"
+
+namespace py = pybind11;
+
+namespace zimage_rt {
+namespace {
+
+using FloatArray = py::array_t<float, py::array::c_style | py::array::forcecast>;
+using IdArray = py::array_t<std::int64_t, py::array::c_style | py::array::forcecast>;
+using PixelArray = py::array_t<std::uint8_t>;
+
+int size_at(const py::array& array, int axis) { return static_cast<int>(array.shape(axis)); }
+
+void expect_dims(const py::array& array, int dims, const char* what) {
+  if (array.ndim() != dims || array.size() == 0)
+    throw std::invalid_argument(std::string(what) + ": expected " + std::to_string(dims) +
+                                " dimensions, none of them empty");
+}
+
+DType parse_dtype(const std::string& name) {
+  if (name == "F32") return DType::kFloat32;
+  if (name == "F16") return DType::kFloat16;
+  if (name == "BF16") return DType::kBFloat16;
+  throw std::invalid_argument("dtype: expected F32, F16 or BF16, got " + name);
+}
+
+// tensors: (name, dtype, shape, offset, stays on the host).
+using TensorTuple =
+    std::tuple<std::string, std::string, std::vector<std::int64_t>, std::size_t, bool>;
+
+std::unique_ptr<Weights> open_weights(const std::string& path,
+                                      const std::vector<TensorTuple>& tensors) {
+  std::vector<WeightEntry> entries;
+  for (const auto& [name, dtype, shape, offset, host] : tensors)
+    entries.push_back({name, parse_dtype(dtype), shape, offset, host});
+  return std::make_unique<Weights>(path, std::move(entries));
+}
+
+template <typename T>
+T get(const py::dict& config, const char* key) {
+  if (!config.contains(key)) throw WeightError(std::string("the module's config has no ") + key);
+  return config[key].cast<T>();
+}
+
+TextEncoderConfig text_encoder_config(const py::dict& config) {
+  return {get<int>(config, "vocab_size"),
+          get<int>(config, "hidden_size"),
+          get<int>(config, "intermediate_size"),
+          get<int>(config, "num_hidden_layers"),
+          get<int>(config, "num_attention_heads"),
+          get<int>(config, "num_key_value_heads"),
+          get<int>(config, "head_dim"),
+          get<float>(config, "rms_norm_eps"),
+          get<float>(config, "attention_scale"),
+          get<float>(config, "gate_scale"),
+          get<float>(config, "up_scale")};
+}
+
+TransformerConfig transformer_config(const py::dict& config) {
+  TransformerConfig out{get<int>(config, "in_channels"),
+                        get<int>(config, "dim"),
+                        get<int>(config, "n_layers"),
+                        get<int>(config, "n_refiner_layers"),
+                        get<int>(config, "n_heads"),
+                        get<int>(config, "hidden_dim"),
+                        get<int>(config, "cap_feat_dim"),
+                        get<int>(config, "patch_size"),
+                        get<float>(config, "norm_eps"),
+                        get<bool>(config, "qk_norm"),
+                        get<float>(config, "t_scale"),
+                        get<std::vector<int>>(config, "axes_dims"),
+                        get<std::vector<int>>(config, "axes_lens"),
+                        get<float>(config, "attention_scale"),
+                        get<float>(config, "gate_scale"),
+                        get<float>(config, "up_scale")};
+  if (out.axes_dims.size() != 3 || out.axes_lens.size() != 3)
+    throw WeightError("axes_dims, axes_lens: expected three numbers each");
+  return out;
+}
+
+TinyVaeConfig tiny_vae_config(const py::dict& config, bool decoder) {
+  TinyVaeConfig out;
+  out.widths = get<std::vector<int>>(
+      config, decoder ? "decoder_block_out_channels" : "encoder_block_out_channels");
+  out.blocks = get<std::vector<int>>(config, decoder ? "num_decoder_blocks" : "num_encoder_blocks");
+  out.latent_channels = get<int>(config, "latent_channels");
+  out.image_channels = get<int>(config, decoder ? "out_channels" : "in_channels");
+  out.scaling_factor = get<float>(config, "scaling_factor");
+  out.shift_factor = get<float>(config, "shift_factor");
+  return out;
+}
+
+// Runs `work` without Python's lock.
+template <typename Work>
+void released(Work&& work) {
+  const py::gil_scoped_release release;
+  work();
+}
+
+FloatArray encode(Pipeline& self, const IdArray& input_ids, int hidden_size) {
+  expect_dims(input_ids, 2, "input_ids");
+  const int batch = size_at(input_ids, 0), tokens = size_at(input_ids, 1);
+  FloatArray out({batch, tokens, hidden_size});
+  const std::int64_t* ids = input_ids.data();
+  float* data = out.mutable_data();
+  released([&] {
+    for (int i = 0; i < batch; ++i)
+      self.encode(ids + static_cast<std::size_t>(i) * tokens, tokens,
+                  data + static_cast<std::size_t>(i) * tokens * hidden_size);
+  });
+  return out;
+}
+
+FloatArray refine(Pipeline& self, const FloatArray& embeds) {
+  expect_dims(embeds, 3, "prompt_embeds");
+  const int batch = size_at(embeds, 0), tokens = size_at(embeds, 1), rows = padded_rows(tokens);
+  FloatArray out({batch, rows, self.dim()});
+  const float* in = embeds.data();
+  float* data = out.mutable_data();
+  const std::size_t in_size = static_cast<std::size_t>(tokens) * size_at(embeds, 2);
+  const std::size_t out_size = static_cast<std::size_t>(rows) * self.dim();
+  released([&] {
+    for (int i = 0; i < batch; ++i) self.refine(in + i * in_size, tokens, data + i * out_size);
+  });
+  return out;
+}
+
+FloatArray context(Pipeline& self, const IdArray& input_ids) {
+  expect_dims(input_ids, 2, "input_ids");
+  if (size_at(input_ids, 0) != 1) throw std::invalid_argument("input_ids: expected one prompt");
+  const int tokens = size_at(input_ids, 1);
+  FloatArray out({1, padded_rows(tokens), self.dim()});
+  const std::int64_t* ids = input_ids.data();
+  float* data = out.mutable_data();
+  released([&] { self.context(ids, tokens, data); });
+  return out;
+}
+
+FloatArray evaluate(Pipeline& self, const FloatArray& latents, const FloatArray& timestep,
+                    const FloatArray& contexts) {
+  expect_dims(latents, 4, "latents");
+  expect_dims(timestep, 1, "timestep");
+  expect_dims(contexts, 3, "context");
+  const int batch = size_at(latents, 0), rows = size_at(contexts, 1);
+  if (size_at(timestep, 0) != batch || size_at(contexts, 0) != batch ||
+      rows % kSequenceMultiple != 0 || size_at(contexts, 2) != self.dim())
+    throw std::invalid_argument("latents, timestep, context: their shapes do not belong together");
+  FloatArray out(std::vector<py::ssize_t>(latents.shape(), latents.shape() + 4));
+  const float *x = latents.data(), *t = timestep.data(), *c = contexts.data();
+  float* data = out.mutable_data();
+  const int height = size_at(latents, 2), width = size_at(latents, 3);
+  const std::size_t sample = static_cast<std::size_t>(latents.size()) / batch;
+  const std::size_t context_size = static_cast<std::size_t>(rows) * self.dim();
+  released([&] {
+    // Samples at one timestep run together.
+    for (int first = 0, last = 0; first < batch; first = last) {
+      while (last < batch && t[last] == t[first]) ++last;
+      self.evaluate(x + first * sample, height, width, t[first], c + first * context_size,
+                    std::vector<int>(static_cast<std::size_t>(last - first), rows),
+                    data + first * sample);
+    }
+  });
+  return out;
+}
+
+FloatArray decode(Pipeline& self, const FloatArray& latents) {
+  expect_dims(latents, 4, "latents");
+  const int batch = size_at(latents, 0), height = size_at(latents, 2), width = size_at(latents, 3);
+  const int factor = self.vae_factor();
+  FloatArray out({batch, 3, height * factor, width * factor});
+  const float* in = latents.data();
+  float* data = out.mutable_data();
+  released([&] { self.decode(in, batch, height, width, data); });
+  return out;
+}
+
+PixelArray decode_pixels(Pipeline& self, const FloatArray& latents) {
+  expect_dims(latents, 4, "latents");
+  const int batch = size_at(latents, 0), height = size_at(latents, 2), width = size_at(latents, 3);
+  const int factor = self.vae_factor();
+  PixelArray out({batch, height * factor, width * factor, 3});
+  const float* in = latents.data();
+  std::uint8_t* data = out.mutable_data();
+  released([&] { self.decode_pixels(in, batch, height, width, data); });
+  return out;
+}
+
+FloatArray encode_image(Pipeline& self, const FloatArray& image, int channels, int factor) {
+  expect_dims(image, 4, "image");
+  const int batch = size_at(image, 0), height = size_at(image, 2), width = size_at(image, 3);
+  if (size_at(image, 1) != 3 || height % factor != 0 || width % factor != 0)
+    throw std::invalid_argument("image: expected [batch, 3, height, width], multiples of " +
+                                std::to_string(factor));
+  FloatArray out({batch, channels, height / factor, width / factor});
+  const float* in = image.data();
+  float* data = out.mutable_data();
+  released([&] { self.encode_image(in, batch, height, width, data); });
+  return out;
+}
+
+// A numpy view of memory that C++ owns; the capsule frees nothing.
+FloatArray view(const float* data, const std::vector<py::ssize_t>& shape) {
+  FloatArray array(shape, data, py::capsule(data, [](void*) {}));
+  array.attr("flags").attr("writeable") = false;
+  return array;
+}
+
+// latents change in place. Returns None if the callback stopped the loop, otherwise the pixels (or
+// True where none are asked for) and the seconds of the loop and of the decoder.
+py::object sample(Pipeline& self, py::array_t<float> latents,
+                  const std::vector<FloatArray>& contexts, const std::vector<FloatArray>& negatives,
+                  const std::vector<float>& sigmas, float scale, float truncation,
+                  float normalization, bool decoded, const py::object& callback) {
+  expect_dims(latents, 4, "latents");
+  const int batch = size_at(latents, 0);
+  if ((latents.flags() & py::array::c_style) == 0 || sigmas.size() < 2 ||
+      contexts.size() != static_cast<std::size_t>(batch) ||
+      (scale > 0.0f && negatives.size() != contexts.size()))
+    throw std::invalid_argument("latents, contexts, negatives: expected one context a sample");
+  SampleJob job{};
+  job.latent_height = size_at(latents, 2);
+  job.latent_width = size_at(latents, 3);
+  const auto add = [&](const std::vector<FloatArray>& from, std::vector<const float*>& data,
+                       std::vector<int>& rows) {
+    for (const FloatArray& context : from) {
+      expect_dims(context, 3, "context");
+      if (size_at(context, 0) != 1 || size_at(context, 2) != self.dim())
+        throw std::invalid_argument("context: expected [1, context_tokens, dim]");
+      data.push_back(context.data());
+      rows.push_back(size_at(context, 1));
+    }
+  };
+  add(contexts, job.contexts, job.context_rows);
+  if (scale > 0.0f) add(negatives, job.negatives, job.negative_rows);
+  job.sigmas = sigmas;
+  job.guidance = {scale, truncation, normalization};
+  job.latents = latents.mutable_data();
+  py::object result = py::bool_(true);
+  if (decoded) {
+    const int factor = self.vae_factor();
+    PixelArray pixels({batch, job.latent_height * factor, job.latent_width * factor, 3});
+    job.pixels = pixels.mutable_data();
+    result = std::move(pixels);
+  }
+  const std::vector<py::ssize_t> shape(latents.shape(), latents.shape() + 4);
+  if (!callback.is_none())
+    job.callback = [&](const Step& step) {
+      const py::gil_scoped_acquire gil;
+      return callback(step.index, step.count, step.sigma, step.sigma_next,
+                      view(step.latents, shape))
+          .cast<bool>();
+    };
+  SampleTimes times;
+  bool finished = false;
+  released([&] { finished = self.sample(job, times); });
+  if (!finished) return py::none();
+  return py::make_tuple(std::move(result), times.denoise, times.decode);
+}
+
+py::dict memory(Pipeline& self) {
+  const MemoryUse use = self.memory();
+  py::dict out;
+  out["weights"] = use.weights;
+  out["workspace"] = use.workspace;
+  out["graphs"] = use.graphs;
+  out["free"] = use.free;
+  out["total"] = use.total;
+  return out;
+}
+
+py::dict device_info(int device) {
+  cudaDeviceProp properties{};
+  ZRT_CUDA(cudaGetDeviceProperties(&properties, device));
+  py::dict out;
+  out["name"] = std::string(properties.name);
+  out["compute_capability"] = py::make_tuple(properties.major, properties.minor);
+  out["total_memory"] = properties.totalGlobalMem;
+  return out;
+}
+
+// 0 where there is no driver, too: importing this module must work anywhere.
+int device_count() {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  return count;
+}
+
+std::string device_problem() {
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  cudaGetLastError();
+  return status == cudaSuccess ? (count > 0 ? "" : "no GPU") : cudaGetErrorString(status);
+}
+
+}  // namespace
+}  // namespace zimage_rt
+
+PYBIND11_MODULE(_cuda, m) {
+  using namespace zimage_rt;
+  m.doc() = "The CUDA programs of zimage_rt.";
+  const auto error = py::register_local_exception<CudaError>(m, "CudaError", PyExc_RuntimeError);
+  py::register_local_exception<OutOfMemoryError>(m, "OutOfMemoryError", error);
+  py::register_local_exception<WeightError>(m, "WeightError", PyExc_RuntimeError);
+  // A name of its own, so that it is not taken for a ValueError out of a callback.
+  py::register_local_exception<std::invalid_argument>(m, "ArgumentError", PyExc_ValueError);
+  m.def("device_count", &device_count);
+  m.def("device_problem", &device_problem);
+  m.def("device_info", &device_info, py::arg("device"));
+  m.attr("architectures") = ZIMAGE_RT_CUDA_ARCHITECTURES;
+
+  py::class_<Pipeline>(m, "Pipeline")
+      .def(py::init([](int device, std::string cublaslt, std::string cudnn, std::string cache_file,
+                       std::size_t memory_limit, bool keep_text_encoder) {
+             const py::gil_scoped_release release;
+             return Pipeline::make({device, std::move(cublaslt), std::move(cudnn),
+                                    std::move(cache_file), memory_limit, keep_text_encoder});
+           }),
+           py::kw_only(), py::arg("device"), py::arg("cublaslt"), py::arg("cudnn"),
+           py::arg("cache_file"), py::arg("memory_limit"), py::arg("keep_text_encoder"))
+      .def("load",
+           [](Pipeline& self, const std::string& module, const std::string& path,
+              const std::vector<TensorTuple>& tensors, const py::dict& config) {
+             auto weights = open_weights(path, tensors);
+             if (module == "text_encoder") {
+               const auto sizes = text_encoder_config(config);
+               released([&] { self.load_text_encoder(std::move(weights), sizes); });
+             } else if (module == "context_refiner") {
+               const auto sizes = transformer_config(config);
+               released([&] { self.load_context_refiner(std::move(weights), sizes); });
+             } else if (module == "transformer") {
+               const auto sizes = transformer_config(config);
+               released([&] { self.load_transformer(std::move(weights), sizes); });
+             } else if (module == "tiny_vae_decoder" || module == "tiny_vae_encoder") {
+               const auto sizes = tiny_vae_config(config, module == "tiny_vae_decoder");
+               released([&] {
+                 if (module == "tiny_vae_decoder")
+                   self.load_vae_decoder(std::move(weights), sizes);
+                 else
+                   self.load_vae_encoder(std::move(weights), sizes);
+               });
+             } else {
+               throw std::invalid_argument("no program runs the module " + module);
+             }
+           })
+      .def("encode", &encode, py::arg("input_ids"), py::arg("hidden_size"))
+      .def("refine", &refine, py::arg("prompt_embeds"))
+      .def("context", &context, py::arg("input_ids"))
+      .def("evaluate", &evaluate, py::arg("latents"), py::arg("timestep"), py::arg("context"))
+      .def("decode", &decode, py::arg("latents"))
+      .def("decode_pixels", &decode_pixels, py::arg("latents"))
+      .def("encode_image", &encode_image, py::arg("image"), py::arg("latent_channels"),
+           py::arg("factor"))
+      .def("sample", &sample, py::kw_only(), py::arg("latents").noconvert(), py::arg("contexts"),
+           py::arg("negatives"), py::arg("sigmas"), py::arg("guidance_scale"),
+           py::arg("cfg_truncation"), py::arg("cfg_normalization"), py::arg("decode"),
+           py::arg("callback"))
+      .def("time_evaluation", &Pipeline::time_evaluation, py::arg("latent_height"),
+           py::arg("latent_width"), py::arg("context_rows"), py::arg("repeats"),
+           py::call_guard<py::gil_scoped_release>())
+      .def("time_text_encoder", &Pipeline::time_text_encoder, py::arg("tokens"), py::arg("repeats"),
+           py::call_guard<py::gil_scoped_release>())
+      .def("time_decode", &Pipeline::time_decode, py::arg("latent_height"), py::arg("latent_width"),
+           py::arg("repeats"), py::call_guard<py::gil_scoped_release>())
+      .def("memory", &memory)
+      .def_property_readonly("graph_count", &Pipeline::graph_count);
+
+  py::module_ kernels = m.def_submodule("kernels", "Single kernels over numpy arrays, for tests.");
+  bind_elementwise(kernels);
+  bind_attention(kernels);
+  bind_conv(kernels);
+}

@@ -1,0 +1,76 @@
+#pragma once
+
+// numpy arrays on the device, for bindings that test one kernel: fp32, fp16, and bf16 as the
+// uint16 of its bits, which numpy has no type for.
+
+#include <cuda_runtime_api.h>
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "zimage_rt/check.h"
+#include "zimage_rt/device.h"
+#include "zimage_rt/dtype.h"
+
+namespace zimage_rt {
+
+inline DType dtype_of(const pybind11::array& array) {
+  const char kind = array.dtype().kind();
+  const pybind11::ssize_t size = array.dtype().itemsize();
+  if (kind == 'f' && size == 4) return DType::kFloat32;
+  if (kind == 'f' && size == 2) return DType::kFloat16;
+  if (kind == 'u' && size == 2) return DType::kBFloat16;
+  throw std::invalid_argument("expected float32, float16 or uint16 (bf16 bits)");
+}
+
+inline pybind11::dtype numpy_dtype(DType type) {
+  return pybind11::dtype(type == DType::kFloat32 ? "f4" : type == DType::kFloat16 ? "f2" : "u2");
+}
+
+// Uploads a C-contiguous array; `download` brings the memory back in its shape and type.
+class DeviceArray {
+ public:
+  explicit DeviceArray(const pybind11::array& array)
+      : shape_(array.shape(), array.shape() + array.ndim()),
+        dtype_(dtype_of(array)),
+        buffer_(static_cast<std::size_t>(array.nbytes()), "test array") {
+    const auto dense = pybind11::array::ensure(array, pybind11::array::c_style);
+    ZRT_CUDA(cudaMemcpy(buffer_.data(), dense.data(), buffer_.bytes(), cudaMemcpyHostToDevice));
+  }
+  // An output filled with 0xff bytes, which are NaN in every format: what a kernel does not write
+  // shows.
+  DeviceArray(std::vector<pybind11::ssize_t> shape, DType dtype)
+      : shape_(std::move(shape)), dtype_(dtype), buffer_(size(), "test array") {
+    ZRT_CUDA(cudaMemset(buffer_.data(), 0xff, buffer_.bytes()));
+  }
+
+  template <typename T = void>
+  T* data() const {
+    return reinterpret_cast<T*>(buffer_.data());
+  }
+  DType dtype() const { return dtype_; }
+  pybind11::ssize_t shape(std::size_t i) const { return shape_.at(i); }
+
+  pybind11::array download() const {
+    ZRT_CUDA(cudaDeviceSynchronize());
+    pybind11::array out(numpy_dtype(dtype_), shape_);
+    ZRT_CUDA(
+        cudaMemcpy(out.mutable_data(), buffer_.data(), buffer_.bytes(), cudaMemcpyDeviceToHost));
+    return out;
+  }
+
+ private:
+  std::size_t size() const {
+    std::size_t count = size_of(dtype_);
+    for (const auto n : shape_) count *= static_cast<std::size_t>(n);
+    return count;
+  }
+  std::vector<pybind11::ssize_t> shape_;
+  DType dtype_;
+  DeviceBuffer buffer_;
+};
+
+}  // namespace zimage_rt

@@ -1,0 +1,12 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace zimage_rt {
+
+// Each adds one family of kernels to a module, over numpy arrays that are copied there and back.
+void bind_elementwise(pybind11::module_& m);
+void bind_attention(pybind11::module_& m);
+void bind_conv(pybind11::module_& m);
+
+}  // namespace zimage_rt

@@ -1,0 +1,164 @@
+// The convolution and the kernels that feed it over numpy arrays: for their tests only.
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "bindings/device_array.h"
+#include "kernels/conv3x3.h"
+#include "kernels/planes_to_pixels.h"
+
+namespace py = pybind11;
+
+namespace zimage_rt {
+namespace {
+
+void require_dims(const py::array& array, py::ssize_t dims, const char* wanted) {
+  if (array.ndim() != dims) throw std::invalid_argument(wanted);
+}
+
+void require_type(const py::array& array, DType type, const char* wanted) {
+  if (dtype_of(array) != type) throw std::invalid_argument(wanted);
+}
+
+Conv3x3Output output_kind(const std::string& name) {
+  if (name == "half") return Conv3x3Output::kHalf;
+  if (name == "float") return Conv3x3Output::kFloat;
+  if (name == "uint8") return Conv3x3Output::kUint8;
+  throw std::invalid_argument("output: expected half, float or uint8, got " + name);
+}
+
+DType half_type(const std::string& name) {
+  if (name == "float16") return DType::kFloat16;
+  if (name == "bfloat16") return DType::kBFloat16;
+  throw std::invalid_argument("dtype: expected float16 or bfloat16, got " + name);
+}
+
+// `stride`, `upsample` and the rest as in conv3x3.h; in_place writes the result over the residual.
+py::array conv(const py::array& input, const py::array& weight,
+               const std::optional<py::array>& bias, const std::optional<py::array>& residual,
+               bool relu, bool upsample, int stride, const std::string& output, float scale,
+               float shift, bool in_place, bool early_start) {
+  require_dims(input, 4, "input: expected [batch, height, width, channels]");
+  require_dims(weight, 4, "weight: expected [out_channels, in_channels, 3, 3]");
+  if (weight.shape(2) != 3 || weight.shape(3) != 3)
+    throw std::invalid_argument("weight: expected [out_channels, in_channels, 3, 3]");
+  const DType type = dtype_of(input);
+  require_type(weight, type, "weight: expected the type of input");
+
+  Conv3x3 args;
+  args.dtype = type;
+  args.kind = output_kind(output);
+  args.batch = static_cast<int>(input.shape(0));
+  args.height = static_cast<int>(input.shape(1));
+  args.width = static_cast<int>(input.shape(2));
+  args.out_channels = static_cast<int>(weight.shape(0));
+  args.in_channels = static_cast<int>(weight.shape(1));
+  args.relu = relu;
+  args.upsample = upsample;
+  args.stride = stride;
+  args.scale = scale;
+  args.shift = shift;
+  args.early_start = early_start;
+  if (stride < 1) throw std::invalid_argument("stride: expected 1 or 2");
+  if (input.shape(3) != (args.in_channels <= 16 ? 16 : args.in_channels))
+    throw std::invalid_argument("input: expected weight's channels, padded to 16 if fewer");
+
+  const DeviceArray device_input(input), device_weight(weight);
+  std::optional<DeviceArray> device_bias, device_residual;
+  if (bias) {
+    require_dims(*bias, 1, "bias: expected [out_channels]");
+    require_type(*bias, type, "bias: expected the type of input");
+    if (bias->shape(0) != args.out_channels)
+      throw std::invalid_argument("bias: expected [out_channels]");
+    device_bias.emplace(*bias);
+  }
+  const py::ssize_t out_height = args.out_height(), out_width = args.out_width();
+  if (residual) {
+    require_dims(*residual, 4, "residual: expected the output's shape");
+    require_type(*residual, type, "residual: expected the type of input");
+    if (residual->shape(0) != args.batch || residual->shape(1) != out_height ||
+        residual->shape(2) != out_width || residual->shape(3) != args.out_channels)
+      throw std::invalid_argument("residual: expected the output's shape");
+    device_residual.emplace(*residual);
+    args.residual = device_residual->data();
+  } else if (in_place) {
+    throw std::invalid_argument("in_place: needs a residual");
+  }
+  const DeviceBuffer packed(conv3x3_packed_bytes(args.in_channels, args.out_channels),
+                            "test weights");
+  conv3x3_pack(device_weight.data(), device_bias ? device_bias->data() : nullptr, type,
+               args.in_channels, args.out_channels, packed.data(), nullptr);
+  ZRT_CUDA(cudaDeviceSynchronize());  // early_start reads the weights before it waits
+  args.input = device_input.data();
+  args.packed = packed.data();
+
+  if (args.kind == Conv3x3Output::kUint8) {
+    py::array_t<std::uint8_t> host({static_cast<py::ssize_t>(args.batch), out_height, out_width,
+                                    static_cast<py::ssize_t>(args.out_channels)});
+    const DeviceBuffer pixels(static_cast<std::size_t>(host.nbytes()), "test array");
+    ZRT_CUDA(cudaMemset(pixels.data(), 0xff, pixels.bytes()));
+    args.output = pixels.data();
+    conv3x3(args, nullptr);
+    ZRT_CUDA(cudaDeviceSynchronize());
+    ZRT_CUDA(
+        cudaMemcpy(host.mutable_data(), pixels.data(), pixels.bytes(), cudaMemcpyDeviceToHost));
+    return std::move(host);
+  }
+  const bool planes = args.kind == Conv3x3Output::kFloat;
+  const DeviceArray out =
+      planes ? DeviceArray({args.batch, args.out_channels, out_height, out_width}, DType::kFloat32)
+             : DeviceArray({args.batch, out_height, out_width, args.out_channels}, type);
+  args.output = in_place ? device_residual->data() : out.data();
+  conv3x3(args, nullptr);
+  return in_place ? device_residual->download() : out.download();
+}
+
+template <typename Launch>
+py::array to_pixels(const py::array& planes, const std::string& dtype, Launch&& launch) {
+  require_dims(planes, 4, "planes: expected [batch, channels, height, width]");
+  require_type(planes, DType::kFloat32, "planes: expected float32");
+  const DeviceArray input(planes);
+  const DeviceArray out({planes.shape(0), planes.shape(2), planes.shape(3), 16}, half_type(dtype));
+  PlanesToPixels args;
+  args.input = input.data<float>();
+  args.output = out.data();
+  args.dtype = out.dtype();
+  args.batch = static_cast<int>(planes.shape(0));
+  args.channels = static_cast<int>(planes.shape(1));
+  args.height = static_cast<int>(planes.shape(2));
+  args.width = static_cast<int>(planes.shape(3));
+  launch(args);
+  return out.download();
+}
+
+py::array latents(const py::array& planes, float scaling_factor, float shift_factor,
+                  const std::string& dtype) {
+  return to_pixels(planes, dtype, [&](const PlanesToPixels& args) {
+    latents_to_pixels(args, scaling_factor, shift_factor, nullptr);
+  });
+}
+
+py::array image(const py::array& planes, const std::string& dtype) {
+  return to_pixels(planes, dtype,
+                   [](const PlanesToPixels& args) { image_to_pixels(args, nullptr); });
+}
+
+}  // namespace
+
+void bind_conv(py::module_& m) {
+  m.def("conv3x3", &conv, py::arg("input"), py::arg("weight"), py::kw_only(),
+        py::arg("bias") = py::none(), py::arg("residual") = py::none(), py::arg("relu") = false,
+        py::arg("upsample") = false, py::arg("stride") = 1, py::arg("output") = "half",
+        py::arg("scale") = 1.0f, py::arg("shift") = 0.0f, py::arg("in_place") = false,
+        py::arg("early_start") = false);
+  m.def("latents_to_pixels", &latents, py::arg("latents"), py::arg("scaling_factor"),
+        py::arg("shift_factor"), py::arg("dtype"));
+  m.def("image_to_pixels", &image, py::arg("image"), py::arg("dtype"));
+}
+
+}  // namespace zimage_rt

@@ -1,0 +1,185 @@
+// The element-wise kernels, norms and matrix products over numpy arrays: for their tests only.
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "bindings/device_array.h"
+#include "bindings/kernels.h"
+#include "kernels/modulation.h"
+#include "kernels/norm.h"
+#include "kernels/patches.h"
+#include "kernels/qk_norm_rope.h"
+#include "kernels/rope_table.h"
+#include "kernels/swiglu.h"
+#include "runtime/gemm.h"
+
+namespace py = pybind11;
+
+namespace zimage_rt {
+namespace {
+
+int rows_of(const DeviceArray& array) { return static_cast<int>(array.shape(0)); }
+int columns_of(const DeviceArray& array) { return static_cast<int>(array.shape(1)); }
+
+DType named(const std::string& name) {
+  return name == "float32"   ? DType::kFloat32
+         : name == "float16" ? DType::kFloat16
+                             : DType::kBFloat16;
+}
+
+py::array run_rms_norm(const py::array& x, const py::array& weight, float eps,
+                       const std::string& type) {
+  const DeviceArray in(x), w(weight);
+  const DeviceArray out({x.shape(0), x.shape(1)}, named(type));
+  rms_norm({in.data<float>(), w.data<float>(), out.data(), out.dtype(), rows_of(in), columns_of(in),
+            eps},
+           nullptr);
+  return out.download();
+}
+
+// Returns x and the normed output; without `pre` the output stays as poisoned as it came.
+py::tuple run_residual_norm(const py::array& x, const py::array& branch,
+                            const std::optional<py::array>& post, float post_eps,
+                            float branch_scale, const std::optional<py::array>& pre,
+                            float pre_eps) {
+  const DeviceArray in(x), b(branch);
+  const DeviceArray out({x.shape(0), x.shape(1)}, b.dtype());
+  std::optional<DeviceArray> post_vector, pre_vector;
+  if (post) post_vector.emplace(*post);
+  if (pre) pre_vector.emplace(*pre);
+  residual_norm({in.data<float>(), b.data(), post ? post_vector->data<float>() : nullptr, post_eps,
+                 branch_scale, pre ? pre_vector->data<float>() : nullptr, pre_eps, out.data(),
+                 b.dtype(), rows_of(in), columns_of(in)},
+                nullptr);
+  return py::make_tuple(in.download(), out.download());
+}
+
+py::array run_layer_norm(const py::array& x, const py::array& scale, float eps,
+                         const std::string& type) {
+  const DeviceArray in(x), s(scale);
+  const DeviceArray out({x.shape(0), x.shape(1)}, named(type));
+  layer_norm({in.data<float>(), s.data<float>(), out.data(), out.dtype(), rows_of(in),
+              columns_of(in), eps},
+             nullptr);
+  return out.download();
+}
+
+py::array run_qk_norm_rope(const py::array& qkv, const std::optional<py::array>& q_weight,
+                           const std::optional<py::array>& k_weight, const py::array& cos,
+                           const py::array& sin, int q_heads, int k_heads, int head_dim,
+                           float eps) {
+  const DeviceArray rows(qkv), c(cos), s(sin);
+  std::optional<DeviceArray> q, k;
+  if (q_weight) q.emplace(*q_weight);
+  if (k_weight) k.emplace(*k_weight);
+  qk_norm_rope({rows.data(), rows.shape(1), rows.dtype(), q ? q->data<float>() : nullptr,
+                k ? k->data<float>() : nullptr, c.data<float>(), s.data<float>(), rows_of(rows),
+                q_heads, k_heads, head_dim, eps},
+               nullptr);
+  return rows.download();
+}
+
+py::array run_swiglu(const py::array& gate_up, float gate_scale, float up_scale) {
+  const DeviceArray in(gate_up);
+  const DeviceArray out({gate_up.shape(0), gate_up.shape(1) / 2}, in.dtype());
+  swiglu({in.data(), out.data(), in.dtype(), rows_of(in), columns_of(out), gate_scale, up_scale},
+         nullptr);
+  return out.download();
+}
+
+PatchGrid grid_of(const py::array& latents, int patch) {
+  return {static_cast<int>(latents.shape(1)), static_cast<int>(latents.shape(2)),
+          static_cast<int>(latents.shape(3)), patch};
+}
+
+py::array run_patchify(const py::array& latents, int patch, int samples, int padded,
+                       const std::string& type) {
+  const DeviceArray in(latents);
+  const PatchGrid grid = grid_of(latents, patch);
+  const DeviceArray out({samples, padded, grid.features()}, named(type));
+  patchify(in.data<float>(), rows_of(in), grid, out.data(), out.dtype(), samples, padded, nullptr);
+  return out.download();
+}
+
+py::array run_unpatchify(const py::array& patches, int channels, int height, int width, int patch) {
+  const DeviceArray in(patches);
+  const DeviceArray out({patches.shape(0), channels, height, width}, DType::kFloat32);
+  unpatchify(in.data<float>(), {channels, height, width, patch}, out.data<float>(), rows_of(in),
+             nullptr);
+  return out.download();
+}
+
+py::array run_euler_step(const py::array& patches, const py::array& latents, int patch,
+                         const py::array& sigmas, int step, bool guided, float scale,
+                         float normalization) {
+  const DeviceArray pred(patches), x(latents), s(sigmas);
+  py::array_t<float> settings(2);
+  settings.mutable_at(0) = scale;
+  settings.mutable_at(1) = normalization;
+  const DeviceArray guidance(settings), factors({latents.shape(0)}, DType::kFloat32);
+  euler_step(
+      {pred.data<float>(), grid_of(latents, patch), x.data<float>(), rows_of(x), guided,
+       normalization > 0.0f, s.data<float>(), step, guidance.data<float>(), factors.data<float>()},
+      nullptr);
+  return x.download();
+}
+
+py::array run_gemm(const std::string& library, const py::array& a, const py::array& weight,
+                   const std::optional<py::array>& bias, float alpha, const std::string& out_type) {
+  static std::unique_ptr<Gemm> gemm;
+  if (!gemm) gemm = std::make_unique<Gemm>(library, "");
+  const DeviceArray in(a), w(weight);
+  std::optional<DeviceArray> b;
+  if (bias) b.emplace(*bias);
+  const DeviceArray out({a.shape(0), weight.shape(1)}, named(out_type));
+  GemmArgs args{};
+  args.a = in.data();
+  args.weight = w.data();
+  args.bias = b ? b->data<float>() : nullptr;
+  args.out = out.data();
+  args.type = in.dtype();
+  args.out_type = out.dtype();
+  args.m = rows_of(in), args.n = columns_of(w), args.k = columns_of(in);
+  args.alpha = alpha;
+  gemm->run(args, nullptr);
+  return out.download();
+}
+
+py::tuple run_rope_table(const std::vector<py::array>& cos, const std::vector<py::array>& sin,
+                         int grid_rows, int grid_columns, int image_rows, int context_rows) {
+  std::vector<DeviceArray> tables;
+  RopeTable args{};
+  py::ssize_t width = 0;
+  for (std::size_t i = 0; i < 3; ++i) {
+    tables.emplace_back(cos.at(i));
+    tables.emplace_back(sin.at(i));
+    args.axes[i] = {tables[2 * i].data<float>(), tables[2 * i + 1].data<float>(),
+                    rows_of(tables[2 * i]), columns_of(tables[2 * i])};
+    width += cos[i].shape(1);
+  }
+  const DeviceArray c({image_rows + context_rows, width}, DType::kFloat32);
+  const DeviceArray s({image_rows + context_rows, width}, DType::kFloat32);
+  args.grid_rows = grid_rows, args.grid_columns = grid_columns;
+  args.image_rows = image_rows, args.context_rows = context_rows;
+  args.cos = c.data<float>(), args.sin = s.data<float>();
+  rope_table(args, nullptr);
+  return py::make_tuple(c.download(), s.download());
+}
+
+}  // namespace
+
+void bind_elementwise(py::module_& m) {
+  m.def("rms_norm", &run_rms_norm);
+  m.def("residual_norm", &run_residual_norm);
+  m.def("layer_norm", &run_layer_norm);
+  m.def("qk_norm_rope", &run_qk_norm_rope);
+  m.def("swiglu", &run_swiglu);
+  m.def("patchify", &run_patchify);
+  m.def("unpatchify", &run_unpatchify);
+  m.def("euler_step", &run_euler_step);
+  m.def("gemm", &run_gemm);
+  m.def("rope_table", &run_rope_table);
+}
+
+}  // namespace zimage_rt

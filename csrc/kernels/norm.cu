@@ -1,0 +1,146 @@
+#include "kernels/norm.h"
+#include "kernels/numeric.cuh"
+#include "zimage_rt/check.h"
+
+namespace zimage_rt {
+namespace {
+
+// One block a row, eight values a thread: a row is read once, kept in registers, written once.
+// Three blocks a multiprocessor keep enough reads in flight for the whole bandwidth.
+constexpr int kThreads = 512;
+constexpr int kBlocks = 3;
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    rms_norm_kernel(const float* x, const float* weight, T* out, int dim, float eps) {
+  __shared__ float scratch[32];
+  const int i = threadIdx.x * 8;
+  const std::size_t at = static_cast<std::size_t>(blockIdx.x) * dim + i;
+  float values[8] = {};
+  if (i < dim) load8(x + at, values);
+  float sum = 0.0f;
+#pragma unroll
+  for (const float value : values) sum += value * value;
+  const float factor = rsqrtf(block_sum(sum, scratch) / dim + eps);
+  if (i >= dim) return;
+  float weights[8];
+  load8(weight + i, weights);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) values[j] *= factor * weights[j];
+  store8(out + at, values);
+}
+
+template <typename T, bool kPost, bool kPre>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    residual_norm_kernel(float* x, const T* branch, const float* post, float post_eps,
+                         float branch_scale, const float* pre, float pre_eps, T* out, int dim) {
+  __shared__ float scratch[2][32];
+  const int i = threadIdx.x * 8;
+  const std::size_t at = static_cast<std::size_t>(blockIdx.x) * dim + i;
+  const bool active = i < dim;
+  float values[8] = {}, added[8] = {}, vector[8] = {};
+  if (active) {
+    load8(branch + at, added);
+    load8(static_cast<const float*>(x) + at, values);
+    if (kPost) load8(post + i, vector);
+  }
+  float factor = branch_scale;
+  if (kPost) {
+    float sum = 0.0f;
+#pragma unroll
+    for (const float value : added) sum += value * value;
+    factor = rsqrtf(block_sum(sum, scratch[0]) / dim + post_eps);
+  }
+#pragma unroll
+  for (int j = 0; j < 8; ++j) values[j] += added[j] * factor * (kPost ? vector[j] : 1.0f);
+  if (active) store8(x + at, values);
+  if (!kPre) return;
+  if (active) load8(pre + i, vector);
+  float sum = 0.0f;
+#pragma unroll
+  for (const float value : values) sum += value * value;
+  factor = rsqrtf(block_sum(sum, scratch[1]) / dim + pre_eps);
+  if (!active) return;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) values[j] *= factor * vector[j];
+  store8(out + at, values);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    layer_norm_kernel(const float* x, const float* scale, T* out, int dim, float eps) {
+  __shared__ float scratch[2][32];
+  const int i = threadIdx.x * 8;
+  const std::size_t at = static_cast<std::size_t>(blockIdx.x) * dim + i;
+  float values[8] = {};
+  if (i < dim) load8(x + at, values);
+  float sum = 0.0f;
+#pragma unroll
+  for (const float value : values) sum += value;
+  const float mean = block_sum(sum, scratch[0]) / dim;
+  float squares = 0.0f;
+#pragma unroll
+  for (float& value : values) {
+    value = i < dim ? value - mean : 0.0f;
+    squares += value * value;
+  }
+  const float factor = rsqrtf(block_sum(squares, scratch[1]) / dim + eps);
+  if (i >= dim) return;
+  float vector[8];
+  load8(scale + i, vector);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) values[j] *= factor * vector[j];
+  store8(out + at, values);
+}
+
+int threads_for(int dim) {
+  if (dim % 8 != 0 || dim < 8 || dim > 8 * kThreads)
+    throw std::invalid_argument("norm: expected a multiple of 8 up to 4096 as dim");
+  return ceil_div(dim / 8, 32) * 32;
+}
+
+}  // namespace
+
+void rms_norm(const RmsNorm& args, cudaStream_t stream) {
+  const int threads = threads_for(args.dim);
+  if (args.rows == 0) return;
+  for_type(args.type, [&](auto tag) {
+    using T = decltype(tag);
+    rms_norm_kernel<T><<<args.rows, threads, 0, stream>>>(
+        args.x, args.weight, static_cast<T*>(args.out), args.dim, args.eps);
+  });
+  ZRT_LAUNCHED();
+}
+
+void residual_norm(const ResidualNorm& args, cudaStream_t stream) {
+  const int threads = threads_for(args.dim);
+  if (args.rows == 0) return;
+  for_half_type(args.type, [&](auto tag) {
+    using T = decltype(tag);
+    const auto launch = [&](auto kernel) {
+      kernel<<<args.rows, threads, 0, stream>>>(
+          args.x, static_cast<const T*>(args.branch), args.post, args.post_eps, args.branch_scale,
+          args.pre, args.pre_eps, static_cast<T*>(args.out), args.dim);
+    };
+    if (args.post != nullptr)
+      args.pre != nullptr ? launch(residual_norm_kernel<T, true, true>)
+                          : launch(residual_norm_kernel<T, true, false>);
+    else
+      args.pre != nullptr ? launch(residual_norm_kernel<T, false, true>)
+                          : launch(residual_norm_kernel<T, false, false>);
+  });
+  ZRT_LAUNCHED();
+}
+
+void layer_norm(const LayerNorm& args, cudaStream_t stream) {
+  const int threads = threads_for(args.dim);
+  if (args.rows == 0) return;
+  for_half_type(args.type, [&](auto tag) {
+    using T = decltype(tag);
+    layer_norm_kernel<T><<<args.rows, threads, 0, stream>>>(
+        args.x, args.scale, static_cast<T*>(args.out), args.dim, args.eps);
+  });
+  ZRT_LAUNCHED();
+}
+
+}  // namespace zimage_rt

@@ -1,0 +1,55 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "zimage_rt/dtype.h"
+
+namespace zimage_rt {
+
+// Between latents, fp32 [samples, channels, height, width], and rows of patches. A patch's features
+// are ordered (row, column, channel); patches of an image go row by row.
+struct PatchGrid {
+  int channels;
+  int height;  // of the latents
+  int width;
+  int patch;
+  constexpr int rows() const { return height / patch * (width / patch); }
+  constexpr int features() const { return patch * patch * channels; }
+  constexpr int values() const { return channels * height * width; }
+};
+
+// patches [samples, padded_rows, features] in `type`; rows past the image are zero. Sample i reads
+// latents i % latent_samples, so that both halves of a guided batch see the same latents.
+void patchify(const float* latents, int latent_samples, const PatchGrid& grid, void* patches,
+              DType type, int samples, int padded_rows, cudaStream_t stream);
+
+// noise_pred [samples, channels, height, width] = -patches, with patches fp32
+// [samples, grid.rows(), features]: the checkpoint predicts the other sign.
+void unpatchify(const float* patches, const PatchGrid& grid, float* noise_pred, int samples,
+                cudaStream_t stream);
+
+// One Euler step on the patches of a prediction, with guidance where `guided`:
+//   latents += (sigmas[step + 1] - sigmas[step]) * pred,
+//   pred = positive + scale * (positive - negative), the negative predictions in the second half,
+// then, with normalization > 0, scaled down to at most normalization times the positive's norm.
+// The formulas and their order are those of runtime/sampler.cc and runtime/guidance.cc. `sigmas`
+// and `guidance` [scale, normalization] lie on the device, so that a captured step serves any.
+struct EulerStep {
+  const float* patches;
+  PatchGrid grid;
+  float* latents;
+  int samples;  // of the latents; the patches have twice as many where guided
+  bool guided;
+  bool normalized;
+  const float* sigmas;
+  int step;
+  const float* guidance;
+  float* factors;  // [samples], scratch for normalization
+};
+void euler_step(const EulerStep& args, cudaStream_t stream);
+
+// rows [first, first + count) of every `stride` rows of x, fp32 [.., dim], become `row` [dim].
+void fill_rows(float* x, const float* row, int samples, int stride, int first, int count, int dim,
+               cudaStream_t stream);
+
+}  // namespace zimage_rt

@@ -1,0 +1,34 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+namespace zimage_rt {
+
+// Cosines and sines by position, fp32 [length, size], one pair of tables an axis, as the bundle
+// has them. Without tables nothing is turned.
+struct RopeAxis {
+  const float* cos = nullptr;
+  const float* sin = nullptr;
+  int length = 0;
+  int size = 0;
+};
+
+// The angles of a sequence's rows, cos and sin fp32 [image_rows + context_rows, width]:
+// image rows have the ids (context_rows + 1, row, column), the pad rows behind them no angle,
+// context rows (1 …, 0, 0). (ZImageTransformer2DModel.patchify_and_embed of diffusers 0.42.1.)
+struct RopeTable {
+  RopeAxis axes[3];
+  int grid_rows;
+  int grid_columns;
+  int image_rows;  // with padding
+  int context_rows;
+  float* cos;
+  float* sin;
+};
+void rope_table(const RopeTable& args, cudaStream_t stream);
+
+// The same for a plain sequence of positions 0 …: angle = position * inv_freq, [rows, size].
+void position_table(const float* inv_freq, int size, int rows, float* cos, float* sin,
+                    cudaStream_t stream);
+
+}  // namespace zimage_rt

@@ -1,0 +1,22 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "zimage_rt/dtype.h"
+
+namespace zimage_rt {
+
+// out [rows, hidden] = silu(gate) * gate_scale * up * up_scale, of gate_up [rows, 2 * hidden]: the
+// gate's columns first. The product is made in fp32; the scales keep it inside fp16.
+struct SwiGlu {
+  const void* gate_up;
+  void* out;
+  DType type;
+  int rows;
+  int hidden;  // a multiple of 8
+  float gate_scale;
+  float up_scale;
+};
+void swiglu(const SwiGlu& args, cudaStream_t stream);
+
+}  // namespace zimage_rt

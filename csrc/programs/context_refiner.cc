@@ -1,0 +1,77 @@
+#include "kernels/norm.h"
+#include "programs/transformer.h"
+
+namespace zimage_rt {
+namespace {
+
+std::vector<BlockVectors> norms_of(const TransformerConfig& config, const Weights& weights) {
+  std::vector<BlockVectors> vectors;
+  for (int i = 0; i < config.n_refiner_layers; ++i) {
+    const std::string layer = "context_refiner." + std::to_string(i) + ".";
+    const auto norm = [&](const char* name) {
+      return weights.get(layer + name + ".weight", {config.dim}, DType::kFloat32).f32();
+    };
+    vectors.push_back(
+        {norm("attention_norm1"), norm("attention_norm2"), norm("ffn_norm1"), norm("ffn_norm2")});
+  }
+  return vectors;
+}
+
+}  // namespace
+
+ContextRefiner::ContextRefiner(const TransformerConfig& config, const Weights& weights)
+    : config_(config), weights_(weights), shape_(config.block_shape(weights.storage())) {
+  for (int i = 0; i < config.n_refiner_layers; ++i)
+    blocks_.push_back(
+        block_weights(config, shape_, weights, "context_refiner." + std::to_string(i) + "."));
+  vectors_ = norms_of(config, weights);
+  weights.get("cap_embedder.0.weight", {config.cap_feat_dim}, DType::kFloat32);
+  weights.get("cap_embedder.1.weight", {config.cap_feat_dim, config.dim}, shape_.type);
+  weights.get("cap_embedder.1.bias", {config.dim}, DType::kFloat32);
+  weights.get("cap_pad_token", {1, config.dim}, DType::kFloat32);
+  rope_axes(config, weights, 1);
+}
+
+ContextRefiner::Buffers ContextRefiner::plan(int tokens, Arena& arena) const {
+  const auto rows = static_cast<std::size_t>(padded_rows(tokens));
+  return {arena.take<float>(rows * config_.dim),
+          arena.take(rows * config_.cap_feat_dim * size_of(shape_.type)),
+          arena.take<float>(rows * shape_.head_dim / 2),
+          arena.take<float>(rows * shape_.head_dim / 2), BlockBuffers(shape_, rows, arena)};
+}
+
+void ContextRefiner::run(const float* prompt_embeds, int tokens, const Buffers& buffers,
+                         const Ops& ops) const {
+  const int rows = padded_rows(tokens);
+  rms_norm({prompt_embeds,
+            weights_.get("cap_embedder.0.weight", {config_.cap_feat_dim}, DType::kFloat32).f32(),
+            buffers.normed, shape_.type, tokens, config_.cap_feat_dim, config_.norm_eps},
+           ops.stream);
+  GemmArgs embed{};
+  embed.a = buffers.normed;
+  embed.weight =
+      weights_.get("cap_embedder.1.weight", {config_.cap_feat_dim, config_.dim}, shape_.type).data;
+  embed.bias = weights_.get("cap_embedder.1.bias", {config_.dim}, DType::kFloat32).f32();
+  embed.out = buffers.context;
+  embed.type = shape_.type;
+  embed.out_type = DType::kFloat32;
+  // All padded rows, so that one timing serves every length; what lies behind the prompt is
+  // replaced.
+  embed.m = rows, embed.n = config_.dim, embed.k = config_.cap_feat_dim;
+  ops.gemm.run(embed, ops.stream);
+  fill_rows(buffers.context, weights_.get("cap_pad_token", {1, config_.dim}, DType::kFloat32).f32(),
+            1, rows, tokens, rows - tokens, config_.dim, ops.stream);
+
+  RopeTable table{};
+  table.axes[0] = rope_axes(config_, weights_, 1)[0];
+  // Of the other axes a caption has the position 0 alone: no rotation.
+  for (int i = 1; i < 3; ++i) table.axes[i].size = config_.axes_dims[i] / 2;
+  table.grid_rows = table.grid_columns = 1;
+  table.context_rows = rows;
+  table.cos = buffers.cos, table.sin = buffers.sin;
+  rope_table(table, ops.stream);
+  run_blocks(shape_, blocks_, vectors_, buffers.context, rows, {{0, 1, rows}},
+             {buffers.cos, buffers.sin}, buffers.block, ops);
+}
+
+}  // namespace zimage_rt

@@ -1,0 +1,168 @@
+"""The element-wise kernels, norms and matrix products against float64 numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cuda_reference import TOLERANCE, cast, relative_error, require_gpu, to_float
+
+from zimage_rt import _core
+from zimage_rt.backends.cuda_libraries import find_library
+
+pytestmark = pytest.mark.gpu
+
+HALVES = ("float16", "bfloat16")
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    return require_gpu().kernels
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng()
+
+
+def f32(rng, *shape, scale=1.0):
+    return (rng.standard_normal(shape) * scale).astype(np.float32)
+
+
+def rms(x, eps):
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+@pytest.mark.parametrize("dtype", ["float32", *HALVES])
+@pytest.mark.parametrize(("rows", "dim"), [(1, 8), (3, 384), (33, 2560), (257, 3840), (5, 4096)])
+def test_rms_norm(kernels, rng, dtype, rows, dim):
+    x, weight = f32(rng, rows, dim, scale=3.0), f32(rng, dim)
+    out = kernels.rms_norm(x, weight, 1e-5, dtype)
+    assert relative_error(out, rms(x.astype(np.float64), 1e-5) * weight) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("rows", "dim"), [(1, 8), (33, 384), (65, 3840), (7, 2568)])
+@pytest.mark.parametrize("with_post", [True, False])
+@pytest.mark.parametrize("with_pre", [True, False])
+def test_residual_norm(kernels, rng, dtype, rows, dim, with_post, with_pre):
+    x, branch = f32(rng, rows, dim), cast(f32(rng, rows, dim, scale=20.0), dtype)
+    post = f32(rng, dim) if with_post else None
+    pre = f32(rng, dim) if with_pre else None
+    scale = 2.0**-7
+    new_x, out = kernels.residual_norm(x, branch, post, 1e-5 * scale**2, 1 / scale, pre, 1e-5)
+    added = to_float(branch)
+    added = rms(added, 1e-5 * scale**2) * post if with_post else added / scale
+    reference = x + added
+    assert relative_error(new_x, reference) < TOLERANCE["float32"]
+    if with_pre:
+        assert relative_error(out, rms(reference, 1e-5) * pre) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_layer_norm(kernels, rng, dtype):
+    x, scale = f32(rng, 37, 3840) + 5, f32(rng, 3840)
+    centred = x.astype(np.float64) - x.mean(-1, keepdims=True, dtype=np.float64)
+    reference = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * scale
+    assert relative_error(kernels.layer_norm(x, scale, 1e-6, dtype), reference) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(30, 30, 128), (32, 8, 128), (4, 2, 64), (3, 3, 128), (1, 1, 64)]
+)
+@pytest.mark.parametrize("normed", [True, False])
+def test_qk_norm_rope(kernels, rng, dtype, heads, kv_heads, head_dim, normed):
+    rows, half = 19, head_dim // 2
+    qkv = cast(f32(rng, rows, (heads + 2 * kv_heads) * head_dim), dtype)
+    angles = rng.uniform(0, 7, (rows, half))
+    cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    q_weight, k_weight = (f32(rng, head_dim), f32(rng, head_dim)) if normed else (None, None)
+    out = kernels.qk_norm_rope(qkv, q_weight, k_weight, cos, sin, heads, kv_heads, head_dim, 1e-6)
+    values = to_float(qkv).reshape(rows, -1, head_dim)
+    reference = values.copy()
+    for head in range(heads + kv_heads):
+        x = values[:, head]
+        if normed:
+            x = rms(x, 1e-6) * (q_weight if head < heads else k_weight)
+        a, b = x[:, :half], x[:, half:]
+        reference[:, head] = np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+    assert relative_error(out, reference.reshape(rows, -1)) < TOLERANCE[dtype]
+    # Values are not touched.
+    assert (out[:, (heads + kv_heads) * head_dim :] == qkv[:, (heads + kv_heads) * head_dim :]).all()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("rows", "hidden"), [(1, 8), (33, 576), (70, 10240)])
+def test_swiglu(kernels, rng, dtype, rows, hidden):
+    gate_up = cast(f32(rng, rows, 2 * hidden, scale=4.0), dtype)
+    gate, up = np.split(to_float(gate_up), 2, axis=1)
+    reference = gate / (1 + np.exp(-gate)) * up * 2.0**-7
+    assert relative_error(kernels.swiglu(gate_up, 2.0**-3, 2.0**-4), reference) < TOLERANCE[dtype]
+
+
+def patches_of(latents, patch=2):
+    samples, channels, height, width = latents.shape
+    rows = latents.reshape(samples, channels, height // patch, patch, width // patch, patch)
+    return rows.transpose(0, 2, 4, 3, 5, 1).reshape(samples, -1, patch * patch * channels)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_patchify_pads_and_repeats(kernels, rng, dtype):
+    latents = f32(rng, 2, 16, 6, 10)
+    out = to_float(kernels.patchify(latents, 2, 4, 32, dtype))
+    reference = to_float(cast(patches_of(latents), dtype))
+    for sample in range(4):
+        assert (out[sample, :15] == reference[sample % 2]).all()
+        assert (out[sample, 15:] == 0).all()
+
+
+def test_unpatchify_flips_the_sign(kernels, rng):
+    latents = f32(rng, 3, 16, 26, 140)
+    out = kernels.unpatchify(np.ascontiguousarray(patches_of(latents)), 16, 26, 140, 2)
+    assert (out == -latents).all()
+
+
+@pytest.mark.parametrize(("scale", "normalization"), [(0.0, 0.0), (4.0, 0.0), (4.0, 0.5), (4.0, 100.0)])
+def test_euler_step_is_the_loop_of_the_cpu(kernels, rng, scale, normalization):
+    latents, positive, negative = (f32(rng, 2, 16, 8, 6) for _ in range(3))
+    sigmas = np.asarray(_core.flow_match_sigmas(4, 3.0), np.float32)
+    pred = positive
+    if scale > 0:
+        pred = _core.apply_guidance(_core.Guidance(scale, 1.0, normalization), positive, negative)
+    predictions = np.concatenate([positive, negative]) if scale > 0 else positive
+    patches = np.ascontiguousarray(patches_of(-predictions))
+    out = kernels.euler_step(patches, latents, 2, sigmas, 1, scale > 0, scale, normalization)
+    assert relative_error(out, latents + (sigmas[2] - sigmas[1]) * pred.astype(np.float64)) < TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 64, 64), (33, 256, 512), (200, 2560, 384), (1000, 384, 2048)])
+@pytest.mark.parametrize("biased", [True, False])
+def test_gemm(kernels, rng, dtype, m, k, n, biased):
+    a, weight = cast(f32(rng, m, k), dtype), cast(f32(rng, k, n), dtype)
+    bias = f32(rng, n) if biased else None
+    out_type = "float32" if biased else dtype
+    out = kernels.gemm(find_library("cublasLt"), a, weight, bias, 2.0**-7, out_type)
+    reference = to_float(a) @ to_float(weight) * 2.0**-7 + (bias if biased else 0)
+    assert relative_error(out, reference) < (1e-5 if biased else TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(
+    ("grid_rows", "grid_columns", "image_rows", "context_rows"), [(4, 6, 32, 32), (13, 70, 928, 64)]
+)
+def test_rope_table(kernels, rng, grid_rows, grid_columns, image_rows, context_rows):
+    sizes, lengths = (16, 24, 24), (128, 80, 80)
+    cos = [f32(rng, length, size) for length, size in zip(lengths, sizes, strict=True)]
+    sin = [f32(rng, length, size) for length, size in zip(lengths, sizes, strict=True)]
+    out_cos, out_sin = kernels.rope_table(cos, sin, grid_rows, grid_columns, image_rows, context_rows)
+    ids = [(context_rows + 1, r, c) for r in range(grid_rows) for c in range(grid_columns)]
+    pads = image_rows - len(ids)
+    ids += [None] * pads + [(i + 1, 0, 0) for i in range(context_rows)]
+    for tables, out, still in ((cos, out_cos, 1.0), (sin, out_sin, 0.0)):
+        reference = [
+            np.full(64, still)
+            if position is None
+            else np.concatenate([t[i] for t, i in zip(tables, position, strict=True)])
+            for position in ids
+        ]
+        assert (out == np.asarray(reference, np.float32)).all()

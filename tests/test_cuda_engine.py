@@ -1,0 +1,230 @@
+"""zimage-nano on the `cuda` backend, beside ONNX Runtime on the CPU: modules, pictures, graphs, threads, refusals."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cuda_reference import relative_error, require_gpu
+from zimage_rt.benchmarks.fidelity import psnr
+from zimage_rt.benchmarks.quality.__main__ import read_prompts
+
+import zimage_rt
+from zimage_rt.errors import BundleMismatch, Cancelled, OutOfMemory, RequestError
+
+pytestmark = pytest.mark.gpu
+
+RECIPES = Path(__file__).parent.parent / "engines"
+PRECISIONS = ("bf16", "fp16")
+PROMPTS = [
+    "a panda",
+    "一只企鹅，蓝色背景",
+    "draw a red apple on the left and a house on the right, green background please",
+]
+
+
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    require_gpu()
+    from zimage_rt.export.bundle import export
+    from zimage_rt.export.recipe import read_recipe
+
+    folder = tmp_path_factory.mktemp("bundles")
+    paths = {"fp32": RECIPES / "nano"}
+    for precision in PRECISIONS:
+        paths[precision] = folder / precision
+        export(
+            replace(
+                read_recipe(RECIPES / f"nano-{precision}.toml"), out=paths[precision], vae=("tiny",), backend="cuda"
+            )
+        )
+    if not (paths["fp32"] / "manifest.json").is_file():
+        export(replace(read_recipe(RECIPES / "nano.toml"), parity=False))
+    return paths
+
+
+@pytest.fixture(scope="session")
+def reference(bundles):
+    return zimage_rt.Engine.load(bundles["fp32"])
+
+
+@pytest.fixture(scope="session", params=PRECISIONS)
+def cuda(request, bundles):
+    return zimage_rt.Engine.load(bundles[request.param], backend="cuda")
+
+
+@pytest.fixture(scope="session")
+def bf16(bundles):
+    return zimage_rt.Engine.load(bundles["bf16"], backend="cuda")
+
+
+TOLERANCE = {"bf16": 2e-2, "fp16": 4e-3}  # of a whole module against fp32, after all its layers
+
+
+@pytest.mark.parametrize("tokens", [1, 31, 32, 33, 200, 512])
+def test_prompts_become_the_contexts_of_onnxruntime(cuda, reference, tokens):
+    ids = np.random.default_rng().integers(0, 4000, (1, tokens))
+    precision = cuda.manifest.precision
+    embeds = reference.pipeline.module("text_encoder")({"input_ids": ids})
+    ours = cuda.pipeline.module("text_encoder")({"input_ids": ids})
+    assert relative_error(ours["prompt_embeds"], embeds["prompt_embeds"]) < TOLERANCE[precision]
+    context = reference.pipeline.module("context_refiner")(embeds)["context"]
+    assert relative_error(cuda.pipeline.module("context_refiner")(embeds)["context"], context) < TOLERANCE[precision]
+    assert relative_error(cuda.pipeline.context(ids), context) < TOLERANCE[precision]
+
+
+@pytest.mark.parametrize(
+    ("batch", "height", "width", "rows"), [(1, 32, 32, 32), (3, 26, 140, 64), (2, 8, 8, 32), (1, 128, 96, 512)]
+)
+def test_an_evaluation_is_that_of_onnxruntime(cuda, reference, batch, height, width, rows):
+    rng = np.random.default_rng()
+    inputs = {
+        "latents": rng.standard_normal((batch, 16, height, width)).astype(np.float32),
+        "timestep": np.linspace(0.1, 0.9, batch).astype(np.float32),
+        "context": rng.standard_normal((batch, rows, 384)).astype(np.float32),
+    }
+    expected = reference.pipeline.module("transformer")(inputs)["noise_pred"]
+    ours = cuda.pipeline.module("transformer")(inputs)["noise_pred"]
+    assert relative_error(ours, expected) < TOLERANCE[cuda.manifest.precision]
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (8, 8), (26, 140)])
+def test_the_tiny_vae_is_that_of_onnxruntime(cuda, reference, height, width):
+    latents = np.random.default_rng().standard_normal((2, 16, height, width)).astype(np.float32)
+    image = reference.pipeline.module("tiny_vae_decoder")({"latents": latents})["image"]
+    tolerance = TOLERANCE[cuda.manifest.precision]
+    assert relative_error(cuda.pipeline.module("tiny_vae_decoder")({"latents": latents})["image"], image) < tolerance
+    pixels = np.clip((image / 2 + 0.5) * 255, 0, 255).transpose(0, 2, 3, 1)
+    assert np.abs(cuda.decode(latents, "tiny") - pixels).mean() < 0.75
+    encoded = reference.pipeline.module("tiny_vae_encoder")({"image": image})["latents"]
+    assert relative_error(cuda.pipeline.module("tiny_vae_encoder")({"image": image})["latents"], encoded) < tolerance
+
+
+def test_pictures_are_those_of_onnxruntime(cuda, reference):
+    prompts = read_prompts(20)
+    scores = []
+    for prompt in prompts:
+        ours = cuda.generate(prompt["caption"], seed=prompt["seed"]).images[0]
+        theirs = reference.generate(prompt["caption"], seed=prompt["seed"]).images[0]
+        scores.append(psnr(ours, theirs))
+    assert np.mean(scores) >= 38, scores
+
+
+@pytest.mark.parametrize("options", [{}, {"guidance_scale": 2.0, "negative_prompt": "text"}])
+def test_the_same_bytes_again_by_graph_and_by_step(bf16, options):
+    options = {"seed": 5, "num_inference_steps": 4, **options}
+    first, again, third = (bf16.generate(PROMPTS[0], **options).images for _ in range(3))
+    steps = []
+    stepped = bf16.generate(PROMPTS[0], callback=lambda info: steps.append(info.step), **options).images
+    assert first.tobytes() == again.tobytes() == third.tobytes() == stepped.tobytes()
+    assert steps == [0, 1, 2, 3]
+    assert bf16.pipeline.native.graph_count >= 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"guidance_scale": 3.0, "negative_prompt": "blue background"},
+        {"guidance_scale": 3.0, "cfg_normalization": 1.0},
+        {"guidance_scale": 3.0, "cfg_truncation": 0.6},
+    ],
+)
+def test_guidance_is_that_of_onnxruntime(bf16, reference, options):
+    ours = bf16.generate(PROMPTS[2], seed=2, **options).images[0]
+    assert psnr(ours, reference.generate(PROMPTS[2], seed=2, **options).images[0]) > 30
+
+
+def test_a_batch_of_different_lengths_gives_each_its_own_picture(bf16):
+    options = {"num_inference_steps": 4, "guidance_scale": 1.5, "negative_prompt": "text"}
+    prompts = [*PROMPTS, " ".join(PROMPTS * 4)]
+    batch = bf16.generate(prompts, seed=11, **options)
+    for i, prompt in enumerate(prompts):
+        alone = bf16.generate(prompt, seed=batch.seeds[i], **options)
+        assert psnr(batch.images[i], alone.images[0]) > 40
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (208, 1120), (512, 768), (1024, 1024)])
+def test_other_sizes_run(bf16, reference, height, width):
+    options = {"height": height, "width": width, "num_inference_steps": 2, "seed": 1}
+    ours = bf16.generate(PROMPTS[1], **options).images[0]
+    assert psnr(ours, reference.generate(PROMPTS[1], **options).images[0]) > 38
+
+
+def test_a_callback_previews_and_cancels(bf16):
+    previews = []
+
+    def look(info):
+        previews.append(info.preview())
+        return len(previews) < 2
+
+    with pytest.raises(Cancelled):
+        bf16.generate(PROMPTS[0], seed=1, callback=look)
+    assert len(previews) == 2
+    assert previews[0].shape == (1, 256, 256, 3)
+    whole = bf16.generate(PROMPTS[0], seed=1).images
+    seen = bf16.generate(PROMPTS[0], seed=1, callback=lambda info: info.preview() is not None).images
+    assert whole.tobytes() == seen.tobytes()  # a preview leaves the loop's memory alone
+
+
+def test_an_error_in_a_callback_comes_out_as_it_is(bf16):
+    def fail(info):
+        raise ValueError("mine")
+
+    with pytest.raises(ValueError, match=r"^mine$"):
+        bf16.generate(PROMPTS[0], seed=1, callback=fail)
+    assert bf16.generate(PROMPTS[0], seed=1).images.std() > 1
+
+
+def test_threads_take_turns_and_nothing_mixes(bf16):
+    def draw(i):
+        return bf16.generate(PROMPTS[i % 3], seed=i, num_inference_steps=3, height=64 + 16 * (i % 4)).images
+
+    alone = [draw(i) for i in range(12)]
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(draw, range(12)))
+    assert [a.tobytes() for a in alone] == [b.tobytes() for b in together]
+
+
+def test_text_encoder_on_the_host_gives_the_same_bytes(bundles, bf16):
+    moving = zimage_rt.Engine.load(bundles["bf16"], backend="cuda", backend_options={"text_encoder": "host"})
+    before = moving.pipeline.memory()["weights"]
+    assert before < bf16.pipeline.memory()["weights"]
+    ours = moving.generate(PROMPTS[1], seed=1).images
+    assert ours.tobytes() == bf16.generate(PROMPTS[1], seed=1).images.tobytes()
+    # The VAE came in the meantime; the text encoder did not stay.
+    assert moving.pipeline.memory()["weights"] < bf16.pipeline.memory()["weights"]
+
+
+def test_our_own_attention_gives_the_same_pictures(bundles, bf16):
+    own = zimage_rt.Engine.load(bundles["bf16"], backend="cuda", backend_options={"cudnn": False})
+    options = {"height": 640, "width": 640, "num_inference_steps": 2, "seed": 1}
+    assert psnr(own.generate(PROMPTS[0], **options).images[0], bf16.generate(PROMPTS[0], **options).images[0]) > 40
+
+
+def test_out_of_memory_names_the_need_and_the_engine_goes_on(bundles):
+    limit = 200 << 20
+    engine = zimage_rt.Engine.load(bundles["bf16"], backend="cuda", backend_options={"memory_limit": limit})
+    small = engine.generate(PROMPTS[0], seed=1).images
+    with pytest.raises(OutOfMemory, match=r"needed \d+ MB .* \d+ MB are free"):
+        engine.generate(PROMPTS[0], seed=1, height=2048, width=2048, num_inference_steps=1)
+    assert engine.generate(PROMPTS[0], seed=1).images.tobytes() == small.tobytes()
+
+
+def test_what_cannot_be_served_is_refused(bundles, bf16):
+    with pytest.raises(BundleMismatch, match="fp32"):
+        zimage_rt.Engine.load(bundles["fp32"], backend="cuda")
+    with pytest.raises(BundleMismatch, match="vae='tiny'"):
+        bf16.generate(PROMPTS[0], vae="full")
+    with pytest.raises(RequestError, match="text_encoder"):
+        zimage_rt.Engine.load(bundles["bf16"], backend="cuda", backend_options={"text_encoder": "moon"})
+    with pytest.raises(zimage_rt.BackendUnavailable, match="device 99"):
+        zimage_rt.Engine.load(bundles["bf16"], backend="cuda", backend_options={"device": 99})
+
+
+def test_timings_say_what_the_device_took(bf16):
+    result = bf16.generate(PROMPTS[0], seed=1)
+    assert set(result.timings) == {"encode_prompt", "denoise", "decode", "total"}
+    assert 0 < result.timings["denoise"] < result.timings["total"]

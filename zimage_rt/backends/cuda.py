@@ -1,0 +1,259 @@
+"""Our own CUDA programs: a bundle's weights and nothing else, at the speed of the chip."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import _cuda
+from ..errors import BackendUnavailable, BundleMismatch, OutOfMemory, RequestError, ZImageError
+from ..manifest import Manifest, ModuleSpec
+from .base import CheckModule, Module, SampleJob
+from .cuda_libraries import find_library
+from .modules import check_finite
+
+PROGRAMS = ("text_encoder", "context_refiner", "transformer", "tiny_vae_decoder", "tiny_vae_encoder")
+
+# Read on the host, row by row: see csrc/programs/text_encoder.h.
+HOST_TENSORS = ("embed_tokens.weight",)
+
+
+class CudaBackend:
+    """Runs bundles in fp16 or bf16 on one NVIDIA GPU, compute capability 8.0 or later.
+
+    Args:
+        device: which GPU, from 0.
+        memory_limit: bytes of device memory to stay within; None for all there is.
+        text_encoder: `resident` keeps its weights on the device; `host` takes them there for each new prompt and
+            gives the memory back, which saves it for the price of a copy.
+        cudnn: whether to use cuDNN's attention where it is installed; False means our own kernel alone.
+        cache_dir: where timings of matrix products are remembered; None for nowhere.
+
+    Raises:
+        BackendUnavailable: there is no such GPU, or a library is missing; says what to install.
+    """
+
+    name = "cuda"
+
+    def __init__(
+        self,
+        device: int = 0,
+        memory_limit: int | None = None,
+        text_encoder: str = "resident",
+        cudnn: bool = True,
+        cache_dir: str | Path | None = "~/.cache/zimage_rt",
+    ) -> None:
+        if text_encoder not in ("resident", "host"):
+            raise RequestError(f"text_encoder: expected resident or host, got {text_encoder!r}")
+        if memory_limit is not None and memory_limit < 1:
+            raise RequestError(f"memory_limit: expected a number of bytes, got {memory_limit}")
+        count = _cuda.device_count()
+        if not 0 <= device < count:
+            problem = _cuda.device_problem() or f"there are {count} GPUs"
+            raise BackendUnavailable(f"backend 'cuda': no device {device}: {problem}")
+        info = _cuda.device_info(device)
+        if info["compute_capability"] < (8, 0):
+            found = "{}.{}".format(*info["compute_capability"])
+            raise BackendUnavailable(
+                f"backend 'cuda': {info['name']} has compute capability {found}; expected 8.0 or later: "
+                "use backend='onnxruntime'"
+            )
+        self._options: dict[str, Any] = {
+            "device": device,
+            "cublaslt": find_library("cublasLt"),
+            "cudnn": find_library("cudnn") if cudnn else "",
+            "cache_file": str(_cache_file(cache_dir)) if cache_dir is not None else "",
+            "memory_limit": memory_limit or 0,
+            "keep_text_encoder": text_encoder == "resident",
+        }
+
+    def open(self, bundle: Path, manifest: Manifest, check: CheckModule) -> CudaPipeline:
+        """A pipeline over a bundle; modules are loaded on first use."""
+        try:
+            native = _cuda.Pipeline(**self._options)
+        except RuntimeError as error:
+            raise BackendUnavailable(
+                f"backend 'cuda': {error}; install its libraries with: pip install 'zimage-rt[cuda]', "
+                "or leave cuDNN out with backend_options={'cudnn': False}"
+            ) from error
+        return CudaPipeline(native, bundle, manifest, check)
+
+
+def _cache_file(cache_dir: str | Path) -> Path:
+    folder = Path(cache_dir).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / "matmul.txt"
+
+
+class CudaPipeline:
+    """One bundle on one GPU. Threads take turns; Python's lock is not held while the GPU works."""
+
+    def __init__(self, native: _cuda.Pipeline, bundle: Path, manifest: Manifest, check: CheckModule) -> None:
+        self.native = native
+        self._bundle, self._manifest, self._check = bundle, manifest, check
+        self._loaded: set[str] = set()
+
+    def load(self, modules: Sequence[str]) -> None:
+        """See `Pipeline`. Raises BundleMismatch for a module or a precision that this backend does not run."""
+        for name in modules:
+            if name not in self._loaded:
+                self._load(name)
+                self._loaded.add(name)
+
+    def _load(self, name: str) -> None:
+        spec = self._manifest.module(name)
+        if name not in PROGRAMS:
+            raise BundleMismatch(
+                f"the cuda backend has no program for {name}; it runs: {', '.join(PROGRAMS)}. "
+                "Ask for vae='tiny', or load the bundle with backend='onnxruntime'"
+            )
+        if spec.precision not in ("fp16", "bf16"):
+            raise BundleMismatch(
+                f"{name}: the cuda backend runs fp16 and bf16, got {spec.precision}; "
+                "export the bundle with --precision bf16"
+            )
+        if spec.config.get("weight_layout") != "in_out" or (
+            name == "transformer" and spec.config.get("rope_layout") != "half_split"
+        ):
+            raise BundleMismatch(f"{name}: the weights have another layout than this version reads; export it again")
+        self._check(name)
+        path = self._bundle / spec.weights
+        with _errors(f"loading {name}"):
+            self.native.load(name, str(path), _tensors(path), dict(spec.config))
+
+    def module(self, name: str) -> Module:
+        """One module by itself, numpy in and out, as other backends have them: for parity tests."""
+        self.load([name])
+        return _CudaModule(name, self._manifest.module(name), self.native)
+
+    def context(self, input_ids: np.ndarray) -> np.ndarray:
+        """See `Pipeline`."""
+        self.load(["text_encoder", "context_refiner"])
+        with _errors("encoding a prompt"):
+            return self.native.context(input_ids)
+
+    def sample(self, job: SampleJob) -> bool:
+        """See `Pipeline`."""
+        return self._run(job, decode=False) is not None
+
+    def generate(self, job: SampleJob, vae: str) -> tuple[np.ndarray, dict[str, float]] | None:
+        """See `Pipeline`. Without a callback the loop and the decoder run as one CUDA graph."""
+        self.load([f"{vae}_vae_decoder"])
+        return self._run(job, decode=True)
+
+    def _run(self, job: SampleJob, decode: bool) -> tuple[np.ndarray, dict[str, float]] | None:
+        self.load(["transformer"])
+        guidance = job.guidance
+        with _errors("drawing"):
+            result = self.native.sample(
+                latents=job.latents,
+                contexts=list(job.contexts),
+                negatives=list(job.negatives),
+                sigmas=list(job.sigmas),
+                guidance_scale=guidance.scale,
+                cfg_truncation=guidance.truncation,
+                cfg_normalization=guidance.normalization,
+                decode=decode,
+                callback=job.on_step,
+            )
+        if result is None:
+            return None
+        check_finite(job.latents)
+        images, denoise, decoding = result
+        # What the device took, between events; the rest of the wall time is copies and waiting for other threads.
+        return images, {"denoise": denoise, "decode": decoding}
+
+    def decode(self, latents: np.ndarray, vae: str) -> np.ndarray:
+        """See `Pipeline`."""
+        self.load([f"{vae}_vae_decoder"])
+        with _errors("decoding"):
+            return self.native.decode_pixels(latents)
+
+    def time_evaluation(
+        self, height: int, width: int, context_tokens: int, batch: int = 1, repeats: int = 20
+    ) -> list[float]:
+        """Milliseconds of one function evaluation on the device, replayed as a graph on random inputs."""
+        self.load(["transformer"])
+        factor = self._manifest.pipeline.vae_scale_factor
+        rows = (
+            -(-context_tokens // self._manifest.pipeline.sequence_multiple) * self._manifest.pipeline.sequence_multiple
+        )
+        with _errors("timing"):
+            return self.native.time_evaluation(height // factor, width // factor, [rows] * batch, repeats)
+
+    def time_text_encoder(self, tokens: int, repeats: int = 20) -> list[float]:
+        """Milliseconds of the text encoder on the device."""
+        self.load(["text_encoder"])
+        with _errors("timing"):
+            return self.native.time_text_encoder(tokens, repeats)
+
+    def time_decode(self, height: int, width: int, repeats: int = 20) -> list[float]:
+        """Milliseconds of the tiny VAE's decoder, latents to uint8, on the device."""
+        self.load(["tiny_vae_decoder"])
+        factor = self._manifest.pipeline.vae_scale_factor
+        with _errors("timing"):
+            return self.native.time_decode(height // factor, width // factor, repeats)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of device memory: weights, workspace, graphs, and what the device has free and in all."""
+        return self.native.memory()
+
+
+class _CudaModule:
+    """A module of a loaded pipeline, for callers that want it alone."""
+
+    def __init__(self, name: str, spec: ModuleSpec, native: _cuda.Pipeline) -> None:
+        self._name, self._spec, self._native = name, spec, native
+
+    def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """See `Module`."""
+        native, config = self._native, self._spec.config
+        with _errors(f"running {self._name}"):
+            if self._name == "text_encoder":
+                value = native.encode(inputs["input_ids"], config["hidden_size"])
+            elif self._name == "context_refiner":
+                value = native.refine(inputs["prompt_embeds"])
+            elif self._name == "transformer":
+                value = native.evaluate(inputs["latents"], inputs["timestep"], inputs["context"])
+            elif self._name == "tiny_vae_decoder":
+                value = native.decode(inputs["latents"])
+            else:
+                factor = 2 ** (len(config["encoder_block_out_channels"]) - 1)
+                value = native.encode_image(inputs["image"], config["latent_channels"], factor)
+        return {self._spec.outputs[0].name: value}
+
+
+def _tensors(path: Path) -> list[tuple[str, str, list[int], int, bool]]:
+    """The header of a safetensors file: name, dtype, shape, offset in the file, whether it stays on the host."""
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header: dict[str, Any] = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    return [
+        (name, entry["dtype"], entry["shape"], 8 + size + entry["data_offsets"][0], name in HOST_TENSORS)
+        for name, entry in header.items()
+    ]
+
+
+@contextmanager
+def _errors(doing: str) -> Iterator[None]:
+    """Turn the native module's errors into this package's."""
+    try:
+        yield
+    except _cuda.OutOfMemoryError as error:
+        raise OutOfMemory(
+            f"{doing}: {error}; ask for a smaller picture or batch, "
+            "or load the engine with backend_options={'text_encoder': 'host'}"
+        ) from error
+    except _cuda.WeightError as error:
+        raise BundleMismatch(f"{doing}: {error}") from error
+    except _cuda.CudaError as error:
+        raise ZImageError(f"{doing}: {error}") from error
+    except _cuda.ArgumentError as error:
+        raise RequestError(f"{doing}: {error}") from error
