@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,8 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DZIMAGE_RT_OUTPUT={output}",
+            # AUTO, ON or OFF; passed at every configure, so that a cached choice never sticks.
+            f"-DZIMAGE_RT_CUDA={os.environ.get('ZIMAGE_RT_CUDA', 'AUTO')}",
         ]
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)
