@@ -156,6 +156,43 @@ class Parity:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProfileRange:
+    """What one input of an engine may be under one optimisation profile: whole shapes, as TensorRT has them."""
+
+    min: tuple[int, ...]
+    opt: tuple[int, ...]
+    max: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineSpec:
+    """One compiled plan of a module. A module that was split has several, which run in order.
+
+    Attributes:
+        file: the plan inside the bundle. A plan is a program: it is loaded only if its hash stands in the manifest.
+        backend: what built it and alone can run it: `tensorrt` or `tensorrt_rtx`.
+        version: the library's, e.g. `1.7.1.116`; plans serve no other.
+        compute_capabilities: the GPUs it was built for, e.g. `8.6`.
+        part: from 0; where a module is split, outputs of one part are inputs of the next by name.
+        inputs, outputs: its border, which is the module's own where there is one part.
+        profiles: by input name, one mapping an optimisation profile.
+        stripped: whether the weights are left out and refitted from the module's safetensors file at load.
+        activation_bytes: device memory that one execution needs beside weights, as the builder says; 0 if it does not.
+    """
+
+    file: str
+    backend: str
+    version: str
+    compute_capabilities: tuple[str, ...]
+    part: int
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    profiles: tuple[Mapping[str, ProfileRange], ...]
+    stripped: bool = False
+    activation_bytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class ModuleSpec:
     """One module of a bundle: its border, its files, the architecture its weights belong to, its parity.
 
@@ -165,6 +202,7 @@ class ModuleSpec:
             A bundle for the `cuda` backend alone may have no graph.
         config: architecture numbers from the checkpoint (read by backends that run no ONNX graph).
         parity: None only where the exporter was told to skip it.
+        engines: compiled plans, none where a backend runs the graph or the weights themselves.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -174,6 +212,7 @@ class ModuleSpec:
     weights: str
     config: Mapping[str, Any]
     parity: Parity | None = None
+    engines: tuple[EngineSpec, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
