@@ -1,5 +1,6 @@
 // _cuda: the CUDA programs for Python. Arguments are checked here, once; the pipeline trusts them.
 
+#include <cuda_profiler_api.h>
 #include <pybind11/functional.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -320,6 +321,9 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("device_count", &device_count);
   m.def("device_problem", &device_problem);
   m.def("device_info", &device_info, py::arg("device"));
+  m.def(
+      "profiler", [](bool on) { ZRT_CUDA(on ? cudaProfilerStart() : cudaProfilerStop()); },
+      py::arg("on"));
   m.attr("architectures") = ZIMAGE_RT_CUDA_ARCHITECTURES;
 
   py::class_<Pipeline>(m, "Pipeline")

@@ -40,11 +40,23 @@ class SampleJob:
     on_step: OnStep | None = None
 
 
+class Module(Protocol):
+    """One loaded module. Safe to call from several threads."""
+
+    def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run on arrays by name, as the manifest's TensorSpecs have them; returns the outputs by name."""
+        ...
+
+
 class Pipeline(Protocol):
     """A bundle's modules put together. Safe to call from several threads."""
 
     def load(self, modules: Sequence[str]) -> None:
         """Load modules now that would otherwise be loaded on first use."""
+        ...
+
+    def module(self, name: str) -> Module:
+        """One module by itself, loaded on first use."""
         ...
 
     def context(self, input_ids: np.ndarray) -> np.ndarray:
@@ -61,14 +73,6 @@ class Pipeline(Protocol):
 
     def generate(self, job: SampleJob, vae: str) -> tuple[np.ndarray, dict[str, float]] | None:
         """`sample`, then `decode`: pictures, and the seconds of `denoise` and `decode`; None where stopped."""
-        ...
-
-
-class Module(Protocol):
-    """One loaded module. Safe to call from several threads."""
-
-    def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run on arrays by name, as the manifest's TensorSpecs have them; returns the outputs by name."""
         ...
 
 

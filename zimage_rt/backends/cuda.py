@@ -130,7 +130,7 @@ class CudaPipeline:
     def module(self, name: str) -> Module:
         """One module by itself, numpy in and out, as other backends have them: for parity tests."""
         self.load([name])
-        return _CudaModule(name, self._manifest.module(name), self.native)
+        return CudaModule(name, self._manifest.module(name), self.native)
 
     def context(self, input_ids: np.ndarray) -> np.ndarray:
         """See `Pipeline`."""
@@ -205,7 +205,7 @@ class CudaPipeline:
         return self.native.memory()
 
 
-class _CudaModule:
+class CudaModule:
     """A module of a loaded pipeline, for callers that want it alone."""
 
     def __init__(self, name: str, spec: ModuleSpec, native: _cuda.Pipeline) -> None:

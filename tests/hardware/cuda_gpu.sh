@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# All that can only be seen on an NVIDIA GPU, in one command: kernels, engine, compute-sanitizer, parity at full size,
+# and the table of benchmarks/README.md. Needs the package built with ZIMAGE_RT_CUDA=ON (CONTRIBUTING.md), about 60 GB of
+# disk and a device with 60 GB or more; every part may be asked for alone.
+#
+#   tests/hardware/cuda_gpu.sh [OUT] [PART...]     parts: kernels engine sanitizer parity latency profile
+set -uo pipefail
+
+root=$(cd "$(dirname "$0")/../.." && pwd)
+out=${1:-gpu-results}
+shift || true
+parts=${*:-kernels engine sanitizer parity latency}
+python=${PYTHON:-python3}
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+cd "${WORKDIR:-$root}" || exit 1
+failed=()
+
+run() {
+  local name=$1
+  shift
+  echo "== $name: $*"
+  local start=$SECONDS
+  "$@" 2>&1 | tee "$out/$name.log" | tail -n 40
+  local status=${PIPESTATUS[0]}
+  echo "== $name: exit status $status after $((SECONDS - start)) s"
+  [[ $status -eq 0 ]] || failed+=("$name")
+}
+
+kernels=(tests/test_cuda_elementwise.py tests/test_cuda_attention.py tests/test_cuda_conv.py)
+pytest=("$python" -m pytest -q -p no:cacheprovider --tb=short)
+
+for part in $parts; do
+  case $part in
+    kernels) run kernels "${pytest[@]}" "${kernels[@]}" ;;
+    engine) run engine "${pytest[@]}" tests/test_cuda_engine.py ;;
+    sanitizer)
+      # Sizes that take the tools minutes and show nothing the others do not are left out.
+      for tool in memcheck racecheck; do
+        run "sanitizer-$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 \
+          "${pytest[@]}" -x "${kernels[@]}" -k "not 4224 and not 1500 and not 512 and not many and not 3840 and not 10240"
+      done
+      ;;
+    parity) run parity "$python" -m zimage_rt.benchmarks.full_size_parity --json "$out/parity.json" ;;
+    latency) run latency "$python" -m zimage_rt.benchmarks.latency --device cuda --json "$out/h200.json" ;;
+    profile) run profile "$python" -m zimage_rt.benchmarks.profile ;;
+    *)
+      echo "no part is called $part" >&2
+      exit 2
+      ;;
+  esac
+done
+
+if ((${#failed[@]})); then
+  echo "failed: ${failed[*]}"
+  exit 1
+fi
