@@ -19,6 +19,41 @@ CheckModule = Callable[[str], None]
 OnStep = Callable[[int, int, float, float, np.ndarray], bool]
 
 
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """One accelerator: what the driver says of it.
+
+    Attributes:
+        name: the vendor's name.
+        compute_capability: `9.0` as `(9, 0)`.
+        memory: bytes in all.
+    """
+
+    name: str
+    compute_capability: tuple[int, int]
+    memory: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """What a backend says of itself on this machine, for `zimage doctor`.
+
+    A backend's module defines `probe() -> Sequence[Probe]`, one entry for each way it can run. It loads no bundle,
+    takes no lasting device memory, and does not raise for what may be missing.
+
+    Attributes:
+        name: the backend's, or `backend: part` for one of several ways.
+        problem: why it cannot run here, and what to do; None where it can.
+        versions: of the libraries it found, by name.
+        devices: what it would run on; empty for the CPU.
+    """
+
+    name: str
+    problem: str | None = None
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    devices: Sequence[Device] = ()
+
+
 @dataclasses.dataclass
 class SampleJob:
     """One request to the sampler loop; entry i of `contexts` and `negatives` belongs to sample i.

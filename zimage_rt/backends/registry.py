@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import BackendUnavailable, RequestError
-from .base import Backend
+from .base import Backend, Probe
 
 # Name → (module, class, the pip extra that brings its library).
 BACKENDS: dict[str, tuple[str, str, str]] = {
@@ -31,3 +31,23 @@ def load_backend(name: str, options: Mapping[str, Any]) -> Backend:
         return cls(**options)
     except TypeError as error:
         raise RequestError(f"backend {name!r}: {error}") from error
+
+
+def probe_backends() -> list[Probe]:
+    """Ask every backend whether it can run here; never raises for a backend that cannot even be imported."""
+    return [probe for name in BACKENDS for probe in _probe(name)]
+
+
+def _probe(name: str) -> Sequence[Probe]:
+    module, _, extra = BACKENDS[name]
+    try:
+        imported = importlib.import_module(module)
+        if not hasattr(imported, "probe"):
+            return [Probe(name, "its library loads; the backend does not say whether it can run here")]
+        return imported.probe()
+    except ImportError as error:
+        return [Probe(name, f"{error}; install it with: pip install 'zimage-rt[{extra}]'")]
+    except BackendUnavailable as error:
+        return [Probe(name, str(error))]
+    except Exception as error:  # a broken library must not hide what the other backends say
+        return [Probe(name, f"{type(error).__name__}: {error}")]
