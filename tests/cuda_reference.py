@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 
-def require_gpu() -> object:
-    """The `_cuda` module, or a skip that says what is missing."""
+def require_gpu() -> Any:
+    """The `_cuda` module, or a skip of the whole test file that says what is missing."""
     cuda = pytest.importorskip("zimage_rt._cuda", reason="zimage_rt was built without CUDA: no nvcc here")
     if cuda.device_count() == 0:
-        pytest.skip("no NVIDIA GPU here")
+        pytest.skip(f"no NVIDIA GPU here: {cuda.device_problem()}", allow_module_level=True)
     return cuda
 
 

@@ -9,6 +9,7 @@ import pytest
 from cuda_reference import TOLERANCE, cast, relative_error, require_gpu, to_float
 
 pytestmark = pytest.mark.gpu
+cuda = require_gpu()
 
 DTYPES = ["float16", "bfloat16"]
 # The kernel rounds the weights of the softmax to 16 bits as well as the result: two errors of one size that know
@@ -19,7 +20,6 @@ SCALE_OF_ROW_TOLERANCE = 4.0
 
 @pytest.fixture(scope="module")
 def kernels() -> Any:
-    cuda: Any = require_gpu()
     return cuda.kernels
 
 

@@ -11,6 +11,7 @@ from cuda_reference import TOLERANCE, cast, relative_error, require_gpu, to_floa
 from zimage_rt.image import to_uint8
 
 pytestmark = pytest.mark.gpu
+cuda = require_gpu()
 
 DTYPES = ["float16", "bfloat16"]
 # Half a unit in the last place, and room for fp32 sums of 576 terms, whose size here is one: tensor cores cut off where
@@ -22,7 +23,6 @@ SIZES = [(1, 1), (1, 40), (17, 33), (64, 64)]
 
 @pytest.fixture(scope="module")
 def kernels() -> Any:
-    cuda: Any = require_gpu()
     return cuda.kernels
 
 

@@ -10,13 +10,14 @@ from zimage_rt import _core
 from zimage_rt.backends.cuda_libraries import find_library
 
 pytestmark = pytest.mark.gpu
+cuda = require_gpu()
 
 HALVES = ("float16", "bfloat16")
 
 
 @pytest.fixture(scope="module")
 def kernels():
-    return require_gpu().kernels
+    return cuda.kernels
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import zimage_rt
 from zimage_rt.errors import BundleMismatch, Cancelled, OutOfMemory, RequestError
 
 pytestmark = pytest.mark.gpu
+require_gpu()
 
 RECIPES = Path(__file__).parent.parent / "engines"
 PRECISIONS = ("bf16", "fp16")
@@ -28,7 +29,6 @@ PROMPTS = [
 
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    require_gpu()
     from zimage_rt.export.bundle import export
     from zimage_rt.export.recipe import read_recipe
 
