@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,12 +12,21 @@ from typing import Any
 
 import numpy as np
 
-from .. import _cuda
 from ..errors import BackendUnavailable, BundleMismatch, OutOfMemory, RequestError, ZImageError
 from ..manifest import Manifest, ModuleSpec
-from .base import CheckModule, Module, SampleJob
-from .cuda_libraries import find_library
+from .base import CheckModule, Device, Module, Probe, SampleJob
+from .cuda_libraries import SONAMES, find_library, library_version
 from .modules import check_finite
+
+try:
+    from .. import _cuda
+except ImportError as error:
+    if importlib.util.find_spec("zimage_rt._cuda") is not None:
+        raise
+    raise BackendUnavailable(
+        "backend 'cuda': not in this installation: no nvcc was found when it was built; "
+        "with CUDA 13's nvcc on the PATH, build it with: ZIMAGE_RT_CUDA=ON pip install --no-build-isolation ."
+    ) from error
 
 PROGRAMS = ("text_encoder", "context_refiner", "transformer", "tiny_vae_decoder", "tiny_vae_encoder")
 
@@ -53,17 +63,9 @@ class CudaBackend:
             raise RequestError(f"text_encoder: expected resident or host, got {text_encoder!r}")
         if memory_limit is not None and memory_limit < 1:
             raise RequestError(f"memory_limit: expected a number of bytes, got {memory_limit}")
-        count = _cuda.device_count()
-        if not 0 <= device < count:
-            problem = _cuda.device_problem() or f"there are {count} GPUs"
-            raise BackendUnavailable(f"backend 'cuda': no device {device}: {problem}")
-        info = _cuda.device_info(device)
-        if info["compute_capability"] < (8, 0):
-            found = "{}.{}".format(*info["compute_capability"])
-            raise BackendUnavailable(
-                f"backend 'cuda': {info['name']} has compute capability {found}; expected 8.0 or later: "
-                "use backend='onnxruntime'"
-            )
+        problem = _device_problem(device)
+        if problem is not None:
+            raise BackendUnavailable(f"backend 'cuda': {problem}")
         self._options: dict[str, Any] = {
             "device": device,
             "cublaslt": find_library("cublasLt"),
@@ -83,6 +85,37 @@ class CudaBackend:
                 "or leave cuDNN out with backend_options={'cudnn': False}"
             ) from error
         return CudaPipeline(native, bundle, manifest, check)
+
+
+def probe() -> list[Probe]:
+    """See `Probe`: the GPUs that the CUDA runtime sees, and the libraries that `CudaBackend` opens."""
+    versions = {"architectures": _cuda.architectures}
+    problems = []
+    for library in SONAMES:
+        try:
+            versions[library] = library_version(library)
+        except OSError as error:
+            problems.append(f"{error}; install it with: pip install 'zimage-rt[cuda]'")
+    count = _cuda.device_count()
+    # Device 0 is asked for even where there is none: the answer says why.
+    unfit = [_device_problem(device) for device in range(max(count, 1))]
+    if None not in unfit:
+        problems += [problem for problem in unfit if problem is not None]
+    infos = [_cuda.device_info(device) for device in range(count)]
+    devices = [Device(info["name"], info["compute_capability"], info["total_memory"]) for info in infos]
+    return [Probe("cuda", "; ".join(problems) or None, versions, devices)]
+
+
+def _device_problem(device: int) -> str | None:
+    """Why a GPU cannot run this backend; None where it can."""
+    count = _cuda.device_count()
+    if not 0 <= device < count:
+        return f"no device {device}: {_cuda.device_problem() or f'there are {count} GPUs'}"
+    info = _cuda.device_info(device)
+    if info["compute_capability"] < (8, 0):
+        found = "{}.{}".format(*info["compute_capability"])
+        return f"{info['name']} has compute capability {found}; expected 8.0 or later: use backend='onnxruntime'"
+    return None
 
 
 def _cache_file(cache_dir: str | Path) -> Path:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import sys
 from pathlib import Path
 
 # Library → the pip packages that bring it. The versions are those of CUDA 13.
 SONAMES = {"cublasLt": "libcublasLt.so.13", "cudnn": "libcudnn.so.9"}
+
+# Library → its function that gives its version as one number: 92801 is 9.28.1.
+VERSION_FUNCTIONS = {"cublasLt": "cublasLtGetVersion", "cudnn": "cudnnGetVersion"}
 
 
 def find_library(name: str) -> str:
@@ -23,3 +27,11 @@ def find_library(name: str) -> str:
         for file in sorted(Path(place).glob(f"*/lib/{soname}")):
             return str(file)
     return soname
+
+
+def library_version(name: str) -> str:
+    """The version that the library gives of itself. Raises OSError where it cannot be loaded."""
+    get = getattr(ctypes.CDLL(find_library(name)), VERSION_FUNCTIONS[name])
+    get.restype = ctypes.c_size_t
+    number = get()
+    return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
