@@ -13,6 +13,8 @@ from .base import Backend, Probe
 BACKENDS: dict[str, tuple[str, str, str]] = {
     "onnxruntime": ("zimage_rt.backends.onnxruntime", "OnnxRuntimeBackend", "onnxruntime"),
     "cuda": ("zimage_rt.backends.cuda", "CudaBackend", "cuda"),
+    "tensorrt": ("zimage_rt.backends.tensorrt", "TensorRTBackend", "tensorrt"),
+    "tensorrt_rtx": ("zimage_rt.backends.tensorrt_rtx", "TensorRTRTXBackend", "tensorrt-rtx"),
 }
 
 

@@ -1,0 +1,79 @@
+"""TensorRT-RTX's runtime cache on disk: what it compiled for a plan on one GPU, so that the next start need not.
+
+A cache holds machine code, and no manifest has its hash. So it is never read from a bundle, which may have come from
+elsewhere, and only if the user who runs this process wrote it and nobody else may.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+USER_FOLDER = "~/.cache/zimage_rt"
+
+
+def cache_folder(bundle: Path, cache_dir: str | Path | None) -> Path | None:
+    """Where caches of a bundle go: the first of these that can be written, or None for nowhere.
+
+    `beside` means a folder beside the bundle, `NAME.cache`, and where that cannot be written (a read-only disk, another
+    user's folder) the user's own, `~/.cache/zimage_rt`. A path means that folder alone; None means no cache.
+    """
+    if cache_dir is None:
+        return None
+    bundle = bundle.resolve()
+    if cache_dir == "beside":
+        candidates = [bundle.parent / f"{bundle.name}.cache", Path(USER_FOLDER).expanduser()]
+    else:
+        candidates = [Path(cache_dir).expanduser()]
+    return next((folder for folder in candidates if _usable(folder)), None)
+
+
+def _usable(folder: Path) -> bool:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK | os.X_OK) and _is_ours(folder)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether only this user can have written it."""
+    try:
+        status = path.stat()
+    except OSError:
+        return False
+    return status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def cache_file(folder: Path, plan_sha256: str, *system: str) -> Path:
+    """The file for one plan on one system (library version, GPU, driver): a cache serves no other."""
+    name = hashlib.sha256("\0".join((plan_sha256, *system)).encode()).hexdigest()[:32]
+    return folder / f"tensorrt_rtx-{name}.bin"
+
+
+def read_cache(path: Path) -> bytes:
+    """The cache, or nothing where there is none that may be trusted."""
+    if path.is_symlink() or not _is_ours(path):
+        return b""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def write_cache(path: Path, data: bytes) -> None:
+    """Put a cache in place of the old one, whole or not at all. A full disk costs the cache, not the request."""
+    with contextlib.suppress(OSError):
+        # mkstemp's files are this user's alone.
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            Path(name).replace(path)
+        except OSError:
+            Path(name).unlink(missing_ok=True)
+            raise

@@ -1,0 +1,274 @@
+"""What must hold before a TensorRT plan runs: pure checks that need neither a GPU nor NVIDIA's libraries.
+
+A plan is a program, and the library that runs it trusts it. So a plan is chosen by what the manifest says of it, then
+hashed, and only then shown to the library; `verify=False` spares other files their hashes, never a plan.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import mmap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import BundleMismatch, RequestError
+from ..manifest import EngineSpec, Manifest, ModuleSpec, ProfileRange, TensorSpec, check_file, shape_text
+from .base import CheckModule
+
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
+
+# Bytes of one element; bfloat16 only between the parts of a split module, for numpy has none.
+ITEM_SIZES = {
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "int64": 8,
+    "int32": 4,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
+
+# The library's names of element types → the manifest's.
+DTYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "INT64": "int64",
+    "INT32": "int32",
+    "INT8": "int8",
+    "UINT8": "uint8",
+    "BOOL": "bool",
+}
+
+
+def checked_plans(
+    bundle: Path, manifest: Manifest, module: str, check: CheckModule, backend: str, version: str, capability: str
+) -> list[tuple[EngineSpec, mmap.mmap]]:
+    """A module's plans in order, each mapped and hashed: all that may be shown to the library.
+
+    Args:
+        bundle, manifest, module: what is loaded.
+        check: checks the module's other files, which only stripped plans need.
+        backend, version: the library's name and version.
+        capability: the GPU's, e.g. `8.6`.
+
+    Raises:
+        BundleMismatch: the bundle has no plan for this, or not the one its manifest names.
+    """
+    spec = manifest.module(module)
+    engines = select_engines(module, spec.engines, backend, version, capability)
+    check_chain(module, spec, engines)
+    if any(engine.stripped for engine in engines):
+        check(module)
+    return [(engine, read_plan(bundle, manifest, engine.file)) for engine in engines]
+
+
+def select_engines(
+    module: str, engines: Sequence[EngineSpec], backend: str, version: str, capability: str
+) -> tuple[EngineSpec, ...]:
+    """The parts of a module for this backend, library version and GPU, in order.
+
+    A bundle may hold plans for several GPUs. Raises BundleMismatch, naming what the bundle has instead.
+    """
+    again = f"export it again here with --backend {backend}"
+    ours = [engine for engine in engines if engine.backend == backend]
+    if not ours:
+        there = ", ".join(sorted({engine.backend for engine in engines}))
+        raise BundleMismatch(
+            f"{module}: expected engines of backend {backend}, got {f'engines of {there}' if there else 'none'} "
+            f"in this bundle; export it with --backend {backend}"
+        )
+    of_version = [engine for engine in ours if engine.version == version]
+    if not of_version:
+        built = ", ".join(sorted({engine.version for engine in ours}))
+        raise BundleMismatch(
+            f"{module}: expected engines of {backend} {version}, which is installed here, got engines of {built}; "
+            f"{again}, or install the version that built it"
+        )
+    parts = [engine for engine in of_version if capability in engine.compute_capabilities]
+    if not parts:
+        built = ", ".join(sorted({target for engine in of_version for target in engine.compute_capabilities}))
+        raise BundleMismatch(
+            f"{module}: expected engines for compute capability {capability}, which this GPU has, got engines for "
+            f"{built}; export it again with --backend {backend} --sm {capability.replace('.', '')}"
+        )
+    parts.sort(key=lambda engine: engine.part)
+    if [engine.part for engine in parts] != list(range(len(parts))):
+        raise BundleMismatch(
+            f"{module}: expected parts 0 to {len(parts) - 1}, got "
+            f"{', '.join(str(part.part) for part in parts)}; {again}"
+        )
+    return tuple(parts)
+
+
+def check_chain(module: str, spec: ModuleSpec, parts: Sequence[EngineSpec]) -> None:
+    """Raise BundleMismatch unless the parts, run in order, turn the module's inputs into its outputs."""
+    known = {tensor.name: tensor for tensor in spec.inputs}
+    for part in parts:
+        for tensor in part.inputs:
+            if tensor.name not in known:
+                raise BundleMismatch(
+                    f"{module}: part {part.part} needs {tensor.name!r}, which is neither an input of the module nor "
+                    "an output of an earlier part; export the bundle again"
+                )
+            if (had := known[tensor.name]).dtype != tensor.dtype or len(had.dims) != len(tensor.dims):
+                raise BundleMismatch(
+                    f"{module}: part {part.part} takes {tensor.name} as {tensor.dtype} {shape_text(tensor.dims)}, got "
+                    f"{had.dtype} {shape_text(had.dims)}; export the bundle again"
+                )
+        ranged = {name for profile in part.profiles for name in profile}
+        if not part.profiles or not ranged <= {tensor.name for tensor in part.inputs}:
+            raise BundleMismatch(
+                f"{module}: part {part.part} has {len(part.profiles)} profiles for {', '.join(sorted(ranged))}, "
+                f"expected one or more for {', '.join(tensor.name for tensor in part.inputs)}; export the bundle again"
+            )
+        known |= {tensor.name: tensor for tensor in part.outputs}
+        for tensor in (*part.inputs, *part.outputs):
+            if tensor.dtype not in ITEM_SIZES:
+                raise BundleMismatch(
+                    f"{module}.{tensor.name}: expected one of {', '.join(ITEM_SIZES)}, got {tensor.dtype}; "
+                    "upgrade zimage_rt"
+                )
+    made = {tensor.name for part in parts for tensor in part.outputs}
+    for tensor in spec.outputs:
+        if tensor.name not in made:
+            raise BundleMismatch(f"{module}: no part gives the output {tensor.name!r}; export the bundle again")
+
+
+def read_plan(bundle: Path, manifest: Manifest, file: str) -> mmap.mmap:
+    """Map a plan whose hash stands in the manifest; what is hashed is what is returned. Raises BundleMismatch."""
+    if file not in manifest.files:
+        raise BundleMismatch(
+            f"{file}: the manifest has no hash of it; a plan is a program and runs only if its hash stands there: "
+            "export the bundle again"
+        )
+    entry = manifest.files[file]
+    check_file(bundle, file, entry, content=False)
+    if entry.size == 0:
+        raise BundleMismatch(f"{bundle / file}: the plan is empty; export the bundle again")
+    with (bundle / file).open("rb") as stream:
+        plan = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    if (actual := hashlib.sha256(plan).hexdigest()) != entry.sha256:
+        raise BundleMismatch(
+            f"{bundle / file}: expected sha256 {entry.sha256[:16]}…, got {actual[:16]}…: the plan was changed, and a "
+            "plan is a program; copy the bundle again, or export it again"
+        )
+    return plan
+
+
+def check_border(label: str, spec: EngineSpec, border: Sequence[tuple[TensorSpec, bool]], profiles: int) -> None:
+    """Raise BundleMismatch unless a loaded engine has the tensors and profiles that the manifest says.
+
+    Args:
+        label: names the plan in messages.
+        spec: the manifest's word.
+        border: the engine's tensors, free sizes as -1, and whether each is an input.
+        profiles: how many the engine has.
+    """
+    again = "export the bundle again"
+    found = {tensor.name: (tensor, is_input) for tensor, is_input in border}
+    wanted = {tensor.name: (tensor, True) for tensor in spec.inputs}
+    wanted |= {tensor.name: (tensor, False) for tensor in spec.outputs}
+    if set(found) != set(wanted):
+        raise BundleMismatch(
+            f"{label}: expected tensors {', '.join(sorted(wanted))}, got {', '.join(sorted(found))}; {again}"
+        )
+    for name, (tensor, is_input) in wanted.items():
+        got, got_input = found[name]
+        if got_input != is_input or got.dtype != tensor.dtype or not _may_be(tensor.dims, got.dims):
+            raise BundleMismatch(
+                f"{label}: expected {'input' if is_input else 'output'} {name} as {tensor.dtype} "
+                f"{shape_text(tensor.dims)}, got {'input' if got_input else 'output'} {got.dtype} "
+                f"{shape_text(got.dims)}; {again}"
+            )
+    if profiles != len(spec.profiles):
+        raise BundleMismatch(f"{label}: expected {len(spec.profiles)} profiles, got {profiles}; {again}")
+
+
+def _may_be(dims: Sequence[int | str], got: Sequence[int | str]) -> bool:
+    """Whether sizes (-1 for a free one) may be those of a spec."""
+    return len(dims) == len(got) and all(
+        size in (dim, -1) or isinstance(dim, str) for dim, size in zip(dims, got, strict=True)
+    )
+
+
+def check_inputs(module: str, specs: Sequence[TensorSpec], inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The module's inputs, contiguous. Raises RequestError where one is not what the manifest says."""
+    sizes: dict[str, int] = {}
+    checked = {}
+    for tensor in specs:
+        got = inputs[tensor.name]
+        fits = got.dtype == tensor.dtype and _may_be(tensor.dims, got.shape)
+        if not fits or any(
+            sizes.setdefault(dim, size) != size
+            for dim, size in zip(tensor.dims, got.shape, strict=True)
+            if isinstance(dim, str)
+        ):
+            raise RequestError(
+                f"{module}.{tensor.name}: expected {tensor.dtype} {shape_text(tensor.dims)}"
+                f"{_known(sizes, tensor)}, got {got.dtype} {shape_text(got.shape)}"
+            )
+        checked[tensor.name] = np.ascontiguousarray(got)
+    return checked
+
+
+def _known(sizes: Mapping[str, int], tensor: TensorSpec) -> str:
+    known = [f"{dim} {sizes[dim]}" for dim in tensor.dims if isinstance(dim, str) and dim in sizes]
+    return f" with {', '.join(known)}" if known else ""
+
+
+def choose_profile(label: str, profiles: Sequence[Mapping[str, ProfileRange]], shapes: Shapes) -> int:
+    """The optimisation profile to run shapes with: of those that hold them, the one tuned for the nearest.
+
+    Raises RequestError, with the profiles there are, where none holds them.
+    """
+    fitting = [index for index, profile in enumerate(profiles) if _holds(profile, shapes)]
+    if not fitting:
+        names = sorted({name for profile in profiles for name in profile})
+        wanted = ", ".join(f"{name} {shape_text(shapes[name])}" for name in names if name in shapes)
+        raise RequestError(
+            f"{label}: {wanted} lies outside every profile of its engine: {profiles_text(profiles)}; ask for a size "
+            "inside one, or export the bundle with a profile that holds this one"
+        )
+    return min(fitting, key=lambda index: _distance(profiles[index], shapes))
+
+
+def profiles_text(profiles: Sequence[Mapping[str, ProfileRange]]) -> str:
+    """`profile 0: latents [1, 16, 8, 8] to [4, 16, 64, 64]; profile 1: …`."""
+    return "; ".join(
+        f"profile {index}: "
+        + ", ".join(f"{name} {shape_text(item.min)} to {shape_text(item.max)}" for name, item in profile.items())
+        for index, profile in enumerate(profiles)
+    )
+
+
+def _holds(profile: Mapping[str, ProfileRange], shapes: Shapes) -> bool:
+    return all(
+        len(shapes[name]) == len(item.min)
+        and all(low <= size <= high for low, size, high in zip(item.min, shapes[name], item.max, strict=True))
+        for name, item in profile.items()
+    )
+
+
+def _distance(profile: Mapping[str, ProfileRange], shapes: Shapes) -> float:
+    """How far shapes are from what a profile is tuned for: sizes matter by their ratio."""
+    return sum(
+        abs(math.log(size / opt))
+        for name, item in profile.items()
+        for size, opt in zip(shapes[name], item.opt, strict=True)
+    )
+
+
+def check_output(label: str, tensor: TensorSpec, shape: Shape) -> int:
+    """Bytes of an output whose shape the engine inferred. Raises BundleMismatch where it is not the manifest's."""
+    if any(size < 0 for size in shape) or not _may_be(tensor.dims, shape):
+        raise BundleMismatch(
+            f"{label}.{tensor.name}: expected {shape_text(tensor.dims)}, got {shape_text(shape)}; "
+            "export the bundle again"
+        )
+    return math.prod(shape) * ITEM_SIZES[tensor.dtype]

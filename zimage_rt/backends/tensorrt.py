@@ -1,0 +1,90 @@
+"""TensorRT (package `tensorrt`, 10.x and 11.x): data-centre and workstation GPUs, Ampere to Blackwell."""
+
+from __future__ import annotations
+
+import json
+import mmap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorrt as trt
+
+from ..errors import BundleMismatch, RequestError
+from ..manifest import ModuleSpec
+from ._tensorrt_common import Part, TensorRTBackendBase
+from .base import Probe
+
+
+class TensorRTBackend(TensorRTBackendBase):
+    """Runs a bundle's plans with TensorRT on one NVIDIA GPU.
+
+    Args:
+        device: which GPU, from 0.
+        cuda_graph: whether to capture a CUDA graph for shapes that come again, and to replay it; each such shape
+            holds an execution context of its own.
+
+    Raises:
+        BackendUnavailable: there is no such GPU, or no driver.
+    """
+
+    name = "tensorrt"
+
+    def __init__(self, device: int = 0, cuda_graph: bool = True) -> None:
+        if not isinstance(cuda_graph, bool):
+            raise RequestError(f"cuda_graph: expected True or False, got {cuda_graph!r}")
+        self.captures_graphs = cuda_graph
+        super().__init__(trt, device)
+
+    def create_context(self, part: Part) -> Any:
+        """See the base class."""
+        return part.engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+
+    def refit(self, part: Part, bundle: Path, spec: ModuleSpec) -> None:
+        """Fill a stripped plan from the module's graph and its mapped weights: the same bytes the builder parsed.
+
+        The graph tells the library which initializer feeds which of an engine's weights, and holds the small
+        constants that are no tensor of the checkpoint.
+        """
+        if spec.graph is None:
+            raise BundleMismatch(
+                f"{part.label}: its plan is stripped of weights, and the bundle has no graph to refit it by; "
+                f"export it again with --backend {self.name}"
+            )
+        self.log.clear()
+        refitter = trt.Refitter(part.engine, self.log.logger)
+        parser = trt.OnnxParserRefitter(refitter, self.log.logger)
+        weights = map_tensors(bundle / spec.weights)
+        done = parser.load_model_proto((bundle / spec.graph).read_bytes())
+        # Of a module that was split, the plan takes the weights it has; the parser knows which.
+        done = done and all(
+            parser.load_initializer(name, data.ctypes.data, data.nbytes) for name, data in weights.items()
+        )
+        if not (done and parser.refit_model_proto() and refitter.refit_cuda_engine()):
+            if self.log.out_of_memory:
+                raise self.gpu.out_of_memory(f"refitting {part.label}", sum(data.nbytes for data in weights.values()))
+            errors = [parser.get_error(index).desc() for index in range(parser.num_errors)]
+            missing = [name for name in refitter.get_missing_weights() if name][:3]
+            raise BundleMismatch(
+                f"{part.label}: TensorRT cannot refit the plan from {spec.weights}: "
+                f"{'; '.join(errors) or self.log.text}{f'; weights missing: {missing}' if missing else ''}; "
+                "export the bundle again"
+            )
+
+
+def probe() -> list[Probe]:
+    """See `Probe`."""
+    return TensorRTBackend.probe(trt)
+
+
+def map_tensors(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file as bytes where they lie: mapped, never copied."""
+    with path.open("rb") as file:
+        mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    start = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
+    header = json.loads(mapped[8:start].tobytes())
+    header.pop("__metadata__", None)
+    return {
+        name: mapped[start + entry["data_offsets"][0] : start + entry["data_offsets"][1]]
+        for name, entry in header.items()
+    }

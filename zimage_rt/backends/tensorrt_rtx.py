@@ -1,0 +1,130 @@
+"""TensorRT-RTX (package `tensorrt-rtx-cu13`): GeForce and RTX cards, Turing to Blackwell."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import tensorrt_rtx as trt
+
+from ..errors import BundleMismatch, RequestError
+from ..manifest import Manifest
+from ._tensorrt_cache import cache_file, cache_folder, read_cache, write_cache
+from ._tensorrt_common import Part, TensorRTBackendBase
+from .base import CheckModule, Probe
+from .modules import ModulePipeline
+
+SHAPE_KERNELS = ("lazy", "eager", "none")
+
+# Kernels that are compiled in the background (`lazy`) are in the cache by the end of a request of eight evaluations.
+SAVE_AFTER_RUNS = (1, 8)
+
+
+class TensorRTRTXBackend(TensorRTBackendBase):
+    """Runs a bundle's plans with TensorRT-RTX on one GeForce or RTX card.
+
+    The library compiles a plan's kernels for the card when a context is made, and again for shapes it meets; what it
+    compiled is kept in a cache file, so that only the first start waits.
+
+    Args:
+        device: which GPU, from 0.
+        cuda_graph: whether the library captures CUDA graphs and replays them.
+        shape_kernels: kernels for the very shapes that come: `lazy` compiles them beside the work, which runs on a
+            general kernel until they are ready; `eager` waits for them; `none` stays with the general ones.
+        cache_dir: where compiled kernels are kept: `beside` the bundle (in the folder `NAME.cache`; where that cannot
+            be written, in `~/.cache/zimage_rt`), a folder, or None for nowhere.
+
+    Raises:
+        BackendUnavailable: there is no such GPU, no driver, or the library does not run on it.
+    """
+
+    name = "tensorrt_rtx"
+    # Hopper: tried on an H200 with 1.7.1; engines do not load, and the builder has no such target.
+    refused = ((9, 0),)
+
+    def __init__(
+        self,
+        device: int = 0,
+        cuda_graph: bool = True,
+        shape_kernels: str = "lazy",
+        cache_dir: str | Path | None = "beside",
+    ) -> None:
+        if not isinstance(cuda_graph, bool):
+            raise RequestError(f"cuda_graph: expected True or False, got {cuda_graph!r}")
+        if shape_kernels not in SHAPE_KERNELS:
+            raise RequestError(f"shape_kernels: expected one of {', '.join(SHAPE_KERNELS)}, got {shape_kernels!r}")
+        self._graphs = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE if cuda_graph else trt.CudaGraphStrategy.DISABLED
+        self._kernels = getattr(trt.DynamicShapesKernelSpecializationStrategy, shape_kernels.upper())
+        self._cache_dir = cache_dir
+        self._cache_folder: Path | None = None
+        # By the plan's hash: the cache, and the size it was last saved with.
+        self._caches: dict[str, tuple[trt.IRuntimeCache, int]] = {}
+        super().__init__(trt, device)
+
+    def open(self, bundle: Path, manifest: Manifest, check: CheckModule) -> ModulePipeline:
+        """A pipeline over a bundle; modules are loaded on first use."""
+        self._cache_folder = cache_folder(bundle, self._cache_dir)
+        return super().open(bundle, manifest, check)
+
+    def check_plan(self, label: str, plan: mmap.mmap) -> None:
+        """Raise BundleMismatch where the library's own check of the header refuses the plan."""
+        self.log.clear()
+        # To the shared code it is a `tensorrt` object; here it has methods of its own.
+        validity, diagnostics = cast(trt.Runtime, self.runtime).get_engine_validity(plan)
+        if validity == trt.EngineValidity.INVALID:
+            raise BundleMismatch(
+                f"{label}: TensorRT-RTX {trt.__version__} refuses the plan: {diagnosis(diagnostics)}; "
+                f"export the bundle again with --backend {self.name}"
+            )
+
+    def create_context(self, part: Part) -> Any:
+        """See the base class; the kernels come from the cache, or are compiled here."""
+        engine = cast(trt.ICudaEngine, part.engine)
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        config.cuda_graph_strategy = self._graphs
+        config.dynamic_shapes_kernel_specialization_strategy = self._kernels
+        path = self._cache_file(part)
+        if path is not None:
+            if part.sha256 not in self._caches:
+                cache = config.create_runtime_cache()
+                data = read_cache(path)
+                # One that another version or driver wrote is no error: it is made anew.
+                if data and not cache.deserialize(data):
+                    cache.reset()
+                self._caches[part.sha256] = (cache, len(data))
+            config.set_runtime_cache(self._caches[part.sha256][0])
+        return engine.create_execution_context(config)
+
+    def after_run(self, parts: Sequence[Part], runs: int) -> None:
+        """Save what was compiled for shapes that are new."""
+        if runs not in SAVE_AFTER_RUNS:
+            return
+        for part in parts:
+            path = self._cache_file(part)
+            if path is None:
+                return
+            cache, saved = self._caches[part.sha256]
+            data = bytes(cache.serialize())
+            if len(data) != saved:
+                write_cache(path, data)
+                self._caches[part.sha256] = (cache, len(data))
+
+    def _cache_file(self, part: Part) -> Path | None:
+        if self._cache_folder is None:
+            return None
+        return cache_file(self._cache_folder, part.sha256, trt.__version__, self.gpu.name, self.gpu.driver)
+
+
+def probe() -> list[Probe]:
+    """See `Probe`."""
+    return TensorRTRTXBackend.probe(trt)
+
+
+def diagnosis(diagnostics: int) -> str:
+    """The names in the library's bit mask of reasons."""
+    members = trt.EngineInvalidityDiagnostics.__members__
+    names = [name.lower().replace("_", " ") for name, bit in members.items() if diagnostics & int(bit)]
+    return ", ".join(names) or "it gave no reason"
