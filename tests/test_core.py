@@ -7,7 +7,8 @@ import pytest
 
 from zimage_rt import _core
 from zimage_rt.guidance import apply_guidance, guidance_active
-from zimage_rt.schedule import flow_match_sigmas, sample_euler
+from zimage_rt.samplers import sample_reference, sampler_table
+from zimage_rt.schedule import flow_match_sigmas
 
 
 @pytest.mark.parametrize("shape", [(1, 16, 32, 32), (1,), (2,), (5,), (15,), (16,), (17,), (3, 7, 11)])
@@ -58,20 +59,26 @@ def test_guidance_is_active_as_in_diffusers() -> None:
         assert guidance_active(scale, truncation, timestep) == expected
 
 
+def smooth(latents: np.ndarray, timestep: float, guided: bool, noise_pred: np.ndarray) -> None:
+    """A model that costs nothing."""
+    noise_pred[: len(latents)] = np.sin(latents * 3 + timestep)
+    if guided:
+        noise_pred[len(latents) :] = np.cos(latents + timestep)
+
+
 @pytest.mark.parametrize("guidance", [(0.0, 1.0, 0.0), (3.5, 1.0, 0.0), (3.5, 0.4, 0.9)])
-def test_cpp_loop_equals_numpy_loop(guidance: tuple[float, float, float]) -> None:
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_cpp_loop_equals_numpy_loop(guidance: tuple[float, float, float], sampler: str, masked: bool) -> None:
     rng = np.random.default_rng()
-    latents = rng.standard_normal((2, 16, 4, 6)).astype(np.float32)
-
-    def predict(latents: np.ndarray, timestep: float, guided: bool, noise_pred: np.ndarray) -> None:
-        noise_pred[:2] = np.sin(latents * 3 + timestep)
-        if guided:
-            noise_pred[2:] = np.cos(latents + timestep)
-
-    sigmas, settings = flow_match_sigmas(8, 3.0), _core.Guidance(*guidance)
+    latents, image, noise = rng.standard_normal((3, 2, 16, 4, 6)).astype(np.float32)
+    mask = rng.random((2, 1, 4, 6)).astype(np.float32)
+    steps, settings = sampler_table(sampler, flow_match_sigmas(8, 3.0)), _core.Guidance(*guidance)
     actual = latents.copy()
-    assert _core.sample_euler(predict, sigmas, actual, settings, None)
-    np.testing.assert_allclose(actual, sample_euler(predict, sigmas, latents, settings), rtol=1e-5, atol=1e-5)
+    kept = {"mask": mask, "image": image, "noise": noise} if masked else {}
+    assert _core.sample(smooth, steps, actual, settings, **kept)
+    expected = sample_reference(smooth, steps, latents, settings, (mask, image, noise) if masked else None)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_loop_stops_when_told_and_passes_errors_on() -> None:
@@ -85,11 +92,12 @@ def test_loop_stops_when_told_and_passes_errors_on() -> None:
         seen.append(step)
         return step < 2
 
-    assert not _core.sample_euler(predict, flow_match_sigmas(8, 3.0), latents, _core.Guidance(), stop)
-    assert seen == [0, 1, 2]
+    steps = sampler_table("heun", flow_match_sigmas(8, 3.0))
+    assert not _core.sample(predict, steps, latents, _core.Guidance(), callback=stop)
+    assert seen == [0, 1, 2]  # steps of the schedule, not the evaluations inside them
 
     def fail(*arguments: object) -> None:
         raise KeyError("from Python")
 
     with pytest.raises(KeyError, match="from Python"):
-        _core.sample_euler(fail, flow_match_sigmas(8, 3.0), latents, _core.Guidance(), None)
+        _core.sample(fail, steps, latents, _core.Guidance())

@@ -8,6 +8,7 @@ from cuda_reference import TOLERANCE, cast, relative_error, require_gpu, to_floa
 
 from zimage_rt import _core
 from zimage_rt.backends.cuda_libraries import find_library
+from zimage_rt.samplers import blend_kept, sampler_table
 
 pytestmark = pytest.mark.gpu
 cuda = require_gpu()
@@ -124,16 +125,30 @@ def test_unpatchify_flips_the_sign(kernels, rng):
 
 
 @pytest.mark.parametrize(("scale", "normalization"), [(0.0, 0.0), (4.0, 0.0), (4.0, 0.5), (4.0, 100.0)])
-def test_euler_step_is_the_loop_of_the_cpu(kernels, rng, scale, normalization):
-    latents, positive, negative = (f32(rng, 2, 16, 8, 6) for _ in range(3))
-    sigmas = np.asarray(_core.flow_match_sigmas(4, 3.0), np.float32)
-    pred = positive
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_sampler_update_is_the_loop_of_the_cpu(kernels, rng, scale, normalization, sampler, masked):
+    latents, kept, positive, negative, image, noise = (f32(rng, 2, 16, 8, 6) for _ in range(6))
+    mask = rng.random((2, 1, 8, 6)).astype(np.float32)
+    steps = sampler_table(sampler, np.asarray(_core.flow_match_sigmas(4, 3.0), np.float32))
+    pred = positive.astype(np.float64)
     if scale > 0:
         pred = _core.apply_guidance(_core.Guidance(scale, 1.0, normalization), positive, negative)
     predictions = np.concatenate([positive, negative]) if scale > 0 else positive
     patches = np.ascontiguousarray(patches_of(-predictions))
-    out = kernels.euler_step(patches, latents, 2, sigmas, 1, scale > 0, scale, normalization)
-    assert relative_error(out, latents + (sigmas[2] - sigmas[1]) * pred.astype(np.float64)) < TOLERANCE["float32"]
+    for row, (_, sigma_next, x, v, history, keep_x, keep_v, ends) in enumerate(steps):
+        inpaint = [mask, image, noise] if masked else []
+        out, out_kept = kernels.sampler_update(
+            patches, latents, kept, 2, steps, row, scale > 0, scale, normalization, inpaint
+        )
+        expected = x * latents + v * pred + history * kept
+        if masked and ends:
+            expected = blend_kept(expected, mask, image, noise, sigma_next)
+        assert relative_error(out, expected) < TOLERANCE["float32"]
+        if keep_x or keep_v:
+            assert relative_error(out_kept, keep_x * latents + keep_v * pred) < TOLERANCE["float32"]
+        else:
+            assert (out_kept == kept).all()
 
 
 @pytest.mark.parametrize("dtype", HALVES)

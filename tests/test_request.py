@@ -48,7 +48,7 @@ def test_impossible_requests_are_named(fields: dict, message: str) -> None:
 
 def test_defaults_and_batches() -> None:
     one = resolve(GenerateRequest("a cat", seed=5), manifest())
-    assert (one.height, one.width, one.num_inference_steps, one.guidance_scale) == (256, 256, 8, 0.0)
+    assert (one.height, one.width, len(one.sigmas), one.guidance_scale) == (256, 256, 9, 0.0)
     assert one.seeds == (5,)
     four = resolve(GenerateRequest(["a", "b"], seed=5, num_images=2), manifest())
     assert four.prompts == ("a", "a", "b", "b")

@@ -17,10 +17,14 @@ class Guidance:
 def randn(seed: int, shape: Sequence[int]) -> np.ndarray: ...
 def flow_match_sigmas(num_inference_steps: int, shift: float) -> list[float]: ...
 def apply_guidance(guidance: Guidance, positive: np.ndarray, negative: np.ndarray) -> np.ndarray: ...
-def sample_euler(
+def sample(
     predict: Callable[[np.ndarray, float, bool, np.ndarray], None],
-    sigmas: Sequence[float] | np.ndarray,
+    steps: np.ndarray,
     latents: np.ndarray,
     guidance: Guidance,
-    callback: Callable[[int, int, float, float, np.ndarray], bool] | None,
+    *,
+    mask: np.ndarray | None = None,
+    image: np.ndarray | None = None,
+    noise: np.ndarray | None = None,
+    callback: Callable[[int, int, float, float, np.ndarray], bool] | None = None,
 ) -> bool: ...

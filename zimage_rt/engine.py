@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from . import _core
-from .backends.base import Backend, OnStep, SampleJob
+from .backends.base import Backend, Inpaint, OnStep, SampleJob
 from .backends.registry import load_backend
 from .errors import BundleMismatch, Cancelled, RequestError
+from .image import latent_mask, paste, to_signed
 from .manifest import Manifest, check_file, read_manifest
 from .request import (
     Callback,
@@ -26,6 +27,7 @@ from .request import (
     resolve,
 )
 from .rng import prepare_noise
+from .samplers import sampler_table
 from .tokenizer import PromptTokenizer
 
 # Encoded prompts kept for reuse; a context is a few hundred kilobytes at full size.
@@ -112,12 +114,26 @@ class Engine:
                 negatives: list[np.ndarray] = []
                 if resolved.guidance_scale > 0:
                     negatives = [self.encode_prompt(text) for text in resolved.negative_prompts]
-            job = self._job(resolved, self.prepare_latents(resolved), contexts, negatives, callback)
+            with _timed(timings, "encode_image"):
+                latents, inpaint = self.prepare_latents(resolved)
+            job = SampleJob(
+                latents=latents,
+                contexts=contexts,
+                negatives=negatives,
+                steps=sampler_table(resolved.sampler, resolved.sigmas),
+                guidance=_core.Guidance(resolved.guidance_scale, resolved.cfg_truncation, resolved.cfg_normalization),
+                inpaint=inpaint,
+                on_step=None if callback is None else self._on_step(callback),
+            )
             result = self.pipeline.generate(job, resolved.vae)
             if result is None:
                 raise Cancelled("the callback asked to stop; no image was made")
             images, seconds = result
             timings.update(seconds)
+            if resolved.image is None:
+                del timings["encode_image"]
+            elif resolved.mask is not None:
+                images = paste(images, resolved.image, resolved.mask)
         return GenerateResult(images, resolved.seeds, timings, self.bundle_id)
 
     def encode_prompt(self, prompt: str) -> np.ndarray:
@@ -137,31 +153,31 @@ class Engine:
                 self._contexts.popitem(last=False)
         return context
 
-    def prepare_latents(self, request: ResolvedRequest) -> np.ndarray:
-        """The starting noise `[batch, 16, latent_height, latent_width]`, float32, the caller's to change."""
+    def prepare_latents(self, request: ResolvedRequest) -> tuple[np.ndarray, Inpaint | None]:
+        """What the loop begins with, float32 `[batch, 16, latent_height, latent_width]`, and what it keeps.
+
+        Noise of the seeds; of an image-to-image request, mixed with the image's latents as far as the first sigma says.
+        """
         if request.latents is not None:
-            return np.array(request.latents, dtype=np.float32, order="C")
+            return np.array(request.latents, dtype=np.float32, order="C"), None
         pipeline = self.manifest.pipeline
         factor = pipeline.vae_scale_factor
         shape = (pipeline.latent_channels, request.height // factor, request.width // factor)
-        return prepare_noise(request.seeds, shape)
+        noise = prepare_noise(request.seeds, shape)
+        if request.image is None:
+            return noise, None
+        encoded = self.pipeline.encode_image(to_signed(request.image), request.vae)
+        image = np.repeat(encoded, len(noise), axis=0)
+        sigma = request.sigmas[0]
+        latents = sigma * noise + (np.float32(1) - sigma) * image
+        if request.mask is None:
+            return latents, None
+        mask = np.repeat(latent_mask(request.mask, factor)[None, None], len(noise), axis=0)
+        return latents, Inpaint(mask, image, noise)
 
     def decode(self, latents: np.ndarray, vae: str) -> np.ndarray:
         """Latents `[batch, 16, h, w]` to uint8 pictures `[batch, height, width, 3]`."""
         return self.pipeline.decode(latents, vae)
-
-    def _job(
-        self,
-        request: ResolvedRequest,
-        latents: np.ndarray,
-        contexts: list[np.ndarray],
-        negatives: list[np.ndarray],
-        callback: Callback | None,
-    ) -> SampleJob:
-        sigmas = _core.flow_match_sigmas(request.num_inference_steps, self.manifest.pipeline.shift)
-        guidance = _core.Guidance(request.guidance_scale, request.cfg_truncation, request.cfg_normalization)
-        on_step = None if callback is None else self._on_step(callback)
-        return SampleJob(latents, contexts, negatives, sigmas, guidance, on_step)
 
     def _on_step(self, callback: Callback) -> OnStep:
         def on_step(step: int, count: int, sigma: float, sigma_next: float, now: np.ndarray) -> bool:

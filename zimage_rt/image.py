@@ -1,8 +1,19 @@
-"""Arrays to pictures."""
+"""Arrays to pictures, and the pictures and masks of requests to arrays."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
+
+from .errors import RequestError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# How a picture of another shape becomes height x width: cut to it, framed by it, or pulled to it.
+FITS = ("crop", "pad", "stretch")
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
@@ -12,3 +23,89 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
     """
     scaled = np.clip(images * np.float32(0.5) + np.float32(0.5), 0, 1) * np.float32(255)
     return np.ascontiguousarray(np.rint(scaled).astype(np.uint8).transpose(0, 2, 3, 1))
+
+
+def read_image(value: Any, name: str) -> Image:
+    """A picture from a `PIL.Image`, a path, or uint8 `[height, width, 1, 3 or 4]`; turned as its EXIF data says.
+
+    Raises:
+        RequestError: it is none of them, or cannot be read.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    if isinstance(value, Image.Image):
+        image = value
+    elif isinstance(value, np.ndarray):
+        if value.dtype != np.uint8 or value.ndim not in (2, 3) or (value.ndim == 3 and value.shape[2] not in (1, 3, 4)):
+            raise RequestError(
+                f"{name}: expected uint8 [height, width], or with 1, 3 or 4 channels behind, "
+                f"got {value.dtype} {list(value.shape)}"
+            )
+        image = Image.fromarray(value[..., 0] if value.ndim == 3 and value.shape[2] == 1 else value)
+    elif isinstance(value, (str, Path)):
+        try:
+            image = Image.open(value)
+            image.load()
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            raise RequestError(f"{name}: {value} cannot be read as a picture: {error}") from error
+    else:
+        raise RequestError(f"{name}: expected a PIL image, an array or a path, got {type(value).__name__}")
+    return ImageOps.exif_transpose(image)
+
+
+def flatten(image: Image, background: str = "white") -> Image:
+    """RGB; what is transparent shows the background."""
+    from PIL import Image
+
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    return image.convert("RGB")
+
+
+def fit_image(image: Image, width: int, height: int, fit: str) -> Image:
+    """A picture of exactly width x height; `pad` fills with black, which in a mask means to keep."""
+    from PIL import Image, ImageOps
+
+    if image.size == (width, height):
+        return image
+    if fit == "crop":
+        return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    if fit == "pad":
+        return ImageOps.pad(image, (width, height), Image.Resampling.LANCZOS)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def read_mask(value: Any, width: int, height: int, fit: str, feather: float) -> np.ndarray:
+    """float32 `[height, width]`: 1 to draw, 0 to keep.
+
+    Without feathering a mask is black or white, split at the middle grey, as diffusers splits it; with it, its edge
+    becomes a slope of about `feather` pixels (a Gaussian of that radius).
+    """
+    from PIL import ImageFilter
+
+    image = fit_image(flatten(read_image(value, "mask"), "black").convert("L"), width, height, fit)
+    image = image.point([0 if level < 128 else 255 for level in range(256)])
+    if feather > 0:
+        image = image.filter(ImageFilter.GaussianBlur(feather))
+    return np.asarray(image, np.float32) / 255
+
+
+def latent_mask(mask: np.ndarray, factor: int) -> np.ndarray:
+    """A mask at the latents' size: hard ones by their nearest pixel, as diffusers does, soft ones by their mean."""
+    height, width = mask.shape
+    cells = mask.reshape(height // factor, factor, width // factor, factor)
+    hard = bool(np.isin(mask, (0.0, 1.0)).all())
+    return np.ascontiguousarray(cells[:, 0, :, 0]) if hard else cells.mean(axis=(1, 3), dtype=np.float32)
+
+
+def to_signed(image: np.ndarray) -> np.ndarray:
+    """uint8 `[height, width, 3]` to what a VAE encoder takes: float32 `[1, 3, height, width]` in [-1, 1]."""
+    return np.ascontiguousarray(image.transpose(2, 0, 1)[None], np.float32) / np.float32(127.5) - np.float32(1)
+
+
+def paste(drawn: np.ndarray, original: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Drawn pictures uint8 `[batch, height, width, 3]` over the original: where the mask is 0, its very bytes."""
+    weight = mask[None, :, :, None]
+    mixed = np.rint(drawn * weight + original[None] * (1 - weight)).astype(np.uint8)
+    return np.where(weight == 0, original[None], mixed)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .errors import RequestError
+from .image import FITS, fit_image, flatten, read_image, read_mask
 from .manifest import Manifest
 from .rng import MAX_SEED
+from .samplers import SAMPLERS
+from .schedule import SCHEDULES, custom_sigmas, first_step
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -62,6 +65,15 @@ class GenerateRequest:
         num_images: images for each prompt.
         vae: `tiny` or `full`.
         latents: start from these, float32 `[batch, 16, height / 8, width / 8]`, not from the seed's noise.
+        sampler: `euler`, `heun` (two evaluations a step) or `dpmpp_2m`.
+        schedule: `simple` (Z-Image's own), `normal`, `karras`, `exponential` or `beta`.
+        sigmas: a schedule of your own, falling from at most 1, before the checkpoint's shift and without the last 0.
+        image: begin from this picture: a `PIL.Image`, a path, or uint8 `[height, width, 3]`. Its size, cut to what
+            the bundle serves, is the default of `height` and `width`.
+        strength: how much of the schedule is run on `image`: 1 forgets it, 0.3 retouches it.
+        mask: what of `image` to draw anew, white, and what to keep, black; kept pixels are the image's own bytes.
+        mask_feather: how soft the mask's edge is, in pixels.
+        fit: how an image of another shape is fitted: `crop`, `pad` or `stretch`.
     """
 
     prompt: str | Sequence[str]
@@ -76,6 +88,14 @@ class GenerateRequest:
     num_images: int = 1
     vae: str | None = None
     latents: np.ndarray | None = None
+    sampler: str = "euler"
+    schedule: str = "simple"
+    sigmas: Sequence[float] | None = None
+    image: Any = None
+    strength: float = 0.6
+    mask: Any = None
+    mask_feather: float = 0.0
+    fit: str = "crop"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,19 +124,25 @@ class GenerateResult:
 
 @dataclasses.dataclass(frozen=True)
 class ResolvedRequest:
-    """A request with every default filled in and every field checked; one entry an image."""
+    """A request with every default filled in and every field checked; one entry an image.
+
+    `sigmas` are those that are run; `image` is uint8 `[height, width, 3]`, `mask` float32 `[height, width]`.
+    """
 
     prompts: tuple[str, ...]
     negative_prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     height: int
     width: int
-    num_inference_steps: int
+    sampler: str
+    sigmas: np.ndarray
     guidance_scale: float
     cfg_truncation: float
     cfg_normalization: float
     vae: str
     latents: np.ndarray | None
+    image: np.ndarray | None
+    mask: np.ndarray | None
 
 
 def resolve(request: GenerateRequest, manifest: Manifest) -> ResolvedRequest:
@@ -140,15 +166,17 @@ def resolve(request: GenerateRequest, manifest: Manifest) -> ResolvedRequest:
             f"batch: expected at most {shapes.batch.max} images a request, got {batch} "
             f"({len(prompts)} prompts, {num_images} each); split the request"
         )
-    steps = request.num_inference_steps
-    steps = defaults.num_inference_steps if steps is None else steps
     scale = defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
     vae = request.vae or next((v for v in VAES if f"{v}_vae_decoder" in manifest.modules), "tiny")
     if vae not in VAES:
         raise RequestError(f"vae: expected tiny or full, got {vae!r}")
     if f"{vae}_vae_decoder" not in manifest.modules:
         raise RequestError(f'vae: this bundle has no {vae} VAE; export it again with vae = ["{vae}"]')
-    height, width = (_pixels(request, manifest, name) for name in ("height", "width"))
+    picture = None if request.image is None else read_image(request.image, "image")
+    height, width = (_pixels(request, manifest, name, picture) for name in ("height", "width"))
+    image, mask = _pictures(request, picture, height, width)
+    if image is not None and f"{vae}_vae_encoder" not in manifest.modules:
+        raise RequestError(f'image: this bundle has no {vae} VAE encoder; export it again with vae = ["{vae}"]')
     factor = defaults.vae_scale_factor
     shape = (batch, defaults.latent_channels, height // factor, width // factor)
     return ResolvedRequest(
@@ -157,13 +185,68 @@ def resolve(request: GenerateRequest, manifest: Manifest) -> ResolvedRequest:
         seeds=_seeds(request.seed, batch),
         height=height,
         width=width,
-        num_inference_steps=_integer(steps, "num_inference_steps", 1, 1000),
+        sampler=_choice(request.sampler, "sampler", SAMPLERS),
+        sigmas=_sigmas(request, manifest),
         guidance_scale=_number(scale, "guidance_scale"),
         cfg_truncation=_number(request.cfg_truncation, "cfg_truncation"),
         cfg_normalization=_number(request.cfg_normalization, "cfg_normalization"),
         vae=vae,
         latents=None if request.latents is None else _latents(request.latents, shape),
+        image=image,
+        mask=mask,
     )
+
+
+def _choice(value: Any, name: str, known: Iterable[str]) -> str:
+    names = tuple(known)
+    if value not in names:
+        raise RequestError(f"{name}: expected one of {', '.join(names)}, got {value!r}")
+    return value
+
+
+def _sigmas(request: GenerateRequest, manifest: Manifest) -> np.ndarray:
+    """The sigmas that are run: the whole schedule, or its end where an image is the beginning."""
+    shift = manifest.pipeline.shift
+    schedule = SCHEDULES[_choice(request.schedule, "schedule", SCHEDULES)]
+    if request.sigmas is None:
+        steps = request.num_inference_steps
+        steps = manifest.pipeline.num_inference_steps if steps is None else steps
+        sigmas = schedule(_integer(steps, "num_inference_steps", 1, 1000), shift)
+    else:
+        given = np.asarray(request.sigmas, np.float64)
+        falling = given.ndim == 1 and len(given) > 0 and bool((np.diff(given) < 0).all())
+        if not falling or not (given[-1] > 0 and given[0] <= 1):
+            raise RequestError("sigmas: expected numbers that fall, from at most 1 to more than 0; the last 0 is added")
+        if request.num_inference_steps not in (None, len(given)):
+            raise RequestError(
+                f"num_inference_steps: expected {len(given)}, as many as there are sigmas, or none, "
+                f"got {request.num_inference_steps}"
+            )
+        sigmas = custom_sigmas(given, shift)
+    if request.image is None:
+        return sigmas
+    strength = _number(request.strength, "strength")
+    if not 0 < strength <= 1:
+        raise RequestError(f"strength: expected more than 0 and at most 1, got {strength}")
+    return sigmas[first_step(len(sigmas) - 1, strength) :]
+
+
+def _pictures(
+    request: GenerateRequest, picture: Image | None, height: int, width: int
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    fit = _choice(request.fit, "fit", FITS)
+    feather = _number(request.mask_feather, "mask_feather")
+    if picture is None:
+        if request.mask is not None:
+            raise RequestError("mask: expected an image that it belongs to; give `image` too")
+        return None, None
+    if request.latents is not None:
+        raise RequestError("image and latents: expected one of them; both say what to begin with")
+    image = np.asarray(fit_image(flatten(picture), width, height, fit), np.uint8)
+    mask = None if request.mask is None else read_mask(request.mask, width, height, fit, feather)
+    if mask is not None and not mask.any():
+        raise RequestError("mask: expected some white, where to draw; got none, so that nothing would change")
+    return image, mask
 
 
 def _texts(value: Any, name: str) -> tuple[str, ...]:
@@ -189,10 +272,12 @@ def _number(value: Any, name: str) -> float:
     return float(value)
 
 
-def _pixels(request: GenerateRequest, manifest: Manifest, name: str) -> int:
+def _pixels(request: GenerateRequest, manifest: Manifest, name: str, picture: Image | None) -> int:
     allowed = getattr(manifest.shapes, name)
     value = getattr(request, name)
     size = allowed.opt if value is None else _integer(value, name, 1, 1 << 20)
+    if value is None and picture is not None:
+        size = getattr(picture, name) // allowed.multiple * allowed.multiple
     if size not in allowed:
         raise RequestError(
             f"{name}: expected {allowed.min} to {allowed.max} in steps of {allowed.multiple}, "

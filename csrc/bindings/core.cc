@@ -6,8 +6,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <stdexcept>
 
+#include "bindings/sampler_steps.h"
 #include "zimage_rt/guidance.h"
 #include "zimage_rt/rng.h"
 #include "zimage_rt/sampler.h"
@@ -19,6 +21,7 @@ namespace zrt = zimage_rt;
 namespace {
 
 using FloatArray = py::array_t<float, py::array::c_style>;
+using zrt::sampler_steps;
 
 // A numpy view of memory that C++ owns. The capsule keeps numpy from copying; it frees nothing.
 FloatArray view(const float* data, std::vector<py::ssize_t> shape, bool writeable) {
@@ -61,12 +64,26 @@ FloatArray randn(std::uint64_t seed, std::vector<py::ssize_t> shape) {
   return out;
 }
 
-bool sample_euler(py::function predict, const std::vector<float>& sigmas, FloatArray latents,
-                  const zrt::Guidance& guidance, const py::object& callback) {
+// steps: float32 [evaluations, 8], rows of SamplerStep; mask, image and noise all or none of them.
+bool sample(py::function predict, const FloatArray& steps, FloatArray latents,
+            const zrt::Guidance& guidance, const std::optional<FloatArray>& mask,
+            const std::optional<FloatArray>& image, const std::optional<FloatArray>& noise,
+            const py::object& callback) {
   if (latents.ndim() != 4 || latents.shape(0) < 1)
     throw std::invalid_argument("latents: expected [batch, channels, height, width]");
-  if (sigmas.size() < 2) throw std::invalid_argument("sigmas: expected at least two");
   const std::vector<py::ssize_t> shape = shape_of(latents);
+  const std::vector<zrt::SamplerStep> table = sampler_steps(steps);
+  std::optional<zrt::Inpaint> inpaint;
+  if (mask) {
+    const std::vector<py::ssize_t> wanted = {shape[0], 1, shape[2], shape[3]};
+    if (!image || !noise || shape_of(*mask) != wanted || shape_of(*image) != shape ||
+        shape_of(*noise) != shape)
+      throw std::invalid_argument(
+          "mask [batch, 1, height, width], image and noise like the latents: all three belong "
+          "together");
+    inpaint = {mask->data(), image->data(), noise->data(),
+               static_cast<std::size_t>(shape[2] * shape[3])};
+  }
   float* data = latents.mutable_data();
   const auto batch = static_cast<std::size_t>(shape[0]);
   const auto sample_size = static_cast<std::size_t>(latents.size()) / batch;
@@ -81,7 +98,8 @@ bool sample_euler(py::function predict, const std::vector<float>& sigmas, FloatA
   }
   PythonDenoiser denoiser(std::move(predict), shape);
   py::gil_scoped_release release;
-  return zrt::sample_euler(denoiser, sigmas, guidance, data, batch, sample_size, step_callback);
+  return zrt::sample(denoiser, table, guidance, data, batch, sample_size,
+                     inpaint ? &*inpaint : nullptr, step_callback);
 }
 
 FloatArray guide(const zrt::Guidance& guidance, const FloatArray& positive,
@@ -112,6 +130,8 @@ PYBIND11_MODULE(_core, m) {
   m.def("flow_match_sigmas", &zrt::flow_match_sigmas, py::arg("num_inference_steps"),
         py::arg("shift"));
   m.def("apply_guidance", &guide, py::arg("guidance"), py::arg("positive"), py::arg("negative"));
-  m.def("sample_euler", &sample_euler, py::arg("predict"), py::arg("sigmas"),
-        py::arg("latents").noconvert(), py::arg("guidance"), py::arg("callback"));
+  m.def("sample", &sample, py::arg("predict"), py::arg("steps"), py::arg("latents").noconvert(),
+        py::arg("guidance"), py::kw_only(), py::arg("mask") = py::none(),
+        py::arg("image") = py::none(), py::arg("noise") = py::none(),
+        py::arg("callback") = py::none());
 }

@@ -7,8 +7,10 @@
 #include <pybind11/stl.h>
 
 #include <numeric>
+#include <optional>
 
 #include "bindings/kernels.h"
+#include "bindings/sampler_steps.h"
 #include "programs/pipeline.h"
 #include "zimage_rt/check.h"
 
@@ -221,11 +223,13 @@ FloatArray view(const float* data, const std::vector<py::ssize_t>& shape) {
 // True where none are asked for) and the seconds of the loop and of the decoder.
 py::object sample(Pipeline& self, py::array_t<float> latents,
                   const std::vector<FloatArray>& contexts, const std::vector<FloatArray>& negatives,
-                  const std::vector<float>& sigmas, float scale, float truncation,
-                  float normalization, bool decoded, const py::object& callback) {
+                  const FloatArray& steps, float scale, float truncation, float normalization,
+                  const std::optional<FloatArray>& mask, const std::optional<FloatArray>& image,
+                  const std::optional<FloatArray>& noise, bool decoded,
+                  const py::object& callback) {
   expect_dims(latents, 4, "latents");
   const int batch = size_at(latents, 0);
-  if ((latents.flags() & py::array::c_style) == 0 || sigmas.size() < 2 ||
+  if ((latents.flags() & py::array::c_style) == 0 ||
       contexts.size() != static_cast<std::size_t>(batch) ||
       (scale > 0.0f && negatives.size() != contexts.size()))
     throw std::invalid_argument("latents, contexts, negatives: expected one context a sample");
@@ -244,7 +248,15 @@ py::object sample(Pipeline& self, py::array_t<float> latents,
   };
   add(contexts, job.contexts, job.context_rows);
   if (scale > 0.0f) add(negatives, job.negatives, job.negative_rows);
-  job.sigmas = sigmas;
+  job.steps = sampler_steps(steps);
+  if (mask) {
+    if (!image || !noise || mask->size() * latents.shape(1) != latents.size() ||
+        image->size() != latents.size() || noise->size() != latents.size())
+      throw std::invalid_argument("mask, image, noise: their shapes do not belong together");
+    job.mask = mask->data();
+    job.image = image->data();
+    job.noise = noise->data();
+  }
   job.guidance = {scale, truncation, normalization};
   job.latents = latents.mutable_data();
   py::object result = py::bool_(true);
@@ -369,9 +381,9 @@ PYBIND11_MODULE(_cuda, m) {
       .def("encode_image", &encode_image, py::arg("image"), py::arg("latent_channels"),
            py::arg("factor"))
       .def("sample", &sample, py::kw_only(), py::arg("latents").noconvert(), py::arg("contexts"),
-           py::arg("negatives"), py::arg("sigmas"), py::arg("guidance_scale"),
-           py::arg("cfg_truncation"), py::arg("cfg_normalization"), py::arg("decode"),
-           py::arg("callback"))
+           py::arg("negatives"), py::arg("steps"), py::arg("guidance_scale"),
+           py::arg("cfg_truncation"), py::arg("cfg_normalization"), py::arg("mask"),
+           py::arg("image"), py::arg("noise"), py::arg("decode"), py::arg("callback"))
       .def("time_evaluation", &Pipeline::time_evaluation, py::arg("latent_height"),
            py::arg("latent_width"), py::arg("context_rows"), py::arg("repeats"),
            py::call_guard<py::gil_scoped_release>())

@@ -110,19 +110,27 @@ py::array run_unpatchify(const py::array& patches, int channels, int height, int
   return out.download();
 }
 
-py::array run_euler_step(const py::array& patches, const py::array& latents, int patch,
-                         const py::array& sigmas, int step, bool guided, float scale,
-                         float normalization) {
-  const DeviceArray pred(patches), x(latents), s(sigmas);
+// Returns the latents and what was kept. `inpaint` holds mask, image and noise, or nothing.
+py::tuple run_sampler_update(const py::array& patches, const py::array& latents,
+                             const py::array& kept, int patch, const py::array& steps, int step,
+                             bool guided, float scale, float normalization,
+                             const std::vector<py::array>& inpaint) {
+  const DeviceArray pred(patches), x(latents), history(kept), table(steps);
   py::array_t<float> settings(2);
   settings.mutable_at(0) = scale;
   settings.mutable_at(1) = normalization;
   const DeviceArray guidance(settings), factors({latents.shape(0)}, DType::kFloat32);
-  euler_step(
-      {pred.data<float>(), grid_of(latents, patch), x.data<float>(), rows_of(x), guided,
-       normalization > 0.0f, s.data<float>(), step, guidance.data<float>(), factors.data<float>()},
+  std::vector<DeviceArray> picture;
+  for (const py::array& part : inpaint) picture.emplace_back(part);
+  const auto part = [&](std::size_t i) {
+    return picture.empty() ? nullptr : picture.at(i).data<float>();
+  };
+  sampler_update(
+      {pred.data<float>(), grid_of(latents, patch), x.data<float>(), history.data<float>(),
+       rows_of(x), guided, normalization > 0.0f, table.data<SamplerStep>(), step,
+       guidance.data<float>(), factors.data<float>(), part(0), part(1), part(2)},
       nullptr);
-  return x.download();
+  return py::make_tuple(x.download(), history.download());
 }
 
 py::array run_gemm(const std::string& library, const py::array& a, const py::array& weight,
@@ -177,7 +185,7 @@ void bind_elementwise(py::module_& m) {
   m.def("swiglu", &run_swiglu);
   m.def("patchify", &run_patchify);
   m.def("unpatchify", &run_unpatchify);
-  m.def("euler_step", &run_euler_step);
+  m.def("sampler_update", &run_sampler_update);
   m.def("gemm", &run_gemm);
   m.def("rope_table", &run_rope_table);
 }

@@ -41,7 +41,12 @@ __device__ float guide(float positive, float negative, float scale) {
   return __fadd_rn(positive, __fmul_rn(scale, __fsub_rn(positive, negative)));
 }
 
-__global__ void euler_step_kernel(EulerStep args) {
+// a * x + b * y without contraction into one rounding: the loop on the CPU has none either.
+__device__ float combine(float a, float x, float b, float y) {
+  return __fadd_rn(__fmul_rn(a, x), __fmul_rn(b, y));
+}
+
+__global__ void sampler_update_kernel(SamplerUpdate args) {
   const int at = blockIdx.x * kThreads + threadIdx.x, values = args.grid.values();
   if (at >= values) return;
   const std::size_t base = static_cast<std::size_t>(blockIdx.y) * values;
@@ -52,15 +57,27 @@ __global__ void euler_step_kernel(EulerStep args) {
     pred = guide(pred, negative, args.guidance[0]);
     if (args.normalized) pred *= args.factors[blockIdx.y];
   }
-  const float delta = __fsub_rn(args.sigmas[args.step + 1], args.sigmas[args.step]);
+  const SamplerStep step = args.steps[args.step];
   const int features = args.grid.features();
-  float* const latent = args.latents + base + latent_index(args.grid, at / features, at % features);
-  // Not contracted into one rounding: the loop on the CPU is not either.
-  *latent = __fadd_rn(*latent, __fmul_rn(delta, pred));
+  const int inside = latent_index(args.grid, at / features, at % features);
+  const std::size_t i = base + inside;
+  const float before = args.latents[i];
+  float after = combine(step.x, before, step.pred, pred);
+  if (step.history != 0.0f) after = __fadd_rn(after, __fmul_rn(step.history, args.kept[i]));
+  if (step.keep_x != 0.0f || step.keep_pred != 0.0f)
+    args.kept[i] = combine(step.keep_x, before, step.keep_pred, pred);
+  if (args.mask != nullptr && step.ends != 0.0f) {
+    const int area = args.grid.height * args.grid.width;
+    const float mask = args.mask[static_cast<std::size_t>(blockIdx.y) * area + inside % area];
+    const float sigma = step.sigma_next;
+    const float image = combine(sigma, args.noise[i], 1.0f - sigma, args.image[i]);
+    after = combine(1.0f - mask, image, mask, after);
+  }
+  args.latents[i] = after;
 }
 
 // One block a sample, so that the order of the sums is always the same.
-__global__ void guidance_factor_kernel(EulerStep args) {
+__global__ void guidance_factor_kernel(SamplerUpdate args) {
   __shared__ float scratch[2][32];
   const int values = args.grid.values();
   const std::size_t base = static_cast<std::size_t>(blockIdx.x) * values;
@@ -103,13 +120,13 @@ void unpatchify(const float* patches, const PatchGrid& grid, float* noise_pred, 
   ZRT_LAUNCHED();
 }
 
-void euler_step(const EulerStep& args, cudaStream_t stream) {
+void sampler_update(const SamplerUpdate& args, cudaStream_t stream) {
   if (args.guided && args.normalized) {
     guidance_factor_kernel<<<args.samples, 1024, 0, stream>>>(args);
     ZRT_LAUNCHED();
   }
   const dim3 blocks(ceil_div(args.grid.values(), kThreads), args.samples);
-  euler_step_kernel<<<blocks, kThreads, 0, stream>>>(args);
+  sampler_update_kernel<<<blocks, kThreads, 0, stream>>>(args);
   ZRT_LAUNCHED();
 }
 

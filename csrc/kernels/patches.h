@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 
 #include "zimage_rt/dtype.h"
+#include "zimage_rt/sampler.h"
 
 namespace zimage_rt {
 
@@ -28,25 +29,30 @@ void patchify(const float* latents, int latent_samples, const PatchGrid& grid, v
 void unpatchify(const float* patches, const PatchGrid& grid, float* noise_pred, int samples,
                 cudaStream_t stream);
 
-// One Euler step on the patches of a prediction, with guidance where `guided`:
-//   latents += (sigmas[step + 1] - sigmas[step]) * pred,
+// The linear update behind an evaluation (zimage_rt/sampler.h), on the patches of its prediction,
+// with guidance where `guided`:
 //   pred = positive + scale * (positive - negative), the negative predictions in the second half,
 // then, with normalization > 0, scaled down to at most normalization times the positive's norm.
-// The formulas and their order are those of runtime/sampler.cc and runtime/guidance.cc. `sigmas`
-// and `guidance` [scale, normalization] lie on the device, so that a captured step serves any.
-struct EulerStep {
+// The formulas and their order are those of runtime/sampler.cc and runtime/guidance.cc. The table
+// and `guidance` [scale, normalization] lie on the device, so that a captured update serves any.
+struct SamplerUpdate {
   const float* patches;
   PatchGrid grid;
   float* latents;
+  float* kept;  // like latents; null where no row keeps anything
   int samples;  // of the latents; the patches have twice as many where guided
   bool guided;
   bool normalized;
-  const float* sigmas;
+  const SamplerStep* steps;
   int step;
   const float* guidance;
   float* factors;  // [samples], scratch for normalization
+  // Of an inpainting; mask [samples, 1, height, width] may be null.
+  const float* mask;
+  const float* image;
+  const float* noise;
 };
-void euler_step(const EulerStep& args, cudaStream_t stream);
+void sampler_update(const SamplerUpdate& args, cudaStream_t stream);
 
 // rows [first, first + count) of every `stride` rows of x, fp32 [.., dim], become `row` [dim].
 void fill_rows(float* x, const float* row, int samples, int stride, int first, int count, int dim,

@@ -32,6 +32,10 @@ std::size_t area(const Vae& vae) {
   return static_cast<std::size_t>(vae.factor()) * vae.factor();
 }
 
+bool guided_at(const SampleJob& job, int i) {
+  return job.guidance.active(1.0f - job.steps[static_cast<std::size_t>(i)].sigma);
+}
+
 template <typename T>
 void upload_to(T* target, const T* source, std::size_t count, cudaStream_t stream) {
   ZRT_CUDA(cudaMemcpyAsync(target, source, count * sizeof(T), cudaMemcpyHostToDevice, stream));
@@ -42,8 +46,12 @@ void upload_to(T* target, const T* source, std::size_t count, cudaStream_t strea
 // Where one request's tensors lie in loop_memory_.
 struct Pipeline::SampleBuffers {
   float* latents;
-  float* sigmas;
+  float* kept;
+  SamplerStep* steps;
   float* guidance;  // scale, normalization
+  float* mask;      // null, like the two behind it, unless a picture is kept
+  float* image;
+  float* noise;
   float* factors;
   std::uint8_t* pixels;
   Transformer::Buffers transformer;
@@ -294,7 +302,13 @@ Pipeline::SampleBuffers Pipeline::plan(const SampleShape& shape, const SampleJob
   const auto batch = static_cast<std::size_t>(shape.latent_samples);
   SampleBuffers at{};
   at.latents = memory.take<float>(batch * grid.values());
-  at.sigmas = memory.take<float>(job.sigmas.size());
+  at.kept = memory.take<float>(batch * grid.values());
+  at.steps = memory.take<SamplerStep>(job.steps.size());
+  if (job.mask != nullptr) {
+    at.mask = memory.take<float>(batch * grid.height * grid.width);
+    at.image = memory.take<float>(batch * grid.values());
+    at.noise = memory.take<float>(batch * grid.values());
+  }
   at.guidance = memory.take<float>(2);
   at.factors = memory.take<float>(batch);
   std::size_t work = 0;
@@ -314,13 +328,18 @@ void Pipeline::load_inputs(const SampleShape& shape, const SampleJob& job,
                            const SampleBuffers& at) {
   const cudaStream_t stream = stream_.get();
   const PatchGrid grid = transformer_->grid(shape);
-  upload_to(at.latents, job.latents, static_cast<std::size_t>(shape.latent_samples) * grid.values(),
-            stream);
-  upload_to(at.sigmas, job.sigmas.data(), job.sigmas.size(), stream);
+  const auto batch = static_cast<std::size_t>(shape.latent_samples);
+  upload_to(at.latents, job.latents, batch * grid.values(), stream);
+  upload_to(at.steps, job.steps.data(), job.steps.size(), stream);
+  if (job.mask != nullptr) {
+    upload_to(at.mask, job.mask, batch * grid.height * grid.width, stream);
+    upload_to(at.image, job.image, batch * grid.values(), stream);
+    upload_to(at.noise, job.noise, batch * grid.values(), stream);
+  }
   const float guidance[2] = {job.guidance.scale, job.guidance.normalization};
   upload_to(at.guidance, guidance, 2, stream);
   std::vector<float> timesteps;
-  for (int i = 0; i < shape.steps; ++i) timesteps.push_back(1.0f - job.sigmas[i]);
+  for (const SamplerStep& row : job.steps) timesteps.push_back(1.0f - row.sigma);
   upload_to(at.transformer.timesteps, timesteps.data(), timesteps.size(), stream);
   float* target = at.transformer.contexts;
   const auto add = [&](const float* context, int rows) {
@@ -334,15 +353,16 @@ void Pipeline::load_inputs(const SampleShape& shape, const SampleJob& job,
       add(job.negatives[i], job.negative_rows[i]);
 }
 
-// One evaluation and one Euler step, on the device alone.
+// One evaluation and the update behind it, on the device alone.
 void Pipeline::step(const SampleShape& shape, const SampleJob& job, int i,
                     const SampleBuffers& at) {
-  const bool guided = job.guidance.active(1.0f - job.sigmas[static_cast<std::size_t>(i)]);
+  const bool guided = guided_at(job, i);
   const int samples = guided ? 2 * shape.latent_samples : shape.latent_samples;
   transformer_->evaluate(shape, samples, i, at.latents, at.transformer, ops());
-  euler_step({at.transformer.predicted, transformer_->grid(shape), at.latents, shape.latent_samples,
-              guided, job.guidance.normalization > 0.0f, at.sigmas, i, at.guidance, at.factors},
-             stream_.get());
+  sampler_update({at.transformer.predicted, transformer_->grid(shape), at.latents, at.kept,
+                  shape.latent_samples, guided, job.guidance.normalization > 0.0f, at.steps, i,
+                  at.guidance, at.factors, at.mask, at.image, at.noise},
+                 stream_.get());
 }
 
 void Pipeline::decode_samples(const SampleShape& shape, const SampleBuffers& at) {
@@ -364,19 +384,24 @@ void Pipeline::run_all(const SampleShape& shape, const SampleJob& job, const Sam
   mark(decoded_);
 }
 
-// The same with a callback after every step.
+// The same with a callback after every step of the schedule.
 bool Pipeline::run_steps(const SampleShape& shape, const SampleJob& job, const SampleBuffers& at) {
   const PatchGrid grid = transformer_->grid(shape);
   const std::size_t bytes =
       sizeof(float) * static_cast<std::size_t>(shape.latent_samples) * grid.values();
   ZRT_CUDA(cudaEventRecord(started_.get(), stream_.get()));
   transformer_->prepare(shape, at.transformer, ops());
+  const int count = count_steps(job.steps);
+  int index = 0;
+  float sigma_before = job.steps.front().sigma;
   for (int i = 0; i < shape.steps; ++i) {
     step(shape, job, i, at);
+    const SamplerStep& row = job.steps[static_cast<std::size_t>(i)];
+    if (row.ends == 0.0f) continue;
     read_back(job.latents, at.latents, bytes);
-    const auto at_step = static_cast<std::size_t>(i);
-    if (!job.callback({i, shape.steps, job.sigmas[at_step], job.sigmas[at_step + 1], job.latents}))
-      return false;
+    if (!job.callback({index, count, sigma_before, row.sigma_next, job.latents})) return false;
+    sigma_before = row.sigma_next;
+    ++index;
   }
   ZRT_CUDA(cudaEventRecord(denoised_.get(), stream_.get()));
   if (job.pixels != nullptr) decode_samples(shape, at);
@@ -420,7 +445,7 @@ bool Pipeline::sample(const SampleJob& job, SampleTimes& times) {
   const Transformer& transformer = need(transformer_, "transformer");
   if (job.pixels != nullptr) need(vae_decoder_, "tiny_vae_decoder");
   SampleShape shape{static_cast<int>(job.contexts.size()), job.latent_height, job.latent_width,
-                    job.context_rows, static_cast<int>(job.sigmas.size()) - 1};
+                    job.context_rows, static_cast<int>(job.steps.size())};
   if (job.guidance.scale > 0.0f)
     shape.context_rows.insert(shape.context_rows.end(), job.negative_rows.begin(),
                               job.negative_rows.end());
@@ -439,9 +464,9 @@ bool Pipeline::sample(const SampleJob& job, SampleTimes& times) {
     // All that decides which kernels run, on which addresses.
     std::vector<int> key = {shape.latent_samples,  shape.latent_height,
                             shape.latent_width,    shape.steps,
-                            job.pixels != nullptr, job.guidance.normalization > 0.0f};
-    for (int i = 0; i < shape.steps; ++i)
-      key.push_back(job.guidance.active(1.0f - job.sigmas[static_cast<std::size_t>(i)]));
+                            job.pixels != nullptr, job.guidance.normalization > 0.0f,
+                            job.mask != nullptr};
+    for (int i = 0; i < shape.steps; ++i) key.push_back(guided_at(job, i));
     key.insert(key.end(), shape.context_rows.begin(), shape.context_rows.end());
     const auto found = std::find_if(graphs_.begin(), graphs_.end(),
                                     [&](const Graph& graph) { return graph.key == key; });

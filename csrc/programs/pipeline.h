@@ -38,8 +38,11 @@ struct SampleJob {
   std::vector<int> context_rows;
   std::vector<const float*> negatives;
   std::vector<int> negative_rows;
-  std::vector<float> sigmas;  // 1 → 0
+  std::vector<SamplerStep> steps;  // a table of zimage_rt/samplers.py
   Guidance guidance;
+  const float* mask = nullptr;  // of an inpainting (zimage_rt/sampler.h), else null
+  const float* image = nullptr;
+  const float* noise = nullptr;
   float* latents;         // [batch, channels, latent_height, latent_width], in and out
   std::uint8_t* pixels;   // [batch, height, width, 3] out; null: not decoded
   StepCallback callback;  // empty: the whole loop is one graph

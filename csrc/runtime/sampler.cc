@@ -1,17 +1,50 @@
 #include "zimage_rt/sampler.h"
 
-namespace zimage_rt {
+#include <algorithm>
 
-bool sample_euler(Denoiser& denoiser, const std::vector<float>& sigmas, const Guidance& guidance,
-                  float* latents, std::size_t batch, std::size_t sample_size,
-                  const StepCallback& callback) {
+namespace zimage_rt {
+namespace {
+
+void update(const SamplerStep& step, float* latents, const float* noise_pred, float* kept,
+            std::size_t total) {
+  for (std::size_t j = 0; j < total; ++j) {
+    const float before = latents[j];
+    float after = step.x * before + step.pred * noise_pred[j];
+    if (step.history != 0.0f) after += step.history * kept[j];
+    if (step.keeps()) kept[j] = step.keep_x * before + step.keep_pred * noise_pred[j];
+    latents[j] = after;
+  }
+}
+
+void blend(const Inpaint& inpaint, float sigma, float* latents, std::size_t batch,
+           std::size_t sample_size) {
+  for (std::size_t j = 0; j < batch * sample_size; ++j) {
+    const float mask = inpaint.mask[j / sample_size * inpaint.area + j % inpaint.area];
+    const float image = sigma * inpaint.noise[j] + (1.0f - sigma) * inpaint.image[j];
+    latents[j] = (1.0f - mask) * image + mask * latents[j];
+  }
+}
+
+}  // namespace
+
+int count_steps(const std::vector<SamplerStep>& steps) {
+  return static_cast<int>(std::count_if(steps.begin(), steps.end(),
+                                        [](const SamplerStep& step) { return step.ends != 0.0f; }));
+}
+
+bool sample(Denoiser& denoiser, const std::vector<SamplerStep>& steps, const Guidance& guidance,
+            float* latents, std::size_t batch, std::size_t sample_size, const Inpaint* inpaint,
+            const StepCallback& callback) {
   const std::size_t total = batch * sample_size;
   std::vector<float> noise_pred(guidance.scale > 0.0f ? 2 * total : total);
-  const int count = static_cast<int>(sigmas.size()) - 1;
-  for (int i = 0; i < count; ++i) {
-    const float sigma = sigmas[static_cast<std::size_t>(i)];
-    const float sigma_next = sigmas[static_cast<std::size_t>(i) + 1];
-    const float timestep = 1.0f - sigma;
+  const bool history =
+      std::any_of(steps.begin(), steps.end(), [](const auto& step) { return step.keeps(); });
+  std::vector<float> kept(history ? total : 0);
+  const int count = count_steps(steps);
+  int index = 0;
+  float sigma_before = steps.empty() ? 0.0f : steps.front().sigma;
+  for (const SamplerStep& step : steps) {
+    const float timestep = 1.0f - step.sigma;
     const bool guided = guidance.active(timestep);
     denoiser.predict(latents, timestep, guided, noise_pred.data());
     if (guided) {
@@ -20,9 +53,12 @@ bool sample_euler(Denoiser& denoiser, const std::vector<float>& sigmas, const Gu
         apply_guidance(guidance, positive, positive + total, sample_size);
       }
     }
-    const float delta = sigma_next - sigma;
-    for (std::size_t j = 0; j < total; ++j) latents[j] += delta * noise_pred[j];
-    if (callback && !callback({i, count, sigma, sigma_next, latents})) return false;
+    update(step, latents, noise_pred.data(), kept.data(), total);
+    if (step.ends == 0.0f) continue;
+    if (inpaint != nullptr) blend(*inpaint, step.sigma_next, latents, batch, sample_size);
+    if (callback && !callback({index, count, sigma_before, step.sigma_next, latents})) return false;
+    sigma_before = step.sigma_next;
+    ++index;
   }
   return true;
 }

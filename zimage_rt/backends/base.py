@@ -54,6 +54,21 @@ class Probe:
     devices: Sequence[Device] = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class Inpaint:
+    """A picture of which parts are kept, as latents.
+
+    Attributes:
+        mask: float32 `[batch, 1, latent_height, latent_width]`: 1 to draw, 0 to keep.
+        image: float32 `[batch, channels, latent_height, latent_width]`, the picture's latents.
+        noise: like `image`; what the loop's latents began as.
+    """
+
+    mask: np.ndarray
+    image: np.ndarray
+    noise: np.ndarray
+
+
 @dataclasses.dataclass
 class SampleJob:
     """One request to the sampler loop; entry i of `contexts` and `negatives` belongs to sample i.
@@ -62,16 +77,18 @@ class SampleJob:
         latents: float32 `[batch, channels, latent_height, latent_width]`, the caller's; changed in place.
         contexts: `[1, context_tokens, dim]` each.
         negatives: the same, read where the guidance is on.
-        sigmas: 1 → 0, one more than there are steps.
+        steps: float32 `[evaluations, 8]`, a table of `samplers.py`.
         guidance: its settings.
-        on_step: called after each step.
+        inpaint: what is kept of a picture, or None.
+        on_step: called after each step of the schedule.
     """
 
     latents: np.ndarray
     contexts: Sequence[np.ndarray]
     negatives: Sequence[np.ndarray]
-    sigmas: Sequence[float]
+    steps: np.ndarray
     guidance: Guidance
+    inpaint: Inpaint | None = None
     on_step: OnStep | None = None
 
 
@@ -100,6 +117,10 @@ class Pipeline(Protocol):
 
     def sample(self, job: SampleJob) -> bool:
         """The sampler loop; False where `on_step` stopped it."""
+        ...
+
+    def encode_image(self, image: np.ndarray, vae: str) -> np.ndarray:
+        """float32 `[batch, 3, height, width]` in [-1, 1] → latents."""
         ...
 
     def decode(self, latents: np.ndarray, vae: str) -> np.ndarray:

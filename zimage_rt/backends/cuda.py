@@ -188,10 +188,13 @@ class CudaPipeline:
                 latents=job.latents,
                 contexts=list(job.contexts),
                 negatives=list(job.negatives),
-                sigmas=list(job.sigmas),
+                steps=job.steps,
                 guidance_scale=guidance.scale,
                 cfg_truncation=guidance.truncation,
                 cfg_normalization=guidance.normalization,
+                mask=None if job.inpaint is None else job.inpaint.mask,
+                image=None if job.inpaint is None else job.inpaint.image,
+                noise=None if job.inpaint is None else job.inpaint.noise,
                 decode=decode,
                 callback=job.on_step,
             )
@@ -201,6 +204,10 @@ class CudaPipeline:
         images, denoise, decoding = result
         # What the device took, between events; the rest of the wall time is copies and waiting for other threads.
         return images, {"denoise": denoise, "decode": decoding}
+
+    def encode_image(self, image: np.ndarray, vae: str) -> np.ndarray:
+        """See `Pipeline`."""
+        return self.module(f"{vae}_vae_encoder")({"image": image})["latents"]
 
     def decode(self, latents: np.ndarray, vae: str) -> np.ndarray:
         """See `Pipeline`."""

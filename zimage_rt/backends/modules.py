@@ -44,7 +44,12 @@ class ModulePipeline:
     def sample(self, job: SampleJob) -> bool:
         """See `Pipeline`; the loop is `csrc/runtime/sampler.cc`."""
         denoiser = ModuleDenoiser(self.module("transformer"), job.contexts, job.negatives)
-        return _core.sample_euler(denoiser, job.sigmas, job.latents, job.guidance, job.on_step)
+        kept = {} if job.inpaint is None else vars(job.inpaint)
+        return _core.sample(denoiser, job.steps, job.latents, job.guidance, callback=job.on_step, **kept)
+
+    def encode_image(self, image: np.ndarray, vae: str) -> np.ndarray:
+        """See `Pipeline`."""
+        return self.module(f"{vae}_vae_encoder")({"image": image})["latents"]
 
     def decode(self, latents: np.ndarray, vae: str) -> np.ndarray:
         """See `Pipeline`."""

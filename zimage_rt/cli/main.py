@@ -44,6 +44,13 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Of the first picture; the others count up.")] = None,
     num_images: Annotated[int, typer.Option(help="Pictures for each prompt.")] = 1,
     vae: Annotated[str | None, typer.Option(help="tiny or full.")] = None,
+    sampler: Annotated[str, typer.Option(help="euler, heun or dpmpp_2m.")] = "euler",
+    schedule: Annotated[str, typer.Option(help="simple, normal, karras, exponential or beta.")] = "simple",
+    image: Annotated[Path | None, typer.Option(help="A picture to begin from.")] = None,
+    strength: Annotated[float, typer.Option(help="How far to go from it: 1 forgets it.")] = 0.6,
+    mask: Annotated[Path | None, typer.Option(help="Where to draw anew: white; black is kept.")] = None,
+    mask_feather: Annotated[float, typer.Option(help="How soft the mask's edge is, in pixels.")] = 0.0,
+    fit: Annotated[str, typer.Option(help="How the picture is fitted: crop, pad or stretch.")] = "crop",
     backend: Annotated[str, typer.Option(help="What runs the bundle.")] = "onnxruntime",
     as_json: Annotated[bool, typer.Option("--json", help="A JSON line a picture on standard output.")] = False,
 ) -> None:
@@ -73,13 +80,20 @@ def generate(
                 seed=None if seed is None else seed + number * num_images,
                 num_images=num_images,
                 vae=vae,
+                sampler=sampler,
+                schedule=schedule,
+                image=image,
+                strength=strength,
+                mask=mask,
+                mask_feather=mask_feather,
+                fit=fit,
                 callback=on_step,
             )
         single = len(prompt) * num_images == 1 and output.suffix.lower() == ".png"
-        for image, image_seed in zip(result.pil_images, result.seeds, strict=True):
+        for drawn, image_seed in zip(result.pil_images, result.seeds, strict=True):
             path = output if single else output / f"{number:03d}-{image_seed}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            image.save(path)
+            drawn.save(path)
             _report(path, text, image_seed, result.timings, result.bundle_id, as_json)
 
 

@@ -20,6 +20,34 @@ class Denoiser {
   virtual void predict(const float* latents, float timestep, bool guided, float* noise_pred) = 0;
 };
 
+// One function evaluation at `sigma` and the linear update behind it:
+//   latents = x * latents + pred * noise_pred + history * kept
+//   kept = keep_x * latents + keep_pred * noise_pred       (of the latents before the update)
+// Every sampler of zimage_rt/samplers.py is a table of these, so that there is one loop. Euler is
+// x = 1, pred = sigma_next - sigma, and nothing kept.
+struct SamplerStep {
+  float sigma;
+  float sigma_next;  // where the latents are afterwards
+  float x;
+  float pred;
+  float history;
+  float keep_x;
+  float keep_pred;
+  float ends;  // 1 where a step of the schedule is complete, 0 inside one (Heun's first half)
+
+  bool keeps() const { return keep_x != 0.0f || keep_pred != 0.0f; }
+};
+
+// Where a picture is kept: after every step of the schedule the latents are blended,
+//   latents = (1 - mask) * ((1 - sigma_next) * image + sigma_next * noise) + mask * latents,
+// as diffusers' ZImageInpaintPipeline does.
+struct Inpaint {
+  const float* mask;   // [batch, 1, height, width]: 1 to draw, 0 to keep
+  const float* image;  // [batch, channels, height, width]: the picture's latents
+  const float* noise;  // like image
+  std::size_t area;    // height * width
+};
+
 // What a callback is told after a step. `latents` may be read until the callback returns.
 struct Step {
   int index;  // from 0
@@ -32,11 +60,13 @@ struct Step {
 // Returns false to stop the loop.
 using StepCallback = std::function<bool(const Step&)>;
 
-// Flow-match Euler: latents += (sigma_next - sigma) * noise_pred for each pair of `sigmas`, in
-// place, fp32. Returns false if the callback stopped it; `latents` are then those after the last
-// whole step.
-bool sample_euler(Denoiser& denoiser, const std::vector<float>& sigmas, const Guidance& guidance,
-                  float* latents, std::size_t batch, std::size_t sample_size,
-                  const StepCallback& callback);
+// How many steps of the schedule a table has.
+int count_steps(const std::vector<SamplerStep>& steps);
+
+// Runs the table on `latents` [batch, sample_size], in place, fp32. `inpaint` may be null. Returns
+// false if the callback stopped it; `latents` are then those after the last whole step.
+bool sample(Denoiser& denoiser, const std::vector<SamplerStep>& steps, const Guidance& guidance,
+            float* latents, std::size_t batch, std::size_t sample_size, const Inpaint* inpaint,
+            const StepCallback& callback);
 
 }  // namespace zimage_rt

@@ -1,0 +1,129 @@
+"""Schedules and samplers against diffusers' schedulers, on a model that costs nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+)
+
+from zimage_rt import _core
+from zimage_rt.samplers import SAMPLERS, sampler_table
+from zimage_rt.schedule import SCHEDULES, custom_sigmas, first_step, flow_match_sigmas
+
+SHIFT = 3.0
+
+
+def slope(latents: Any, sigma: float) -> Any:
+    """dx/dsigma of a smooth flow, for numpy and torch alike."""
+    return latents * 0.9 - 0.3 * latents * abs(latents) * (1 - sigma) + 0.2
+
+
+def ours(sampler: str, sigmas: np.ndarray, latents: np.ndarray) -> np.ndarray:
+    out = latents.copy()
+
+    def predict(x: np.ndarray, timestep: float, guided: bool, noise_pred: np.ndarray) -> None:
+        noise_pred[:] = slope(x, 1 - timestep)
+
+    assert _core.sample(predict, sampler_table(sampler, sigmas), out, _core.Guidance())
+    return out
+
+
+def theirs(scheduler: Any, latents: np.ndarray) -> np.ndarray:
+    x = torch.from_numpy(latents.copy())
+    for t, sigma in zip(scheduler.timesteps, scheduler.sigmas, strict=False):
+        # By its sigma: the solver's timesteps are whole numbers.
+        x = scheduler.step(slope(x, float(sigma)), t, x).prev_sample
+    return x.numpy()
+
+
+@pytest.fixture
+def latents() -> np.ndarray:
+    return np.random.default_rng().standard_normal((1, 16, 8, 8)).astype(np.float32)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 8, 20, 50])
+@pytest.mark.parametrize("option", ["karras", "exponential", "beta"])
+def test_schedules_are_those_of_diffusers(steps: int, option: str) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT, **{f"use_{option}_sigmas": True})
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps).tolist())
+    np.testing.assert_allclose(SCHEDULES[option](steps, SHIFT), scheduler.sigmas.numpy(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("steps", [1, 2, 8, 30])
+def test_every_schedule_falls_from_one_to_zero(name: str, steps: int) -> None:
+    sigmas = SCHEDULES[name](steps, SHIFT)
+    assert sigmas.dtype == np.float32
+    assert len(sigmas) == steps + 1
+    assert sigmas[0] == 1
+    assert sigmas[-1] == 0
+    assert (np.diff(sigmas) < 0).all()
+
+
+def test_custom_sigmas_are_shifted_as_in_diffusers() -> None:
+    given = [0.95, 0.7, 0.31, 0.02]
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
+    scheduler.set_timesteps(sigmas=given)
+    np.testing.assert_allclose(custom_sigmas(given, SHIFT), scheduler.sigmas.numpy(), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8, 25])
+def test_euler_is_that_of_diffusers(steps: int, latents: np.ndarray) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps).tolist())
+    difference = ours("euler", flow_match_sigmas(steps, SHIFT), latents) - theirs(scheduler, latents)
+    assert np.abs(difference).max() < 1e-4
+
+
+@pytest.mark.parametrize("steps", [2, 8, 25])
+def test_heun_is_that_of_diffusers(steps: int, latents: np.ndarray) -> None:
+    scheduler = FlowMatchHeunDiscreteScheduler(shift=SHIFT)
+    scheduler.set_timesteps(steps)
+    # Its schedule repeats every sigma but the first and the last, one evaluation each.
+    sigmas = np.append(scheduler.sigmas[:-1:2].numpy(), np.float32(0)).astype(np.float32)
+    assert len(sampler_table("heun", sigmas)) == len(scheduler.timesteps) == 2 * steps - 1
+    assert np.abs(ours("heun", sigmas, latents) - theirs(scheduler, latents)).max() < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")
+@pytest.mark.parametrize("steps", [2, 8, 25])
+@pytest.mark.parametrize("spacing", [{}, {"use_karras_sigmas": True}])
+def test_dpmpp_2m_is_that_of_diffusers(steps: int, spacing: dict[str, bool], latents: np.ndarray) -> None:
+    scheduler = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT, final_sigmas_type="zero"
+    )
+    scheduler.set_timesteps(steps)
+    sigmas = scheduler.sigmas.numpy()
+    if spacing:
+        sigmas = SCHEDULES["karras"](steps, SHIFT)
+        sigmas[0] = 0.9997  # diffusers' solver takes the logarithm of 1 - sigma
+        scheduler.sigmas = torch.from_numpy(sigmas)
+        scheduler.timesteps = torch.from_numpy(sigmas[:-1] * 1000)
+    assert np.abs(ours("dpmpp_2m", sigmas, latents) - theirs(scheduler, latents)).max() < 1e-4
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_samplers_find_the_same_end(sampler: str, latents: np.ndarray) -> None:
+    """With many steps all of them solve the same equation, also from sigma 1."""
+    exact = ours("euler", flow_match_sigmas(1000, SHIFT), latents)
+    assert np.abs(ours(sampler, flow_match_sigmas(200, SHIFT), latents) - exact).max() < 0.03
+
+
+@pytest.mark.parametrize("strength", [0.01, 0.124, 0.125, 0.3, 0.5, 0.6, 0.99, 1.0])
+@pytest.mark.parametrize("steps", [1, 8, 9, 50])
+def test_image_to_image_begins_where_diffusers_does(steps: int, strength: float) -> None:
+    from diffusers import ZImageImg2ImgPipeline
+
+    class Stand:
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
+
+    Stand.scheduler.set_timesteps(steps)
+    _, remaining = ZImageImg2ImgPipeline.get_timesteps(Stand, steps, strength, "cpu")
+    assert steps - first_step(steps, strength) == remaining
