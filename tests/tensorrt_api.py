@@ -62,11 +62,11 @@ def names_used() -> set[str]:
 
 
 def library_names_used() -> dict[str, set[str]]:
-    """File name → the attributes taken from a library's module itself, which files call `trt` or `library`."""
+    """File → the attributes taken from a library's module itself, which files call `trt` or `library`."""
     used = {}
     for path in sources():
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        used[path.name] = {
+        used[str(path.relative_to(ROOT))] = {
             node.attr
             for node in ast.walk(tree)
             if isinstance(node, ast.Attribute)

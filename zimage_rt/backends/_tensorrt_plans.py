@@ -7,6 +7,7 @@ hashed, and only then shown to the library; `verify=False` spares other files th
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import mmap
 from collections.abc import Mapping, Sequence
@@ -272,3 +273,16 @@ def check_output(label: str, tensor: TensorSpec, shape: Shape) -> int:
             "export the bundle again"
         )
     return math.prod(shape) * ITEM_SIZES[tensor.dtype]
+
+
+def map_tensors(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file as bytes where they lie: mapped, never copied."""
+    with path.open("rb") as file:
+        mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    start = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
+    header = json.loads(mapped[8:start].tobytes())
+    header.pop("__metadata__", None)
+    return {
+        name: mapped[start + entry["data_offsets"][0] : start + entry["data_offsets"][1]]
+        for name, entry in header.items()
+    }

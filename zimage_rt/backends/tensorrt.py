@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import mmap
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tensorrt as trt
 
 from ..errors import BundleMismatch, RequestError
 from ..manifest import ModuleSpec
 from ._tensorrt_common import Part, TensorRTBackendBase
+from ._tensorrt_plans import map_tensors
 from .base import Probe
 
 
@@ -75,16 +73,3 @@ class TensorRTBackend(TensorRTBackendBase):
 def probe() -> list[Probe]:
     """See `Probe`."""
     return TensorRTBackend.probe(trt)
-
-
-def map_tensors(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file as bytes where they lie: mapped, never copied."""
-    with path.open("rb") as file:
-        mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-    start = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
-    header = json.loads(mapped[8:start].tobytes())
-    header.pop("__metadata__", None)
-    return {
-        name: mapped[start + entry["data_offsets"][0] : start + entry["data_offsets"][1]]
-        for name, entry in header.items()
-    }

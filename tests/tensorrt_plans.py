@@ -1,0 +1,101 @@
+"""Small real plans, built by TensorRT-RTX for GPUs that need not be here, and the bundle around them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from zimage_rt.manifest import (
+    EngineSpec,
+    Manifest,
+    ModuleSpec,
+    PipelineSpec,
+    ProfileRange,
+    ShapeRange,
+    ShapeRanges,
+    TensorSpec,
+    hash_file,
+    write_manifest,
+)
+
+trt = pytest.importorskip(
+    "tensorrt_rtx", reason="builds plans with TensorRT-RTX: pip install 'zimage-rt[tensorrt-rtx]'"
+)
+
+WIDTH = 16
+X, H, Y = (TensorSpec(name, "float32", ("batch", WIDTH)) for name in ("x", "hidden", "y"))
+# One tuned for little batches, one for large ones; they overlap from 4 to 8.
+PROFILES = ((1, 2, 8), (4, 16, 32))
+
+
+def weights(part: int) -> np.ndarray:
+    return np.random.default_rng(part).standard_normal((WIDTH, WIDTH), dtype=np.float32)
+
+
+def reference(x: np.ndarray) -> np.ndarray:
+    """What the two parts compute together."""
+    return (x @ weights(0)) @ weights(1) + x
+
+
+def build(part: int, targets: tuple[str, ...]) -> bytes:
+    """Part 0 makes `hidden` from `x`; part 1 makes `y` from `hidden` and, once more, `x`."""
+    builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+    network = builder.create_network(0)
+    inputs = [X] if part == 0 else [H, X]
+    tensors = [network.add_input(spec.name, trt.float32, (-1, WIDTH)) for spec in inputs]
+    kernel = weights(part)
+    constant = network.add_constant(kernel.shape, trt.Weights(kernel)).get_output(0)
+    none = trt.MatrixOperation.NONE
+    output = network.add_matrix_multiply(tensors[0], none, constant, none).get_output(0)
+    if part == 1:
+        output = network.add_elementwise(output, tensors[1], trt.ElementWiseOperation.SUM).get_output(0)
+    output.name = (H, Y)[part].name
+    network.mark_output(output)
+    config = builder.create_builder_config()
+    config.num_compute_capabilities = len(targets)
+    for index, target in enumerate(targets):
+        config.set_compute_capability(getattr(trt.ComputeCapability, "SM" + target.replace(".", "")), index)
+    for sizes in PROFILES:
+        profile = builder.create_optimization_profile()
+        for spec in inputs:
+            profile.set_shape(spec.name, *((size, WIDTH) for size in sizes))
+        config.add_optimization_profile(profile)
+    return bytes(builder.build_serialized_network(network, config))
+
+
+def write_bundle(folder: Path, targets: tuple[str, ...]) -> Manifest:
+    """A bundle of one module, `transformer`, split into two plans."""
+    folder.mkdir(parents=True, exist_ok=True)
+    engines = []
+    for part in (0, 1):
+        file = f"transformer.part{part}.engine"
+        (folder / file).write_bytes(build(part, targets))
+        inputs = (X,) if part == 0 else (H, X)
+        ranges = [ProfileRange(*((size, WIDTH) for size in sizes)) for sizes in PROFILES]
+        profiles = tuple({spec.name: item for spec in inputs} for item in ranges)
+        outputs = ((H, Y)[part],)
+        engines.append(EngineSpec(file, "tensorrt_rtx", trt.__version__, targets, part, inputs, outputs, profiles))
+    module = ModuleSpec((X,), (Y,), "fp32", None, "transformer.safetensors", {}, engines=tuple(engines))
+    size = ShapeRange(16, 16, 16)
+    manifest = Manifest(
+        name="plans",
+        precision="fp32",
+        producer={},
+        source={},
+        pipeline=PipelineSpec(16, 8, 32, 16, 3.0, "", "", 8, 0.0),
+        shapes=ShapeRanges(ShapeRange(1, 2, 32), size, size, ShapeRange(1, 1, 1)),
+        tokenizer="tokenizer.json",
+        modules={"transformer": module},
+        files={engine.file: hash_file(folder / engine.file) for engine in engines},
+    )
+    write_manifest(manifest, folder)
+    return manifest
+
+
+def with_engines(manifest: Manifest, *engines: EngineSpec) -> Manifest:
+    """The manifest with other engines of its module."""
+    module = dataclasses.replace(manifest.modules["transformer"], engines=engines)
+    return dataclasses.replace(manifest, modules={"transformer": module})

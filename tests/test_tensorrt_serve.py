@@ -1,0 +1,413 @@
+"""The TensorRT backends' refusals, on real plans. What needs a GPU is marked so; no test pretends to run an engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tensorrt_plans import PROFILES, WIDTH, H, X, Y, reference, trt, with_engines, write_bundle
+
+import zimage_rt
+from zimage_rt.backends import _tensorrt_cache as caches
+from zimage_rt.backends import nvidia_driver
+from zimage_rt.backends._tensorrt_plans import (
+    check_border,
+    check_inputs,
+    check_output,
+    checked_plans,
+    choose_profile,
+    map_tensors,
+)
+from zimage_rt.backends.registry import BACKENDS, load_backend, probe_backends
+from zimage_rt.errors import BackendUnavailable, BundleMismatch, OutOfMemory, RequestError
+from zimage_rt.manifest import EngineSpec, Manifest, TensorSpec, read_manifest
+
+pytest.importorskip("cuda.bindings", reason="the TensorRT backends use cuda-bindings")
+
+GPU_PROBLEM = nvidia_driver.query().problem
+VERSION = trt.__version__
+TARGETS = ("8.6", "8.9")
+
+needs_gpu = pytest.mark.skipif(GPU_PROBLEM is not None, reason=str(GPU_PROBLEM))
+needs_no_gpu = pytest.mark.skipif(GPU_PROBLEM is None, reason="says what happens where there is no GPU")
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plans") / "bundle"
+    write_bundle(folder, TARGETS)
+    return folder
+
+
+@pytest.fixture
+def folder(built: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return shutil.copytree(built, tmp_path / "bundle")
+
+
+@pytest.fixture
+def manifest(built: Path) -> Manifest:
+    return read_manifest(built)
+
+
+@pytest.fixture
+def engines(manifest: Manifest) -> tuple[EngineSpec, ...]:
+    return manifest.modules["transformer"].engines
+
+
+def plans(folder: Path, manifest: Manifest, **changes: str) -> list[tuple[EngineSpec, bytes]]:
+    """What would be shown to the library; the other files' check does nothing, as with `verify=False`."""
+    options = {"backend": "tensorrt_rtx", "version": VERSION, "capability": "8.6"} | changes
+    found = checked_plans(folder, manifest, "transformer", lambda module: None, **options)
+    return [(engine, bytes(plan)) for engine, plan in found]
+
+
+# Which plans are taken.
+
+
+def test_the_plans_of_this_gpu_come_in_order_and_whole(folder: Path, manifest: Manifest, engines) -> None:
+    taken = plans(folder, with_engines(manifest, *reversed(engines)))
+    assert [engine.part for engine, _ in taken] == [0, 1]
+    assert [plan for _, plan in taken] == [(folder / engine.file).read_bytes() for engine in engines]
+
+
+def test_of_plans_for_several_gpus_this_ones_are_taken(folder: Path, manifest: Manifest, engines) -> None:
+    others = [dataclasses.replace(engine, file="other", compute_capabilities=("12.0",)) for engine in engines]
+    taken = plans(folder, with_engines(manifest, *others, *engines), capability="8.9")
+    assert [engine.file for engine, _ in taken] == [engine.file for engine in engines]
+
+
+@pytest.mark.parametrize("part", [0, 1])
+@pytest.mark.parametrize("place", [0, 5, 0.5, -1], ids=["magic", "header", "middle", "end"])
+def test_a_changed_byte_is_refused_whatever_verify_says(
+    folder: Path, manifest: Manifest, part: int, place: float
+) -> None:
+    path = folder / f"transformer.part{part}.engine"
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content)) if isinstance(place, float) else place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(BundleMismatch, match=rf"part{part}.engine: expected sha256 .* a plan is a program"):
+        plans(folder, manifest)
+
+
+def test_a_truncated_missing_or_unnamed_plan_is_refused(folder: Path, manifest: Manifest, engines) -> None:
+    path = folder / engines[1].file
+    content = path.read_bytes()
+    path.write_bytes(content[:-7])
+    with pytest.raises(BundleMismatch, match=f"expected {len(content)} bytes, got {len(content) - 7}"):
+        plans(folder, manifest)
+    path.unlink()
+    with pytest.raises(BundleMismatch, match="it is missing"):
+        plans(folder, manifest)
+    unnamed = dataclasses.replace(manifest, files={engines[0].file: manifest.files[engines[0].file]})
+    path.write_bytes(content)
+    with pytest.raises(BundleMismatch, match="the manifest has no hash of it"):
+        plans(folder, unnamed)
+
+
+def test_another_target_another_version_another_backend(folder: Path, manifest: Manifest) -> None:
+    with pytest.raises(BundleMismatch, match=r"compute capability 12\.0.*got engines for 8\.6, 8\.9.*--sm 120"):
+        plans(folder, manifest, capability="12.0")
+    with pytest.raises(BundleMismatch, match=rf"tensorrt_rtx 1\.8\.0\.1, which is installed here, got .* {VERSION}"):
+        plans(folder, manifest, version="1.8.0.1")
+    with pytest.raises(
+        BundleMismatch, match=r"got engines of tensorrt_rtx in this bundle; export it .*--backend tensorrt$"
+    ):
+        plans(folder, manifest, backend="tensorrt")
+    with pytest.raises(BundleMismatch, match="got none in this bundle; export it with --backend tensorrt_rtx"):
+        plans(folder, with_engines(manifest))
+
+
+def test_cheap_checks_come_before_the_hash(folder: Path, manifest: Manifest, engines) -> None:
+    for engine in engines:
+        (folder / engine.file).write_bytes(b"")
+    with pytest.raises(BundleMismatch, match="compute capability"):
+        plans(folder, manifest, capability="7.5")
+
+
+def change(engine: EngineSpec, **fields: object) -> EngineSpec:
+    return dataclasses.replace(engine, **fields)
+
+
+BROKEN: dict[str, tuple[Callable[[EngineSpec, EngineSpec], tuple[EngineSpec, ...]], str]] = {
+    "no part 1": (lambda first, second: (first, change(second, part=2)), "expected parts 0 to 1, got 0, 2"),
+    "two parts 0": (lambda first, second: (first, change(second, part=0)), "expected parts 0 to 1, got 0, 0"),
+    "no output": (lambda first, second: (first,), "no part gives the output 'y'"),
+    "unknown input": (
+        lambda first, second: (first, change(second, inputs=(TensorSpec("z", "float32", (1,)),), profiles=({},))),
+        "needs 'z', which is neither",
+    ),
+    "another type": (
+        lambda first, second: (first, change(second, inputs=(dataclasses.replace(H, dtype="float16"), X))),
+        "takes hidden as float16",
+    ),
+    "no profiles": (lambda first, second: (change(first, profiles=()), second), "has 0 profiles"),
+    "unknown type": (
+        lambda first, second: (
+            change(first, outputs=(TensorSpec("hidden", "float8", ("batch", WIDTH)),)),
+            change(second, inputs=(TensorSpec("hidden", "float8", ("batch", WIDTH)), X)),
+        ),
+        "got float8",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_parts_that_do_not_fit_together(folder: Path, manifest: Manifest, engines, case: str) -> None:
+    spoil, message = BROKEN[case]
+    with pytest.raises(BundleMismatch, match=message):
+        plans(folder, with_engines(manifest, *spoil(*engines)))
+
+
+# What an engine says of itself, and what a request asks of it.
+
+
+def test_an_engine_unlike_its_manifest_is_refused(engines) -> None:
+    free = [
+        (TensorSpec(name, "float32", (-1, WIDTH)), is_input) for name, is_input in (("hidden", 1), ("x", 1), ("y", 0))
+    ]
+    check_border("p", engines[1], free, 2)
+    with pytest.raises(BundleMismatch, match="expected tensors hidden, x, y, got hidden, x"):
+        check_border("p", engines[1], free[:2], 2)
+    for wrong in (
+        (TensorSpec("y", "float16", (-1, WIDTH)), False),
+        (TensorSpec("y", "float32", (-1, 8)), False),
+        (TensorSpec("y", "float32", (-1,)), False),
+        (TensorSpec("y", "float32", (-1, WIDTH)), True),
+    ):
+        with pytest.raises(BundleMismatch, match=r"expected output y as float32 \[batch, 16\], got"):
+            check_border("p", engines[1], [*free[:2], wrong], 2)
+    with pytest.raises(BundleMismatch, match="expected 2 profiles, got 1"):
+        check_border("p", engines[1], free, 1)
+
+
+@pytest.mark.parametrize(("batch", "profile"), [(1, 0), (4, 0), (6, 1), (8, 1), (9, 1), (32, 1)])
+def test_the_nearest_profile_that_holds_the_shapes_is_chosen(engines, batch: int, profile: int) -> None:
+    assert choose_profile("p", engines[1].profiles, {"hidden": (batch, WIDTH), "x": (batch, WIDTH)}) == profile
+
+
+@pytest.mark.parametrize("shape", [(33, WIDTH), (0, WIDTH), (4, WIDTH + 1), (4, WIDTH, 1)])
+def test_shapes_outside_every_profile_name_the_profiles(engines, shape: tuple[int, ...]) -> None:
+    with pytest.raises(RequestError) as caught:
+        choose_profile("transformer", engines[0].profiles, {"x": shape})
+    assert "profile 0: x [1, 16] to [8, 16]; profile 1: x [4, 16] to [32, 16]" in str(caught.value)
+
+
+def test_inputs_are_held_to_the_manifest() -> None:
+    specs = (X, dataclasses.replace(H, dims=("batch", "rows")))
+    good = {"x": np.zeros((2, WIDTH), np.float32), "hidden": np.zeros((3, 2), np.float32).T}
+    assert check_inputs("m", specs, good)["hidden"].flags.c_contiguous
+    for name, wrong in (
+        ("x", np.zeros((2, WIDTH), np.float16)),
+        ("x", np.zeros((2, WIDTH + 1), np.float32)),
+        ("hidden", np.zeros((3, 3), np.float32)),
+        ("hidden", np.zeros(2, np.float32)),
+    ):
+        with pytest.raises(RequestError, match=rf"m\.{name}: expected float32"):
+            check_inputs("m", specs, good | {name: wrong})
+
+
+def test_an_outputs_bytes_come_from_its_shape() -> None:
+    assert check_output("p", Y, (3, WIDTH)) == 3 * WIDTH * 4
+    assert check_output("p", TensorSpec("hidden", "bfloat16", ("batch", 8)), (5, 8)) == 80
+    for shape in ((3, 8), (-1, WIDTH), (3,)):
+        with pytest.raises(BundleMismatch, match="expected"):
+            check_output("p", Y, shape)
+
+
+def test_weights_are_mapped_where_they_lie(bundle: Path) -> None:
+    from safetensors import safe_open
+
+    path = bundle / "transformer.safetensors"
+    mapped = map_tensors(path)
+    with safe_open(path, "np") as file:
+        assert set(mapped) == set(file.keys())
+        for name in file.keys():  # noqa: SIM118
+            assert mapped[name].tobytes() == file.get_tensor(name).tobytes()
+    # Views of one mapping: no tensor owns memory of its own.
+    assert not any(data.flags.owndata for data in mapped.values())
+
+
+# What the library itself says, on any machine.
+
+
+def test_the_library_refuses_what_is_no_plan(folder: Path, manifest: Manifest, engines) -> None:
+    from zimage_rt.backends._tensorrt_common import Log, deserialize
+    from zimage_rt.backends.tensorrt_rtx import diagnosis
+
+    log = Log(trt)
+    runtime = trt.Runtime(log.logger)
+    plan = (folder / engines[0].file).read_bytes()
+    for broken in (b"no plan", plan[:32]):
+        with pytest.raises(BundleMismatch, match=r"tensorrt_rtx refuses the plan: .*(Error|failed).*; export"):
+            deserialize(runtime, log, "transformer", "tensorrt_rtx", broken)
+    validity, diagnostics = runtime.get_engine_validity(plan[:10])
+    assert validity == trt.EngineValidity.INVALID
+    assert diagnosis(diagnostics) == "malformed engine"
+    assert diagnosis(0) == "it gave no reason"
+
+
+@needs_no_gpu
+def test_without_a_gpu_the_library_deserialises_nothing(folder: Path, engines) -> None:
+    from zimage_rt.backends._tensorrt_common import Log, deserialize
+
+    log = Log(trt)
+    with pytest.raises(BundleMismatch, match=r"refuses the plan: .*CUDA driver"):
+        deserialize(trt.Runtime(log.logger), log, "p", "tensorrt_rtx", (folder / engines[0].file).read_bytes())
+
+
+# Backends that cannot run here.
+
+
+@needs_no_gpu
+def test_no_gpu_is_said_and_other_backends_named(bundle: Path) -> None:
+    with pytest.raises(BackendUnavailable, match=r"'tensorrt_rtx': no NVIDIA driver.*backend='onnxruntime'"):
+        zimage_rt.Engine.load(bundle, backend="tensorrt_rtx")
+    probe = next(probe for probe in probe_backends() if probe.name == "tensorrt_rtx")
+    assert probe.problem is not None and probe.versions["tensorrt_rtx"] == VERSION
+
+
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt_rtx"])
+@pytest.mark.parametrize("missing", ["", "cuda.bindings"])
+def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, name: str, missing: str) -> None:
+    for loaded in [*sys.modules]:
+        if loaded.startswith("zimage_rt.backends.") and ("tensorrt" in loaded or "_cuda" in loaded):
+            monkeypatch.delitem(sys.modules, loaded)
+    # None in sys.modules is how Python itself marks a module that cannot be imported.
+    monkeypatch.setitem(sys.modules, missing or name, None)
+    with pytest.raises(BackendUnavailable, match=rf"pip install 'zimage-rt\[{BACKENDS[name][2]}\]'"):
+        load_backend(name, {})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shape_kernels": "fast"}, "shape_kernels: expected one of lazy, eager, none"),
+        ({"cuda_graph": 1}, "cuda_graph: expected True or False"),
+        ({"device": -1}, "device: expected the number of a GPU"),
+        ({"threads": 2}, "threads"),
+    ],
+)
+def test_impossible_options(options: dict, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        load_backend("tensorrt_rtx", options)
+
+
+# The cache of compiled kernels.
+
+
+def test_where_the_cache_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    bundle = tmp_path / "disk" / "bundle"
+    bundle.mkdir(parents=True)
+    assert caches.cache_folder(bundle, None) is None
+    assert caches.cache_folder(bundle, tmp_path / "mine") == tmp_path / "mine"
+    beside = caches.cache_folder(bundle, "beside")
+    assert beside == tmp_path / "disk" / "bundle.cache"
+    assert not any(bundle.iterdir()), "nothing is written into a bundle"
+    # Others may write there: what lies there is not to be run.
+    beside.chmod(0o777)
+    assert caches.cache_folder(bundle, "beside") == tmp_path / "home" / ".cache" / "zimage_rt"
+    # No folder can be made there.
+    beside.rmdir()
+    beside.write_text("in the way")
+    assert caches.cache_folder(bundle, "beside") == tmp_path / "home" / ".cache" / "zimage_rt"
+    assert caches.cache_folder(bundle, beside) is None
+
+
+def test_a_cache_is_read_only_if_nobody_else_can_have_written_it(tmp_path: Path) -> None:
+    path = caches.cache_file(tmp_path, "plan", "1.7.1", "RTX 4090", "13.0")
+    assert path != caches.cache_file(tmp_path, "plan", "1.7.1", "RTX 4090", "13.1")
+    assert path != caches.cache_file(tmp_path, "another", "1.7.1", "RTX 4090", "13.0")
+    assert caches.read_cache(path) == b""
+    caches.write_cache(path, b"old")
+    caches.write_cache(path, b"kernels")
+    assert caches.read_cache(path) == b"kernels"
+    assert [item.name for item in tmp_path.iterdir()] == [path.name]
+    (tmp_path / "link").symlink_to(path)
+    assert caches.read_cache(tmp_path / "link") == b""
+    path.chmod(0o666)
+    assert caches.read_cache(path) == b""
+    caches.write_cache(tmp_path / "no such folder" / "cache", b"kernels")
+
+
+# On a GPU.
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_device_memory_copies_and_graphs() -> None:
+    from zimage_rt.backends._cuda_runtime import Gpu
+
+    gpu = Gpu(0)
+    first, second = gpu.buffer("first"), gpu.buffer("second")
+    for buffer in (first, second):
+        buffer.reserve(1000)
+        address = buffer.address
+        buffer.reserve(10)
+        assert (buffer.address, buffer.size) == (address, 1000)
+    data = np.arange(250, dtype=np.float32)
+    gpu.upload(first, data)
+    got = np.zeros_like(data)
+    gpu.download(first, got)
+    gpu.synchronize("copying")
+    assert (got == data).all()
+
+    from cuda.bindings import runtime as cudart
+
+    def copy() -> None:
+        kind = cudart.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        cudart.cudaMemcpyAsync(second.address, first.address, 1000, kind, gpu.stream)
+
+    graph = gpu.capture("capturing", copy)
+    for factor in (2, 3):
+        gpu.upload(first, data * factor)
+        graph.launch("replaying")
+        gpu.download(second, got)
+        gpu.synchronize("replaying")
+        assert (got == data * factor).all()
+    with pytest.raises(ZeroDivisionError):
+        gpu.capture("capturing", lambda: 1 // 0)
+    gpu.synchronize("after a capture that failed")
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_out_of_device_memory_leaves_the_gpu_usable() -> None:
+    from zimage_rt.backends._cuda_runtime import Gpu
+
+    gpu = Gpu(0)
+    buffer = gpu.buffer("activations")
+    with pytest.raises(OutOfMemory, match=r"activations: needs \d+ MiB of device memory, \d+ MiB of \d+ MiB are free"):
+        buffer.reserve(gpu.free_memory()[1] * 2)
+    assert (buffer.address, buffer.size) == (0, 0)
+    buffer.reserve(1 << 20)
+    gpu.upload(buffer, np.ones(256, np.float32))
+    gpu.synchronize("after running out")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("cuda_graph", [True, False])
+def test_a_split_module_runs(tmp_path: Path, cuda_graph: bool) -> None:
+    """The whole path on a GeForce or RTX card: two plans, both profiles, shapes that come and go, a refusal between."""
+    found = nvidia_driver.query().devices[0]
+    target = "{}.{}".format(*found.compute_capability)
+    if not hasattr(trt.ComputeCapability, "SM" + target.replace(".", "")):
+        pytest.skip(f"TensorRT-RTX does not run on {found.name}")
+    manifest = write_bundle(tmp_path / "bundle", (target,))
+    for start in ("cold", "with the first start's cache"):
+        backend = load_backend("tensorrt_rtx", {"cuda_graph": cuda_graph})
+        module = backend.open(tmp_path / "bundle", manifest, lambda name: None).module("transformer")
+        for batch in (1, 8, 32, 8, 1, 1, 1):
+            x = np.random.default_rng(batch).standard_normal((batch, WIDTH), dtype=np.float32)
+            np.testing.assert_allclose(module({"x": x})["y"], reference(x), rtol=1e-3, atol=1e-3, err_msg=start)
+        with pytest.raises(RequestError, match="outside every profile"):
+            module({"x": np.zeros((PROFILES[-1][-1] + 1, WIDTH), np.float32)})
+        np.testing.assert_allclose(module({"x": x})["y"], reference(x), rtol=1e-3, atol=1e-3)
+    assert len([*(tmp_path / "bundle.cache").iterdir()]) == 2
