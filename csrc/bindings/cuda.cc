@@ -221,12 +221,13 @@ FloatArray view(const float* data, const std::vector<py::ssize_t>& shape) {
 
 // latents change in place. Returns None if the callback stopped the loop, otherwise the pixels (or
 // True where none are asked for) and the seconds of the loop and of the decoder.
-py::object sample(Pipeline& self, py::array_t<float> latents,
-                  const std::vector<FloatArray>& contexts, const std::vector<FloatArray>& negatives,
-                  const FloatArray& steps, float scale, float truncation, float normalization,
-                  const std::optional<FloatArray>& mask, const std::optional<FloatArray>& image,
-                  const std::optional<FloatArray>& noise, bool decoded,
-                  const py::object& callback) {
+py::object sample_job(Pipeline& self, py::array_t<float> latents,
+                      const std::vector<FloatArray>& contexts,
+                      const std::vector<FloatArray>& negatives, const FloatArray& steps,
+                      float scale, float truncation, float normalization,
+                      const std::optional<FloatArray>& mask, const std::optional<FloatArray>& image,
+                      const std::optional<FloatArray>& noise, bool decoded,
+                      const py::object& callback) {
   expect_dims(latents, 4, "latents");
   const int batch = size_at(latents, 0);
   if ((latents.flags() & py::array::c_style) == 0 ||
@@ -380,8 +381,8 @@ PYBIND11_MODULE(_cuda, m) {
       .def("decode_pixels", &decode_pixels, py::arg("latents"))
       .def("encode_image", &encode_image, py::arg("image"), py::arg("latent_channels"),
            py::arg("factor"))
-      .def("sample", &sample, py::kw_only(), py::arg("latents").noconvert(), py::arg("contexts"),
-           py::arg("negatives"), py::arg("steps"), py::arg("guidance_scale"),
+      .def("sample", &sample_job, py::kw_only(), py::arg("latents").noconvert(),
+           py::arg("contexts"), py::arg("negatives"), py::arg("steps"), py::arg("guidance_scale"),
            py::arg("cfg_truncation"), py::arg("cfg_normalization"), py::arg("mask"),
            py::arg("image"), py::arg("noise"), py::arg("decode"), py::arg("callback"))
       .def("time_evaluation", &Pipeline::time_evaluation, py::arg("latent_height"),
