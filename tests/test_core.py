@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from zimage_rt import _core
-from zimage_rt.guidance import apply_guidance, guidance_active
+from zimage_rt.guidance import apply_guidance, guidance_scales
 from zimage_rt.samplers import sample_reference, sampler_table
 from zimage_rt.schedule import flow_match_sigmas
 
@@ -47,7 +47,7 @@ def test_sigmas_refuse_nonsense() -> None:
 def test_guidance_equals_its_reference(normalization: float) -> None:
     rng = np.random.default_rng()
     positive, negative = rng.standard_normal((2, 3, 16, 4, 6)).astype(np.float32)
-    actual = _core.apply_guidance(_core.Guidance(4.0, 1.0, normalization), positive, negative)
+    actual = _core.apply_guidance(positive, negative, 4.0, normalization)
     expected = apply_guidance(positive.copy(), negative, 4.0, normalization)
     np.testing.assert_allclose(actual, expected, rtol=2e-6, atol=2e-6)
 
@@ -55,8 +55,17 @@ def test_guidance_equals_its_reference(normalization: float) -> None:
 def test_guidance_is_active_as_in_diffusers() -> None:
     for scale, truncation, timestep in [(0, 1, 0.5), (4, 1, 0.99), (4, 0.5, 0.4), (4, 0.5, 0.6), (4, 2.0, 1.0)]:
         expected = scale > 0 and not (truncation <= 1 and timestep > truncation)
-        assert _core.Guidance(scale, truncation, 0).active(timestep) == expected
-        assert guidance_active(scale, truncation, timestep) == expected
+        scales = guidance_scales(np.array([1 - timestep]), scale, truncation, 0.0, [5, 9])
+        assert scales.shape == (1, 2)
+        assert (scales == (scale if expected else 0)).all()
+
+
+def test_dynamic_guidance_follows_the_prompt_and_the_step() -> None:
+    scales = guidance_scales(np.array([1.0, 0.5, 0.1]), 4.0, 1.0, 0.5, [8, 64, 128, 500])
+    assert (np.diff(scales, axis=0) < 0).all()  # less as the picture settles
+    assert (np.diff(scales[:, :3], axis=1) > 0).all()  # more for a longer prompt
+    assert (scales[:, 2] == scales[:, 3]).all()  # up to a length
+    assert scales[0, 1] == 4.0  # a prompt of half that length, at the start: the scale itself
 
 
 def smooth(latents: np.ndarray, timestep: float, guided: bool, noise_pred: np.ndarray) -> None:
@@ -73,11 +82,15 @@ def test_cpp_loop_equals_numpy_loop(guidance: tuple[float, float, float], sample
     rng = np.random.default_rng()
     latents, image, noise = rng.standard_normal((3, 2, 16, 4, 6)).astype(np.float32)
     mask = rng.random((2, 1, 4, 6)).astype(np.float32)
-    steps, settings = sampler_table(sampler, flow_match_sigmas(8, 3.0)), _core.Guidance(*guidance)
+    steps = sampler_table(sampler, flow_match_sigmas(8, 3.0))
+    scale, truncation, normalization = guidance
+    scales = guidance_scales(steps[:, 0], scale, truncation, 0.3, [7, 200])
+    scales[-2:, 0] = 0  # one sample of a batch may be guided alone
     actual = latents.copy()
     kept = {"mask": mask, "image": image, "noise": noise} if masked else {}
-    assert _core.sample(smooth, steps, actual, settings, **kept)
-    expected = sample_reference(smooth, steps, latents, settings, (mask, image, noise) if masked else None)
+    assert _core.sample(smooth, steps, actual, scales, normalization, **kept)
+    inpaint = (mask, image, noise) if masked else None
+    expected = sample_reference(smooth, steps, latents, scales, normalization, inpaint)
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -93,11 +106,12 @@ def test_loop_stops_when_told_and_passes_errors_on() -> None:
         return step < 2
 
     steps = sampler_table("heun", flow_match_sigmas(8, 3.0))
-    assert not _core.sample(predict, steps, latents, _core.Guidance(), callback=stop)
+    none = np.zeros((len(steps), 1), np.float32)
+    assert not _core.sample(predict, steps, latents, none, 0.0, callback=stop)
     assert seen == [0, 1, 2]  # steps of the schedule, not the evaluations inside them
 
     def fail(*arguments: object) -> None:
         raise KeyError("from Python")
 
     with pytest.raises(KeyError, match="from Python"):
-        _core.sample(fail, steps, latents, _core.Guidance())
+        _core.sample(fail, steps, latents, none, 0.0)

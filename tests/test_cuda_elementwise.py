@@ -133,7 +133,7 @@ def test_sampler_update_is_the_loop_of_the_cpu(kernels, rng, scale, normalizatio
     steps = sampler_table(sampler, np.asarray(_core.flow_match_sigmas(4, 3.0), np.float32))
     pred = positive.astype(np.float64)
     if scale > 0:
-        pred = _core.apply_guidance(_core.Guidance(scale, 1.0, normalization), positive, negative)
+        pred = _core.apply_guidance(positive, negative, scale, normalization)
     predictions = np.concatenate([positive, negative]) if scale > 0 else positive
     patches = np.ascontiguousarray(patches_of(-predictions))
     for row, (_, sigma_next, x, v, history, keep_x, keep_v, ends) in enumerate(steps):

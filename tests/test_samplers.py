@@ -31,7 +31,8 @@ def ours(sampler: str, sigmas: np.ndarray, latents: np.ndarray) -> np.ndarray:
     def predict(x: np.ndarray, timestep: float, guided: bool, noise_pred: np.ndarray) -> None:
         noise_pred[:] = slope(x, 1 - timestep)
 
-    assert _core.sample(predict, sampler_table(sampler, sigmas), out, _core.Guidance())
+    steps = sampler_table(sampler, sigmas)
+    assert _core.sample(predict, steps, out, np.zeros((len(steps), 1), np.float32), 0.0)
     return out
 
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from . import _core
 from .backends.base import Backend, Inpaint, OnStep, SampleJob
 from .backends.registry import load_backend
 from .errors import BundleMismatch, Cancelled, RequestError
+from .guidance import guidance_scales
 from .image import latent_mask, paste, to_signed
 from .manifest import Manifest, check_file, read_manifest
 from .request import (
@@ -116,12 +116,20 @@ class Engine:
                     negatives = [self.encode_prompt(text) for text in resolved.negative_prompts]
             with _timed(timings, "encode_image"):
                 latents, inpaint = self.prepare_latents(resolved)
+            steps = sampler_table(resolved.sampler, resolved.sigmas)
             job = SampleJob(
                 latents=latents,
                 contexts=contexts,
                 negatives=negatives,
-                steps=sampler_table(resolved.sampler, resolved.sigmas),
-                guidance=_core.Guidance(resolved.guidance_scale, resolved.cfg_truncation, resolved.cfg_normalization),
+                steps=steps,
+                guidance_scales=guidance_scales(
+                    steps[:, 0],
+                    resolved.guidance_scale,
+                    resolved.cfg_truncation,
+                    resolved.dynamic_cfg,
+                    [self._tokenizer(prompt).shape[1] for prompt in resolved.prompts],
+                ),
+                cfg_normalization=resolved.cfg_normalization,
                 inpaint=inpaint,
                 on_step=None if callback is None else self._on_step(callback),
             )

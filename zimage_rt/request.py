@@ -60,6 +60,7 @@ class GenerateRequest:
         guidance_scale: 0 means none; `pred = pos + scale * (pos - neg)` as in diffusers.
         cfg_truncation: guidance is off where 1 - sigma exceeds this.
         cfg_normalization: > 0 limits the guided prediction's norm to that multiple of the positive one's.
+        dynamic_cfg: 0 to 1: how far the scale follows the prompt's length and the step; `guidance.py` has the formula.
         seed: one for the first image (image i gets seed + i), or one for each image; drawn at
             random if None, and reported in the result.
         num_images: images for each prompt.
@@ -84,6 +85,7 @@ class GenerateRequest:
     guidance_scale: float | None = None
     cfg_truncation: float = 1.0
     cfg_normalization: float = 0.0
+    dynamic_cfg: float = 0.0
     seed: int | Sequence[int] | None = None
     num_images: int = 1
     vae: str | None = None
@@ -139,6 +141,7 @@ class ResolvedRequest:
     guidance_scale: float
     cfg_truncation: float
     cfg_normalization: float
+    dynamic_cfg: float
     vae: str
     latents: np.ndarray | None
     image: np.ndarray | None
@@ -190,6 +193,7 @@ def resolve(request: GenerateRequest, manifest: Manifest) -> ResolvedRequest:
         guidance_scale=_number(scale, "guidance_scale"),
         cfg_truncation=_number(request.cfg_truncation, "cfg_truncation"),
         cfg_normalization=_number(request.cfg_normalization, "cfg_normalization"),
+        dynamic_cfg=_number(request.dynamic_cfg, "dynamic_cfg", 1.0),
         vae=vae,
         latents=None if request.latents is None else _latents(request.latents, shape),
         image=image,
@@ -225,9 +229,9 @@ def _sigmas(request: GenerateRequest, manifest: Manifest) -> np.ndarray:
         sigmas = custom_sigmas(given, shift)
     if request.image is None:
         return sigmas
-    strength = _number(request.strength, "strength")
-    if not 0 < strength <= 1:
-        raise RequestError(f"strength: expected more than 0 and at most 1, got {strength}")
+    strength = _number(request.strength, "strength", 1.0)
+    if strength == 0:
+        raise RequestError("strength: expected more than 0, which would change nothing, and at most 1")
     return sigmas[first_step(len(sigmas) - 1, strength) :]
 
 
@@ -264,11 +268,13 @@ def _integer(value: Any, name: str, low: int, high: int) -> int:
     return int(value)
 
 
-def _number(value: Any, name: str) -> float:
+def _number(value: Any, name: str, high: float = math.inf) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
         raise RequestError(f"{name}: expected a number, got {value!r}")
     if not math.isfinite(value) or value < 0:
         raise RequestError(f"{name}: expected a finite number, 0 or more, got {value}")
+    if value > high:
+        raise RequestError(f"{name}: expected at most {high:g}, got {value}")
     return float(value)
 
 

@@ -13,8 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from . import _core
-from .guidance import apply_guidance, guidance_active
+from .guidance import apply_guidance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +117,8 @@ def sample_reference(
     predict: Callable[[np.ndarray, float, bool, np.ndarray], None],
     steps: np.ndarray,
     latents: np.ndarray,
-    guidance: _core.Guidance,
+    guidance_scales: np.ndarray,
+    cfg_normalization: float,
     inpaint: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
 ) -> np.ndarray:
     """The C++ loop's reference, in numpy: the arguments of `_core.sample` without a callback.
@@ -129,13 +129,19 @@ def sample_reference(
     latents = np.array(latents, dtype=np.float32)
     kept = np.zeros_like(latents)
     batch = latents.shape[0]
-    for sigma, sigma_next, x, pred, history, keep_x, keep_pred, ends in steps:
-        timestep = float(np.float32(1) - sigma)
-        guided = guidance_active(guidance.scale, guidance.truncation, timestep)
+    for row, scales in zip(steps, guidance_scales, strict=True):
+        sigma, sigma_next, x, pred, history, keep_x, keep_pred, ends = row
+        timestep, guided = float(np.float32(1) - sigma), bool((scales > 0).any())
         noise_pred = np.empty((batch * (2 if guided else 1), *latents.shape[1:]), np.float32)
         predict(latents, timestep, guided, noise_pred)
         if guided:
-            noise_pred = apply_guidance(noise_pred[:batch], noise_pred[batch:], guidance.scale, guidance.normalization)
+            positive, negative = noise_pred[:batch], noise_pred[batch:]
+            noise_pred = np.concatenate(
+                [
+                    apply_guidance(positive[i : i + 1], negative[i : i + 1], float(scale), cfg_normalization)
+                    for i, scale in enumerate(scales)
+                ]
+            )
         after = x * latents + pred * noise_pred + history * kept
         if keep_x or keep_pred:
             kept = keep_x * latents + keep_pred * noise_pred

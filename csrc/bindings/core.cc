@@ -66,13 +66,15 @@ FloatArray randn(std::uint64_t seed, std::vector<py::ssize_t> shape) {
 
 // steps: float32 [evaluations, 8], rows of SamplerStep; mask, image and noise all or none of them.
 bool sample(py::function predict, const FloatArray& steps, FloatArray latents,
-            const zrt::Guidance& guidance, const std::optional<FloatArray>& mask,
-            const std::optional<FloatArray>& image, const std::optional<FloatArray>& noise,
-            const py::object& callback) {
+            const FloatArray& guidance_scales, float cfg_normalization,
+            const std::optional<FloatArray>& mask, const std::optional<FloatArray>& image,
+            const std::optional<FloatArray>& noise, const py::object& callback) {
   if (latents.ndim() != 4 || latents.shape(0) < 1)
     throw std::invalid_argument("latents: expected [batch, channels, height, width]");
   const std::vector<py::ssize_t> shape = shape_of(latents);
   const std::vector<zrt::SamplerStep> table = sampler_steps(steps);
+  const zrt::Guidance guidance =
+      zrt::guidance_of(guidance_scales, cfg_normalization, table.size(), shape[0]);
   std::optional<zrt::Inpaint> inpaint;
   if (mask) {
     const std::vector<py::ssize_t> wanted = {shape[0], 1, shape[2], shape[3]};
@@ -102,15 +104,15 @@ bool sample(py::function predict, const FloatArray& steps, FloatArray latents,
                      inpaint ? &*inpaint : nullptr, step_callback);
 }
 
-FloatArray guide(const zrt::Guidance& guidance, const FloatArray& positive,
-                 const FloatArray& negative) {
+FloatArray guide(const FloatArray& positive, const FloatArray& negative, float scale,
+                 float normalization) {
   if (positive.ndim() < 1 || shape_of(positive) != shape_of(negative))
     throw std::invalid_argument("positive and negative: expected the same shape [batch, ...]");
   FloatArray out(shape_of(positive), positive.data());
   const py::ssize_t batch = out.shape(0);
   const py::ssize_t sample_size = batch ? out.size() / batch : 0;
   for (py::ssize_t b = 0; b < batch; ++b)
-    zrt::apply_guidance(guidance, out.mutable_data() + b * sample_size,
+    zrt::apply_guidance(scale, normalization, out.mutable_data() + b * sample_size,
                         negative.data() + b * sample_size, static_cast<std::size_t>(sample_size));
   return out;
 }
@@ -119,19 +121,13 @@ FloatArray guide(const zrt::Guidance& guidance, const FloatArray& positive,
 
 PYBIND11_MODULE(_core, m) {
   m.doc() = "The CPU runtime of zimage_rt: noise, schedule, guidance and the sampler loop in C++.";
-  py::class_<zrt::Guidance>(m, "Guidance")
-      .def(py::init<float, float, float>(), py::arg("scale") = 0.0f, py::arg("truncation") = 1.0f,
-           py::arg("normalization") = 0.0f)
-      .def_readonly("scale", &zrt::Guidance::scale)
-      .def_readonly("truncation", &zrt::Guidance::truncation)
-      .def_readonly("normalization", &zrt::Guidance::normalization)
-      .def("active", &zrt::Guidance::active, py::arg("timestep"));
   m.def("randn", &randn, py::arg("seed"), py::arg("shape"));
   m.def("flow_match_sigmas", &zrt::flow_match_sigmas, py::arg("num_inference_steps"),
         py::arg("shift"));
-  m.def("apply_guidance", &guide, py::arg("guidance"), py::arg("positive"), py::arg("negative"));
+  m.def("apply_guidance", &guide, py::arg("positive"), py::arg("negative"), py::arg("scale"),
+        py::arg("normalization"));
   m.def("sample", &sample, py::arg("predict"), py::arg("steps"), py::arg("latents").noconvert(),
-        py::arg("guidance"), py::kw_only(), py::arg("mask") = py::none(),
-        py::arg("image") = py::none(), py::arg("noise") = py::none(),
+        py::arg("guidance_scales"), py::arg("cfg_normalization"), py::kw_only(),
+        py::arg("mask") = py::none(), py::arg("image") = py::none(), py::arg("noise") = py::none(),
         py::arg("callback") = py::none());
 }

@@ -224,7 +224,7 @@ FloatArray view(const float* data, const std::vector<py::ssize_t>& shape) {
 py::object sample_job(Pipeline& self, py::array_t<float> latents,
                       const std::vector<FloatArray>& contexts,
                       const std::vector<FloatArray>& negatives, const FloatArray& steps,
-                      float scale, float truncation, float normalization,
+                      const FloatArray& guidance_scales, float cfg_normalization,
                       const std::optional<FloatArray>& mask, const std::optional<FloatArray>& image,
                       const std::optional<FloatArray>& noise, bool decoded,
                       const py::object& callback) {
@@ -232,7 +232,7 @@ py::object sample_job(Pipeline& self, py::array_t<float> latents,
   const int batch = size_at(latents, 0);
   if ((latents.flags() & py::array::c_style) == 0 ||
       contexts.size() != static_cast<std::size_t>(batch) ||
-      (scale > 0.0f && negatives.size() != contexts.size()))
+      (!negatives.empty() && negatives.size() != contexts.size()))
     throw std::invalid_argument("latents, contexts, negatives: expected one context a sample");
   SampleJob job{};
   job.latent_height = size_at(latents, 2);
@@ -248,7 +248,7 @@ py::object sample_job(Pipeline& self, py::array_t<float> latents,
     }
   };
   add(contexts, job.contexts, job.context_rows);
-  if (scale > 0.0f) add(negatives, job.negatives, job.negative_rows);
+  add(negatives, job.negatives, job.negative_rows);
   job.steps = sampler_steps(steps);
   if (mask) {
     if (!image || !noise || mask->size() * latents.shape(1) != latents.size() ||
@@ -258,7 +258,9 @@ py::object sample_job(Pipeline& self, py::array_t<float> latents,
     job.image = image->data();
     job.noise = noise->data();
   }
-  job.guidance = {scale, truncation, normalization};
+  job.guidance = guidance_of(guidance_scales, cfg_normalization, job.steps.size(), batch);
+  if (job.guidance.ever() && negatives.empty())
+    throw std::invalid_argument("negatives: expected one a sample, since the guidance is on");
   job.latents = latents.mutable_data();
   py::object result = py::bool_(true);
   if (decoded) {
@@ -382,9 +384,9 @@ PYBIND11_MODULE(_cuda, m) {
       .def("encode_image", &encode_image, py::arg("image"), py::arg("latent_channels"),
            py::arg("factor"))
       .def("sample", &sample_job, py::kw_only(), py::arg("latents").noconvert(),
-           py::arg("contexts"), py::arg("negatives"), py::arg("steps"), py::arg("guidance_scale"),
-           py::arg("cfg_truncation"), py::arg("cfg_normalization"), py::arg("mask"),
-           py::arg("image"), py::arg("noise"), py::arg("decode"), py::arg("callback"))
+           py::arg("contexts"), py::arg("negatives"), py::arg("steps"), py::arg("guidance_scales"),
+           py::arg("cfg_normalization"), py::arg("mask"), py::arg("image"), py::arg("noise"),
+           py::arg("decode"), py::arg("callback"))
       .def("time_evaluation", &Pipeline::time_evaluation, py::arg("latent_height"),
            py::arg("latent_width"), py::arg("context_rows"), py::arg("repeats"),
            py::call_guard<py::gil_scoped_release>())

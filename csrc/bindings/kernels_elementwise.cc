@@ -116,20 +116,20 @@ py::tuple run_sampler_update(const py::array& patches, const py::array& latents,
                              bool guided, float scale, float normalization,
                              const std::vector<py::array>& inpaint) {
   const DeviceArray pred(patches), x(latents), history(kept), table(steps);
-  py::array_t<float> settings(2);
-  settings.mutable_at(0) = scale;
-  settings.mutable_at(1) = normalization;
-  const DeviceArray guidance(settings), factors({latents.shape(0)}, DType::kFloat32);
+  py::array_t<float> every({steps.shape(0), latents.shape(0)}), limit(1);
+  std::fill_n(every.mutable_data(), every.size(), scale);
+  limit.mutable_at(0) = normalization;
+  const DeviceArray scales(every), limits(limit), factors({latents.shape(0)}, DType::kFloat32);
   std::vector<DeviceArray> picture;
   for (const py::array& part : inpaint) picture.emplace_back(part);
   const auto part = [&](std::size_t i) {
     return picture.empty() ? nullptr : picture.at(i).data<float>();
   };
-  sampler_update(
-      {pred.data<float>(), grid_of(latents, patch), x.data<float>(), history.data<float>(),
-       rows_of(x), guided, normalization > 0.0f, table.data<SamplerStep>(), step,
-       guidance.data<float>(), factors.data<float>(), part(0), part(1), part(2)},
-      nullptr);
+  sampler_update({pred.data<float>(), grid_of(latents, patch), x.data<float>(),
+                  history.data<float>(), rows_of(x), guided, normalization > 0.0f,
+                  table.data<SamplerStep>(), step, scales.data<float>(), limits.data<float>(),
+                  factors.data<float>(), part(0), part(1), part(2)},
+                 nullptr);
   return py::make_tuple(x.download(), history.download());
 }
 

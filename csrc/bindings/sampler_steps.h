@@ -19,4 +19,13 @@ inline std::vector<SamplerStep> sampler_steps(
   return {first, first + rows.shape(0)};
 }
 
+// A scale for each row of the table and each sample: float32 [evaluations, batch].
+inline Guidance guidance_of(const pybind11::array_t<float, pybind11::array::c_style>& scales,
+                            float normalization, std::size_t evaluations, pybind11::ssize_t batch) {
+  if (scales.ndim() != 2 || scales.shape(0) != static_cast<pybind11::ssize_t>(evaluations) ||
+      scales.shape(1) != batch)
+    throw std::invalid_argument("guidance_scales: expected [evaluations, batch]");
+  return {{scales.data(), scales.data() + scales.size()}, normalization};
+}
+
 }  // namespace zimage_rt

@@ -51,10 +51,11 @@ __global__ void sampler_update_kernel(SamplerUpdate args) {
   if (at >= values) return;
   const std::size_t base = static_cast<std::size_t>(blockIdx.y) * values;
   float pred = -args.patches[base + at];
-  if (args.guided) {
+  const float scale = args.guided ? args.scales[args.step * args.samples + blockIdx.y] : 0.0f;
+  if (scale > 0.0f) {
     const float negative =
         -args.patches[static_cast<std::size_t>(args.samples) * values + base + at];
-    pred = guide(pred, negative, args.guidance[0]);
+    pred = guide(pred, negative, scale);
     if (args.normalized) pred *= args.factors[blockIdx.y];
   }
   const SamplerStep step = args.steps[args.step];
@@ -83,15 +84,16 @@ __global__ void guidance_factor_kernel(SamplerUpdate args) {
   const std::size_t base = static_cast<std::size_t>(blockIdx.x) * values;
   const float* const positive = args.patches + base;
   const float* const negative = positive + static_cast<std::size_t>(args.samples) * values;
+  const float scale = args.scales[args.step * args.samples + blockIdx.x];
   float before = 0.0f, after = 0.0f;
   for (int at = threadIdx.x; at < values; at += blockDim.x) {
-    const float guided = guide(positive[at], negative[at], args.guidance[0]);
+    const float guided = guide(positive[at], negative[at], scale);
     before += positive[at] * positive[at];
     after += guided * guided;
   }
   const float norm_before = sqrtf(block_sum(before, scratch[0]));
   const float norm_after = sqrtf(block_sum(after, scratch[1]));
-  const float limit = norm_before * args.guidance[1];
+  const float limit = norm_before * *args.normalization;
   if (threadIdx.x == 0) args.factors[blockIdx.x] = norm_after > limit ? limit / norm_after : 1.0f;
 }
 

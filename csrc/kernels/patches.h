@@ -32,9 +32,10 @@ void unpatchify(const float* patches, const PatchGrid& grid, float* noise_pred, 
 // The linear update behind an evaluation (zimage_rt/sampler.h), on the patches of its prediction,
 // with guidance where `guided`:
 //   pred = positive + scale * (positive - negative), the negative predictions in the second half,
+// where the sample's scale is not 0,
 // then, with normalization > 0, scaled down to at most normalization times the positive's norm.
 // The formulas and their order are those of runtime/sampler.cc and runtime/guidance.cc. The table
-// and `guidance` [scale, normalization] lie on the device, so that a captured update serves any.
+// and the settings of the guidance lie on the device, so that a captured update serves any.
 struct SamplerUpdate {
   const float* patches;
   PatchGrid grid;
@@ -45,7 +46,8 @@ struct SamplerUpdate {
   bool normalized;
   const SamplerStep* steps;
   int step;
-  const float* guidance;
+  const float* scales;  // of guidance, [steps, samples]
+  const float* normalization;
   float* factors;  // [samples], scratch for normalization
   // Of an inpainting; mask [samples, 1, height, width] may be null.
   const float* mask;

@@ -33,7 +33,7 @@ std::size_t area(const Vae& vae) {
 }
 
 bool guided_at(const SampleJob& job, int i) {
-  return job.guidance.active(1.0f - job.steps[static_cast<std::size_t>(i)].sigma);
+  return job.guidance.active(static_cast<std::size_t>(i), job.contexts.size());
 }
 
 template <typename T>
@@ -48,8 +48,9 @@ struct Pipeline::SampleBuffers {
   float* latents;
   float* kept;
   SamplerStep* steps;
-  float* guidance;  // scale, normalization
-  float* mask;      // null, like the two behind it, unless a picture is kept
+  float* scales;  // of guidance, [steps, batch]
+  float* normalization;
+  float* mask;  // null, like the two behind it, unless a picture is kept
   float* image;
   float* noise;
   float* factors;
@@ -309,7 +310,8 @@ Pipeline::SampleBuffers Pipeline::plan(const SampleShape& shape, const SampleJob
     at.image = memory.take<float>(batch * grid.values());
     at.noise = memory.take<float>(batch * grid.values());
   }
-  at.guidance = memory.take<float>(2);
+  at.scales = memory.take<float>(job.guidance.scales.size());
+  at.normalization = memory.take<float>(1);
   at.factors = memory.take<float>(batch);
   std::size_t work = 0;
   if (job.pixels != nullptr) {
@@ -336,8 +338,8 @@ void Pipeline::load_inputs(const SampleShape& shape, const SampleJob& job,
     upload_to(at.image, job.image, batch * grid.values(), stream);
     upload_to(at.noise, job.noise, batch * grid.values(), stream);
   }
-  const float guidance[2] = {job.guidance.scale, job.guidance.normalization};
-  upload_to(at.guidance, guidance, 2, stream);
+  upload_to(at.scales, job.guidance.scales.data(), job.guidance.scales.size(), stream);
+  upload_to(at.normalization, &job.guidance.normalization, 1, stream);
   std::vector<float> timesteps;
   for (const SamplerStep& row : job.steps) timesteps.push_back(1.0f - row.sigma);
   upload_to(at.transformer.timesteps, timesteps.data(), timesteps.size(), stream);
@@ -348,7 +350,7 @@ void Pipeline::load_inputs(const SampleShape& shape, const SampleJob& job,
     target += count;
   };
   for (std::size_t i = 0; i < job.contexts.size(); ++i) add(job.contexts[i], job.context_rows[i]);
-  if (job.guidance.scale > 0.0f)
+  if (job.guidance.ever())
     for (std::size_t i = 0; i < job.negatives.size(); ++i)
       add(job.negatives[i], job.negative_rows[i]);
 }
@@ -361,7 +363,7 @@ void Pipeline::step(const SampleShape& shape, const SampleJob& job, int i,
   transformer_->evaluate(shape, samples, i, at.latents, at.transformer, ops());
   sampler_update({at.transformer.predicted, transformer_->grid(shape), at.latents, at.kept,
                   shape.latent_samples, guided, job.guidance.normalization > 0.0f, at.steps, i,
-                  at.guidance, at.factors, at.mask, at.image, at.noise},
+                  at.scales, at.normalization, at.factors, at.mask, at.image, at.noise},
                  stream_.get());
 }
 
@@ -446,7 +448,7 @@ bool Pipeline::sample(const SampleJob& job, SampleTimes& times) {
   if (job.pixels != nullptr) need(vae_decoder_, "tiny_vae_decoder");
   SampleShape shape{static_cast<int>(job.contexts.size()), job.latent_height, job.latent_width,
                     job.context_rows, static_cast<int>(job.steps.size())};
-  if (job.guidance.scale > 0.0f)
+  if (job.guidance.ever())
     shape.context_rows.insert(shape.context_rows.end(), job.negative_rows.begin(),
                               job.negative_rows.end());
   Arena size(nullptr);

@@ -1,5 +1,6 @@
 #include "zimage_rt/guidance.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace zimage_rt {
@@ -13,13 +14,24 @@ double norm(const float* values, std::size_t count) {
 
 }  // namespace
 
-void apply_guidance(const Guidance& guidance, float* positive, const float* negative,
+bool Guidance::active(std::size_t evaluation, std::size_t batch) const {
+  const auto first = scales.begin() + static_cast<std::ptrdiff_t>(evaluation * batch);
+  return std::any_of(first, first + static_cast<std::ptrdiff_t>(batch),
+                     [](float scale) { return scale > 0.0f; });
+}
+
+bool Guidance::ever() const {
+  return std::any_of(scales.begin(), scales.end(), [](float scale) { return scale > 0.0f; });
+}
+
+void apply_guidance(float scale, float normalization, float* positive, const float* negative,
                     std::size_t count) {
-  const double norm_before = guidance.normalization > 0.0f ? norm(positive, count) : 0.0;
+  if (scale <= 0.0f) return;
+  const double norm_before = normalization > 0.0f ? norm(positive, count) : 0.0;
   for (std::size_t i = 0; i < count; ++i)
-    positive[i] = positive[i] + guidance.scale * (positive[i] - negative[i]);
-  if (guidance.normalization <= 0.0f) return;
-  const double limit = norm_before * guidance.normalization;
+    positive[i] = positive[i] + scale * (positive[i] - negative[i]);
+  if (normalization <= 0.0f) return;
+  const double limit = norm_before * normalization;
   const double norm_after = norm(positive, count);
   if (norm_after <= limit) return;
   const float factor = static_cast<float>(limit / norm_after);

@@ -36,21 +36,22 @@ bool sample(Denoiser& denoiser, const std::vector<SamplerStep>& steps, const Gui
             float* latents, std::size_t batch, std::size_t sample_size, const Inpaint* inpaint,
             const StepCallback& callback) {
   const std::size_t total = batch * sample_size;
-  std::vector<float> noise_pred(guidance.scale > 0.0f ? 2 * total : total);
+  std::vector<float> noise_pred(guidance.ever() ? 2 * total : total);
   const bool history =
       std::any_of(steps.begin(), steps.end(), [](const auto& step) { return step.keeps(); });
   std::vector<float> kept(history ? total : 0);
   const int count = count_steps(steps);
   int index = 0;
   float sigma_before = steps.empty() ? 0.0f : steps.front().sigma;
-  for (const SamplerStep& step : steps) {
-    const float timestep = 1.0f - step.sigma;
-    const bool guided = guidance.active(timestep);
-    denoiser.predict(latents, timestep, guided, noise_pred.data());
+  for (std::size_t i = 0; i < steps.size(); ++i) {
+    const SamplerStep& step = steps[i];
+    const bool guided = guidance.active(i, batch);
+    denoiser.predict(latents, 1.0f - step.sigma, guided, noise_pred.data());
     if (guided) {
       for (std::size_t b = 0; b < batch; ++b) {
         float* positive = noise_pred.data() + b * sample_size;
-        apply_guidance(guidance, positive, positive + total, sample_size);
+        apply_guidance(guidance.scales[i * batch + b], guidance.normalization, positive,
+                       positive + total, sample_size);
       }
     }
     update(step, latents, noise_pred.data(), kept.data(), total);

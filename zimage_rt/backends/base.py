@@ -9,7 +9,6 @@ from typing import Protocol
 
 import numpy as np
 
-from .._core import Guidance
 from ..manifest import Manifest
 
 # Checks the files of a module by name before they are read; raises BundleMismatch.
@@ -78,7 +77,8 @@ class SampleJob:
         contexts: `[1, context_tokens, dim]` each.
         negatives: the same, read where the guidance is on.
         steps: float32 `[evaluations, 8]`, a table of `samplers.py`.
-        guidance: its settings.
+        guidance_scales: float32 `[evaluations, batch]`, from `guidance.py`; 0 is none.
+        cfg_normalization: > 0 limits a guided prediction's norm to that multiple of the positive one's.
         inpaint: what is kept of a picture, or None.
         on_step: called after each step of the schedule.
     """
@@ -87,7 +87,8 @@ class SampleJob:
     contexts: Sequence[np.ndarray]
     negatives: Sequence[np.ndarray]
     steps: np.ndarray
-    guidance: Guidance
+    guidance_scales: np.ndarray
+    cfg_normalization: float = 0.0
     inpaint: Inpaint | None = None
     on_step: OnStep | None = None
 

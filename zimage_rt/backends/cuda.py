@@ -182,16 +182,14 @@ class CudaPipeline:
 
     def _run(self, job: SampleJob, decode: bool) -> tuple[np.ndarray, dict[str, float]] | None:
         self.load(["transformer"])
-        guidance = job.guidance
         with _errors("drawing"):
             result = self.native.sample(
                 latents=job.latents,
                 contexts=list(job.contexts),
                 negatives=list(job.negatives),
                 steps=job.steps,
-                guidance_scale=guidance.scale,
-                cfg_truncation=guidance.truncation,
-                cfg_normalization=guidance.normalization,
+                guidance_scales=job.guidance_scales,
+                cfg_normalization=job.cfg_normalization,
                 mask=None if job.inpaint is None else job.inpaint.mask,
                 image=None if job.inpaint is None else job.inpaint.image,
                 noise=None if job.inpaint is None else job.inpaint.noise,

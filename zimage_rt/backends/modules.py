@@ -45,7 +45,15 @@ class ModulePipeline:
         """See `Pipeline`; the loop is `csrc/runtime/sampler.cc`."""
         denoiser = ModuleDenoiser(self.module("transformer"), job.contexts, job.negatives)
         kept = {} if job.inpaint is None else vars(job.inpaint)
-        return _core.sample(denoiser, job.steps, job.latents, job.guidance, callback=job.on_step, **kept)
+        return _core.sample(
+            denoiser,
+            job.steps,
+            job.latents,
+            job.guidance_scales,
+            job.cfg_normalization,
+            callback=job.on_step,
+            **kept,
+        )
 
     def encode_image(self, image: np.ndarray, vae: str) -> np.ndarray:
         """See `Pipeline`."""

@@ -1,24 +1,26 @@
 #pragma once
 
 #include <cstddef>
+#include <vector>
 
 namespace zimage_rt {
 
-// Classifier-free guidance as diffusers' ZImagePipeline has it. zimage_rt/guidance.py is the
-// reference.
+// Classifier-free guidance as diffusers' ZImagePipeline has it, with a scale for each evaluation
+// and sample. zimage_rt/guidance.py makes the scales and is the reference of the formulas.
 struct Guidance {
-  float scale = 0.0f;       // 0: none; the model then sees no negative prompt at all
-  float truncation = 1.0f;  // guidance is off where timestep = 1 - sigma exceeds this
-  float normalization =
-      0.0f;  // > 0: the guided prediction's norm is at most this times the positive one's
+  std::vector<float> scales;   // [evaluations, batch]; 0: no guidance
+  float normalization = 0.0f;  // > 0: the guided prediction's norm is at most this times the
+                               // positive one's
 
-  bool active(float timestep) const {
-    return scale > 0.0f && !(truncation <= 1.0f && timestep > truncation);
-  }
+  // Whether any sample is guided at an evaluation: without, the model sees no negative prompt.
+  bool active(std::size_t evaluation, std::size_t batch) const;
+  // Whether any evaluation is.
+  bool ever() const;
 };
 
-// positive += scale * (positive - negative), in place, one sample of `count` values at a time.
-void apply_guidance(const Guidance& guidance, float* positive, const float* negative,
+// positive += scale * (positive - negative), in place, for one sample of `count` values. Nothing
+// where the scale is 0.
+void apply_guidance(float scale, float normalization, float* positive, const float* negative,
                     std::size_t count);
 
 }  // namespace zimage_rt

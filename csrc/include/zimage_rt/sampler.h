@@ -63,7 +63,8 @@ using StepCallback = std::function<bool(const Step&)>;
 // How many steps of the schedule a table has.
 int count_steps(const std::vector<SamplerStep>& steps);
 
-// Runs the table on `latents` [batch, sample_size], in place, fp32. `inpaint` may be null. Returns
+// Runs the table on `latents` [batch, sample_size], in place, fp32, with a guidance scale for each
+// row and sample. `inpaint` may be null. Returns
 // false if the callback stopped it; `latents` are then those after the last whole step.
 bool sample(Denoiser& denoiser, const std::vector<SamplerStep>& steps, const Guidance& guidance,
             float* latents, std::size_t batch, std::size_t sample_size, const Inpaint* inpaint,
