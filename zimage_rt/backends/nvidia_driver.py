@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 from .base import Device
 
+LIBRARY = "libcuda.so.1"
+
 # Names and numbers of cuda.h.
 CUDA_ERROR_NO_DEVICE = 100
 COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR = 75, 76
@@ -31,9 +33,9 @@ class Driver:
 def query() -> Driver:
     """Ask the driver; makes no context, so no device memory is taken."""
     try:
-        cuda = ctypes.CDLL("libcuda.so.1")
+        cuda = ctypes.CDLL(LIBRARY)
     except OSError:
-        return Driver("no NVIDIA driver: libcuda.so.1 was not found; an NVIDIA GPU and its driver are needed")
+        return Driver(f"no NVIDIA driver: {LIBRARY} was not found; an NVIDIA GPU and its driver are needed")
     version = ctypes.c_int()
     cuda.cuDriverGetVersion(ctypes.byref(version))
     # cuda.h: 1000 * major + 10 * minor

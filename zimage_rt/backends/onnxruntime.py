@@ -2,34 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
-from ..errors import BundleMismatch, OutOfMemory, RequestError
+from ..errors import BundleMismatch, OutOfMemory, RequestError, ZImageError
 from ..manifest import Manifest, ModuleSpec, shape_text
-from .base import CheckModule
+from .base import CheckModule, Probe
 from .modules import ModulePipeline
+from .onnxruntime_binding import BoundSession
+from .onnxruntime_providers import (
+    check_assignment,
+    check_options,
+    create_session,
+    find_provider,
+    probe_providers,
+    require,
+)
 
 
 class OnnxRuntimeBackend:
-    """Runs modules with ONNX Runtime on the CPU.
+    """Runs modules with ONNX Runtime, on the CPU or through another of its execution providers.
 
     Args:
         num_threads: threads inside one operator; None leaves it to ONNX Runtime (one a core).
+        provider: `cpu`, `cuda`, `tensorrt` or `nv_tensorrt_rtx`, or ONNX Runtime's own name of another.
+        provider_options: the provider's own, e.g. `{"enable_cuda_graph": True}`; ONNX Runtime's documentation has them.
+        device: which GPU, from 0.
+        allow_cpu: what may run on the CPU where the provider does not take it: operators by their ONNX type
+            (`"Shape"`), or all of a module by its name. Anything else that it leaves is an error.
+        io_binding: whether inputs and outputs keep their buffers, on the device, from run to run; None means on GPUs.
+
+    Raises:
+        BackendUnavailable: the provider or the device is not here; says what to install.
+        RequestError: an option is wrong.
     """
 
     name = "onnxruntime"
 
-    def __init__(self, num_threads: int | None = None) -> None:
-        self._options = ort.SessionOptions()
-        self._options.log_severity_level = 3
-        if num_threads is not None:
-            if num_threads < 1:
-                raise RequestError(f"num_threads: expected 1 or more, got {num_threads}")
-            self._options.intra_op_num_threads = num_threads
+    def __init__(
+        self,
+        num_threads: int | None = None,
+        provider: str = "cpu",
+        provider_options: Mapping[str, Any] | None = None,
+        device: int = 0,
+        allow_cpu: Sequence[str] = (),
+        io_binding: bool | None = None,
+    ) -> None:
+        if num_threads is not None and num_threads < 1:
+            raise RequestError(f"num_threads: expected 1 or more, got {num_threads}")
+        if isinstance(allow_cpu, str) or not all(isinstance(name, str) for name in allow_cpu):
+            raise RequestError(f"allow_cpu: expected a list of names, got {allow_cpu!r}")
+        self._num_threads = num_threads
+        self._provider = find_provider(provider)
+        self._provider_options = check_options(self._provider, provider_options or {})
+        self._device, self._allow_cpu = device, frozenset(allow_cpu)
+        require(self._provider, device)
+        self._io_binding = self._provider.on_gpu if io_binding is None else io_binding
 
     def open(self, bundle: Path, manifest: Manifest, check: CheckModule) -> ModulePipeline:
         """A pipeline over a bundle; modules are loaded on first use."""
@@ -45,21 +77,42 @@ class OnnxRuntimeBackend:
             )
         path = bundle / spec.graph
         try:
-            session = ort.InferenceSession(str(path), self._options, providers=["CPUExecutionProvider"])
+            session = create_session(path, self._settings(), self._provider, self._provider_options, self._device)
+        except ZImageError:
+            raise
         except Exception as error:  # onnxruntime's own exceptions have no common base
             _raise_if_out_of_memory(error, f"loading {module}")
             raise BundleMismatch(
                 f"{path}: ONNX Runtime {ort.__version__} cannot load it: {error}; "
                 "export the bundle again, or upgrade onnxruntime"
             ) from error
-        return OnnxRuntimeModule(module, spec, session)
+        check_assignment(session, module, self._provider, self._allow_cpu)
+        bound = None
+        if self._io_binding:
+            place = "cuda" if self._provider.on_gpu else "cpu"
+            bound = BoundSession(session, [output.name for output in spec.outputs], place, self._device)
+        return OnnxRuntimeModule(module, spec, session, bound)
+
+    def _settings(self) -> ort.SessionOptions:
+        settings = ort.SessionOptions()
+        settings.log_severity_level = 3
+        if self._num_threads is not None:
+            settings.intra_op_num_threads = self._num_threads
+        return settings
+
+
+def probe() -> list[Probe]:
+    """See `Probe`: one entry for each execution provider."""
+    return probe_providers()
 
 
 class OnnxRuntimeModule:
-    """A loaded session; ONNX Runtime's `run` is thread-safe."""
+    """A loaded session; ONNX Runtime's `run` is thread-safe, and so is `BoundSession`'s."""
 
-    def __init__(self, name: str, spec: ModuleSpec, session: ort.InferenceSession) -> None:
-        self._name, self._spec, self._session = name, spec, session
+    def __init__(
+        self, name: str, spec: ModuleSpec, session: ort.InferenceSession, bound: BoundSession | None = None
+    ) -> None:
+        self._name, self._spec, self._session, self._bound = name, spec, session, bound
         self._outputs = [output.name for output in spec.outputs]
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -75,7 +128,8 @@ class OnnxRuntimeModule:
                     f"{shape_text(tensor.dims)}, got {got.dtype} {shape_text(got.shape)}"
                 )
         try:
-            values = self._session.run(self._outputs, dict(inputs))
+            given = {tensor.name: inputs[tensor.name] for tensor in self._spec.inputs}
+            values = self._bound.run(given) if self._bound is not None else self._session.run(self._outputs, given)
         except Exception as error:
             _raise_if_out_of_memory(error, f"running {self._name}")
             raise
@@ -84,5 +138,6 @@ class OnnxRuntimeModule:
 
 def _raise_if_out_of_memory(error: Exception, doing: str) -> None:
     text = str(error)
-    if isinstance(error, MemoryError) or "bad_alloc" in text or "Failed to allocate" in text:
+    signs = ("bad_alloc", "Failed to allocate", "out of memory")
+    if isinstance(error, MemoryError) or any(sign in text for sign in signs):
         raise OutOfMemory(f"{doing}: {text}; ask for a smaller picture or batch, or free memory") from error

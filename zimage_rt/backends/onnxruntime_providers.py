@@ -1,0 +1,269 @@
+"""ONNX Runtime's execution providers by name: which of them are here, with which options, and what they took."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import io
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+
+from ..errors import BackendUnavailable, BundleMismatch, RequestError
+from . import nvidia_driver
+from .base import Device, Probe
+
+CPU = "CPUExecutionProvider"
+
+
+@dataclasses.dataclass(frozen=True)
+class Provider:
+    """One way of ONNX Runtime to run a graph.
+
+    Attributes:
+        name: what people write.
+        ort_name: what ONNX Runtime calls it.
+        extra: the pip extra that brings it; empty where there is none.
+        library: the file beside ONNX Runtime's own that holds it, where it is loaded on first use.
+        needs: where the libraries come from that `library` is linked with.
+        plugin: the Python package that brings it as a library to register, where it is not part of ONNX Runtime.
+    """
+
+    name: str
+    ort_name: str
+    extra: str = ""
+    library: str = ""
+    needs: str = ""
+    plugin: str = ""
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it runs on an NVIDIA GPU, chosen by `device`."""
+        return bool(self.library or self.plugin)
+
+
+PROVIDERS = {
+    provider.name: provider
+    for provider in (
+        Provider("cpu", CPU, "onnxruntime"),
+        Provider(
+            "cuda",
+            "CUDAExecutionProvider",
+            "onnxruntime-gpu",
+            library="libonnxruntime_providers_cuda.so",
+            needs="CUDA and cuDNN come with: pip install 'zimage-rt[onnxruntime-gpu]'",
+        ),
+        Provider(
+            "tensorrt",
+            "TensorrtExecutionProvider",
+            "onnxruntime-gpu",
+            library="libonnxruntime_providers_tensorrt.so",
+            needs="TensorRT 10 is installed from NVIDIA, CUDA and cuDNN with: pip install 'zimage-rt[onnxruntime-gpu]'",
+        ),
+        Provider(
+            "nv_tensorrt_rtx",
+            "NvTensorRTRTXExecutionProvider",
+            "onnxruntime-rtx",
+            plugin="onnxruntime_ep_nv_tensorrt_rtx",
+        ),
+    )
+}
+
+
+def find_provider(name: str) -> Provider:
+    """A provider by our name for it, or by ONNX Runtime's. Raises RequestError for any other."""
+    if name in PROVIDERS:
+        return PROVIDERS[name]
+    by_ort_name = {provider.ort_name: provider for provider in PROVIDERS.values()}
+    if name in by_ort_name:
+        return by_ort_name[name]
+    if name in ort.get_all_providers():
+        return Provider(name, name)
+    raise RequestError(
+        f"provider: expected one of {', '.join(PROVIDERS)}, or ONNX Runtime's own name of another, got {name!r}"
+    )
+
+
+def require(provider: Provider, device: int) -> None:
+    """Raise BackendUnavailable where the provider or its device is not here, RequestError where it has no devices."""
+    if device != 0 and not provider.on_gpu:
+        raise RequestError(f"device: expected 0 with provider {provider.name!r}, got {device}")
+    problem, devices = _look(provider)
+    count = len(plugin_devices(provider)) if provider.plugin else len(devices)
+    if problem is None and provider.on_gpu and not 0 <= device < count:
+        problem = f"no device {device}: there are {count}"
+    if problem is not None:
+        raise BackendUnavailable(f"backend 'onnxruntime', provider {provider.name!r}: {problem}")
+
+
+def probe_providers() -> list[Probe]:
+    """See `Probe`: every provider of `PROVIDERS`."""
+    probes = []
+    for provider in PROVIDERS.values():
+        problem, devices = _look(provider)
+        versions = {ort.package_name or "onnxruntime": ort.__version__}
+        if provider.plugin and problem is None:
+            versions[provider.plugin] = importlib.import_module(provider.plugin).__version__
+        probes.append(Probe(f"onnxruntime: {provider.name}", problem, versions, devices))
+    return probes
+
+
+def _look(provider: Provider) -> tuple[str | None, Sequence[Device]]:
+    """Why a provider cannot run here, or None; and the GPUs it could run on."""
+    problem = _missing(provider)
+    if not provider.on_gpu:
+        return problem, ()
+    driver = nvidia_driver.query()
+    # Where the driver's library is what cannot be loaded, the driver's own problem says it.
+    if problem is not None and (driver.problem is None or nvidia_driver.LIBRARY not in problem):
+        return "; ".join(filter(None, (driver.problem, problem))), driver.devices
+    if driver.problem is None and provider.plugin and not plugin_devices(provider):
+        return f"it takes none of this machine's GPUs: {', '.join(map(_describe, driver.devices))}", driver.devices
+    return driver.problem, driver.devices
+
+
+def _missing(provider: Provider) -> str | None:
+    """Why a provider's code cannot be loaded, or None."""
+    if provider.plugin:
+        return _register(provider)
+    if provider.ort_name not in ort.get_available_providers():
+        return f"{ort.package_name} {ort.__version__} comes without {provider.ort_name}{_install(provider)}"
+    if provider.library:
+        _preload()
+        try:
+            ctypes.CDLL(str(Path(ort.__file__).parent / "capi" / provider.library))
+        except OSError as error:
+            return f"{error}; {provider.needs}"
+    return None
+
+
+def _describe(device: Device) -> str:
+    return f"{device.name} ({'{}.{}'.format(*device.compute_capability)})"
+
+
+def _install(provider: Provider) -> str:
+    return f"; install it with: pip install 'zimage-rt[{provider.extra}]'" if provider.extra else ""
+
+
+@functools.cache
+def _preload() -> None:
+    """Load CUDA and cuDNN out of NVIDIA's wheels, where the loader does not look by itself."""
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it misses; loading the provider says it better
+        ort.preload_dlls(directory="")
+
+
+@functools.cache
+def _register(provider: Provider) -> str | None:
+    """Register a plugin's library, once a process: why it cannot be, or None."""
+    try:
+        plugin = importlib.import_module(provider.plugin)
+        ort.register_execution_provider_library(provider.ort_name, plugin.get_library_path())
+    except ImportError as error:
+        return f"{error}{_install(provider)}"
+    except Exception as error:  # onnxruntime's own exceptions have no common base
+        return f"onnxruntime {ort.__version__} cannot register it: {error}"
+    return None
+
+
+def plugin_devices(provider: Provider) -> list[ort.OrtEpDevice]:
+    """The devices that a registered plugin takes."""
+    return [device for device in ort.get_ep_devices() if device.ep_name == provider.ort_name]
+
+
+def check_options(provider: Provider, options: Mapping[str, Any]) -> dict[str, str]:
+    """The provider's own options as ONNX Runtime wants them. Raises RequestError for what is wrong before it runs.
+
+    Names that other providers do not know are refused by them, when a session is made.
+    """
+    if not isinstance(options, Mapping):
+        raise RequestError(f"provider_options: expected names and values, got {options!r}")
+    texts = {}
+    for name, value in options.items():
+        if not isinstance(name, str) or not isinstance(value, str | int | float):
+            raise RequestError(f"provider_options: expected names with text or numbers, got {name!r}: {value!r}")
+        if name == "device_id" and provider.on_gpu:
+            raise RequestError("provider_options: device_id: choose the GPU with the backend option device instead")
+        texts[name] = str(int(value)) if isinstance(value, bool) else str(value)
+    known = _known_options(provider)
+    unknown = sorted(texts.keys() - known) if known is not None else []
+    if unknown:
+        choice = f"it knows {', '.join(sorted(known or ()))}" if known else "it has none"
+        raise RequestError(f"provider_options: provider {provider.name!r} has no option {unknown[0]!r}; {choice}")
+    return texts
+
+
+def _known_options(provider: Provider) -> Collection[str] | None:
+    """The names of a provider's options where ONNX Runtime would ignore others in silence; None where it would not."""
+    if provider.ort_name == CPU:
+        return ()
+    if not provider.plugin:
+        return None
+    # A plugin reads the names it knows and ignores the rest. Its wheel holds the C++ header that lists them.
+    spec = importlib.util.find_spec(provider.plugin)
+    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
+    headers = [header for folder in folders for header in Path(folder).glob("*provider_options.h")]
+    if not headers:
+        return None
+    return set(re.findall(r'const char\* k\w+ = "(\w+)";', headers[0].read_text(encoding="utf-8")))
+
+
+def create_session(
+    path: Path, settings: ort.SessionOptions, provider: Provider, options: Mapping[str, str], device: int
+) -> ort.InferenceSession:
+    """A session whose provider is this one and no other. `settings` are changed.
+
+    Raises:
+        RequestError: the provider does not know an option.
+        BackendUnavailable: it did not start.
+    """
+    if provider.ort_name != CPU:
+        # ONNX Runtime adds its CPU provider behind every other; `check_assignment` sees what went there.
+        settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if provider.plugin:
+        settings.add_provider_for_devices([plugin_devices(provider)[device]], options)
+        providers = None
+    else:
+        providers = [(provider.ort_name, dict(options) | ({"device_id": str(device)} if provider.on_gpu else {}))]
+    try:
+        # Its own fallback would start again on the CPU, with a print.
+        session = ort.InferenceSession(str(path), settings, providers=providers, enable_fallback=False)
+    except Exception as error:  # onnxruntime's own exceptions have no common base
+        # Each provider has its own words: "Unknown provider option: …", "Invalid OpenVINO EP option: …".
+        if re.search(r"(unknown|invalid)[\w ]* option", str(error), re.IGNORECASE):
+            raise RequestError(f"provider_options: provider {provider.name!r}: {error}") from error
+        raise
+    if provider.ort_name not in session.get_providers():
+        raise BackendUnavailable(
+            f"backend 'onnxruntime', provider {provider.name!r}: it did not start; "
+            "ONNX Runtime's log above says why, and zimage doctor what is missing"
+        )
+    return session
+
+
+def check_assignment(
+    session: ort.InferenceSession, module: str, provider: Provider, allow_cpu: Collection[str]
+) -> None:
+    """Raise BundleMismatch where the provider left operators to the CPU that were not allowed there by name."""
+    if provider.ort_name == CPU or module in allow_cpu:
+        return
+    count, left = 0, Counter[str]()
+    for subgraph in session.get_provider_graph_assignment_info():
+        operators = [node.op_type for node in subgraph.get_nodes()]
+        count += len(operators)
+        if subgraph.ep_name != provider.ort_name:
+            left.update(operator for operator in operators if operator not in allow_cpu)
+    if left:
+        listed = ", ".join(f"{operator} ({number})" for operator, number in left.most_common())
+        raise BundleMismatch(
+            f"{module}: provider {provider.name!r} left {left.total()} of {count} operators to the CPU: {listed}; "
+            f"allow these there with backend_options={{'allow_cpu': {sorted({*left, *allow_cpu})}}}, "
+            f"or the whole module with {[module]}"
+        )
