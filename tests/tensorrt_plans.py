@@ -1,12 +1,12 @@
-"""Small real plans, built by TensorRT-RTX for GPUs that need not be here, and the bundle around them."""
+"""Small real plans in a bundle: from TensorRT-RTX for GPUs that are not here, from TensorRT for this one."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pytest
 
 from zimage_rt.manifest import (
     EngineSpec,
@@ -19,10 +19,6 @@ from zimage_rt.manifest import (
     TensorSpec,
     hash_file,
     write_manifest,
-)
-
-trt = pytest.importorskip(
-    "tensorrt_rtx", reason="builds plans with TensorRT-RTX: pip install 'zimage-rt[tensorrt-rtx]'"
 )
 
 WIDTH = 16
@@ -40,10 +36,11 @@ def reference(x: np.ndarray) -> np.ndarray:
     return (x @ weights(0)) @ weights(1) + x
 
 
-def build(part: int, targets: tuple[str, ...]) -> bytes:
-    """Part 0 makes `hidden` from `x`; part 1 makes `y` from `hidden` and, once more, `x`."""
+def build(trt: Any, part: int, targets: tuple[str, ...]) -> bytes:
+    """Part 0 makes `hidden` from `x`; part 1 makes `y` from `hidden` and, once more, `x`. `trt` is either package."""
     builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
-    network = builder.create_network(0)
+    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # 11 and RTX have no other networks
+    network = builder.create_network(0 if typed is None else 1 << int(typed))
     inputs = [X] if part == 0 else [H, X]
     tensors = [network.add_input(spec.name, trt.float32, (-1, WIDTH)) for spec in inputs]
     kernel = weights(part)
@@ -55,9 +52,10 @@ def build(part: int, targets: tuple[str, ...]) -> bytes:
     output.name = (H, Y)[part].name
     network.mark_output(output)
     config = builder.create_builder_config()
-    config.num_compute_capabilities = len(targets)
-    for index, target in enumerate(targets):
-        config.set_compute_capability(getattr(trt.ComputeCapability, "SM" + target.replace(".", "")), index)
+    if hasattr(trt, "ComputeCapability"):
+        config.num_compute_capabilities = len(targets)
+        for index, target in enumerate(targets):
+            config.set_compute_capability(getattr(trt.ComputeCapability, "SM" + target.replace(".", "")), index)
     for sizes in PROFILES:
         profile = builder.create_optimization_profile()
         for spec in inputs:
@@ -66,18 +64,18 @@ def build(part: int, targets: tuple[str, ...]) -> bytes:
     return bytes(builder.build_serialized_network(network, config))
 
 
-def write_bundle(folder: Path, targets: tuple[str, ...]) -> Manifest:
+def write_bundle(trt: Any, folder: Path, targets: tuple[str, ...]) -> Manifest:
     """A bundle of one module, `transformer`, split into two plans."""
     folder.mkdir(parents=True, exist_ok=True)
     engines = []
     for part in (0, 1):
         file = f"transformer.part{part}.engine"
-        (folder / file).write_bytes(build(part, targets))
+        (folder / file).write_bytes(build(trt, part, targets))
         inputs = (X,) if part == 0 else (H, X)
         ranges = [ProfileRange(*((size, WIDTH) for size in sizes)) for sizes in PROFILES]
         profiles = tuple({spec.name: item for spec in inputs} for item in ranges)
         outputs = ((H, Y)[part],)
-        engines.append(EngineSpec(file, "tensorrt_rtx", trt.__version__, targets, part, inputs, outputs, profiles))
+        engines.append(EngineSpec(file, trt.__name__, trt.__version__, targets, part, inputs, outputs, profiles))
     module = ModuleSpec((X,), (Y,), "fp32", None, "transformer.safetensors", {}, engines=tuple(engines))
     size = ShapeRange(16, 16, 16)
     manifest = Manifest(

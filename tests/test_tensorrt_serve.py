@@ -1,4 +1,4 @@
-"""The TensorRT backends' refusals, on real plans. What needs a GPU is marked so; no test pretends to run an engine."""
+"""The TensorRT backends' refusals, on real plans. What needs a GPU is in test_tensorrt_gpu.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tensorrt_plans import PROFILES, WIDTH, H, X, Y, reference, trt, with_engines, write_bundle
+from tensorrt_plans import WIDTH, H, X, Y, with_engines, write_bundle
 
 import zimage_rt
 from zimage_rt.backends import _tensorrt_cache as caches
@@ -21,26 +21,29 @@ from zimage_rt.backends._tensorrt_plans import (
     check_output,
     checked_plans,
     choose_profile,
+    initializers,
     map_tensors,
 )
 from zimage_rt.backends.registry import BACKENDS, load_backend, probe_backends
-from zimage_rt.errors import BackendUnavailable, BundleMismatch, OutOfMemory, RequestError
+from zimage_rt.errors import BackendUnavailable, BundleMismatch, RequestError
 from zimage_rt.manifest import EngineSpec, Manifest, TensorSpec, read_manifest
 
+trt = pytest.importorskip(
+    "tensorrt_rtx", reason="builds plans with TensorRT-RTX: pip install 'zimage-rt[tensorrt-rtx]'"
+)
 pytest.importorskip("cuda.bindings", reason="the TensorRT backends use cuda-bindings")
 
 GPU_PROBLEM = nvidia_driver.query().problem
 VERSION = trt.__version__
 TARGETS = ("8.6", "8.9")
 
-needs_gpu = pytest.mark.skipif(GPU_PROBLEM is not None, reason=str(GPU_PROBLEM))
 needs_no_gpu = pytest.mark.skipif(GPU_PROBLEM is None, reason="says what happens where there is no GPU")
 
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plans") / "bundle"
-    write_bundle(folder, TARGETS)
+    write_bundle(trt, folder, TARGETS)
     return folder
 
 
@@ -233,6 +236,17 @@ def test_weights_are_mapped_where_they_lie(bundle: Path) -> None:
     assert not any(data.flags.owndata for data in mapped.values())
 
 
+@pytest.mark.parametrize("module", ["transformer", "text_encoder", "tiny_vae_decoder", "full_vae_decoder"])
+def test_the_initializers_of_a_graph_are_found_without_onnx(bundle: Path, module: str) -> None:
+    """A stripped plan is refitted with them: one too many, or too few, and the library refuses."""
+    import onnx
+
+    path = bundle / f"{module}.onnx"
+    graph = onnx.load(path, load_external_data=False).graph
+    external = {item.name for item in graph.initializer if item.data_location == onnx.TensorProto.EXTERNAL}
+    assert initializers(path.read_bytes(), map_tensors(bundle / f"{module}.safetensors")) == external
+
+
 # What the library itself says, on any machine.
 
 
@@ -334,80 +348,3 @@ def test_a_cache_is_read_only_if_nobody_else_can_have_written_it(tmp_path: Path)
     path.chmod(0o666)
     assert caches.read_cache(path) == b""
     caches.write_cache(tmp_path / "no such folder" / "cache", b"kernels")
-
-
-# On a GPU.
-
-
-@pytest.mark.gpu
-@needs_gpu
-def test_device_memory_copies_and_graphs() -> None:
-    from zimage_rt.backends._cuda_runtime import Gpu
-
-    gpu = Gpu(0)
-    first, second = gpu.buffer("first"), gpu.buffer("second")
-    for buffer in (first, second):
-        buffer.reserve(1000)
-        address = buffer.address
-        buffer.reserve(10)
-        assert (buffer.address, buffer.size) == (address, 1000)
-    data = np.arange(250, dtype=np.float32)
-    gpu.upload(first, data)
-    got = np.zeros_like(data)
-    gpu.download(first, got)
-    gpu.synchronize("copying")
-    assert (got == data).all()
-
-    from cuda.bindings import runtime as cudart
-
-    def copy() -> None:
-        kind = cudart.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        cudart.cudaMemcpyAsync(second.address, first.address, 1000, kind, gpu.stream)
-
-    graph = gpu.capture("capturing", copy)
-    for factor in (2, 3):
-        gpu.upload(first, data * factor)
-        graph.launch("replaying")
-        gpu.download(second, got)
-        gpu.synchronize("replaying")
-        assert (got == data * factor).all()
-    with pytest.raises(ZeroDivisionError):
-        gpu.capture("capturing", lambda: 1 // 0)
-    gpu.synchronize("after a capture that failed")
-
-
-@pytest.mark.gpu
-@needs_gpu
-def test_out_of_device_memory_leaves_the_gpu_usable() -> None:
-    from zimage_rt.backends._cuda_runtime import Gpu
-
-    gpu = Gpu(0)
-    buffer = gpu.buffer("activations")
-    with pytest.raises(OutOfMemory, match=r"activations: needs \d+ MiB of device memory, \d+ MiB of \d+ MiB are free"):
-        buffer.reserve(gpu.free_memory()[1] * 2)
-    assert (buffer.address, buffer.size) == (0, 0)
-    buffer.reserve(1 << 20)
-    gpu.upload(buffer, np.ones(256, np.float32))
-    gpu.synchronize("after running out")
-
-
-@pytest.mark.gpu
-@needs_gpu
-@pytest.mark.parametrize("cuda_graph", [True, False])
-def test_a_split_module_runs(tmp_path: Path, cuda_graph: bool) -> None:
-    """The whole path on a GeForce or RTX card: two plans, both profiles, shapes that come and go, a refusal between."""
-    found = nvidia_driver.query().devices[0]
-    target = "{}.{}".format(*found.compute_capability)
-    if not hasattr(trt.ComputeCapability, "SM" + target.replace(".", "")):
-        pytest.skip(f"TensorRT-RTX does not run on {found.name}")
-    manifest = write_bundle(tmp_path / "bundle", (target,))
-    for start in ("cold", "with the first start's cache"):
-        backend = load_backend("tensorrt_rtx", {"cuda_graph": cuda_graph})
-        module = backend.open(tmp_path / "bundle", manifest, lambda name: None).module("transformer")
-        for batch in (1, 8, 32, 8, 1, 1, 1):
-            x = np.random.default_rng(batch).standard_normal((batch, WIDTH), dtype=np.float32)
-            np.testing.assert_allclose(module({"x": x})["y"], reference(x), rtol=1e-3, atol=1e-3, err_msg=start)
-        with pytest.raises(RequestError, match="outside every profile"):
-            module({"x": np.zeros((PROFILES[-1][-1] + 1, WIDTH), np.float32)})
-        np.testing.assert_allclose(module({"x": x})["y"], reference(x), rtol=1e-3, atol=1e-3)
-    assert len([*(tmp_path / "bundle.cache").iterdir()]) == 2

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -286,3 +286,21 @@ def map_tensors(path: Path) -> dict[str, np.ndarray]:
         name: mapped[start + entry["data_offsets"][0] : start + entry["data_offsets"][1]]
         for name, entry in header.items()
     }
+
+
+def initializers(graph: bytes, names: Iterable[str]) -> set[str]:
+    """Which of these tensors an ONNX graph names as its initializers; folding constants drops some.
+
+    Read without the onnx package: `TensorProto.name` is field 8 (onnx.proto3), so a name follows the tag 0x42 and its
+    length. Node names, values and other strings have other tags.
+    """
+    return {name for name in names if b"\x42" + _varint(len(name.encode())) + name.encode() in graph}
+
+
+def _varint(value: int) -> bytes:
+    """Protobuf's variable-length number: seven bits a byte, the lowest first."""
+    data = b""
+    while value > 0x7F:
+        data += bytes([value & 0x7F | 0x80])
+        value >>= 7
+    return data + bytes([value])

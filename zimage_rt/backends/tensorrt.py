@@ -10,7 +10,7 @@ import tensorrt as trt
 from ..errors import BundleMismatch, RequestError
 from ..manifest import ModuleSpec
 from ._tensorrt_common import Part, TensorRTBackendBase
-from ._tensorrt_plans import map_tensors
+from ._tensorrt_plans import initializers, map_tensors
 from .base import Probe
 
 
@@ -52,12 +52,11 @@ class TensorRTBackend(TensorRTBackendBase):
         self.log.clear()
         refitter = trt.Refitter(part.engine, self.log.logger)
         parser = trt.OnnxParserRefitter(refitter, self.log.logger)
-        weights = map_tensors(bundle / spec.weights)
-        done = parser.load_model_proto((bundle / spec.graph).read_bytes())
+        graph, weights = (bundle / spec.graph).read_bytes(), map_tensors(bundle / spec.weights)
+        done = parser.load_model_proto(graph)
         # Of a module that was split, the plan takes the weights it has; the parser knows which.
-        done = done and all(
-            parser.load_initializer(name, data.ctypes.data, data.nbytes) for name, data in weights.items()
-        )
+        for name in initializers(graph, weights):
+            done = done and parser.load_initializer(name, weights[name].ctypes.data, weights[name].nbytes)
         if not (done and parser.refit_model_proto() and refitter.refit_cuda_engine()):
             if self.log.out_of_memory:
                 raise self.gpu.out_of_memory(f"refitting {part.label}", sum(data.nbytes for data in weights.values()))
