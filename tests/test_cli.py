@@ -40,6 +40,19 @@ def test_errors_are_one_line(bundle: Path, tmp_path: Path) -> None:
     assert "ManifestError" in run.stderr
 
 
+def test_backend_options_are_names_and_values(bundle: Path, tmp_path: Path) -> None:
+    one = tmp_path / "one.png"
+    run = zimage(
+        "generate", bundle, "-p", "a cat", "-o", one, "--steps", 1, "-O", "provider=cpu", "-O", "num_threads=1"
+    )
+    assert run.returncode == 0, run.stderr
+    assert one.is_file()
+    for option, message in (("provider", "expected name=value"), ("provider=teapot", "provider: expected one of cpu")):
+        run = zimage("generate", bundle, "-p", "a cat", "-O", option)
+        assert run.returncode == 1
+        assert message in run.stderr.replace("\n", " ")
+
+
 def test_inspect_says_what_is_damaged(bundle: Path, tmp_path: Path) -> None:
     run = zimage("inspect", bundle, "--json")
     assert run.returncode == 0, run.stderr

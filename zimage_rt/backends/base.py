@@ -41,7 +41,7 @@ class Probe:
     takes no lasting device memory, and does not raise for what may be missing.
 
     Attributes:
-        name: the backend's, or `backend: part` for one of several ways.
+        name: the backend's, or `backend/part` for one of several ways.
         problem: why it cannot run here, and what to do; None where it can.
         versions: of the libraries it found, by name.
         devices: what it would run on; empty for the CPU.

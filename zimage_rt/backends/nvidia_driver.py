@@ -35,7 +35,7 @@ def query() -> Driver:
     try:
         cuda = ctypes.CDLL(LIBRARY)
     except OSError:
-        return Driver(f"no NVIDIA driver: {LIBRARY} was not found; an NVIDIA GPU and its driver are needed")
+        return Driver(f"no NVIDIA driver: {LIBRARY} was not found")
     version = ctypes.c_int()
     cuda.cuDriverGetVersion(ctypes.byref(version))
     # cuda.h: 1000 * major + 10 * minor

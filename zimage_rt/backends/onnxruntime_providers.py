@@ -112,7 +112,7 @@ def probe_providers() -> list[Probe]:
         versions = {ort.package_name or "onnxruntime": ort.__version__}
         if provider.plugin and problem is None:
             versions[provider.plugin] = importlib.import_module(provider.plugin).__version__
-        probes.append(Probe(f"onnxruntime: {provider.name}", problem, versions, devices))
+        probes.append(Probe(f"onnxruntime/{provider.name}", problem, versions, devices))
     return probes
 
 

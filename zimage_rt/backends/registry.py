@@ -50,6 +50,6 @@ def _probe(name: str) -> Sequence[Probe]:
     except ImportError as error:
         return [Probe(name, f"{error}; install it with: pip install 'zimage-rt[{extra}]'")]
     except BackendUnavailable as error:
-        return [Probe(name, str(error))]
+        return [Probe(name, str(error).removeprefix(f"backend {name!r}: "))]
     except Exception as error:  # a broken library must not hide what the other backends say
         return [Probe(name, f"{type(error).__name__}: {error}")]

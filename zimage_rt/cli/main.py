@@ -13,10 +13,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from .. import __version__
+from ..backends.registry import probe_backends
 from ..engine import Engine
-from ..errors import ZImageError
+from ..errors import RequestError, ZImageError
 from ..manifest import Manifest, check_file, read_manifest
 from ..request import StepInfo
+from . import doctor as doctor_report
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 stderr = Console(stderr=True)
@@ -52,10 +54,13 @@ def generate(
     mask_feather: Annotated[float, typer.Option(help="How soft the mask's edge is, in pixels.")] = 0.0,
     fit: Annotated[str, typer.Option(help="How the picture is fitted: crop, pad or stretch.")] = "crop",
     backend: Annotated[str, typer.Option(help="What runs the bundle.")] = "onnxruntime",
+    backend_option: Annotated[
+        list[str], typer.Option("-O", "--backend-option", help="name=value, e.g. provider=cuda; repeat for several.")
+    ] = [],  # noqa: B006 - typer reads it and gives every call a new list
     as_json: Annotated[bool, typer.Option("--json", help="A JSON line a picture on standard output.")] = False,
 ) -> None:
     """Draw pictures; prints where they are and what each stage took."""
-    engine = Engine.load(bundle, backend=backend)
+    engine = Engine.load(bundle, backend=backend, backend_options=_backend_options(backend_option))
     for number, text in enumerate(prompt):
         with Progress(
             TextColumn("{task.description}"),
@@ -97,6 +102,20 @@ def generate(
             _report(path, text, image_seed, result.timings, result.bundle_id, as_json)
 
 
+def _backend_options(texts: list[str]) -> dict[str, Any]:
+    """`name=value` by name; a value that is JSON is read as such, any other is text."""
+    options: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise RequestError(f"--backend-option: expected name=value, got {text!r}")
+        try:
+            options[name] = json.loads(value)
+        except json.JSONDecodeError:
+            options[name] = value
+    return options
+
+
 def _report(path: Path, prompt: str, seed: int, timings: dict[str, float], bundle_id: str, as_json: bool) -> None:
     if as_json:
         record = {"file": str(path), "prompt": prompt, "seed": seed, "bundle": bundle_id, "timings": timings}
@@ -129,6 +148,20 @@ def inspect(
     else:
         _print_bundle(manifest, states)
     if damaged:
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Say which backends can run on this machine, and why the others cannot; exit status 1 if none can."""
+    probes = probe_backends()
+    if as_json:
+        print(doctor_report.as_json(probes))
+    else:
+        doctor_report.print_table(probes)
+    if all(probe.problem is not None for probe in probes):
         raise typer.Exit(1)
 
 

@@ -1,0 +1,62 @@
+"""What `zimage doctor` prints: every backend, whether it runs on this machine, and why not where it does not."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from .. import __version__
+from ..backends.base import Device, Probe
+
+
+def as_json(probes: Sequence[Probe]) -> str:
+    """One object: the versions of this package and of Python, and the backends in the order they were asked."""
+    report = {
+        "version": __version__,
+        "python": platform.python_version(),
+        "backends": [
+            {
+                "name": probe.name,
+                "runs": probe.problem is None,
+                "problem": probe.problem,
+                "versions": dict(probe.versions),
+                "devices": [
+                    {
+                        "name": device.name,
+                        "compute_capability": "{}.{}".format(*device.compute_capability),
+                        "memory": device.memory,
+                    }
+                    for device in probe.devices
+                ],
+            }
+            for probe in probes
+        ],
+    }
+    return json.dumps(report, ensure_ascii=False, indent=1)
+
+
+def print_table(probes: Sequence[Probe]) -> None:
+    """The same for people. Reasons stand below the table, in whole lines: they hold commands to copy."""
+    console = Console(highlight=False, markup=False)
+    console.print(f"zimage_rt {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    table = Table("backend", "runs here", "on", "versions")
+    for column in table.columns:
+        column.overflow = "fold"
+    for probe in probes:
+        runs = probe.problem is None
+        devices = "\n".join(map(_describe, probe.devices)) or ("CPU" if runs else "")
+        versions = "\n".join(f"{name} {version}" for name, version in probe.versions.items())
+        table.add_row(probe.name, "yes" if runs else "no", devices, versions)
+    console.print(table)
+    for probe in probes:
+        if probe.problem is not None:
+            console.print(f"{probe.name}: {probe.problem}", soft_wrap=True)
+
+
+def _describe(device: Device) -> str:
+    major, minor = device.compute_capability
+    return f"{device.name} (compute capability {major}.{minor}, {device.memory / 2**30:.0f} GiB)"
