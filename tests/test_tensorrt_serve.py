@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import sys
+import threading
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -273,6 +275,42 @@ def test_without_a_gpu_the_library_deserialises_nothing(folder: Path, engines) -
     log = Log(trt)
     with pytest.raises(BundleMismatch, match=r"refuses the plan: .*CUDA driver"):
         deserialize(trt.Runtime(log.logger), log, "p", "tensorrt_rtx", (folder / engines[0].file).read_bytes())
+
+
+class Untouched:
+    """In place of the library's runtime: whatever is asked of it fails the test."""
+
+    def __getattr__(self, name: str) -> None:
+        pytest.fail(f"the library was asked for {name}")
+
+
+def test_the_library_sees_no_plan_before_its_hash_is_right(folder: Path, manifest: Manifest, engines) -> None:
+    from zimage_rt.backends._tensorrt_common import Log
+    from zimage_rt.backends.tensorrt_rtx import TensorRTRTXBackend
+
+    # All of a backend that loading needs before a GPU; its own constructor would ask for one.
+    backend = TensorRTRTXBackend.__new__(TensorRTRTXBackend)
+    backend._cache_dir = None
+    backend.library, backend.log, backend.lock = trt, Log(trt), threading.Lock()
+    backend.gpu = types.SimpleNamespace(compute_capability="8.6", make_current=lambda: None)
+    backend.runtime = Untouched()
+    pipeline = backend.open(folder, manifest, lambda module: None)
+    with pytest.raises(pytest.fail.Exception, match="asked for get_engine_validity"):
+        pipeline.load(["transformer"])
+    for engine in engines:
+        path = folder / engine.file
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(BundleMismatch, match="a plan is a program"):
+            pipeline.load(["transformer"])
+        path.write_bytes(content)
+    stripped = with_engines(manifest, *(change(engine, stripped=True) for engine in engines))
+    backend.check_plan = lambda label, plan: None
+    backend.runtime = types.SimpleNamespace(deserialize_cuda_engine=lambda plan: None)
+    checked: list[str] = []
+    with pytest.raises(BundleMismatch, match="refuses the plan: it gave no reason"):
+        backend.open(folder, stripped, checked.append).load(["transformer"])
+    assert checked == ["transformer"], "the weights of a stripped plan are checked too"
 
 
 # Backends that cannot run here.
