@@ -25,6 +25,7 @@ from zimage_rt.backends._tensorrt_plans import (
     choose_profile,
     initializers,
     map_tensors,
+    rows_per_run,
 )
 from zimage_rt.backends.registry import BACKENDS, load_backend, probe_backends
 from zimage_rt.errors import BackendUnavailable, BundleMismatch, RequestError
@@ -201,6 +202,17 @@ def test_shapes_outside_every_profile_name_the_profiles(engines, shape: tuple[in
     with pytest.raises(RequestError) as caught:
         choose_profile("transformer", engines[0].profiles, {"x": shape})
     assert "profile 0: x [1, 16] to [8, 16]; profile 1: x [4, 16] to [32, 16]" in str(caught.value)
+
+
+@pytest.mark.parametrize(("batch", "rows"), [(1, 1), (32, 32), (33, 17), (64, 32), (65, 22), (100, 25)])
+def test_a_batch_too_large_for_every_profile_runs_in_even_pieces(engines, batch: int, rows: int) -> None:
+    assert rows_per_run(engines[0].profiles, (X,), {"x": (batch, WIDTH)}) == rows
+
+
+def test_a_batch_that_no_split_helps_stays_whole(engines) -> None:
+    assert rows_per_run(engines[0].profiles, (X,), {"x": (40, WIDTH + 1)}) == 40
+    fixed = dataclasses.replace(X, dims=(40, WIDTH))
+    assert rows_per_run(engines[0].profiles, (fixed,), {"x": (40, WIDTH)}) == 40
 
 
 def test_inputs_are_held_to_the_manifest() -> None:

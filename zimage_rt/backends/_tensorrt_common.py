@@ -30,6 +30,7 @@ from ._tensorrt_plans import (
     check_output,
     checked_plans,
     choose_profile,
+    rows_per_run,
 )
 from .base import CheckModule, Probe
 from .modules import ModulePipeline
@@ -258,13 +259,25 @@ class TensorRTModule:
 
         Raises RequestError for shapes outside every profile, OutOfMemory where they do not fit; both leave it usable.
         """
-        backend, gpu = self._backend, self._backend.gpu
         checked = check_inputs(self._name, self._spec.inputs, inputs)
+        shapes = {name: array.shape for name, array in checked.items()}
+        batch = shapes[self._spec.inputs[0].name][0]
+        rows = rows_per_run(self._parts[0].spec.profiles, self._spec.inputs, shapes)
+        if rows == batch:
+            return self._run(checked)
+        runs = [
+            self._run({name: array[start : start + rows] for name, array in checked.items()})
+            for start in range(0, batch, rows)
+        ]
+        return {name: np.concatenate([run[name] for run in runs]) for name in runs[0]}
+
+    def _run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        backend, gpu = self._backend, self._backend.gpu
         with backend.lock:
             gpu.make_current()
-            program = self._program({name: array.shape for name, array in checked.items()})
+            program = self._program({name: array.shape for name, array in inputs.items()})
             self._reserve(program)
-            for name, array in checked.items():
+            for name, array in inputs.items():
                 gpu.upload(self._buffers[name], array)
             self._launch(program)
             outputs = {

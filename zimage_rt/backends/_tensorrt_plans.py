@@ -239,6 +239,22 @@ def choose_profile(label: str, profiles: Sequence[Mapping[str, ProfileRange]], s
     return min(fitting, key=lambda index: _distance(profiles[index], shapes))
 
 
+def rows_per_run(profiles: Sequence[Mapping[str, ProfileRange]], specs: Sequence[TensorSpec], shapes: Shapes) -> int:
+    """How many samples of a batch to run at once: all, or as many as a profile holds.
+
+    Guidance doubles a batch, and a profile for large pictures may hold one sample; a sample's result does not depend on
+    its neighbours. Where nothing helps it is the whole batch, and `choose_profile` says why that does not fit.
+    """
+    batch = shapes[specs[0].name][0]
+    if all(spec.dims[0] == "batch" for spec in specs):
+        for rows in range(batch, 0, -1):
+            fewer = {name: (rows, *shape[1:]) for name, shape in shapes.items()}
+            if any(_holds(profile, fewer) for profile in profiles):
+                # In runs of even size, as far as that goes.
+                return math.ceil(batch / math.ceil(batch / rows))
+    return batch
+
+
 def profiles_text(profiles: Sequence[Mapping[str, ProfileRange]]) -> str:
     """`profile 0: latents [1, 16, 8, 8] to [4, 16, 64, 64]; profile 1: …`."""
     return "; ".join(
