@@ -12,11 +12,13 @@ from .errors import (
     BundleMismatch,
     Cancelled,
     ManifestError,
+    MetadataError,
     OutOfMemory,
     RequestError,
     ZImageError,
 )
-from .request import GenerateRequest, GenerateResult, StepInfo
+from .request import GenerateRequest, GenerateResult, SecondPass, StepInfo
+from .session import Session
 
 __version__ = version("zimage-rt")
 
@@ -28,8 +30,11 @@ __all__ = [
     "GenerateRequest",
     "GenerateResult",
     "ManifestError",
+    "MetadataError",
     "OutOfMemory",
     "RequestError",
+    "SecondPass",
+    "Session",
     "StepInfo",
     "ZImageError",
     "__version__",

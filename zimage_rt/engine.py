@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections import OrderedDict
@@ -16,18 +17,22 @@ from .backends.base import Backend, Inpaint, OnStep, SampleJob
 from .backends.registry import load_backend
 from .errors import BundleMismatch, Cancelled, RequestError
 from .guidance import guidance_scales
-from .image import latent_mask, paste, to_signed
+from .image import latent_mask, paste, resize_images, resize_latents, to_signed
 from .manifest import Manifest, check_file, read_manifest
+from .metadata import describe
 from .request import (
     Callback,
     GenerateRequest,
     GenerateResult,
     ResolvedRequest,
+    ResolvedSecondPass,
     StepInfo,
     resolve,
 )
 from .rng import prepare_noise
 from .samplers import sampler_table
+from .schedule import add_noise
+from .tiles import decode_tiled
 from .tokenizer import PromptTokenizer
 
 # Encoded prompts kept for reuse; a context is a few hundred kilobytes at full size.
@@ -37,10 +42,20 @@ CONTEXT_CACHE_SIZE = 64
 class Engine:
     """Serves one bundle. Make one with `Engine.load`; `generate` may be called from many threads."""
 
-    def __init__(self, bundle: Path, manifest: Manifest, backend: Backend, *, verify: bool = True) -> None:
+    def __init__(
+        self,
+        bundle: Path,
+        manifest: Manifest,
+        backend: Backend,
+        *,
+        verify: bool = True,
+        backend_options: Mapping[str, Any] | None = None,
+    ) -> None:
         self.bundle = bundle
         self.manifest = manifest
         self.bundle_id = manifest.bundle_id
+        self.backend = backend.name
+        self.backend_options = dict(backend_options or {})  # as they were asked for: pictures are recorded with them
         self._verify = verify
         self._contexts: OrderedDict[str, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
@@ -72,7 +87,8 @@ class Engine:
         """
         path = Path(bundle)
         manifest = read_manifest(path)
-        engine = cls(path, manifest, load_backend(backend, backend_options or {}), verify=verify)
+        options = backend_options or {}
+        engine = cls(path, manifest, load_backend(backend, options), verify=verify, backend_options=options)
         engine.pipeline.load(("text_encoder", "context_refiner", "transformer"))
         return engine
 
@@ -114,35 +130,92 @@ class Engine:
                 negatives: list[np.ndarray] = []
                 if resolved.guidance_scale > 0:
                     negatives = [self.encode_prompt(text) for text in resolved.negative_prompts]
-            with _timed(timings, "encode_image"):
+            draw = functools.partial(self._draw, resolved, contexts, negatives, callback, timings)
+            if resolved.image is None and resolved.image_latents is None:
                 latents, inpaint = self.prepare_latents(resolved)
-            steps = sampler_table(resolved.sampler, resolved.sigmas)
-            job = SampleJob(
-                latents=latents,
-                contexts=contexts,
-                negatives=negatives,
-                steps=steps,
-                guidance_scales=guidance_scales(
-                    steps[:, 0],
-                    resolved.guidance_scale,
-                    resolved.cfg_truncation,
-                    resolved.dynamic_cfg,
-                    [self._tokenizer(prompt).shape[1] for prompt in resolved.prompts],
-                ),
-                cfg_normalization=resolved.cfg_normalization,
-                inpaint=inpaint,
-                on_step=None if callback is None else self._on_step(callback),
-            )
-            result = self.pipeline.generate(job, resolved.vae)
-            if result is None:
-                raise Cancelled("the callback asked to stop; no image was made")
-            images, seconds = result
-            timings.update(seconds)
-            if resolved.image is None:
-                del timings["encode_image"]
-            elif resolved.mask is not None:
+            else:
+                with _timed(timings, "encode_image"):
+                    latents, inpaint = self.prepare_latents(resolved)
+            again = resolved.second_pass
+            if again is not None:
+                first = draw(latents, resolved.sigmas, inpaint, 0, decode=again.method == "pixel")
+                with _timed(timings, "upscale"):
+                    latents = self._begin_again(again, resolved, first, latents)
+                images = draw(latents, again.sigmas, None, 1)
+            else:
+                images = draw(latents, resolved.sigmas, inpaint, 0)
+            if resolved.image is not None and resolved.mask is not None:
                 images = paste(images, resolved.image, resolved.mask)
-        return GenerateResult(images, resolved.seeds, timings, self.bundle_id)
+        records = describe(request, resolved, self.manifest, self.backend, self.backend_options, timings)
+        return GenerateResult(images, resolved.seeds, timings, self.bundle_id, latents, records)
+
+    def _draw(
+        self,
+        request: ResolvedRequest,
+        contexts: list[np.ndarray],
+        negatives: list[np.ndarray],
+        callback: Callback | None,
+        timings: dict[str, float],
+        latents: np.ndarray,
+        sigmas: np.ndarray,
+        inpaint: Inpaint | None,
+        stage: int,
+        *,
+        decode: bool = True,
+    ) -> np.ndarray:
+        """One pass of the loop over `latents`, in place; the pictures, or none of them without `decode`.
+
+        Adds what it took to `timings`.
+        """
+        steps = sampler_table(request.sampler, sigmas)
+        job = SampleJob(
+            latents=latents,
+            contexts=contexts,
+            negatives=negatives,
+            steps=steps,
+            guidance_scales=guidance_scales(
+                steps[:, 0],
+                request.guidance_scale,
+                request.cfg_truncation,
+                request.dynamic_cfg,
+                [self._tokenizer(prompt).shape[1] for prompt in request.prompts],
+            ),
+            cfg_normalization=request.cfg_normalization,
+            inpaint=inpaint,
+            on_step=None if callback is None else self._on_step(callback, stage),
+        )
+        cancelled = Cancelled("the callback asked to stop; no image was made")
+        if decode and request.vae_tile is None:
+            result = self.pipeline.generate(job, request.vae)
+            if result is None:
+                raise cancelled
+            images, seconds = result
+            for name, value in seconds.items():
+                timings[name] = timings.get(name, 0.0) + value
+            return images
+        with _timed(timings, "denoise"):
+            if not self.pipeline.sample(job):
+                raise cancelled
+        if not decode:
+            return np.empty((0, 0, 0, 3), np.uint8)
+        with _timed(timings, "decode"):
+            return self.decode(latents, request.vae, request.vae_tile)
+
+    def _begin_again(
+        self, again: ResolvedSecondPass, request: ResolvedRequest, images: np.ndarray, latents: np.ndarray
+    ) -> np.ndarray:
+        """The second pass's latents: the first one's result at its size, under the seeds' noise."""
+        pipeline = self.manifest.pipeline
+        size = (again.height // pipeline.vae_scale_factor, again.width // pipeline.vae_scale_factor)
+        if again.method == "latent":
+            larger = resize_latents(latents, *size)
+        else:
+            pixels = to_signed(resize_images(images, again.height, again.width))
+            # One at a time, as decoding: a batch would only multiply the activations' memory.
+            encoded = [self.pipeline.encode_image(pixels[i : i + 1], request.vae) for i in range(len(pixels))]
+            larger = np.concatenate(encoded)
+        noise = prepare_noise(request.seeds, (pipeline.latent_channels, *size))
+        return add_noise(larger, noise, again.sigmas[0])
 
     def encode_prompt(self, prompt: str) -> np.ndarray:
         """Text encoder and context refiner: a prompt to its context `[1, context_tokens, dim]`.
@@ -172,24 +245,29 @@ class Engine:
         factor = pipeline.vae_scale_factor
         shape = (pipeline.latent_channels, request.height // factor, request.width // factor)
         noise = prepare_noise(request.seeds, shape)
-        if request.image is None:
+        if request.image_latents is not None:
+            image = request.image_latents
+        elif request.image is not None:
+            encoded = self.pipeline.encode_image(to_signed(request.image[None]), request.vae)
+            image = np.repeat(encoded, len(noise), axis=0)
+        else:
             return noise, None
-        encoded = self.pipeline.encode_image(to_signed(request.image), request.vae)
-        image = np.repeat(encoded, len(noise), axis=0)
-        sigma = request.sigmas[0]
-        latents = sigma * noise + (np.float32(1) - sigma) * image
+        latents = add_noise(image, noise, request.sigmas[0])
         if request.mask is None:
             return latents, None
         mask = np.repeat(latent_mask(request.mask, factor)[None, None], len(noise), axis=0)
         return latents, Inpaint(mask, image, noise)
 
-    def decode(self, latents: np.ndarray, vae: str) -> np.ndarray:
-        """Latents `[batch, 16, h, w]` to uint8 pictures `[batch, height, width, 3]`."""
-        return self.pipeline.decode(latents, vae)
+    def decode(self, latents: np.ndarray, vae: str, tile: int | None = None) -> np.ndarray:
+        """Latents `[batch, 16, h, w]` to uint8 pictures `[batch, height, width, 3]`, whole or in tiles of `tile` px."""
+        if tile is None:
+            return self.pipeline.decode(latents, vae)
+        factor = self.manifest.pipeline.vae_scale_factor
+        return decode_tiled(lambda part: self.pipeline.decode(part, vae), latents, tile, factor)
 
-    def _on_step(self, callback: Callback) -> OnStep:
+    def _on_step(self, callback: Callback, stage: int) -> OnStep:
         def on_step(step: int, count: int, sigma: float, sigma_next: float, now: np.ndarray) -> bool:
-            info = StepInfo(step, count, sigma, sigma_next, now, lambda: self.decode(now, "tiny"))
+            info = StepInfo(step, count, sigma, sigma_next, now, lambda: self.decode(now, "tiny"), stage)
             return callback(info) is not False
 
         return on_step
@@ -208,4 +286,4 @@ class Engine:
 def _timed(timings: dict[str, float], stage: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
-    timings[stage] = time.perf_counter() - start
+    timings[stage] = timings.get(stage, 0.0) + time.perf_counter() - start

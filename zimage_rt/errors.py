@@ -29,3 +29,7 @@ class OutOfMemory(ZImageError, MemoryError):
 
 class Cancelled(ZImageError):
     """The caller's callback asked to stop; no image was made."""
+
+
+class MetadataError(ZImageError):
+    """A picture says nothing of how it was made, says it in a damaged way, or names an input that is gone."""

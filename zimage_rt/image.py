@@ -99,9 +99,26 @@ def latent_mask(mask: np.ndarray, factor: int) -> np.ndarray:
     return np.ascontiguousarray(cells[:, 0, :, 0]) if hard else cells.mean(axis=(1, 3), dtype=np.float32)
 
 
-def to_signed(image: np.ndarray) -> np.ndarray:
-    """uint8 `[height, width, 3]` to what a VAE encoder takes: float32 `[1, 3, height, width]` in [-1, 1]."""
-    return np.ascontiguousarray(image.transpose(2, 0, 1)[None], np.float32) / np.float32(127.5) - np.float32(1)
+def to_signed(images: np.ndarray) -> np.ndarray:
+    """uint8 `[batch, height, width, 3]` to what a VAE encoder takes: float32 `[batch, 3, height, width]` in [-1, 1]."""
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2), np.float32) / np.float32(127.5) - np.float32(1)
+
+
+def resize_images(images: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 `[batch, h, w, 3]` to another size (Lanczos)."""
+    from PIL import Image
+
+    resized = [Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS) for image in images]
+    return np.stack([np.asarray(image) for image in resized])
+
+
+def resize_latents(latents: np.ndarray, height: int, width: int) -> np.ndarray:
+    """float32 `[batch, channels, h, w]` to another size (bicubic), each channel as a picture of its own."""
+    from PIL import Image
+
+    flat = latents.reshape(-1, *latents.shape[2:])
+    resized = [Image.fromarray(plane).resize((width, height), Image.Resampling.BICUBIC) for plane in flat]
+    return np.stack([np.asarray(plane, np.float32) for plane in resized]).reshape(*latents.shape[:2], height, width)
 
 
 def paste(drawn: np.ndarray, original: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import secrets
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from .schedule import SCHEDULES, custom_sigmas, first_step
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from .metadata import PictureRecord
+
 VAES = ("tiny", "full")
 
 
@@ -30,6 +33,7 @@ class StepInfo:
     Attributes:
         step: from 0; `num_steps` of them.
         sigma, sigma_next: noise level before and after the step.
+        stage: 0, or 1 in the second pass of a request that has one.
         latents: float32 `[batch, 16, latent_height, latent_width]`, read-only, valid until the callback returns.
         preview: call it for uint8 pictures `[batch, height, width, 3]` of what the latents hold
             now, through the tiny VAE.
@@ -41,10 +45,32 @@ class StepInfo:
     sigma_next: float
     latents: np.ndarray
     preview: Callable[[], np.ndarray]
+    stage: int = 0
 
 
 # Returns False to cancel; anything else, None too, goes on.
 Callback = Callable[[StepInfo], bool | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class SecondPass:
+    """Draw again over what was drawn: at a larger size for detail, or at the same size to refine.
+
+    Attributes:
+        scale: how much larger, e.g. 2.0; 1.0 refines. The size is rounded to what the bundle serves.
+        strength: how much of the schedule is run again, as in image-to-image.
+        method: `pixel` decodes, resizes the picture and encodes it; `latent` resizes the latents, which is
+            faster and wants more strength.
+        num_inference_steps: of the schedule that strength is a part of; None takes the first pass's.
+    """
+
+    scale: float = 2.0
+    strength: float = 0.4
+    method: str = "pixel"
+    num_inference_steps: int | None = None
+
+
+SECOND_PASS_METHODS = ("pixel", "latent")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,10 +97,14 @@ class GenerateRequest:
         sigmas: a schedule of your own, falling from at most 1, before the checkpoint's shift and without the last 0.
         image: begin from this picture: a `PIL.Image`, a path, or uint8 `[height, width, 3]`. Its size, cut to what
             the bundle serves, is the default of `height` and `width`.
+        image_latents: the same as latents, float32 `[batch, 16, height / 8, width / 8]`: what `GenerateResult.latents`
+            holds, so that nothing is decoded and encoded again.
         strength: how much of the schedule is run on `image`: 1 forgets it, 0.3 retouches it.
         mask: what of `image` to draw anew, white, and what to keep, black; kept pixels are the image's own bytes.
         mask_feather: how soft the mask's edge is, in pixels.
         fit: how an image of another shape is fitted: `crop`, `pad` or `stretch`.
+        second_pass: draw once more over the result, see `SecondPass`; `height` and `width` are the first pass's.
+        vae_tile: decode in tiles of this many pixels, for sizes that do not fit in memory whole.
     """
 
     prompt: str | Sequence[str]
@@ -94,10 +124,13 @@ class GenerateRequest:
     schedule: str = "simple"
     sigmas: Sequence[float] | None = None
     image: Any = None
+    image_latents: np.ndarray | None = None
     strength: float = 0.6
     mask: Any = None
     mask_feather: float = 0.0
     fit: str = "crop"
+    second_pass: SecondPass | None = None
+    vae_tile: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,12 +142,16 @@ class GenerateResult:
         seeds: one an image: asking for it alone with that seed gives the same picture.
         timings: seconds by stage: encode_prompt, denoise, decode, total.
         bundle_id: which bundle made it.
+        latents: float32 `[batch, 16, height / 8, width / 8]`, what the images were decoded from.
+        records: one an image: how it was made, which `save` writes into it.
     """
 
     images: np.ndarray
     seeds: tuple[int, ...]
     timings: dict[str, float]
     bundle_id: str
+    latents: np.ndarray
+    records: tuple[PictureRecord, ...] = ()
 
     @property
     def pil_images(self) -> list[Image]:
@@ -122,6 +159,35 @@ class GenerateResult:
         from PIL import Image
 
         return [Image.fromarray(image) for image in self.images]
+
+    def save(self, where: str | Path, *, sidecar: bool = True) -> list[Path]:
+        """Write the pictures as PNG with all it takes to draw them again; see `zimage_rt.saving`.
+
+        Args:
+            where: `panda.png` for one picture, which replaces what has that name, `panda-000.png`, … for several;
+                anything else is a folder: `000-<seed>.png`, …, counting on from what it holds and replacing nothing.
+            sidecar: write each one's record beside it too, as `<name>.json`.
+
+        Returns:
+            where the pictures are.
+
+        Raises:
+            RequestError: the name asks for another format.
+            OSError: the folder cannot be made or written, or is full; no picture is there by half.
+        """
+        from .saving import save_result
+
+        return save_result(self, Path(where), sidecar=sidecar)
+
+
+@dataclasses.dataclass(frozen=True)
+class ResolvedSecondPass:
+    """A second pass with its size and its sigmas."""
+
+    height: int
+    width: int
+    method: str
+    sigmas: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +211,10 @@ class ResolvedRequest:
     vae: str
     latents: np.ndarray | None
     image: np.ndarray | None
+    image_latents: np.ndarray | None
     mask: np.ndarray | None
+    second_pass: ResolvedSecondPass | None
+    vae_tile: int | None
 
 
 def resolve(request: GenerateRequest, manifest: Manifest) -> ResolvedRequest:
@@ -177,8 +246,17 @@ def resolve(request: GenerateRequest, manifest: Manifest) -> ResolvedRequest:
         raise RequestError(f'vae: this bundle has no {vae} VAE; export it again with vae = ["{vae}"]')
     picture = None if request.image is None else read_image(request.image, "image")
     height, width = (_pixels(request, manifest, name, picture) for name in ("height", "width"))
+    if request.image_latents is not None:
+        if picture is not None or request.latents is not None:
+            raise RequestError(
+                "image_latents: expected it without `image` and `latents`; all three say what to begin with"
+            )
+        if request.mask is not None:
+            raise RequestError("mask: expected an image, whose pixels are kept; give `image`, not `image_latents`")
     image, mask = _pictures(request, picture, height, width)
-    if image is not None and f"{vae}_vae_encoder" not in manifest.modules:
+    again = _second_pass(request, manifest, height, width)
+    encodes = image is not None or (again is not None and again.method == "pixel")
+    if encodes and f"{vae}_vae_encoder" not in manifest.modules:
         raise RequestError(f'image: this bundle has no {vae} VAE encoder; export it again with vae = ["{vae}"]')
     factor = defaults.vae_scale_factor
     shape = (batch, defaults.latent_channels, height // factor, width // factor)
@@ -195,10 +273,53 @@ def resolve(request: GenerateRequest, manifest: Manifest) -> ResolvedRequest:
         cfg_normalization=_number(request.cfg_normalization, "cfg_normalization"),
         dynamic_cfg=_number(request.dynamic_cfg, "dynamic_cfg", 1.0),
         vae=vae,
-        latents=None if request.latents is None else _latents(request.latents, shape),
+        latents=None if request.latents is None else _latents(request.latents, shape, "latents"),
         image=image,
+        image_latents=None
+        if request.image_latents is None
+        else _latents(request.image_latents, shape, "image_latents"),
         mask=mask,
+        second_pass=again,
+        vae_tile=None if request.vae_tile is None else _tile(request.vae_tile, defaults.size_multiple),
     )
+
+
+def _tile(value: Any, multiple: int) -> int:
+    size = _integer(value, "vae_tile", 8 * multiple, 1 << 20)
+    if size % multiple:
+        raise RequestError(f"vae_tile: expected a multiple of {multiple}, got {size}")
+    return size
+
+
+def _second_pass(request: GenerateRequest, manifest: Manifest, height: int, width: int) -> ResolvedSecondPass | None:
+    again = request.second_pass
+    if again is None:
+        return None
+    if not isinstance(again, SecondPass):
+        raise RequestError(f"second_pass: expected a SecondPass, got {type(again).__name__}")
+    if request.mask is not None:
+        raise RequestError("second_pass and mask: expected one of them; draw again over the result in a second request")
+    scale = _number(again.scale, "second_pass.scale")
+    sizes = []
+    for name, size in (("height", height), ("width", width)):
+        allowed = getattr(manifest.shapes, name)
+        larger = round(size * scale / allowed.multiple) * allowed.multiple
+        if larger not in allowed:
+            raise RequestError(
+                f"second_pass.scale: {scale:g} times {name} {size} is {larger}; this bundle serves {allowed.min} to "
+                f"{allowed.max}: choose another scale or size"
+            )
+        sizes.append(larger)
+    own = again.num_inference_steps is not None
+    schedule = dataclasses.replace(
+        request,
+        image=again,  # it begins with a picture: the first pass's
+        strength=again.strength,
+        sigmas=None if own else request.sigmas,
+        num_inference_steps=again.num_inference_steps if own else request.num_inference_steps,
+    )
+    method = _choice(again.method, "second_pass.method", SECOND_PASS_METHODS)
+    return ResolvedSecondPass(sizes[0], sizes[1], method, _sigmas(schedule, manifest))
 
 
 def _choice(value: Any, name: str, known: Iterable[str]) -> str:
@@ -227,7 +348,7 @@ def _sigmas(request: GenerateRequest, manifest: Manifest) -> np.ndarray:
                 f"got {request.num_inference_steps}"
             )
         sigmas = custom_sigmas(given, shift)
-    if request.image is None:
+    if request.image is None and request.image_latents is None:
         return sigmas
     strength = _number(request.strength, "strength", 1.0)
     if strength == 0:
@@ -284,6 +405,10 @@ def _pixels(request: GenerateRequest, manifest: Manifest, name: str, picture: Im
     size = allowed.opt if value is None else _integer(value, name, 1, 1 << 20)
     if value is None and picture is not None:
         size = getattr(picture, name) // allowed.multiple * allowed.multiple
+    elif value is None and request.image_latents is not None:
+        # What has another shape is refused with the others' checks.
+        shape = (0, 0, *np.shape(request.image_latents)[2:])
+        size = shape[2 if name == "height" else 3] * manifest.pipeline.vae_scale_factor if len(shape) == 4 else size
     if size not in allowed:
         raise RequestError(
             f"{name}: expected {allowed.min} to {allowed.max} in steps of {allowed.multiple}, "
@@ -304,10 +429,10 @@ def _seeds(seed: Any, batch: int) -> tuple[int, ...]:
     return tuple((first + i) % (MAX_SEED + 1) for i in range(batch))
 
 
-def _latents(latents: Any, shape: tuple[int, ...]) -> np.ndarray:
+def _latents(latents: Any, shape: tuple[int, ...], name: str) -> np.ndarray:
     array = np.asarray(latents)
     if array.shape != shape:
-        raise RequestError(f"latents: expected {list(shape)}, got {list(array.shape)}")
+        raise RequestError(f"{name}: expected {list(shape)}, got {list(array.shape)}")
     if array.dtype != np.float32 or not np.isfinite(array).all():
-        raise RequestError(f"latents: expected finite float32 values, got {array.dtype}")
+        raise RequestError(f"{name}: expected finite float32 values, got {array.dtype}")
     return array

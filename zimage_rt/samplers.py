@@ -14,6 +14,7 @@ from collections.abc import Callable
 import numpy as np
 
 from .guidance import apply_guidance
+from .schedule import add_noise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +110,7 @@ def blend_kept(
     latents: np.ndarray, mask: np.ndarray, image: np.ndarray, noise: np.ndarray, sigma: np.float32
 ) -> np.ndarray:
     """Keep the picture where the mask is 0: its latents at the noise level that the others have reached."""
-    kept = sigma * noise + (np.float32(1) - sigma) * image
-    return (np.float32(1) - mask) * kept + mask * latents
+    return (np.float32(1) - mask) * add_noise(image, noise, sigma) + mask * latents
 
 
 def sample_reference(

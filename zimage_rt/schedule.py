@@ -86,3 +86,8 @@ def first_step(num_inference_steps: int, strength: float) -> int:
     As `get_timesteps` of diffusers' ZImageImg2ImgPipeline, rounding included.
     """
     return int(max(num_inference_steps - min(num_inference_steps * strength, num_inference_steps), 0))
+
+
+def add_noise(image: np.ndarray, noise: np.ndarray, sigma: np.float32) -> np.ndarray:
+    """Latents of a picture at a noise level: `sigma * noise + (1 - sigma) * image`, float32."""
+    return sigma * noise + (np.float32(1) - sigma) * image

@@ -1,0 +1,355 @@
+"""What a picture says of itself: its whole request, the bundle, the backend and the version.
+
+A PNG holds it as text: `zimage_rt`, JSON that `read_record` reads back, and `parameters`, the lines of AUTOMATIC1111 that
+other tools show. A file beside it, `<name>.json`, has the same JSON for whoever strips or cannot read PNG text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import MetadataError, RequestError
+from .files import write_whole
+from .image import read_image
+from .manifest import Manifest, hash_file
+from .request import GenerateRequest, ResolvedRequest
+
+KEY = "zimage_rt"
+SCHEMA_VERSION = 1
+
+# Fields that are pictures: recorded by their hash, and by their path if they came as one.
+PICTURES = ("image", "mask", "control_image")
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureRecord:
+    """How one picture was made.
+
+    Attributes:
+        version: of zimage_rt.
+        backend, backend_options: what ran the bundle.
+        bundle_id, bundle_name, precision: which bundle, as its manifest says.
+        request: the fields of the GenerateRequest that draws this picture alone, defaults filled in. A picture among
+            them is `{"path", "sha256"}`, of the file, or `{"sha256", …}`, of the pixels, if it came without a path.
+        batch: what it was drawn together with, or None: `index`, `prompts`, `negative_prompts`, `seeds`. A picture
+            drawn alone may differ from the same one of a batch by a grey level (see `ModuleDenoiser`).
+        timings: seconds by stage, of the whole batch.
+        pixels_sha256: of the picture's bytes, uint8 `[height, width, 3]`.
+    """
+
+    version: str
+    backend: str
+    backend_options: Mapping[str, Any]
+    bundle_id: str
+    bundle_name: str
+    precision: str
+    request: Mapping[str, Any]
+    batch: Mapping[str, Any] | None
+    timings: Mapping[str, float]
+    pixels_sha256: str = ""
+    schema_version: int = SCHEMA_VERSION
+
+    def to_request(self, folder: Path | None = None, **overrides: Any) -> GenerateRequest:
+        """The request again.
+
+        Args:
+            folder: where else to look for input pictures of which the recorded path leads nowhere.
+            **overrides: fields to take instead of the recorded ones; without any, a picture of a batch is asked for
+                with all that it was drawn with (`batch["index"]` says which one it is).
+
+        Raises:
+            MetadataError: an input is gone, was changed, or came without a path; give it in `overrides`.
+        """
+        hints = typing.get_type_hints(GenerateRequest)
+        recorded = dict(self.request)
+        if self.batch is not None and not overrides:
+            for field, name in (("prompt", "prompts"), ("negative_prompt", "negative_prompts"), ("seed", "seeds")):
+                recorded[field] = self.batch[name]
+        fields = {
+            name: _restored(hints[name], value, name, folder)
+            for name, value in recorded.items()
+            if name not in overrides
+        }
+        try:
+            return GenerateRequest(**fields, **overrides)
+        except TypeError as error:
+            raise RequestError(f"{error}; known fields: {', '.join(hints)}") from error
+
+    def to_json(self) -> str:
+        """The text of the sidecar; `read_record` reads it."""
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=1, allow_nan=False)
+
+
+def describe(
+    request: GenerateRequest,
+    resolved: ResolvedRequest,
+    manifest: Manifest,
+    backend: str,
+    backend_options: Mapping[str, Any],
+    timings: Mapping[str, float],
+) -> tuple[PictureRecord, ...]:
+    """One record for each picture of a request."""
+    from . import __version__
+
+    fields = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
+    fields |= {name: value for name, value in vars(resolved).items() if name in fields and _is_plain(value)}
+    if request.num_inference_steps is None:
+        steps = manifest.pipeline.num_inference_steps
+        fields["num_inference_steps"] = steps if request.sigmas is None else len(request.sigmas)
+    fields = {name: _recorded(name, value) for name, value in fields.items()}
+    together = {
+        "prompts": list(resolved.prompts),
+        "negative_prompts": list(resolved.negative_prompts),
+        "seeds": list(resolved.seeds),
+    }
+    return tuple(
+        PictureRecord(
+            version=__version__,
+            backend=backend,
+            backend_options=_recorded("backend_options", backend_options),
+            bundle_id=manifest.bundle_id,
+            bundle_name=manifest.name,
+            precision=manifest.precision,
+            request=fields
+            | {
+                "prompt": resolved.prompts[i],
+                "negative_prompt": resolved.negative_prompts[i],
+                "seed": resolved.seeds[i],
+                "num_images": 1,
+            },
+            batch={"index": i, **together} if len(resolved.seeds) > 1 else None,
+            timings=timings,
+        )
+        for i in range(len(resolved.seeds))
+    )
+
+
+def pixels_sha256(pixels: np.ndarray) -> str:
+    """SHA-256 (hex) of a picture's bytes."""
+    return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
+
+
+def save_picture(path: Path, pixels: np.ndarray, record: PictureRecord, *, sidecar: bool = True) -> None:
+    """Write uint8 `[height, width, 3]` as a PNG that holds its record, and the record beside it as `<name>.json`.
+
+    Each file is written whole under a temporary name and renamed, the picture last: where a picture is, its sidecar is.
+
+    Raises:
+        OSError: the folder is missing, cannot be written, or is full.
+    """
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    record = dataclasses.replace(record, pixels_sha256=pixels_sha256(pixels))
+    text = PngInfo()
+    text.add_text("parameters", parameters_text(record))
+    text.add_text(KEY, record.to_json())
+    encoded = io.BytesIO()
+    # ComfyUI's level: half the time of Pillow's own for a few per cent more bytes.
+    Image.fromarray(pixels).save(encoded, "PNG", pnginfo=text, compress_level=4)
+    if sidecar:
+        write_whole(path.with_suffix(".json"), record.to_json().encode() + b"\n")
+    write_whole(path, encoded.getvalue())
+
+
+def parameters_text(record: PictureRecord) -> str:
+    """The request as AUTOMATIC1111 writes it into `parameters`, which Civitai and many viewers read."""
+    request = record.request
+    samplers = {"euler": "Euler", "heun": "Heun", "dpmpp_2m": "DPM++ 2M"}
+    lines = [request["prompt"]]
+    if request["negative_prompt"]:
+        lines.append(f"Negative prompt: {request['negative_prompt']}")
+    settings: dict[str, Any] = {
+        "Steps": request["num_inference_steps"],
+        "Sampler": samplers.get(request["sampler"], request["sampler"]),
+        "Schedule type": request["schedule"].capitalize(),
+        # Theirs is negative + scale * (positive - negative), where 1 is none; ours is diffusers', where 0 is none.
+        "CFG scale": f"{1 + request['guidance_scale']:g}",
+        "Seed": request["seed"],
+        "Size": f"{request['width']}x{request['height']}",
+        "Model hash": record.bundle_id,
+        "Model": record.bundle_name,
+    }
+    again = request.get("second_pass")
+    if request["image"] is not None:
+        settings["Denoising strength"] = request["strength"]
+    elif again is not None:
+        settings["Denoising strength"] = again["strength"]
+    if again is not None:
+        settings |= {"Hires upscale": again["scale"], "Hires upscaler": again["method"]}
+    settings["Version"] = f"zimage_rt {record.version}"
+    lines.append(", ".join(f"{name}: {value}" for name, value in settings.items()))
+    return "\n".join(lines)
+
+
+def read_record(path: str | Path) -> PictureRecord:
+    """Read how a picture was made, from the PNG, from the sidecar beside it, or from a sidecar that is named itself.
+
+    Raises:
+        MetadataError: there is no such file, it is no PNG, is cut off or damaged, or holds no record.
+    """
+    path = Path(path)
+    sidecar = path.with_suffix(".json")
+    try:
+        if path != sidecar:
+            text = _png_text(path)
+            if text is not None:
+                return _parse(text, path)
+            if not sidecar.is_file():
+                raise MetadataError(
+                    f"{path}: expected a PNG that zimage_rt wrote, got one without its text `{KEY}`, and there is no "
+                    f"{sidecar.name} beside it; some programs strip such text: use the file as it was saved"
+                )
+        return _parse(sidecar.read_text(encoding="utf-8"), sidecar)
+    except FileNotFoundError:
+        raise MetadataError(f"{path}: there is no such file; name a PNG that zimage_rt wrote, or its sidecar") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise MetadataError(f"{path} cannot be read: {error}") from error
+
+
+def _png_text(path: Path) -> str | None:
+    """The text of our key, None if there is none. The whole file is checked, so that half a picture is not taken."""
+    from PIL import Image
+
+    with path.open("rb") as file:
+        signature = file.read(8)
+    if signature != b"\x89PNG\r\n\x1a\n":
+        raise MetadataError(
+            f"{path}: expected a PNG, got something else; other formats carry no record: use the PNG, or its sidecar"
+        )
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.verify()  # checksums to the end; it uses the file up
+        with Image.open(path, formats=["PNG"]) as image:
+            image.load()  # text may stand behind the pixels
+            return image.info.get(KEY)
+    # What Pillow raises for damage: it has no error of its own for it.
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise MetadataError(f"{path}: this PNG is cut off or damaged ({error}); copy it again, whole") from error
+
+
+def _parse(text: str, path: Path) -> PictureRecord:
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise MetadataError(f"{path}: its record is not JSON ({error}); it was damaged") from error
+    if not isinstance(data, dict) or not isinstance(data.get("schema_version"), int):
+        raise MetadataError(f"{path}: expected a record that zimage_rt wrote, got other JSON; name a picture's sidecar")
+    version = data["schema_version"]
+    if version > SCHEMA_VERSION:
+        raise MetadataError(f"{path}: expected a record of schema {SCHEMA_VERSION}, got {version}; upgrade zimage_rt")
+    hints = typing.get_type_hints(PictureRecord)
+    missing, unknown = sorted(set(hints) - set(data)), sorted(set(data) - set(hints))
+    if missing or unknown:
+        what = f"no {missing[0]}" if missing else f"an unknown {unknown[0]}"
+        raise MetadataError(f"{path}: its record has {what}; it was damaged, or written by another version")
+    for name, hint in hints.items():
+        kinds = tuple(typing.get_origin(kind) or kind for kind in _members(hint))
+        if not isinstance(data[name], kinds):
+            raise MetadataError(f"{path}: its record was damaged: {name} is {type(data[name]).__name__}")
+    fields = [field.name for field in dataclasses.fields(GenerateRequest)]
+    strange = sorted(set(data["request"]) - set(fields))
+    if strange:
+        raise MetadataError(
+            f"{path}: was drawn with {strange[0]!r}, which this version does not know; upgrade zimage_rt from "
+            f"{_version()} to {data['version']} or later"
+        )
+    batch = data["batch"]
+    if batch is not None and sorted(batch) != ["index", "negative_prompts", "prompts", "seeds"]:
+        raise MetadataError(f"{path}: its record was damaged: batch has {', '.join(sorted(batch))}")
+    return PictureRecord(**data)
+
+
+def _version() -> str:
+    from . import __version__
+
+    return __version__
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _recorded(name: str, value: Any) -> Any:
+    """A value of a request as JSON."""
+    from PIL import Image
+
+    if isinstance(value, os.PathLike) or (name in PICTURES and isinstance(value, str)):
+        path = Path(value)
+        return {"path": str(path), "sha256": hash_file(path).sha256 if path.is_file() else ""}
+    if _is_plain(value):
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Image.Image) or (name in PICTURES and isinstance(value, np.ndarray)):
+        return _picture_reference(value, name)
+    if isinstance(value, np.ndarray):
+        if value.ndim == 1:  # sigmas
+            return value.tolist()
+        return {"sha256": pixels_sha256(value), "dtype": str(value.dtype), "shape": list(value.shape)}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _recorded(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _recorded(str(key), item) for key, item in value.items()}
+    if isinstance(value, Sequence):
+        return [_recorded(name, item) for item in value]
+    # Nothing that a record cannot hold may cost the picture; asking for it again says what is missing.
+    return {"sha256": "", "type": type(value).__name__}
+
+
+def _picture_reference(value: Any, name: str) -> dict[str, Any]:
+    image = read_image(value, name)
+    return {"sha256": hashlib.sha256(image.tobytes()).hexdigest(), "mode": image.mode, "size": list(image.size)}
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    """The types of a union, or the one type."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _restored(hint: Any, value: Any, name: str, folder: Path | None) -> Any:
+    """A recorded value as the request wants it: files found and checked, dataclasses built."""
+    if isinstance(value, dict) and "sha256" in value:
+        return _find_file(value, name, folder)
+    if isinstance(value, list):
+        items = [arg for member in _members(hint) for arg in typing.get_args(member) if arg is not Ellipsis]
+        return tuple(_restored(items[0] if items else Any, item, name, folder) for item in value)
+    if isinstance(value, dict):
+        for member in _members(hint):
+            if dataclasses.is_dataclass(member):
+                hints = typing.get_type_hints(member)
+                strange = sorted(set(value) - set(hints))
+                if strange:
+                    raise MetadataError(f"{name}: unknown {strange[0]!r}; a newer zimage_rt wrote it: upgrade")
+                restored = {key: _restored(hints[key], item, key, folder) for key, item in value.items()}
+                return typing.cast(type[Any], member)(**restored)
+        return {key: _restored(Any, item, key, folder) for key, item in value.items()}
+    return value
+
+
+def _find_file(reference: Mapping[str, Any], name: str, folder: Path | None) -> Path:
+    if "path" not in reference:
+        raise MetadataError(f"{name}: came without a path, so that only its hash is recorded; give it again")
+    path = Path(reference["path"])
+    places = [path] if folder is None else [path, folder / path, folder / path.name]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise MetadataError(f"{name}: expected {path}, which the picture was made from, but it is gone; give it again")
+    actual = hash_file(found).sha256
+    if actual != reference["sha256"]:
+        raise MetadataError(
+            f"{name}: expected {found} with sha256 {reference['sha256'][:16]}…, got {actual[:16]}…: the file was "
+            "changed since; give the one that was used, or this one by name"
+        )
+    return found

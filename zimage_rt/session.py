@@ -1,0 +1,144 @@
+"""Work in several turns: draw, change a part, refine, take it back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from .engine import Engine
+from .errors import RequestError
+from .request import Callback, GenerateRequest, GenerateResult
+
+# What a turn is, and which engines may do it, the best first.
+TASKS: dict[str, tuple[str, ...]] = {
+    "generate": ("draft", "final", "edit"),
+    "edit": ("edit", "draft", "final"),
+    "refine": ("final", "draft", "edit"),
+}
+ROLES = ("draft", "final", "edit")
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One step of a session.
+
+    Attributes:
+        task: `generate`, `edit` or `refine`.
+        engine: which role's engine drew it.
+        request: what was asked of that engine.
+        result: what came; `result.latents` are what a refinement goes on from.
+    """
+
+    task: str
+    engine: str
+    request: GenerateRequest
+    result: GenerateResult
+
+
+class Session:
+    """A picture in the making. One user's: not to be shared between threads (its engines may be).
+
+    What did not change is not computed again: prompts keep their contexts (the engine's cache), a refinement goes on
+    from the latents without decoding and encoding, and a turn that says no seed keeps the picture's own.
+
+    Args:
+        engines: one engine for everything, or one for each role: `draft` (Turbo, for speed), `final` (Base, for the
+            last pass) and `edit` (Edit). A task without its own engine takes the next best, see `TASKS`.
+    """
+
+    def __init__(self, engines: Engine | Mapping[str, Engine]) -> None:
+        self._engines = {"draft": engines} if isinstance(engines, Engine) else dict(engines)
+        unknown = sorted(set(self._engines) - set(ROLES))
+        if unknown or not self._engines:
+            raise RequestError(f"engines: expected any of {', '.join(ROLES)}, got {', '.join(unknown) or 'none'}")
+        self._turns: list[Turn] = []
+        self._undone: list[Turn] = []
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """All turns that stand, the first one first."""
+        return tuple(self._turns)
+
+    @property
+    def current(self) -> Turn:
+        """The last turn that stands. Raises RequestError before the first."""
+        if not self._turns:
+            raise RequestError("the session has no picture yet; call generate first")
+        return self._turns[-1]
+
+    def generate(self, prompt: str, *, callback: Callback | None = None, **fields: Any) -> GenerateResult:
+        """Draw a new picture; fields as in `Engine.generate`, one picture a turn."""
+        return self._take("generate", {"prompt": prompt, **fields}, callback)
+
+    def edit(
+        self, prompt: str, *, mask: Any = None, strength: float = 1.0, callback: Callback | None = None, **fields: Any
+    ) -> GenerateResult:
+        """Draw the current picture anew after another prompt: where `mask` is white, or all of it.
+
+        With a mask and `strength` 1 the marked part is drawn from nothing; what is black keeps its bytes. Without a
+        mask choose a lower strength, so that something of the picture stays.
+        """
+        now = self.current
+        fields = {"seed": now.result.seeds[0], **fields, "strength": strength}
+        begin: dict[str, Any] = {"image": now.result.images[0], "mask": mask}
+        if mask is None and self._pick("edit")[0] == now.engine:
+            begin = {"image_latents": now.result.latents}
+        return self._take("edit", {"prompt": prompt, **begin, **fields}, callback)
+
+    def refine(
+        self,
+        strength: float = 0.3,
+        *,
+        scale: float = 1.0,
+        callback: Callback | None = None,
+        **fields: Any,
+    ) -> GenerateResult:
+        """Draw the current picture again with its own prompt, a little: for detail, or larger with `scale`."""
+        now = self.current
+        request = now.request
+        kept = {"prompt": request.prompt, "negative_prompt": request.negative_prompt, "seed": now.result.seeds[0]}
+        if scale != 1.0:
+            height, width = now.result.images.shape[1:3]
+            size = self._pick("refine")[1].manifest.pipeline.size_multiple
+            fields = {"height": _scaled(height, scale, size), "width": _scaled(width, scale, size), **fields}
+            fields["fit"] = "stretch"
+        same = scale == 1.0 and self._pick("refine")[0] == now.engine and now.request.mask is None
+        begin = {"image_latents": now.result.latents} if same else {"image": now.result.images[0]}
+        return self._take("refine", {**kept, **begin, **fields, "strength": strength}, callback)
+
+    def undo(self) -> GenerateResult | None:
+        """Take the last turn back; returns the picture before it, None if there is none."""
+        self._undone.append(self.current)
+        self._turns.pop()
+        return self._turns[-1].result if self._turns else None
+
+    def redo(self) -> GenerateResult:
+        """Bring back what `undo` took. Raises RequestError if there is nothing."""
+        if not self._undone:
+            raise RequestError("nothing to redo: no turn was taken back since the last one")
+        self._turns.append(self._undone.pop())
+        return self._turns[-1].result
+
+    def _pick(self, task: str) -> tuple[str, Engine]:
+        role = next(role for role in TASKS[task] if role in self._engines)
+        return role, self._engines[role]
+
+    def _take(self, task: str, fields: dict[str, Any], callback: Callback | None) -> GenerateResult:
+        if not isinstance(fields["prompt"], str) or fields.get("num_images", 1) != 1:
+            raise RequestError("a session draws one picture a turn; use Engine.generate for several")
+        role, engine = self._pick(task)
+        try:
+            request = GenerateRequest(**fields)
+        except TypeError as error:
+            raise RequestError(f"{error}; known fields: {', '.join(GenerateRequest.__dataclass_fields__)}") from error
+        result = engine.run(request, callback=callback)
+        self._turns.append(Turn(task, role, request, result))
+        self._undone.clear()
+        return result
+
+
+def _scaled(size: int, scale: float, multiple: int) -> int:
+    return max(multiple, int(np.rint(size * scale / multiple)) * multiple)
