@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import threading
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -253,6 +254,8 @@ class TensorRTModule:
         # One buffer a name: what one part gives, the next takes from the same place.
         self._buffers: dict[str, Buffer] = {}
         self._programs: OrderedDict[tuple[Shape, ...], Program] = OrderedDict()
+        # At the end contexts go first: they use what the backend and the parts hold.
+        weakref.finalize(self, _release, self._programs, parts, backend)
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run the module; the outputs are new arrays.
@@ -377,3 +380,12 @@ class TensorRTModule:
 
 def _size(tensor: TensorSpec, shape: Shape) -> int:
     return int(np.prod(shape, dtype=np.int64)) * ITEM_SIZES[tensor.dtype]
+
+
+def _release(
+    programs: OrderedDict[tuple[Shape, ...], Program], parts: list[Part], backend: TensorRTBackendBase
+) -> None:
+    """Destroy a module's contexts while all that they use is still there, `backend` included."""
+    programs.clear()
+    for part in parts:
+        part.contexts.clear()
