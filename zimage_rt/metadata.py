@@ -1,7 +1,7 @@
 """What a picture says of itself: its whole request, the bundle, the backend and the version.
 
-A PNG holds it as text: `zimage_rt`, JSON that `read_record` reads back, and `parameters`, the lines of AUTOMATIC1111 that
-other tools show. A file beside it, `<name>.json`, has the same JSON for whoever strips or cannot read PNG text.
+A PNG holds it as text: `zimage_rt`, JSON that `read_record` reads back, and `parameters`, the lines of AUTOMATIC1111
+that other tools show. A file beside it, `<name>.json`, has the same JSON for whoever strips or cannot read PNG text.
 """
 
 from __future__ import annotations
@@ -265,10 +265,17 @@ def _parse(text: str, path: Path) -> PictureRecord:
             f"{path}: was drawn with {strange[0]!r}, which this version does not know; upgrade zimage_rt from "
             f"{_version()} to {data['version']} or later"
         )
-    batch = data["batch"]
-    if batch is not None and sorted(batch) != ["index", "negative_prompts", "prompts", "seeds"]:
-        raise MetadataError(f"{path}: its record was damaged: batch has {', '.join(sorted(batch))}")
+    if data["batch"] is not None:
+        _check_batch(data["batch"], path)
     return PictureRecord(**data)
+
+
+def _check_batch(batch: Mapping[str, Any], path: Path) -> None:
+    lists = [batch.get(name) for name in ("prompts", "negative_prompts", "seeds")]
+    index = batch.get("index")
+    sizes = {len(value) if isinstance(value, list) else -1 for value in lists}
+    if len(batch) != 4 or len(sizes) != 1 or not isinstance(index, int) or not 0 <= index < max(sizes):
+        raise MetadataError(f"{path}: its record was damaged: `batch` does not say which picture of how many it is")
 
 
 def _version() -> str:

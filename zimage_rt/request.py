@@ -160,6 +160,13 @@ class GenerateResult:
 
         return [Image.fromarray(image) for image in self.images]
 
+    def only(self, index: int) -> GenerateResult:
+        """One picture's part of the result."""
+        part = slice(index, index + 1)
+        return GenerateResult(
+            self.images[part], self.seeds[part], self.timings, self.bundle_id, self.latents[part], self.records[part]
+        )
+
     def save(self, where: str | Path, *, sidecar: bool = True) -> list[Path]:
         """Write the pictures as PNG with all it takes to draw them again; see `zimage_rt.saving`.
 

@@ -15,28 +15,32 @@ from rich.table import Table
 from .. import __version__
 from ..backends.registry import probe_backends
 from ..engine import Engine
-from ..errors import RequestError, ZImageError
+from ..errors import ZImageError
 from ..manifest import Manifest, check_file, read_manifest
+from ..metadata import read_record
 from ..request import StepInfo
 from . import doctor as doctor_report
+from .common import backend_options, given_fields, is_given, picture_line, stderr
+from .like import kept_alone, requests_of, warn_of_differences
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-stderr = Console(stderr=True)
 
 
 def main() -> None:
-    """The entry point: errors raised on purpose become one line and exit status 1."""
+    """The entry point: errors raised on purpose, and those of files, become one line and exit status 1."""
     try:
         app()
-    except ZImageError as error:
+    except (ZImageError, OSError) as error:
         stderr.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False)
         sys.exit(1)
 
 
 @app.command()
 def generate(
+    ctx: typer.Context,
     bundle: Annotated[Path, typer.Argument(help="A folder that zimage-export wrote.")],
-    prompt: Annotated[list[str], typer.Option("-p", "--prompt", help="What to draw; repeat for several.")],
+    prompt: Annotated[list[str] | None, typer.Option("-p", "--prompt", help="What to draw; repeat it.")] = None,
+    like: Annotated[Path | None, typer.Option(help="A picture to draw again; options given here come first.")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="PNG file, or a folder for several.")] = Path("out"),
     negative_prompt: Annotated[str, typer.Option(help="What to steer away from; needs guidance.")] = "",
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
@@ -60,8 +64,17 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="A JSON line a picture on standard output.")] = False,
 ) -> None:
     """Draw pictures; prints where they are and what each stage took."""
-    engine = Engine.load(bundle, backend=backend, backend_options=_backend_options(backend_option))
-    for number, text in enumerate(prompt):
+    record = None if like is None else read_record(like)
+    options = backend_options(backend_option)
+    if record is not None and not options and not is_given(ctx, "backend"):
+        backend, options = record.backend, dict(record.backend_options)
+    fields = given_fields(ctx)
+    fields.pop("prompt", None)  # each has a request of its own
+    requests = requests_of(prompt or [], fields, record, like)
+    engine = Engine.load(bundle, backend=backend, backend_options=options)
+    if record is not None:
+        warn_of_differences(record, engine)
+    for number, request in enumerate(requests):
         with Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -70,59 +83,24 @@ def generate(
             console=stderr,
             disable=not stderr.is_terminal and as_json,
         ) as progress:
-            task = progress.add_task(text[:40], total=steps)
+            task = progress.add_task(str(request.prompt)[:40], total=steps)
 
             def on_step(info: StepInfo, progress: Progress = progress, task: Any = task) -> None:
                 progress.update(task, total=info.num_steps, completed=info.step + 1)
 
-            result = engine.generate(
-                text,
-                negative_prompt,
-                height=height,
-                width=width,
-                num_inference_steps=steps,
-                guidance_scale=guidance_scale,
-                seed=None if seed is None else seed + number * num_images,
-                num_images=num_images,
-                vae=vae,
-                sampler=sampler,
-                schedule=schedule,
-                image=image,
-                strength=strength,
-                mask=mask,
-                mask_feather=mask_feather,
-                fit=fit,
-                callback=on_step,
-            )
-        single = len(prompt) * num_images == 1 and output.suffix.lower() == ".png"
-        for drawn, image_seed in zip(result.pil_images, result.seeds, strict=True):
-            path = output if single else output / f"{number:03d}-{image_seed}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            drawn.save(path)
-            _report(path, text, image_seed, result.timings, result.bundle_id, as_json)
-
-
-def _backend_options(texts: list[str]) -> dict[str, Any]:
-    """`name=value` by name; a value that is JSON is read as such, any other is text."""
-    options: dict[str, Any] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise RequestError(f"--backend-option: expected name=value, got {text!r}")
-        try:
-            options[name] = json.loads(value)
-        except json.JSONDecodeError:
-            options[name] = value
-    return options
-
-
-def _report(path: Path, prompt: str, seed: int, timings: dict[str, float], bundle_id: str, as_json: bool) -> None:
-    if as_json:
-        record = {"file": str(path), "prompt": prompt, "seed": seed, "bundle": bundle_id, "timings": timings}
-        print(json.dumps(record, ensure_ascii=False))
-        return
-    stages = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in timings.items())
-    print(f"{path}  {prompt}  (seed {seed}; {stages})")
+            result = engine.run(request, callback=on_step)
+        more: dict[str, Any] = {}
+        if record is not None and not prompt and not fields:
+            result, more["same"] = kept_alone(result, record)
+        named = output.suffix.lower() == ".png" and len(requests) > 1
+        paths = result.save(output.with_name(f"{output.stem}-{number:03d}{output.suffix}") if named else output)
+        for path, drawn in zip(paths, result.records, strict=True):
+            text, image_seed = drawn.request["prompt"], drawn.request["seed"]
+            if as_json:
+                print(picture_line(path, text, image_seed, result.timings, result.bundle_id, **more))
+            else:
+                stages = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in result.timings.items())
+                print(f"{path}  {text}  (seed {image_seed}; {stages})")
 
 
 @app.command()

@@ -1,0 +1,257 @@
+"""What pictures say of themselves: written whole, read back, drawn again to the byte; everything else is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import zimage_rt
+from zimage_rt.errors import MetadataError, RequestError
+from zimage_rt.metadata import read_record
+from zimage_rt.request import SecondPass
+
+SMALL: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 2}
+
+
+def zimage(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "zimage_rt.cli.main", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+@pytest.fixture(scope="module")
+def picture(engine: zimage_rt.Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("picture") / "panda.png"
+    return engine.generate("一只熊猫", seed=7, **SMALL).save(path)[0]
+
+
+def test_a_picture_and_its_sidecar_hold_the_whole_request(engine: zimage_rt.Engine, picture: Path) -> None:
+    record = read_record(picture)
+    assert record == read_record(picture.with_suffix(".json"))
+    fields = {field.name for field in dataclasses.fields(zimage_rt.GenerateRequest)}
+    assert set(record.request) == fields
+    assert (record.request["prompt"], record.request["seed"], record.request["num_images"]) == ("一只熊猫", 7, 1)
+    assert record.request["guidance_scale"] == engine.manifest.pipeline.guidance_scale  # a default, filled in
+    assert record.request["vae"] == "tiny"
+    assert (record.bundle_id, record.bundle_name, record.precision) == (engine.bundle_id, "zimage-nano", "fp32")
+    assert (record.backend, record.version) == ("onnxruntime", zimage_rt.__version__)
+    assert set(record.timings) == {"encode_prompt", "denoise", "decode", "total"}
+    assert record.batch is None
+
+
+def test_default_steps_are_recorded(engine: zimage_rt.Engine) -> None:
+    plain, custom = (
+        engine.generate("a cat", height=64, width=64, **more).records[0].request
+        for more in ({}, {"sigmas": np.array([1.0, 0.5, 0.2])})
+    )
+    assert plain["num_inference_steps"] == engine.manifest.pipeline.num_inference_steps
+    assert (custom["num_inference_steps"], custom["sigmas"]) == (3, [1.0, 0.5, 0.2])
+
+
+def test_other_tools_read_parameters(engine: zimage_rt.Engine, tmp_path: Path) -> None:
+    result = engine.generate("a cat", "text", seed=3, guidance_scale=2.5, sampler="dpmpp_2m", **SMALL)
+    text = Image.open(result.save(tmp_path / "cat.png")[0]).info["parameters"].splitlines()
+    assert text[:2] == ["a cat", "Negative prompt: text"]
+    # Their scale counts from 1: negative + 3.5 (positive - negative) = positive + 2.5 (positive - negative).
+    assert "Steps: 2, Sampler: DPM++ 2M, Schedule type: Simple, CFG scale: 3.5, Seed: 3, Size: 64x64" in text[2]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"guidance_scale": 2.0, "negative_prompt": "text", "cfg_truncation": 0.7, "sampler": "heun"},
+        {"sigmas": (1.0, 0.6, 0.25), "num_inference_steps": None},
+        {"second_pass": SecondPass(scale=1.5, strength=0.5, method="latent"), "vae": "full"},
+    ],
+)
+def test_a_record_draws_the_same_bytes(engine: zimage_rt.Engine, tmp_path: Path, fields: dict[str, Any]) -> None:
+    first = engine.generate("a panda", seed=2**63 + 5, **{**SMALL, **fields})
+    request = read_record(first.save(tmp_path / "a.png")[0]).to_request()
+    assert engine.run(request).images.tobytes() == first.images.tobytes()
+
+
+def test_a_picture_of_a_batch_is_drawn_with_its_batch(engine: zimage_rt.Engine, tmp_path: Path) -> None:
+    result = engine.generate(["a panda", "一只企鹅"], seed=5, num_images=2, **SMALL)
+    record = read_record(result.save(tmp_path)[3])
+    assert (record.request["prompt"], record.request["seed"]) == ("一只企鹅", 8)
+    assert record.batch is not None
+    again = engine.run(record.to_request()).only(record.batch["index"])
+    assert again.images.tobytes() == result.images[3].tobytes()
+    assert again.seeds == (8,)
+    alone = record.to_request(seed=8)
+    assert (alone.prompt, alone.num_images) == ("一只企鹅", 1)
+
+
+def test_inputs_are_recorded_by_path_and_hash(engine: zimage_rt.Engine, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+    options = {"seed": 1, "strength": 0.5, "num_inference_steps": 4}
+    result = engine.generate("a panda", image=tmp_path / "red.png", **options)
+    record = read_record(result.save(tmp_path / "out.png")[0])
+    assert record.request["image"]["path"] == str(tmp_path / "red.png")
+    assert len(record.request["image"]["sha256"]) == 64
+    assert engine.run(record.to_request()).images.tobytes() == result.images.tobytes()
+    # Moved together with the picture, it is found beside it.
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    (tmp_path / "red.png").rename(moved / "red.png")
+    assert record.to_request(moved).image == moved / "red.png"
+    with pytest.raises(MetadataError, match=r"image: expected .*red.png, which the picture was made from, but it is"):
+        record.to_request()
+    Image.new("RGB", (64, 64), "blue").save(tmp_path / "red.png")
+    with pytest.raises(MetadataError, match="the file was changed since"):
+        record.to_request()
+    assert record.to_request(image="other.png").image == "other.png"
+
+
+def test_inputs_from_memory_are_recorded_by_hash(engine: zimage_rt.Engine) -> None:
+    image = Image.new("RGB", (64, 64), "red")
+    both = [
+        engine.generate("a panda", image=value, num_inference_steps=2).records[0]
+        for value in (image, np.asarray(image))
+    ]
+    assert both[0].request["image"] == both[1].request["image"]
+    assert "path" not in both[0].request["image"]
+    with pytest.raises(MetadataError, match="image: came without a path"):
+        both[0].to_request()
+
+
+def test_files_replace_nothing_by_accident(engine: zimage_rt.Engine, tmp_path: Path) -> None:
+    result = engine.generate("a cat", seed=3, num_images=2, **SMALL)
+    assert [path.name for path in result.save(tmp_path)] == ["000-3.png", "001-4.png"]
+    assert [path.name for path in result.save(tmp_path)] == ["002-3.png", "003-4.png"]
+    named = result.save(tmp_path / "deeper" / "cat.png", sidecar=False)
+    assert [path.name for path in named] == ["cat-000.png", "cat-001.png"]
+    assert sorted(path.name for path in named[0].parent.iterdir()) == ["cat-000.png", "cat-001.png"]
+    with pytest.raises(RequestError, match=r"ends in \.png, or a folder, got cat\.jpg"):
+        result.save(tmp_path / "cat.jpg")
+
+
+def test_a_failed_write_leaves_what_was_there(
+    engine: zimage_rt.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "cat.png"
+    result = engine.generate("a cat", seed=3, **SMALL)
+    result.save(path)
+    before = path.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            result.save(path)
+    assert path.read_bytes() == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["cat.json", "cat.png"]
+
+
+def damaged(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(change(path.read_bytes()))
+
+
+def without_text(path: Path) -> None:
+    Image.fromarray(pixels(path)).save(path)
+
+
+def text_changed(**changes: Any) -> Callable[[Path], None]:
+    """The sidecar alone, with some of its keys changed."""
+
+    def change(path: Path) -> None:
+        without_text(path)
+        sidecar = path.with_suffix(".json")
+        sidecar.write_text(json.dumps(json.loads(sidecar.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: (without_text(path), path.with_suffix(".json").unlink()), "without its text `zimage_rt`"),
+        (damaged(lambda content: content[: len(content) // 2]), "cut off or damaged"),
+        (damaged(lambda content: content[:-9]), "cut off or damaged"),
+        (damaged(lambda content: content[:30]), "cut off or damaged"),
+        (damaged(lambda content: content.replace(b"panda", b"pandA").replace(b"seed", b"sEed")), "cut off or damaged"),
+        (damaged(lambda content: b""), "expected a PNG, got something else"),
+        (lambda path: Image.fromarray(pixels(path)).save(path, "JPEG"), "expected a PNG, got something else"),
+        (lambda path: path.unlink(), "there is no such file"),
+        (text_changed(schema_version=2), "expected a record of schema 1, got 2; upgrade zimage_rt"),
+        (text_changed(strange=1), "an unknown strange"),
+        (
+            text_changed(request={"prompt": "a", "teleport": 1}, version="9.0"),
+            "'teleport', which this version does not",
+        ),
+        (text_changed(request=[]), "request is list"),
+        (text_changed(batch={"index": 3, "prompts": [], "negative_prompts": [], "seeds": []}), "damaged: `batch`"),
+        (lambda path: (without_text(path), path.with_suffix(".json").write_text("{")), "is not JSON"),
+        (lambda path: (without_text(path), path.with_suffix(".json").write_text("[1]")), "got other JSON"),
+    ],
+)
+def test_what_holds_no_record_is_refused(
+    picture: Path, tmp_path: Path, spoil: Callable[[Path], object], message: str
+) -> None:
+    for suffix in (".png", ".json"):
+        shutil.copy(picture.with_suffix(suffix), tmp_path)
+    path = tmp_path / picture.name
+    spoil(path)
+    with pytest.raises(MetadataError) as caught:
+        read_record(path)
+    assert message in str(caught.value)
+
+
+def test_a_stripped_picture_is_read_from_its_sidecar(picture: Path, tmp_path: Path) -> None:
+    for suffix in (".png", ".json"):
+        shutil.copy(picture.with_suffix(suffix), tmp_path)
+    without_text(tmp_path / picture.name)
+    assert read_record(tmp_path / picture.name) == read_record(picture)
+
+
+def test_like_repeats_to_the_byte_and_options_come_first(bundle: Path, picture: Path, tmp_path: Path) -> None:
+    run = zimage("generate", bundle, "--like", picture, "-o", tmp_path / "again.png", "--json")
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["same"] is True
+    assert (pixels(tmp_path / "again.png") == pixels(picture)).all()
+    run = zimage("generate", bundle, "--like", picture, "-o", tmp_path / "other.png", "--seed", 8, "--steps", 1)
+    assert run.returncode == 0, run.stderr
+    request = read_record(tmp_path / "other.png").request
+    assert (request["prompt"], request["seed"], request["num_inference_steps"]) == ("一只熊猫", 8, 1)
+    assert (request["height"], request["width"]) == (64, 64)
+
+
+def test_like_with_another_bundle_warns_with_both_ids(bundle: Path, picture: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(bundle, tmp_path / "other", copy_function=os.link)
+    manifest = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").unlink()  # a link to the real one
+    (other / "manifest.json").write_text(json.dumps(manifest | {"name": "zimage-other"}))
+    run = zimage("generate", other, "--like", picture, "-o", tmp_path / "again.png")
+    assert run.returncode == 0, run.stderr
+    ids = [read_record(path).bundle_id for path in (picture, tmp_path / "again.png")]
+    assert ids[0] != ids[1]
+    warning = next(line for line in run.stderr.splitlines() if line.startswith("warning: "))
+    assert ids[0] in warning
+    assert ids[1] in warning
+
+
+def test_like_refuses_what_holds_nothing(bundle: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "bare.png")
+    run = zimage("generate", bundle, "--like", tmp_path / "bare.png")
+    assert run.returncode == 1
+    assert run.stderr.startswith("MetadataError")
+    run = zimage("generate", bundle)
+    assert run.returncode == 1
+    assert "give it with -p" in run.stderr

@@ -1,0 +1,57 @@
+"""What several commands share."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from ..errors import RequestError
+from ..request import GenerateRequest
+
+stderr = Console(stderr=True)
+
+# Options whose name is not the request field's.
+FIELD_OF_OPTION = {"steps": "num_inference_steps"}
+
+
+def warn(text: str) -> None:
+    """One line on standard error."""
+    stderr.print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def is_given(ctx: typer.Context, option: str) -> bool:
+    """Whether an option stands on the command line."""
+    source = ctx.get_parameter_source(option)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def given_fields(ctx: typer.Context) -> dict[str, Any]:
+    """The request fields among the options that stand on the command line; what is not there is left to defaults."""
+    known = {field.name for field in dataclasses.fields(GenerateRequest)}
+    named = {FIELD_OF_OPTION.get(option, option): option for option in ctx.params}
+    return {name: ctx.params[option] for name, option in named.items() if name in known and is_given(ctx, option)}
+
+
+def backend_options(texts: list[str]) -> dict[str, Any]:
+    """`name=value` by name; a value that is JSON is read as such, any other is text. Raises RequestError."""
+    options: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise RequestError(f"--backend-option: expected name=value, got {text!r}")
+        try:
+            options[name] = json.loads(value)
+        except json.JSONDecodeError:
+            options[name] = value
+    return options
+
+
+def picture_line(path: Path, prompt: str, seed: int, timings: dict[str, float], bundle_id: str, **more: Any) -> str:
+    """The JSON line that says of a picture where it is and how it came."""
+    line = {"file": str(path), "prompt": prompt, "seed": seed, "bundle": bundle_id, "timings": timings, **more}
+    return json.dumps(line, ensure_ascii=False)

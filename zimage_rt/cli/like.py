@@ -1,0 +1,84 @@
+"""`zimage generate --like picture.png`: the request a picture holds, with the command line's word over it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..engine import Engine
+from ..errors import RequestError
+from ..metadata import PictureRecord, pixels_sha256
+from ..request import GenerateRequest, GenerateResult
+from .common import stderr, warn
+
+
+def requests_of(
+    prompts: list[str], fields: dict[str, Any], record: PictureRecord | None, like: Path | None
+) -> list[GenerateRequest]:
+    """What `zimage generate` is to draw: a request for each prompt, or the one that a picture holds.
+
+    Args:
+        prompts: of the command line.
+        fields: the others of the command line; a seed is the first picture's, and the others count up.
+        record, like: what the picture says, and where it is.
+
+    Raises:
+        RequestError: there is nothing to draw.
+        MetadataError: an input of the picture is gone or changed.
+    """
+    if record is not None and like is not None and not prompts and not fields:
+        return [request_like(record, like, {})]
+    if record is None and not prompts:
+        raise RequestError("prompt: expected what to draw; give it with -p, or a picture with --like")
+    requests = []
+    for number, text in enumerate(prompts or [None]):
+        own = dict(fields)
+        if text is not None:
+            own["prompt"] = text
+        if "seed" in own:
+            own["seed"] += number * own.get("num_images", 1)
+        if record is not None and like is not None:
+            requests.append(request_like(record, like, own))
+        else:
+            requests.append(GenerateRequest(**own))
+    return requests
+
+
+def request_like(record: PictureRecord, picture: Path, overrides: dict[str, Any]) -> GenerateRequest:
+    """The recorded request with fields of the command line in place of its own. Raises MetadataError."""
+    overrides = dict(overrides)
+    if overrides.keys() & {"num_inference_steps", "schedule"}:
+        overrides.setdefault("sigmas", None)  # what is asked for now would contradict them
+    if "image" in overrides:
+        overrides |= {name: None for name in ("latents", "image_latents") if name in record.request}
+    return record.to_request(picture.parent, **overrides)
+
+
+def warn_of_differences(record: PictureRecord, engine: Engine) -> None:
+    """Say on standard error what is not as it was when the picture was drawn, so that it may come out otherwise."""
+    there = f"{record.bundle_name} {record.precision}, bundle {record.bundle_id}"
+    here = f"{engine.manifest.name} {engine.manifest.precision}, bundle {engine.bundle_id}"
+    differences = [
+        (there, here, record.bundle_id != engine.bundle_id),
+        (f"zimage_rt {record.version}", f"zimage_rt {__version__}", record.version != __version__),
+        (
+            f"backend {record.backend} {dict(record.backend_options) or ''}".rstrip(),
+            f"backend {engine.backend} {engine.backend_options or ''}".rstrip(),
+            (record.backend, record.backend_options) != (engine.backend, engine.backend_options),
+        ),
+    ]
+    for recorded, now, differs in differences:
+        if differs:
+            warn(f"the picture was drawn by {recorded}; this is {now}: it may come out otherwise")
+
+
+def kept_alone(result: GenerateResult, record: PictureRecord) -> tuple[GenerateResult, bool]:
+    """Of a batch that was drawn again, the picture of the record; and whether it is the same to the byte."""
+    result = result.only(0 if record.batch is None else record.batch["index"])
+    same = pixels_sha256(result.images[0]) == record.pixels_sha256
+    if same:
+        stderr.print("the same picture to the byte", highlight=False)
+    else:
+        warn("the picture is not the recorded one to the byte; another machine or library may round otherwise")
+    return result, same
