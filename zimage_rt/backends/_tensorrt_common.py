@@ -45,6 +45,9 @@ MAX_PROGRAMS = 16
 # A graph is captured for shapes that come again and again: not for a prompt's length seen once or twice.
 RUNS_BEFORE_CAPTURE = 2
 
+# Bytes; cudaMalloc's alignment, which the libraries ask for.
+MIN_ACTIVATIONS = 256
+
 
 class Log:
     """The errors a library wrote since `clear`; `logger` is what its constructors take."""
@@ -337,8 +340,8 @@ class TensorRTModule:
             if name not in self._buffers:
                 self._buffers[name] = self._backend.gpu.buffer(f"{self._name}.{name}")
             self._buffers[name].reserve(size)
-        # Never empty: the libraries take a null address for memory that was not given.
-        self._backend.activations.reserve(max(program.activations, 1))
+        # Never empty: a context that needs memory for other shapes wants some for these as well.
+        self._backend.activations.reserve(max(program.activations, MIN_ACTIVATIONS))
 
     def _launch(self, program: Program) -> None:
         """Put one run on the stream: replayed where it was captured and nothing has moved since."""
