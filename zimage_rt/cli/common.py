@@ -24,6 +24,11 @@ def warn(text: str) -> None:
     stderr.print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
+def fail(text: str) -> None:
+    """One line on standard error, of something that went wrong."""
+    stderr.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
+
+
 def is_given(ctx: typer.Context, option: str) -> bool:
     """Whether an option stands on the command line."""
     source = ctx.get_parameter_source(option)

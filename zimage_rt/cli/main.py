@@ -20,10 +20,12 @@ from ..manifest import Manifest, check_file, read_manifest
 from ..metadata import read_record
 from ..request import StepInfo
 from . import doctor as doctor_report
-from .common import backend_options, given_fields, is_given, picture_line, stderr
+from .batch import batch
+from .common import backend_options, fail, given_fields, is_given, picture_line, stderr
 from .like import kept_alone, requests_of, warn_of_differences
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app.command()(batch)
 
 
 def main() -> None:
@@ -31,7 +33,7 @@ def main() -> None:
     try:
         app()
     except (ZImageError, OSError) as error:
-        stderr.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False)
+        fail(f"{type(error).__name__}: {error}")
         sys.exit(1)
 
 
