@@ -23,6 +23,9 @@ class Precision:
             are fp32 in every format.
         attention_scale: what `to_out`'s input is multiplied by.
         gate_scale, up_scale: what SiLU(w1 x) and w3 x are multiplied by before their product, which feeds `w2`.
+        wide_values: attention's probabilities and values are rounded to `compute`, then multiplied as fp32 numbers.
+        twin: what stands in for it when parity is measured, where ONNX Runtime cannot run its graph; the weight files
+            of both are the same.
     """
 
     name: str
@@ -31,6 +34,8 @@ class Precision:
     attention_scale: float = 1.0
     gate_scale: float = 1.0
     up_scale: float = 1.0
+    wide_values: bool = False
+    twin: Precision | None = None
 
     @property
     def ffn_scale(self) -> float:
@@ -44,5 +49,11 @@ FP16 = Precision("fp16", torch.float16, torch.float16, 2.0**-7, 2.0**-3, 2.0**-4
 # ONNX Runtime 1.32's CPU provider has no bf16 kernels ("Could not find an implementation" for MatMul, Mul, Add), so
 # weights are stored in bf16 and widened behind each initialiser; the manifest's module config says so (`compute`).
 BF16 = Precision("bf16", torch.bfloat16, torch.float32)
+
+# TensorRT accumulates an attention's second product in fp16 if it has fp16 inputs; told that they are fp32, it still
+# fuses, still multiplies them as the fp16 numbers they are, and accumulates in fp32 (seen in TensorRT-RTX 1.7's plans).
+FP16_WIDE = dataclasses.replace(FP16, wide_values=True)
+# bf16 as GPUs compute it.
+BF16_NATIVE = dataclasses.replace(BF16, compute=torch.bfloat16, twin=BF16)
 
 PRECISIONS = {precision.name: precision for precision in (FP32, FP16, BF16)}

@@ -158,16 +158,21 @@ def swiglu(gate: Tensor, up: Tensor, precision: Precision) -> Tensor:
     return gate * up
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, compute: torch.dtype, mask: Tensor | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, precision: Precision, mask: Tensor | None = None) -> Tensor:
     """Softmax(q kᵀ / sqrt(head_dim)) v with an fp32 softmax; in the form that TensorRT fuses.
 
-    Shapes: q [..., queries, head_dim], k and v [..., keys, head_dim], mask added to [..., queries, keys].
+    Shapes: q [batch, heads, queries, head_dim], k and v [batch, heads, keys, head_dim] (with a fifth dimension it is
+    not fused), mask added to [batch, heads, queries, keys].
     """
+    compute = precision.compute
     q = (q * (1.0 / math.sqrt(q.shape[-1]))).to(compute)
     scores = torch.matmul(q, k.to(compute).transpose(-1, -2)).float()
     if mask is not None:
         scores = scores + mask
-    return torch.matmul(torch.softmax(scores, dim=-1).to(compute), v)
+    probabilities = torch.softmax(scores, dim=-1).to(compute)
+    if precision.wide_values:
+        return torch.matmul(probabilities.float(), v.float()).to(compute)
+    return torch.matmul(probabilities, v)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

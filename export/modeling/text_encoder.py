@@ -60,17 +60,24 @@ class SelfAttention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
+    def _each_head(self, x: Tensor) -> Tensor:
+        """[batch, tokens, kv_heads, head_dim] -> [batch, heads, tokens, head_dim], a copy for each query head.
+
+        A broadcast over a fifth dimension would need no copy, but keeps TensorRT from fusing the attention.
+        """
+        x = x.transpose(1, 2)
+        return x if self.groups == 1 else x.unsqueeze(2).expand(-1, -1, self.groups, -1, -1).flatten(1, 2)
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
         """[batch, tokens, hidden] -> the same, times `precision.attention_scale`."""
         q, k, v = self.qkv_proj(x).split(self.sizes, dim=-1)
         q = rotate(self.q_norm(q.unflatten(-1, (-1, self.head_dim))), cos, sin)
         k = rotate(self.k_norm(k.unflatten(-1, (-1, self.head_dim))), cos, sin)
         v = v.unflatten(-1, (-1, self.head_dim))
-        # [batch, kv_heads, groups, tokens, head_dim]; keys and values broadcast over the groups.
-        q = q.unflatten(2, (self.kv_heads, self.groups)).permute(0, 2, 3, 1, 4)
-        k, v = k.transpose(1, 2).unsqueeze(2), v.transpose(1, 2).unsqueeze(2)
-        out = attention(q, k, v, self.precision.compute, mask)
-        out = out.permute(0, 3, 1, 2, 4).flatten(2)
+        # [batch, heads, tokens, head_dim]
+        q, k, v = q.transpose(1, 2), self._each_head(k), self._each_head(v)
+        out = attention(q, k, v, self.precision, mask)
+        out = out.transpose(1, 2).flatten(2)
         if self.precision.attention_scale != 1.0:
             out = out * self.precision.attention_scale
         return self.o_proj(out)

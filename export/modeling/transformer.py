@@ -114,7 +114,7 @@ class Attention(nn.Module):
         q = rotate(q, cos if queries is None else cos[:queries], sin if queries is None else sin[:queries])
         k = rotate(k, cos, sin)
         # [batch, heads, tokens, head_dim]
-        out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.precision.compute)
+        out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.precision)
         out = out.transpose(1, 2).flatten(2)
         if self.precision.attention_scale != 1.0:
             out = out * self.precision.attention_scale
