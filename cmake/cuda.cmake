@@ -55,7 +55,8 @@ target_compile_options(zimage_cuda PRIVATE
 file(GLOB kernel_bindings CONFIGURE_DEPENDS csrc/bindings/kernels_*.cc)
 pybind11_add_module(_cuda csrc/bindings/cuda.cc ${kernel_bindings})
 target_link_libraries(_cuda PRIVATE zimage_cuda)
-target_compile_definitions(_cuda PRIVATE ZIMAGE_RT_CUDA_ARCHITECTURES="${ZIMAGE_RT_CUDA_ARCHITECTURES}")
+list(JOIN ZIMAGE_RT_CUDA_ARCHITECTURES "," architectures)  # a semicolon would end the compiler's command
+target_compile_definitions(_cuda PRIVATE ZIMAGE_RT_CUDA_ARCHITECTURES="${architectures}")
 if(ZIMAGE_RT_OUTPUT)
   set_target_properties(_cuda PROPERTIES LIBRARY_OUTPUT_DIRECTORY ${ZIMAGE_RT_OUTPUT})
 endif()
