@@ -176,6 +176,7 @@ def _module(
         graph=None if graph is None else graph.name,
         weights=weight_file,
         config=dict(plan.config),
+        linears=weights.linear_places(module),
         parity=parity,
     )
 

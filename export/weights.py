@@ -14,9 +14,11 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from zimage_rt.manifest import LinearPlace
+
 from .checkpoint import Component
 from .errors import DiskFullError, TensorError
-from .modeling.layers import Source, weight_sources
+from .modeling.layers import Linear, Source, weight_sources
 
 _DTYPES = {
     torch.float32: ("F32", ir.DataType.FLOAT),
@@ -64,6 +66,21 @@ def layout(module: nn.Module) -> tuple[bytes, dict[str, StoredTensor]]:
         for name, offset in relative.items()
     }
     return len(text).to_bytes(8, "little") + text, stored
+
+
+def linear_places(module: nn.Module) -> dict[str, LinearPlace]:
+    """Where each of the checkpoint's matrices lies in the stored tensors, by the layer's name in the checkpoint."""
+    places = {}
+    for path, layer in module.named_modules():
+        if not isinstance(layer, Linear):
+            continue
+        parent, _, own = path.rpartition(".")
+        first = 0
+        for name, size, head_dim in zip(layer.names, layer.sizes, layer.head_dims, strict=True):
+            full = ".".join(filter(None, (parent, name.replace("{}", own))))
+            places[full] = LinearPlace(f"{path}.weight", layer.weight.shape[0], first, size, head_dim)
+            first += size
+    return places
 
 
 def write(

@@ -193,6 +193,24 @@ class EngineSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class LinearPlace:
+    """Where a linear layer of the checkpoint lies in a module's weights.
+
+    Attributes:
+        tensor: the stored matrix, `[in_features, columns of every layer that it holds]`.
+        first_column, columns: the layer's own columns, its outputs.
+        head_dim: > 0 where the outputs of each head of that width are stored as halves, (0, 2, 4, …, 1, 3, 5, …);
+            0 where they are in the checkpoint's order.
+    """
+
+    tensor: str
+    in_features: int
+    first_column: int
+    columns: int
+    head_dim: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class ModuleSpec:
     """One module of a bundle: its border, its files, the architecture its weights belong to, its parity.
 
@@ -203,6 +221,7 @@ class ModuleSpec:
         config: architecture numbers from the checkpoint (read by backends that run no ONNX graph).
         parity: None only where the exporter was told to skip it.
         engines: compiled plans, none where a backend runs the graph or the weights themselves.
+        linears: the checkpoint's linear layers by its own names (`layers.0.attention.to_q`): what a LoRA changes.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -213,6 +232,7 @@ class ModuleSpec:
     config: Mapping[str, Any]
     parity: Parity | None = None
     engines: tuple[EngineSpec, ...] = ()
+    linears: Mapping[str, LinearPlace] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,10 +311,14 @@ def from_json(kind: type[T], value: Any, where: str) -> T:
             f"{where}: unknown key {unknown[0]!r}; known: {', '.join(fields)}. "
             "A newer zimage_rt may have written it: upgrade, or export again"
         )
-    missing = [name for name, field in fields.items() if name not in value and field.default is dataclasses.MISSING]
+    missing = [name for name, field in fields.items() if name not in value and _required(field)]
     if missing:
         raise ManifestError(f"{where}: missing key {missing[0]!r}; export the bundle again")
     return kind(**{key: _read(hints[key], item, f"{where}.{key}") for key, item in value.items()})
+
+
+def _required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _read(hint: Any, value: Any, where: str) -> Any:

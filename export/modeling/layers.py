@@ -64,8 +64,9 @@ def half_split(rows: Tensor, head_dim: int) -> Tensor:
 class Linear(nn.Module):
     """A matrix product with the weight stored as [in, out], so that the graph holds no Transpose.
 
-    Several of the checkpoint's matrices that share an input are stored as one (`names`, one output size each). With a
-    bias the result is fp32, otherwise it has the compute dtype.
+    Several of the checkpoint's matrices that share an input are stored as one (`names`, one output size each; a part
+    with a `head_dims` other than 0 is stored in the order of `half_split`). With a bias the result is fp32, otherwise
+    it has the compute dtype.
     """
 
     def __init__(
@@ -77,16 +78,17 @@ class Linear(nn.Module):
         bias: bool = False,
         names: tuple[str, ...] = ("{}",),
         fp32: bool = False,
-        reorder: Callable[[int, Tensor], Tensor] | None = None,
+        head_dims: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         sizes = (out_features,) if isinstance(out_features, int) else out_features
-        self.sizes = sizes
+        self.sizes, self.names, self.head_dims = sizes, names, head_dims or (0,) * len(sizes)
         self.compute = torch.float32 if fp32 else precision.compute
         self.weight = nn.Parameter(torch.empty(in_features, sum(sizes), dtype=precision.storage), requires_grad=False)
 
         def assemble(parts: Sequence[Tensor]) -> Tensor:
-            rows = [reorder(i, part) if reorder else part for i, part in enumerate(parts)]
+            heads = zip(parts, self.head_dims, strict=True)
+            rows = [half_split(part, head_dim) if head_dim else part for part, head_dim in heads]
             return (rows[0] if len(rows) == 1 else _joined(rows)).t()
 
         self.sources = {

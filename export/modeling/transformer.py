@@ -97,7 +97,7 @@ class Attention(nn.Module):
             (dim, dim, dim),
             precision,
             names=("to_q", "to_k", "to_v"),
-            reorder=lambda part, rows: half_split(rows, head_dim) if part < 2 else rows,
+            head_dims=(head_dim, head_dim, 0),
         )
         reorder = functools.partial(half_split, head_dim=head_dim)
         self.norm_q = RMSNorm(head_dim, QK_NORM_EPS, reorder=reorder) if config.qk_norm else None
