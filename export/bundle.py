@@ -10,10 +10,12 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import onnx_ir as ir
 
 from zimage_rt.manifest import (
+    EngineSpec,
     FileEntry,
     Manifest,
     ModuleSpec,
@@ -30,7 +32,6 @@ from .errors import ExportError
 from .modeling.transformer import SEQUENCE_MULTIPLE, TransformerConfig
 from .modules import ModulePlan, plan_modules
 from .parity import ReferenceCache, measure
-from .precision import PRECISIONS
 from .recipe import ExportRecipe
 from .tokenizer import chat_template, tokenizer_file
 from .trace import trace
@@ -71,15 +72,12 @@ def export(
     if vaes is None:
         found = {"tiny": checkpoint.tiny_vae, "full": checkpoint.vae}
         vaes = tuple(kind for kind, component in found.items() if component is not None and kind in builder.vaes)
-    plans = plan_modules(checkpoint, PRECISIONS[recipe.precision], vaes)
+    plans = plan_modules(checkpoint, builder.precisions[recipe.precision], vaes)
     tokenizer = tokenizer_file(checkpoint.tokenizer)
     pipeline = _pipeline(checkpoint, recipe)
     with _replacing(recipe.out) as folder:
-        references = ReferenceCache()
-        modules = {
-            plan.name: _module(plan, checkpoint, folder, recipe, builder.simplify, references, progress)
-            for plan in plans
-        }
+        job = _Job(recipe, checkpoint, vaes, builder, folder, pipeline, ReferenceCache(), progress)
+        modules = {plan.name: _module(plan, job) for plan in plans}
         shutil.copyfile(tokenizer, folder / "tokenizer.json")
         names = sorted(path.name for path in folder.iterdir())
         files: dict[str, FileEntry] = {}
@@ -142,15 +140,22 @@ def _source(checkpoint: Checkpoint) -> dict[str, object]:
     }
 
 
-def _module(
-    plan: ModulePlan,
-    checkpoint: Checkpoint,
-    folder: Path,
-    recipe: ExportRecipe,
-    simplify: Simplify | None,
-    references: ReferenceCache,
-    progress: Progress,
-) -> ModuleSpec:
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What all modules of an export have in common."""
+
+    recipe: ExportRecipe
+    checkpoint: Checkpoint
+    vaes: tuple[str, ...]
+    builder: ModuleType
+    folder: Path
+    pipeline: PipelineSpec
+    references: ReferenceCache
+    progress: Progress
+
+
+def _module(plan: ModulePlan, job: _Job) -> ModuleSpec:
+    folder, progress = job.folder, job.progress
     graph, weight_file = None, f"{plan.name}.safetensors"
     module = plan.meta_module()
     total = sum(tensor.nbytes for tensor in module.state_dict().values())
@@ -163,12 +168,17 @@ def _module(
 
     stored = weights.write(module, plan.component, folder / weight_file, advance)
     parity = None
-    if simplify is not None:
+    engines: tuple[EngineSpec, ...] = ()
+    if job.builder.simplify is not None:
         progress("trace", plan.name, total, total)
-        graph = _write_graph(plan, folder, stored, simplify)
-        if recipe.parity:
+        graph = _write_graph(plan, folder, stored, job.builder.simplify)
+        if job.recipe.parity:
             progress("parity", plan.name, total, total)
-            parity = _parity(plan, checkpoint, graph, simplify, references)
+            parity = _parity(plan, graph, stored, job)
+        if job.builder.build is not None:
+            if plan.component.elements > WHOLE_PARITY_ELEMENTS:
+                job.references.clear()  # a builder wants the memory
+            engines = job.builder.build(plan, graph, folder, job.recipe, job.pipeline, progress)
     return ModuleSpec(
         inputs=plan.inputs,
         outputs=plan.outputs,
@@ -178,15 +188,18 @@ def _module(
         config=dict(plan.config),
         linears=weights.linear_places(module),
         parity=parity,
+        engines=engines,
     )
 
 
-def _write_graph(plan: ModulePlan, folder: Path, stored: dict[str, weights.StoredTensor], simplify: Simplify) -> Path:
+def _write_graph(
+    plan: ModulePlan, folder: Path, stored: dict[str, weights.StoredTensor], simplify: Simplify, suffix: str = ".onnx"
+) -> Path:
     """Trace a module whose weights are written already, and write its graph beside them."""
     model = trace(plan.meta_module(), plan.inputs, plan.outputs, plan.multiples)
     weights.attach(model, f"{plan.name}.safetensors", folder, stored)
     simplify(model, plan)
-    path = folder / f"{plan.name}.onnx"
+    path = folder / f"{plan.name}{suffix}"
     try:
         ir.save(model, path)
     except OSError as error:
@@ -194,17 +207,30 @@ def _write_graph(plan: ModulePlan, folder: Path, stored: dict[str, weights.Store
     return path
 
 
-def _parity(
-    plan: ModulePlan, checkpoint: Checkpoint, graph: Path, simplify: Simplify, references: ReferenceCache
-) -> Parity:
+def _parity(plan: ModulePlan, graph: Path, stored: dict[str, weights.StoredTensor], job: _Job) -> Parity:
+    """Measure a module, or its twin on the same weights where ONNX Runtime cannot run the module's own graph."""
+    twin = plan.precision.twin
+    if twin is None:
+        return _measure(plan, graph, job)
+    plan = next(other for other in plan_modules(job.checkpoint, twin, job.vaes) if other.name == plan.name)
+    graph = _write_graph(plan, job.folder, stored, job.builder.simplify, ".twin.onnx")
+    try:
+        parity = _measure(plan, graph, job)
+    finally:
+        graph.unlink()
+    return dataclasses.replace(parity, runtime=f"{parity.runtime}, computed in {twin.compute}".replace("torch.", ""))
+
+
+def _measure(plan: ModulePlan, graph: Path, job: _Job) -> Parity:
     """Measure a module; where its component is too large for memory, only the component's first layers are used.
 
     A module that lost layers by that is exported again, the same way; one that has none of them (the context refiner)
     is measured as it is, against what is left of the reference.
     """
     if plan.component.elements <= WHOLE_PARITY_ELEMENTS:
-        return measure(plan, graph, *references.get(plan))
-    shorter = references.shorter(checkpoint)
+        return measure(plan, graph, *job.references.get(plan))
+    references = job.references
+    shorter = references.shorter(job.checkpoint)
     plans = plan_modules(shorter, plan.precision, ())
     short = next(other for other in plans if other.name == plan.name)
     if short.meta_module().state_dict().keys() == plan.meta_module().state_dict().keys():
@@ -213,7 +239,7 @@ def _parity(
         folder = Path(temporary)
         module = short.meta_module()
         stored = weights.write(module, short.component, folder / f"{short.name}.safetensors")
-        path = _write_graph(short, folder, stored, simplify)
+        path = _write_graph(short, folder, stored, job.builder.simplify)
         reference, name = references.get(short)
         return measure(short, path, reference, f"{name}, first layers only")
 

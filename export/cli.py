@@ -6,7 +6,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,6 +15,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from zimage_rt.errors import ZImageError
 from zimage_rt.manifest import Manifest
 
+from .builders import builder_for
+from .builders._tensorrt_options import parse_sm, parse_split
 from .errors import RecipeError
 from .recipe import ExportRecipe, read_recipe
 
@@ -49,6 +51,28 @@ def _recipe(
     return dataclasses.replace(base, parity=False) if skip_parity else base
 
 
+def _with_tensorrt(
+    recipe: ExportRecipe,
+    sm: str | None,
+    split: list[str] | None,
+    workspace: float | None,
+    optimization_level: int | None,
+) -> ExportRecipe:
+    """The recipe with what the command line says of TensorRT."""
+    given = {
+        "sm": None if sm is None else parse_sm(sm),
+        "split": parse_split(split) if split else None,
+        "workspace_gb": workspace,
+        "optimization_level": optimization_level,
+    }
+    changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    if not changes:
+        return recipe
+    if "tensorrt" not in builder_for(recipe.backend).tables:
+        raise RecipeError(f"{', '.join(changes)}: backend {recipe.backend} builds no plans; add --backend tensorrt_rtx")
+    return dataclasses.replace(recipe, tensorrt=dataclasses.replace(recipe.tensorrt, **changes))
+
+
 def _summary(manifest: Manifest, out: Path) -> dict[str, object]:
     return {
         "bundle": str(out),
@@ -75,8 +99,17 @@ def export_command(
     precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16.")] = None,
     vae: Annotated[list[str] | None, typer.Option(help="tiny, full; may be repeated.")] = None,
     backend: Annotated[
-        str | None, typer.Option(help="onnxruntime: graphs and weights. cuda: weights alone, for that backend.")
+        str | None,
+        typer.Option(
+            help="onnxruntime: graphs and weights. cuda: weights alone. tensorrt, tensorrt_rtx: graphs, weights, plans."
+        ),
     ] = None,
+    sm: Annotated[str | None, typer.Option(help="TensorRT-RTX: compute capabilities to build for: 86,89,120.")] = None,
+    split: Annotated[
+        list[str] | None, typer.Option(help="TensorRT: build a module as several plans, transformer=4; repeatable.")
+    ] = None,
+    workspace: Annotated[float | None, typer.Option(help="TensorRT: GiB that one layer may take for itself.")] = None,
+    optimization_level: Annotated[int | None, typer.Option(help="TensorRT: 0 (fastest build) to 5.")] = None,
     skip_parity: Annotated[bool, typer.Option("--skip-parity", help="Do not compare with the reference.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")] = False,
 ) -> None:
@@ -84,6 +117,7 @@ def export_command(
     from .bundle import export  # torch loads here, not for --help
 
     chosen = _recipe(recipe, checkpoint, out, precision, vae, backend, skip_parity)
+    chosen = _with_tensorrt(chosen, sm, split, workspace, optimization_level)
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description:<28}"),
@@ -122,7 +156,7 @@ def export_command(
 def main() -> None:
     """Entry point. Exit codes: 0 done, 1 the export failed, 2 wrong usage or recipe, 130 interrupted."""
     try:
-        app(standalone_mode=False)
+        sys.exit(app(standalone_mode=False) or 0)  # an exit of its own, as for Ctrl-C, is returned here
     except typer.Exit as error:
         sys.exit(error.exit_code)
     except RecipeError as error:

@@ -25,5 +25,17 @@ class ParityError(ExportError):
     """An exported module does not compute what its reference computes."""
 
 
+class BuilderUnavailable(ExportError):
+    """The library that builds engines is not installed, or does not run here; the message names what to install."""
+
+
+class BuildError(ExportError):
+    """A library could not build an engine of a module; the message has its own words."""
+
+
+class BuildMemoryError(BuildError):
+    """Building an engine took more memory than there is."""
+
+
 class DiskFullError(ExportError):
     """The disk under the bundle is full."""

@@ -21,7 +21,22 @@ from .modeling.transformer import (
     TransformerConfig,
 )
 from .modeling.vae import FullVAEDecoder, FullVAEEncoder, TinyVAEDecoder, TinyVAEEncoder
-from .precision import FP16, FP32, Precision
+from .precision import FP32, Precision
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """What lies between the blocks `layers.0`, `layers.1`, … of a module, where it may be cut into several engines.
+
+    Attributes:
+        count: how many blocks there are.
+        width: from each to the next goes fp32 [batch, tokens, width].
+        tokens: how many tokens, from the free sizes of the module's inputs.
+    """
+
+    count: int
+    width: int
+    tokens: Callable[[Mapping[str, int]], int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +51,7 @@ class ModulePlan:
         inputs, outputs: its border.
         multiples: what its free sizes must be multiples of.
         config: architecture numbers for the manifest.
+        blocks: where it may be cut; None where it may not.
     """
 
     name: str
@@ -46,6 +62,7 @@ class ModulePlan:
     outputs: tuple[TensorSpec, ...]
     multiples: Mapping[str, int]
     config: Mapping[str, Any]
+    blocks: Blocks | None = None
 
     def meta_module(self) -> nn.Module:
         """The module without values: shapes and dtypes only."""
@@ -93,6 +110,11 @@ def plan_modules(checkpoint: Checkpoint, precision: Precision, vaes: tuple[str, 
         "rope_layout": "half_split",
         **layout,
     }
+
+    def sequence(sizes: Mapping[str, int]) -> int:
+        rows = (sizes["latent_height"] // transformer.patch_size) * (sizes["latent_width"] // transformer.patch_size)
+        return -(-rows // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE + sizes["context_tokens"]
+
     plans = [
         ModulePlan(
             "text_encoder",
@@ -103,6 +125,7 @@ def plan_modules(checkpoint: Checkpoint, precision: Precision, vaes: tuple[str, 
             (embeds,),
             {},
             text,
+            Blocks(encoder.num_hidden_layers - 1, encoder.hidden_size, lambda sizes: sizes["prompt_tokens"]),
         ),
         ModulePlan(
             "context_refiner",
@@ -127,6 +150,7 @@ def plan_modules(checkpoint: Checkpoint, precision: Precision, vaes: tuple[str, 
                 "context_tokens": SEQUENCE_MULTIPLE,
             },
             image_model,
+            Blocks(transformer.n_layers, transformer.dim, sequence),
         ),
     ]
     for kind in vaes:
@@ -143,7 +167,7 @@ def plan_modules(checkpoint: Checkpoint, precision: Precision, vaes: tuple[str, 
 def _plan_vae(
     kind: str, component: Component, precision: Precision, latents: TensorSpec, image: TensorSpec
 ) -> list[ModulePlan]:
-    if kind == "full" and precision is FP16:
+    if kind == "full" and precision.name == "fp16":
         # The full VAE's activations overflow fp16 (FACTS: white or black frames); it runs once an image.
         precision = FP32
     decoder, encoder = (TinyVAEDecoder, TinyVAEEncoder) if kind == "tiny" else (FullVAEDecoder, FullVAEEncoder)

@@ -200,6 +200,11 @@ class ReferenceCache:
     short: Checkpoint | None = None
     model: Any = None
 
+    def clear(self) -> None:
+        """Let go of the model."""
+        self.model = None
+        gc.collect()
+
     def shorter(self, checkpoint: Checkpoint) -> Checkpoint:
         """The same checkpoint with only the first layers of the transformer and the text encoder."""
         if self.short is None:
@@ -213,8 +218,7 @@ class ReferenceCache:
     def get(self, plan: ModulePlan) -> tuple[Reference, str]:
         """The reference of a module and its name with version."""
         if self.model is None or self.component is not plan.component:
-            self.model = None
-            gc.collect()
+            self.clear()
             self.model, self.component = load_reference(plan.component), plan.component
         library = "transformers" if plan.component.name == "text_encoder" else "diffusers"
         version = __import__(library).__version__

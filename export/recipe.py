@@ -12,6 +12,7 @@ from zimage_rt.errors import ManifestError
 from zimage_rt.manifest import ShapeRange, ShapeRanges
 
 from .builders import BUILDERS
+from .builders._tensorrt_options import TensorRTOptions
 from .checkpoint import PARTS
 from .errors import RecipeError
 from .precision import PRECISIONS
@@ -40,7 +41,9 @@ class ExportRecipe:
         shapes: the sizes the bundle is to serve.
         num_inference_steps, guidance_scale: what a request gets if it does not say.
         parity: whether to compare every module with its reference.
-        backend: what the bundle is built for: `onnxruntime` has graphs, `cuda` weights alone.
+        backend: what the bundle is built for: `onnxruntime` has graphs, `cuda` weights alone, `tensorrt` and
+            `tensorrt_rtx` graphs and plans.
+        tensorrt: how plans are built; other backends have none.
     """
 
     checkpoint: Path
@@ -55,6 +58,7 @@ class ExportRecipe:
     guidance_scale: float = 0.0
     parity: bool = True
     backend: str = "onnxruntime"
+    tensorrt: TensorRTOptions = dataclasses.field(default_factory=TensorRTOptions)
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -91,12 +95,12 @@ def _typed(table: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
     return value
 
 
-def _shapes(table: Mapping[str, Any], where: str) -> ShapeRanges:
+def _shapes(table: Mapping[str, Any], where: str, section: str, default: ShapeRanges) -> ShapeRanges:
     known = tuple(field.name for field in dataclasses.fields(ShapeRanges))
-    _reject_unknown(table, known, f"{where} [shapes]")
-    ranges = {name: getattr(DEFAULT_SHAPES, name) for name in known}
+    _reject_unknown(table, known, f"{where} [{section}]")
+    ranges = {name: getattr(default, name) for name in known}
     for name, values in table.items():
-        at = f"{where} [shapes.{name}]"
+        at = f"{where} [{section}.{name}]"
         if not isinstance(values, dict):
             raise RecipeError(f"{at}: expected a table of min, opt, max, got {values!r}")
         _reject_unknown(values, ("min", "opt", "max", "multiple"), at)
@@ -106,6 +110,30 @@ def _shapes(table: Mapping[str, Any], where: str) -> ShapeRanges:
         except ManifestError as error:
             raise RecipeError(f"{at}: {error}") from error
     return ShapeRanges(**ranges)
+
+
+def _tensorrt(table: Mapping[str, Any], where: str, shapes: ShapeRanges) -> TensorRTOptions:
+    at = f"{where} [tensorrt]"
+    kinds = {"sm": list, "split": dict, "profiles": list, "workspace_gb": float, "optimization_level": int}
+    _reject_unknown(table, tuple(kinds), at)
+    values = {key: _typed(table, key, kind, at) for key, kind in kinds.items() if key in table}
+    if "sm" in values:
+        values["sm"] = tuple(values["sm"])
+    profiles = []
+    for i, profile in enumerate(values.pop("profiles", [])):
+        section = f"tensorrt.profiles {i + 1}"
+        if not isinstance(profile, dict):
+            raise RecipeError(f"{where} [{section}]: expected a table, got {profile!r}")
+        ranges = _shapes(profile, where, section, shapes)
+        for field in dataclasses.fields(ranges):
+            inner, outer = getattr(ranges, field.name), getattr(shapes, field.name)
+            if not outer.min <= inner.min <= inner.max <= outer.max:
+                raise RecipeError(
+                    f"{where} [{section}.{field.name}]: expected {outer.min} to {outer.max}, the bundle's own range, "
+                    f"got {inner.min} to {inner.max}"
+                )
+        profiles.append(ranges)
+    return TensorRTOptions(**values, profiles=tuple(profiles))
 
 
 def read_recipe(path: Path) -> ExportRecipe:
@@ -148,5 +176,8 @@ def read_recipe(path: Path) -> ExportRecipe:
     if "config" in table:
         values["config"] = _typed(table, "config", dict, where)
     if "shapes" in table:
-        values["shapes"] = _shapes(_typed(table, "shapes", dict, where), where)
+        values["shapes"] = _shapes(_typed(table, "shapes", dict, where), where, "shapes", DEFAULT_SHAPES)
+    if "tensorrt" in table:
+        shapes = values.get("shapes", DEFAULT_SHAPES)
+        values["tensorrt"] = _tensorrt(_typed(table, "tensorrt", dict, where), where, shapes)
     return ExportRecipe(**values)

@@ -1,7 +1,9 @@
 """What each backend needs of a bundle; one file per backend.
 
-A builder has `vaes`, those its backend runs; `check(recipe)`, which raises RecipeError for what it cannot serve; and
-`simplify(model, plan)`, or None where it runs no graph.
+A builder has `precisions`, by name in the recipe; `vaes`, those its backend runs; `tables`, those of the recipe that
+are for it; `check(recipe)`, which raises RecipeError for what it cannot serve; `simplify(model, plan)`, or None where
+it runs no graph; and `build(plan, graph, folder, recipe, pipeline, progress)`, which compiles a module's graph and
+returns its engines, or None where nothing is compiled.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import importlib
 from types import ModuleType
 
 # Backends that zimage-export knows. A bundle for onnxruntime serves the cuda backend too, if its precision does.
-BUILDERS = ("onnxruntime", "cuda")
+BUILDERS = ("onnxruntime", "cuda", "tensorrt", "tensorrt_rtx")
 
 
 def builder_for(backend: str) -> ModuleType:

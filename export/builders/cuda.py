@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from ..errors import RecipeError
+from ..precision import PRECISIONS
 from ..recipe import ExportRecipe
 
 # No graph, and so no parity: that is measured where a graph runs, on the same weights.
 simplify = None
+build = None
 vaes = ("tiny",)
+tables = ()
+precisions = PRECISIONS
 
 
 def check(recipe: ExportRecipe) -> None:

@@ -6,9 +6,13 @@ import onnx_ir as ir
 from onnxscript import optimizer
 
 from ..modules import ModulePlan
+from ..precision import PRECISIONS
 from ..recipe import ExportRecipe
 
+build = None
 vaes = ("tiny", "full")
+tables = ()
+precisions = PRECISIONS
 
 
 def check(recipe: ExportRecipe) -> None:

@@ -1,0 +1,45 @@
+"""TensorRT-RTX: plans for GeForce and RTX cards, built ahead of time on a machine that needs no GPU.
+
+A plan serves every compute capability it was built for. Without a GPU its builder can neither strip the weights nor
+make them refittable, so plans are whole: as large again as the weight file.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from ..errors import RecipeError
+from ..recipe import ExportRecipe
+from . import _tensorrt_common as common
+from ._tensorrt_options import TensorRTOptions
+
+# GeForce 30, 40 and 50.
+DEFAULT_SM = (86, 89, 120)
+
+vaes = common.VAES
+tables = common.TABLES
+precisions = common.PRECISIONS
+simplify = common.simplify
+
+
+def _target(trt: Any, config: Any, options: TensorRTOptions) -> tuple[str, ...]:
+    numbers = options.sm or DEFAULT_SM
+    config.num_compute_capabilities = len(numbers)
+    for index, number in enumerate(numbers):
+        config.set_compute_capability(trt.ComputeCapability.__members__[f"SM{number}"], index)
+    return tuple(f"{number // 10}.{number % 10}" for number in numbers)
+
+
+PACKAGE = common.Package("tensorrt_rtx", "tensorrt-rtx", stripped=False, target=_target)
+build = functools.partial(common.build, PACKAGE)
+
+
+def check(recipe: ExportRecipe) -> None:
+    """Raise RecipeError for what TensorRT-RTX does not build; ExportError where it is not installed."""
+    members = common.check(PACKAGE, recipe).ComputeCapability.__members__
+    # Turing is among the package's, but has no fp32 product there, which the timestep's modulation is.
+    known = sorted(int(name[2:]) for name in members if name.startswith("SM") and name != "SM75")
+    for number in recipe.tensorrt.sm:
+        if number not in known:
+            raise RecipeError(f"tensorrt.sm: expected any of {', '.join(map(str, known))}, got {number}")
