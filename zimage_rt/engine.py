@@ -6,7 +6,7 @@ import functools
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from .backends.registry import load_backend
 from .errors import BundleMismatch, Cancelled, RequestError
 from .guidance import guidance_scales
 from .image import latent_mask, paste, resize_images, resize_latents, to_signed
+from .lora import LoraSet
 from .manifest import Manifest, check_file, read_manifest
 from .metadata import describe
 from .request import (
@@ -34,6 +35,7 @@ from .samplers import sampler_table
 from .schedule import add_noise
 from .tiles import decode_tiled
 from .tokenizer import PromptTokenizer
+from .turns import Turns
 
 # Encoded prompts kept for reuse; a context is a few hundred kilobytes at full size.
 CONTEXT_CACHE_SIZE = 64
@@ -62,6 +64,8 @@ class Engine:
         self._check(manifest.tokenizer)
         self._tokenizer = PromptTokenizer(bundle, manifest)
         self.pipeline = backend.open(bundle, manifest, self._check_module)
+        self._turns = Turns()  # no request sees the weights change
+        self._loras = LoraSet(manifest, self.pipeline, self._turns, self._weights_changed)
 
     @classmethod
     def load(
@@ -123,6 +127,10 @@ class Engine:
     def run(self, request: GenerateRequest, *, callback: Callback | None = None) -> GenerateResult:
         """Draw a `GenerateRequest`; see `generate`."""
         resolved = resolve(request, self.manifest)
+        with self._turns.together():
+            return self._run(request, resolved, callback)
+
+    def _run(self, request: GenerateRequest, resolved: ResolvedRequest, callback: Callback | None) -> GenerateResult:
         timings: dict[str, float] = {}
         with _timed(timings, "total"):
             with _timed(timings, "encode_prompt"):
@@ -222,17 +230,18 @@ class Engine:
 
         It does not depend on the timestep, so it runs once a prompt and is kept for the next request.
         """
-        with self._lock:
-            if prompt in self._contexts:
-                self._contexts.move_to_end(prompt)
-                return self._contexts[prompt]
-        context = self.pipeline.context(self._tokenizer(prompt))
-        context.flags.writeable = False
-        with self._lock:
-            self._contexts[prompt] = context
-            while len(self._contexts) > CONTEXT_CACHE_SIZE:
-                self._contexts.popitem(last=False)
-        return context
+        with self._turns.together():
+            with self._lock:
+                if prompt in self._contexts:
+                    self._contexts.move_to_end(prompt)
+                    return self._contexts[prompt]
+            context = self.pipeline.context(self._tokenizer(prompt))
+            context.flags.writeable = False
+            with self._lock:
+                self._contexts[prompt] = context
+                while len(self._contexts) > CONTEXT_CACHE_SIZE:
+                    self._contexts.popitem(last=False)
+            return context
 
     def prepare_latents(self, request: ResolvedRequest) -> tuple[np.ndarray, Inpaint | None]:
         """What the loop begins with, float32 `[batch, 16, latent_height, latent_width]`, and what it keeps.
@@ -264,6 +273,44 @@ class Engine:
             return self.pipeline.decode(latents, vae)
         factor = self.manifest.pipeline.vae_scale_factor
         return decode_tiled(lambda part: self.pipeline.decode(part, vae), latents, tile, factor)
+
+    @property
+    def loras(self) -> dict[str, float]:
+        """The weights of the LoRAs that are loaded, by name; 0 is off."""
+        return self._loras.weights
+
+    def load_lora(self, path: str | Path, weight: float = 1.0, name: str | None = None) -> str:
+        """Put a LoRA on, beside those that are; requests that run now end first, later ones are drawn with it.
+
+        Args:
+            path: a .safetensors file in the layout of diffusers and PEFT, kohya or ComfyUI, or PEFT's folder.
+            weight: how much of it; 1 is what it was trained for.
+            name: for `set_loras` and `unload_lora`; the file's name without its ending where none is given.
+
+        Returns:
+            The name.
+
+        Raises:
+            LoraError: the file does not fit this bundle; its `keys` are those that have no place. Nothing was changed.
+            RequestError: the name is taken, or this backend cannot take LoRAs.
+        """
+        return self._loras.load(Path(path), weight, name)
+
+    def set_loras(self, weights: Mapping[str, float]) -> None:
+        """Give loaded LoRAs new weights, all at once; those not named are off, but stay loaded.
+
+        Raises RequestError for a name that is not loaded.
+        """
+        self._loras.set(weights)
+
+    def unload_lora(self, name: str) -> None:
+        """Take a LoRA off and forget it. Without any, the weights are the bundle's to the byte."""
+        self._loras.unload(name)
+
+    def _weights_changed(self, modules: Collection[str]) -> None:
+        if "text_encoder" in modules or "context_refiner" in modules:
+            with self._lock:
+                self._contexts.clear()
 
     def _on_step(self, callback: Callback, stage: int) -> OnStep:
         def on_step(step: int, count: int, sigma: float, sigma_next: float, now: np.ndarray) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class ZImageError(Exception):
     """Base of every error zimage_rt raises on purpose."""
@@ -33,3 +35,15 @@ class Cancelled(ZImageError):
 
 class MetadataError(ZImageError):
     """A picture says nothing of how it was made, says it in a damaged way, or names an input that is gone."""
+
+
+class LoraError(ZImageError, ValueError):
+    """A LoRA cannot be used with this bundle; nothing was changed.
+
+    Attributes:
+        keys: the file's keys that could not be placed, where that is why.
+    """
+
+    def __init__(self, message: str, keys: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.keys = tuple(keys)

@@ -93,6 +93,23 @@ class SampleJob:
     on_step: OnStep | None = None
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class LowRank:
+    """A change of some columns of a stored matrix: `matrix[:, first_column:][:, :columns] += down.T @ up`.
+
+    Attributes:
+        tensor: the matrix's name in the module's weight file, `[in_features, …]`.
+        first_column: where the changed columns begin.
+        down: float32 `[rank, in_features]`.
+        up: float32 `[rank, columns]`.
+    """
+
+    tensor: str
+    first_column: int
+    down: np.ndarray
+    up: np.ndarray
+
+
 class Module(Protocol):
     """One loaded module. Safe to call from several threads."""
 
@@ -110,6 +127,15 @@ class Pipeline(Protocol):
 
     def module(self, name: str) -> Module:
         """One module by itself, loaded on first use."""
+        ...
+
+    def patch(self, changes: Mapping[str, Sequence[LowRank]]) -> None:
+        """Give modules the bundle's weights plus these changes, instead of what they had; none gives back the bundle's.
+
+        Called while nothing else runs. No tensor has two changes of the same columns. Raises RequestError on a backend
+        that cannot, LoraError where a sum does not fit the format, OutOfMemory; the caller then patches again with the
+        changes that were there before.
+        """
         ...
 
     def context(self, input_ids: np.ndarray) -> np.ndarray:

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from .. import _core
-from ..errors import ZImageError
+from ..errors import RequestError, ZImageError
 from ..image import to_uint8
-from .base import CheckModule, Module, SampleJob
+from .base import CheckModule, LowRank, Module, SampleJob
+
+# Loads a module by name with changed weights.
+LoadPatched = Callable[[str, Sequence[LowRank]], Module]
 
 
 class ModulePipeline:
     """Runs modules that a backend loads by name, with the sampler loop in C++ around them."""
 
-    def __init__(self, load_module: Callable[[str], Module], check: CheckModule) -> None:
-        self._load_module = load_module
+    def __init__(
+        self, load_module: Callable[[str], Module], check: CheckModule, load_patched: LoadPatched | None = None
+    ) -> None:
+        self._load_module, self._load_patched = load_module, load_patched
         self._check = check
         self._modules: dict[str, Module] = {}
         self._lock = threading.Lock()
@@ -35,6 +40,22 @@ class ModulePipeline:
         """See `Pipeline`."""
         for name in modules:
             self.module(name)
+
+    def patch(self, changes: Mapping[str, Sequence[LowRank]]) -> None:
+        """See `Pipeline`: the modules concerned are loaded anew, and take the old ones' places together."""
+        if self._load_patched is None:
+            if any(changes.values()):
+                raise RequestError(
+                    "this backend's compiled plans cannot take LoRAs; load the bundle with backend='onnxruntime' or "
+                    "'cuda', or merge the LoRA into the checkpoint and export that"
+                )
+            return
+        for name in changes:
+            if name not in self._modules:
+                self._check(name)
+        loaded = {name: self._load_patched(name, found) for name, found in changes.items()}
+        with self._lock:
+            self._modules.update(loaded)
 
     def context(self, input_ids: np.ndarray) -> np.ndarray:
         """See `Pipeline`."""

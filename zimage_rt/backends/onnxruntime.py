@@ -11,7 +11,8 @@ import onnxruntime as ort
 
 from ..errors import BundleMismatch, OutOfMemory, RequestError, ZImageError
 from ..manifest import Manifest, ModuleSpec, shape_text
-from .base import CheckModule, Probe
+from .base import CheckModule, LowRank, Probe
+from .merge import merged
 from .modules import ModulePipeline
 from .onnxruntime_binding import BoundSession
 from .onnxruntime_providers import (
@@ -22,6 +23,8 @@ from .onnxruntime_providers import (
     probe_providers,
     require,
 )
+
+BFLOAT16 = 16  # TensorProto.BFLOAT16 in onnx.proto3
 
 
 class OnnxRuntimeBackend:
@@ -65,10 +68,16 @@ class OnnxRuntimeBackend:
 
     def open(self, bundle: Path, manifest: Manifest, check: CheckModule) -> ModulePipeline:
         """A pipeline over a bundle; modules are loaded on first use."""
-        return ModulePipeline(lambda name: self.load_module(bundle, manifest, name), check)
+        return ModulePipeline(
+            lambda name: self.load_module(bundle, manifest, name),
+            check,
+            lambda name, changes: self.load_module(bundle, manifest, name, changes),
+        )
 
-    def load_module(self, bundle: Path, manifest: Manifest, module: str) -> OnnxRuntimeModule:
-        """Load a module. Raises BundleMismatch where the graph and its weights do not fit."""
+    def load_module(
+        self, bundle: Path, manifest: Manifest, module: str, changes: Sequence[LowRank] = ()
+    ) -> OnnxRuntimeModule:
+        """Load a module, its weights changed. Raises BundleMismatch where the graph and its weights do not fit."""
         spec = manifest.module(module)
         if spec.graph is None:
             raise BundleMismatch(
@@ -76,8 +85,12 @@ class OnnxRuntimeBackend:
                 "or export it for onnxruntime"
             )
         path = bundle / spec.graph
+        settings = self._settings()
         try:
-            session = create_session(path, self._settings(), self._provider, self._provider_options, self._device)
+            # Before anything is optimised, so that nothing is folded from the bundle's own numbers.
+            weights = _values(merged(bundle / spec.weights, changes))
+            settings.add_external_initializers(list(weights), list(weights.values()))
+            session = create_session(path, settings, self._provider, self._provider_options, self._device)
         except ZImageError:
             raise
         except Exception as error:  # onnxruntime's own exceptions have no common base
@@ -91,7 +104,7 @@ class OnnxRuntimeBackend:
         if self._io_binding:
             place = "cuda" if self._provider.on_gpu else "cpu"
             bound = BoundSession(session, [output.name for output in spec.outputs], place, self._device)
-        return OnnxRuntimeModule(module, spec, session, bound)
+        return OnnxRuntimeModule(module, spec, session, bound, weights)
 
     def _settings(self) -> ort.SessionOptions:
         settings = ort.SessionOptions()
@@ -110,9 +123,15 @@ class OnnxRuntimeModule:
     """A loaded session; ONNX Runtime's `run` is thread-safe, and so is `BoundSession`'s."""
 
     def __init__(
-        self, name: str, spec: ModuleSpec, session: ort.InferenceSession, bound: BoundSession | None = None
+        self,
+        name: str,
+        spec: ModuleSpec,
+        session: ort.InferenceSession,
+        bound: BoundSession | None = None,
+        weights: Mapping[str, ort.OrtValue] | None = None,
     ) -> None:
         self._name, self._spec, self._session, self._bound = name, spec, session, bound
+        self._weights = weights  # the session reads them where they lie
         self._outputs = [output.name for output in spec.outputs]
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -134,6 +153,16 @@ class OnnxRuntimeModule:
             _raise_if_out_of_memory(error, f"running {self._name}")
             raise
         return dict(zip(self._outputs, values, strict=True))
+
+
+def _values(weights: Mapping[str, np.ndarray]) -> dict[str, ort.OrtValue]:
+    """Arrays as ONNX Runtime takes them, not copied; uint16 is bf16, which numpy does not have."""
+    return {
+        name: ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, BFLOAT16)
+        if array.dtype == np.uint16
+        else ort.OrtValue.ortvalue_from_numpy(array)
+        for name, array in weights.items()
+    }
 
 
 def _raise_if_out_of_memory(error: Exception, doing: str) -> None:

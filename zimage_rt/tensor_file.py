@@ -1,0 +1,92 @@
+"""Safetensors files read with numpy alone: a JSON header, then the tensors' bytes."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# numpy has no bfloat16: such a tensor is held as the upper halves of its fp32 numbers.
+_STORED = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+
+
+class TensorFile:
+    """A safetensors file, mapped: a tensor's bytes are read when they are looked at.
+
+    Attributes:
+        tensors: by name, the header's `dtype`, `shape` and `data_offsets`.
+        metadata: the header's own texts.
+
+    Raises:
+        ValueError: it is not a safetensors file, or shorter than its header says.
+        OSError: it cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+            if 8 + length > size:
+                raise ValueError("not a safetensors file, or cut short")
+            try:
+                header = json.loads(file.read(length))
+                self.metadata: Mapping[str, str] = header.pop("__metadata__", {})
+                self.tensors: Mapping[str, Any] = header
+                ends = [_check(name, entry) for name, entry in header.items()]
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"its header is damaged ({error})") from error
+        if 8 + length + max(ends, default=0) > size:
+            raise ValueError(f"cut short: {size} bytes of {8 + length + max(ends)}")
+        self._bytes = np.memmap(path, np.uint8, "r", offset=8 + length) if ends and max(ends) else np.empty(0, np.uint8)
+
+    def dtype(self, name: str) -> str:
+        """`F32`, `F16`, `BF16`, …"""
+        return self.tensors[name]["dtype"]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape."""
+        return tuple(self.tensors[name]["shape"])
+
+    def stored(self, name: str) -> np.ndarray:
+        """The tensor as it lies in the file; bf16 as uint16. Raises ValueError for another format than fp32/16/bf16."""
+        dtype = _STORED.get(self.dtype(name))
+        if dtype is None:
+            raise ValueError(f"{name}: expected F32, F16 or BF16, got {self.dtype(name)}")
+        first, last = self.tensors[name]["data_offsets"]
+        # Not a view of the mapping: offsets need not be aligned.
+        return np.frombuffer(self._bytes[first:last].tobytes(), dtype).reshape(self.shape(name))
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor in fp32."""
+        return widen(self.stored(name))
+
+
+def widen(array: np.ndarray) -> np.ndarray:
+    """fp32, fp16 or (as uint16) bf16 to fp32, exactly; always a copy."""
+    if array.dtype == np.uint16:
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float32)
+
+
+def narrow(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """fp32 to fp32, fp16 or (uint16) bf16, rounded to the nearest, ties to even. Too large a number becomes inf."""
+    if dtype != np.uint16:
+        with np.errstate(over="ignore"):
+            return array.astype(dtype, copy=False)
+    bits = array.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def _check(name: str, entry: Mapping[str, Any]) -> int:
+    """Where a tensor ends; raises where an entry says nonsense."""
+    first, last = entry["data_offsets"]
+    count = int(np.prod([int(size) for size in entry["shape"]], dtype=object))
+    size = {"F32": 4, "F16": 2, "BF16": 2}.get(entry["dtype"])
+    if not 0 <= first <= last or (size is not None and last - first != count * size):
+        raise ValueError(f"{name} {entry}")
+    return last
