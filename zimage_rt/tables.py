@@ -100,7 +100,7 @@ def _decode(content: bytes, path: Path, encoding: str | None) -> str:
 def _refuse_ambiguous(text: str, content: bytes, path: Path) -> None:
     """Raise RequestError where text is UTF-8 by chance: 猫 in GBK is è in UTF-8.
 
-    It takes a table with next to no Chinese in it, all of it of certain bytes. Latin letters that ASCII lacks are rarely
+    It takes a table with next to no Chinese in it, all of it of certain bytes. Latin letters beyond ASCII are rarely
     without ASCII ones beside them, which tells the two apart in nearly all texts.
     """
     runs = re.findall(r"[^\x00-\x7f]+", text)

@@ -22,10 +22,12 @@ from ..request import StepInfo
 from . import doctor as doctor_report
 from .batch import batch
 from .common import backend_options, fail, given_fields, is_given, picture_line, stderr
+from .explain import explain
 from .like import kept_alone, requests_of, warn_of_differences
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.command()(batch)
+app.command()(explain)
 
 
 def main() -> None:

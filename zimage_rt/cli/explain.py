@@ -1,0 +1,77 @@
+"""`zimage explain`: a contact sheet of one prompt at several steps and guidance scales."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ..engine import Engine
+from ..errors import RequestError
+from ..explain import explain as draw_explanation
+from .common import backend_options, given_fields, stderr
+
+Number = TypeVar("Number", int, float)
+
+
+def explain(
+    ctx: typer.Context,
+    bundle: Annotated[Path, typer.Argument(help="A folder that zimage-export wrote.")],
+    prompt: Annotated[str, typer.Option("-p", "--prompt", help="What to draw.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="PNG file.")] = Path("sheet.png"),
+    step_counts: Annotated[
+        str | None, typer.Option("--steps", help="1,2,4,8: the columns; the bundle's own count is the default's last.")
+    ] = None,
+    guidance: Annotated[str, typer.Option("--guidance", help="The rows.")] = "0,1,2,4",
+    negative_prompt: Annotated[str, typer.Option(help="What to steer away from.")] = "",
+    seed: Annotated[int, typer.Option(help="Of every picture.")] = 0,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    sampler: Annotated[str, typer.Option(help="euler, heun or dpmpp_2m.")] = "euler",
+    schedule: Annotated[str, typer.Option(help="simple, normal, karras, exponential or beta.")] = "simple",
+    cell: Annotated[int, typer.Option(help="How large a picture is on the sheet, in pixels.")] = 160,
+    font: Annotated[Path | None, typer.Option(help="A TrueType file for the labels, e.g. for Chinese.")] = None,
+    backend: Annotated[str, typer.Option(help="What runs the bundle.")] = "onnxruntime",
+    backend_option: Annotated[
+        list[str] | None, typer.Option("-O", "--backend-option", help="name=value; repeat for several.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="What the sheet shows, as a JSON line.")] = False,
+) -> None:
+    """Show how a prompt's picture comes about: step counts across, guidance down, and every step of the longest run."""
+    counts = None if step_counts is None else _numbers(step_counts, "--steps", int)
+    scales = _numbers(guidance, "--guidance", float)
+    fields = given_fields(ctx)
+    for name in ("prompt", "seed"):
+        fields.pop(name, None)
+    engine = Engine.load(bundle, backend=backend, backend_options=backend_options(backend_option or []))
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=stderr
+    ) as progress:
+        task = progress.add_task(prompt[:40], total=None)
+        sheet = draw_explanation(
+            engine,
+            prompt,
+            steps=counts,
+            guidance_scales=scales,
+            seed=seed,
+            cell=cell,
+            font=font,
+            on_picture=lambda done, total: progress.update(task, completed=done, total=total),
+            **fields,
+        )
+    path = sheet.save(output)
+    if as_json:
+        print(json.dumps({"file": str(path), **sheet.data}, ensure_ascii=False))
+    else:
+        print(f"{path}  {prompt}  ({len(sheet.data['cells'])} pictures, seed {seed})")
+
+
+def _numbers(text: str, option: str, kind: Callable[[str], Number]) -> list[Number]:
+    try:
+        return [kind(item) for item in text.split(",")]
+    except ValueError:
+        raise RequestError(f"{option}: expected numbers with commas between them, got {text!r}") from None

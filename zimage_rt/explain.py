@@ -1,0 +1,204 @@
+"""How a picture comes about: one prompt and seed at several step counts and guidance scales, and step by step."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .contact_sheet import MIN_CELL, Picture, Section, draw_sheet
+from .engine import Engine
+from .errors import RequestError
+from .files import write_whole
+from .request import GenerateRequest, StepInfo, resolve
+from .samplers import sampler_table
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+KEY = "zimage_rt_explain"
+# More pictures than this on one sheet cannot be compared by eye.
+MAX_PICTURES = 100
+# Of a longer run as many steps are shown, the last among them.
+MAX_STRIP = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """A contact sheet.
+
+    Attributes:
+        image: the sheet.
+        data: what it shows, as JSON: the request's fields, the bundle, and `cells` with `guidance_scale`,
+            `num_inference_steps`, `evaluations` and `seconds`, previews not counted.
+    """
+
+    image: Image
+    data: dict[str, Any]
+
+    def save(self, path: str | Path) -> Path:
+        """Write the sheet as PNG, with `data` in its text `zimage_rt_explain`; whole or not at all.
+
+        Raises:
+            RequestError: the name is not a PNG's.
+            OSError: the folder cannot be made or written.
+        """
+        from PIL.PngImagePlugin import PngInfo
+
+        path = Path(path)
+        if path.suffix.lower() != ".png":
+            raise RequestError(f"output: expected a name that ends in .png, got {path.name}")
+        text = PngInfo()
+        text.add_text(KEY, json.dumps(self.data, ensure_ascii=False))
+        encoded = io.BytesIO()
+        self.image.save(encoded, "PNG", pnginfo=text)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, encoded.getvalue())
+        return path
+
+
+def explain(
+    engine: Engine,
+    prompt: str,
+    *,
+    steps: Sequence[int] | None = None,
+    guidance_scales: Sequence[float] = (0.0, 1.0, 2.0, 4.0),
+    seed: int = 0,
+    cell: int = 160,
+    font: str | Path | None = None,
+    on_picture: Callable[[int, int], None] | None = None,
+    **fields: Any,
+) -> Explanation:
+    """Draw a prompt at every step count and guidance scale, and put them on a sheet.
+
+    Rows are guidance scales and columns step counts; below, a strip for each guidance scale shows the latents after
+    each step of the longest run. All pictures go through the tiny VAE.
+
+    Args:
+        engine: what draws.
+        prompt: what to draw.
+        steps: values of `num_inference_steps`; 1, 2, 4 and the bundle's own if None.
+        guidance_scales: values of `guidance_scale`.
+        seed: of every picture.
+        cell: how large a picture is on the sheet, in pixels of its longer side.
+        font: a TrueType file for the labels; Pillow's own, which has Latin letters only, if None.
+        on_picture: told after each picture how many are done, and of how many.
+        **fields: the other fields of `GenerateRequest`, the same for all pictures.
+
+    Raises:
+        RequestError: a field is impossible, or there are too many pictures.
+    """
+    own = engine.manifest.pipeline.num_inference_steps
+    counts = sorted(set(steps if steps is not None else (1, 2, 4, own)))
+    scales = sorted(set(guidance_scales))
+    if not counts or not scales or len(counts) * len(scales) > MAX_PICTURES:
+        raise RequestError(
+            f"steps and guidance_scales: expected 1 to {MAX_PICTURES} pictures, got {len(counts)} x {len(scales)}"
+        )
+    if not MIN_CELL <= cell <= 1024:
+        raise RequestError(f"cell: expected {MIN_CELL} to 1024 pixels, got {cell}")
+    try:
+        base = GenerateRequest(prompt, seed=seed, vae="tiny", **fields)
+    except TypeError as error:
+        raise RequestError(f"{error}; known fields: {', '.join(GenerateRequest.__dataclass_fields__)}") from error
+    grid = {
+        (scale, count): dataclasses.replace(base, num_inference_steps=count, guidance_scale=scale)
+        for scale in scales
+        for count in counts
+    }
+    evaluations = {key: _evaluations(engine, request) for key, request in grid.items()}  # checks every one, too
+    # So that the first picture's time is not that of loading the VAE.
+    engine.run(dataclasses.replace(base, num_inference_steps=1, guidance_scale=scales[-1]))
+
+    rows: list[tuple[str, list[Picture]]] = []
+    strips: list[tuple[str, list[Picture]]] = []
+    cells: list[dict[str, Any]] = []
+    for scale in scales:
+        row: list[Picture] = []
+        for count in counts:
+            strip: list[Picture] | None = [] if count == counts[-1] else None
+            pixels, seconds = _draw(engine, grid[scale, count], strip)
+            made = evaluations[scale, count]
+            row.append(Picture(pixels, f"{_counted(made)}, {seconds:.2f} s"))
+            cells.append(
+                {"guidance_scale": scale, "num_inference_steps": count, "evaluations": made, "seconds": seconds}
+            )
+            if strip is not None:
+                strips.append((f"guidance {scale:g}", strip))
+            if on_picture is not None:
+                on_picture(len(cells), len(grid))
+        rows.append((f"guidance {scale:g}" + (" (none)" if scale == 0 else ""), row))
+
+    data = _settings(engine, grid[scales[0], counts[-1]])
+    sections = [
+        Section("Steps across, guidance down", [f"{count} step{'s' * (count > 1)}" for count in counts], rows, cell),
+        Section(f"What the latents hold after each step of {counts[-1]}", None, strips, cell, shrink=True),
+    ]
+    titles = [
+        data["prompt"],
+        *([f"negative: {data['negative_prompt']}"] if data["negative_prompt"] else []),
+        "seed {seed}, {width}x{height}, {sampler}, {schedule}, tiny VAE; "
+        "{bundle_name} {precision}, bundle {bundle_id}, {backend}".format(**data),
+    ]
+    return Explanation(draw_sheet(titles, sections, font), {**data, "cells": cells})
+
+
+def _settings(engine: Engine, request: GenerateRequest) -> dict[str, Any]:
+    """What all pictures of a sheet have in common."""
+    resolved = resolve(request, engine.manifest)
+    return {
+        "prompt": resolved.prompts[0],
+        "negative_prompt": resolved.negative_prompts[0],
+        "seed": resolved.seeds[0],
+        "height": resolved.height,
+        "width": resolved.width,
+        "sampler": resolved.sampler,
+        "schedule": request.schedule,
+        "bundle_id": engine.bundle_id,
+        "bundle_name": engine.manifest.name,
+        "precision": engine.manifest.precision,
+        "backend": engine.backend,
+    }
+
+
+def _counted(evaluations: int) -> str:
+    return f"{evaluations} evaluation{'s' * (evaluations > 1)}"
+
+
+def _evaluations(engine: Engine, request: GenerateRequest) -> int:
+    """How often the transformer runs; a guided evaluation is a batch of two and counts once. Raises RequestError."""
+    resolved = resolve(request, engine.manifest)
+    made = len(sampler_table(resolved.sampler, resolved.sigmas))
+    if resolved.second_pass is not None:
+        made += len(sampler_table(resolved.sampler, resolved.second_pass.sigmas))
+    return made
+
+
+def _draw(engine: Engine, request: GenerateRequest, strip: list[Picture] | None) -> tuple[np.ndarray, float]:
+    """The picture, uint8 `[height, width, 3]`, and its seconds; previews go into `strip` and do not count."""
+    spent = 0.0
+
+    def on_step(info: StepInfo) -> None:
+        nonlocal spent
+        if strip is None or not _is_shown(info.step, info.num_steps):
+            return
+        start = time.perf_counter()
+        preview = info.preview()[0]
+        spent += time.perf_counter() - start
+        strip.append(Picture(preview, f"{info.step + 1}: sigma {info.sigma_next:.2f}"))
+
+    result = engine.run(request, callback=on_step)
+    return result.images[0], result.timings["total"] - spent
+
+
+def _is_shown(step: int, num_steps: int) -> bool:
+    """Evenly spaced ones of a long run, the first and the last among them."""
+    if num_steps <= MAX_STRIP:
+        return True
+    return step in np.linspace(0, num_steps - 1, MAX_STRIP).round().astype(int)
