@@ -27,9 +27,10 @@ from zimage_rt.backends._tensorrt_plans import (
     map_tensors,
     rows_per_run,
 )
+from zimage_rt.backends.base import Device
 from zimage_rt.backends.registry import BACKENDS, load_backend, probe_backends
 from zimage_rt.errors import BackendUnavailable, BundleMismatch, RequestError
-from zimage_rt.manifest import EngineSpec, Manifest, TensorSpec, read_manifest
+from zimage_rt.manifest import EngineSpec, Manifest, ShapeRange, ShapeRanges, TensorSpec, read_manifest
 
 trt = pytest.importorskip(
     "tensorrt_rtx", reason="builds plans with TensorRT-RTX: pip install 'zimage-rt[tensorrt-rtx]'"
@@ -289,6 +290,51 @@ def test_without_a_gpu_the_library_deserialises_nothing(folder: Path, engines) -
         deserialize(trt.Runtime(log.logger), log, "p", "tensorrt_rtx", (folder / engines[0].file).read_bytes())
 
 
+# Bundles that `zimage-export` built.
+
+
+@pytest.fixture(scope="session")
+def exported(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every module's plans in fp16, the transformer's in two parts; built fast, for nothing runs them."""
+    from export_checkpoints import recipe
+    from zimage_rt.export.builders._tensorrt_options import TensorRTOptions
+    from zimage_rt.export.bundle import export
+
+    out = tmp_path_factory.mktemp("exported") / "bundle"
+    options = TensorRTOptions(sm=(86,), split={"transformer": 2}, optimization_level=0)
+    size = ShapeRange(64, 128, 256, 16)
+    shapes = ShapeRanges(ShapeRange(1, 1, 2), size, size, ShapeRange(1, 16, 64))
+    export(
+        recipe(
+            small_checkpoint,
+            out,
+            backend="tensorrt_rtx",
+            precision="fp16",
+            parity=False,
+            tensorrt=options,
+            shapes=shapes,
+        )
+    )
+    return out
+
+
+def test_an_exported_bundle_passes_every_check(exported: Path) -> None:
+    """All that comes before the library: the plans of each module fit together, and whole requests find profiles."""
+    manifest = read_manifest(exported)
+    sizes = {"batch": 2, "latent_height": 16, "latent_width": 32, "height": 128, "width": 256}
+    sizes |= {"prompt_tokens": 40, "context_tokens": 64}
+    for module, spec in manifest.modules.items():
+        found = checked_plans(exported, manifest, module, lambda name: None, "tensorrt_rtx", VERSION, "8.6")
+        assert len(found) == (2 if module == "transformer" else 1)
+        first = found[0][0]
+        shapes = {item.name: tuple(sizes.get(dim, dim) for dim in item.dims) for item in first.inputs}
+        assert [item.name for item in first.inputs] == [item.name for item in spec.inputs]
+        assert choose_profile(module, first.profiles, shapes) == 0
+        assert rows_per_run(first.profiles, spec.inputs, {name: (6, *shape[1:]) for name, shape in shapes.items()}) == 2
+    with pytest.raises(BundleMismatch, match=r"got engines for 8\.6; export it .*--sm 89"):
+        checked_plans(exported, manifest, "transformer", lambda name: None, "tensorrt_rtx", VERSION, "8.9")
+
+
 class Untouched:
     """In place of the library's runtime: whatever is asked of it fails the test."""
 
@@ -334,6 +380,21 @@ def test_no_gpu_is_said_and_other_backends_named(bundle: Path) -> None:
         zimage_rt.Engine.load(bundle, backend="tensorrt_rtx")
     probe = next(probe for probe in probe_backends() if probe.name == "tensorrt_rtx")
     assert probe.problem is not None and probe.versions["tensorrt_rtx"] == VERSION
+
+
+def test_what_a_gpu_cannot_run_is_said_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from zimage_rt.backends import _cuda_runtime, _tensorrt_common
+    from zimage_rt.backends.tensorrt_rtx import TensorRTRTXBackend
+
+    hopper = Device("NVIDIA H200", (9, 0), 150 << 30)
+    monkeypatch.setattr(nvidia_driver, "query", lambda: nvidia_driver.Driver(None, "13.0", [hopper]))
+    assert _cuda_runtime.runtime_problem(1) == "no device 1: there are 1 GPUs"
+    monkeypatch.setattr(_tensorrt_common, "runtime_problem", lambda device: None)
+    with pytest.raises(
+        BackendUnavailable, match=r"does not run on NVIDIA H200 \(compute capability 9\.0\); use backend="
+    ):
+        load_backend("tensorrt_rtx", {})
+    assert TensorRTRTXBackend.probe(trt)[0].devices == [hopper]
 
 
 @pytest.mark.parametrize("name", ["tensorrt", "tensorrt_rtx"])

@@ -14,7 +14,7 @@ if [[ $backend != tensorrt && $backend != tensorrt_rtx ]]; then
   exit 2
 fi
 root=$(cd "$(dirname "$0")/../.." && pwd)
-out=${2:-$root/gpu-results}
+out=${2:-$root/out/$backend}
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 1
 cd "$root" || exit 1
 python=${PYTHON:-$root/.venv/bin/python}
@@ -42,7 +42,7 @@ export_command=("$python" -m zimage_rt.export.cli)
   "${export_command[@]}" engines/nano.toml --out "$reference" --skip-parity || fail "exporting the reference"
 echo "== building $bundle for sm_$sm"
 start=$SECONDS
-"${export_command[@]}" engines/nano-fp16.toml --out "$bundle" --backend "$backend" --sm "$sm" --skip-parity ||
+"${export_command[@]}" engines/nano-rtx-fp16.toml --out "$bundle" --backend "$backend" --sm "$sm" --skip-parity ||
   fail "building the plans"
 echo "== built in $((SECONDS - start)) s: $(du -ch "$bundle"/*.engine | tail -n 1 | cut -f 1) of plans"
 
