@@ -1,6 +1,8 @@
 """What an export costs: seconds and peak memory of every step of every module.
 
     python -m zimage_rt.benchmarks.export_cost /tmp/z-image-random /tmp/bundle --precision bf16
+    python -m zimage_rt.benchmarks.export_cost --random checkpoints/zimage-nano /tmp/bundle --no-parity \
+        --recipe engines/z-image-rtx-fp16.toml
 
 Runs just what `zimage-export` runs and looks at the kernel's account of this process twenty times a second. *Anonymous*
 memory is what the export itself holds; *mapped* is pages of the checkpoint and the bundle that the kernel may drop at
@@ -18,8 +20,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from zimage_rt.benchmarks.random_checkpoint import RULES, Z_IMAGE, random_checkpoint
 from zimage_rt.export.bundle import export
-from zimage_rt.export.recipe import ExportRecipe
+from zimage_rt.export.recipe import ExportRecipe, read_recipe
 
 INTERVAL = 0.05  # seconds between two looks
 
@@ -80,23 +83,37 @@ class Meter:
 def main(
     checkpoint: Annotated[Path, typer.Argument(help="A diffusers folder or a single .safetensors file.")],
     out: Annotated[Path, typer.Argument(help="The bundle's folder.")],
-    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
+    precision: Annotated[str | None, typer.Option(help="fp32 (the default), fp16 or bf16.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="All else that can be chosen.")] = None,
+    random: Annotated[
+        bool, typer.Option("--random", help="Random weights of full size; of CHECKPOINT, the tokenizer alone.")
+    ] = False,
     parity: Annotated[bool, typer.Option(help="Measure parity, as zimage-export does.")] = True,
     to_json: Annotated[Path | None, typer.Option("--json", help="A file to write the figures to.")] = None,
 ) -> None:
     """Export a checkpoint and print what each step of it cost."""
     start = time.perf_counter()
     meter = Meter()
-    manifest = export(ExportRecipe(checkpoint, out, out.name, precision, parity=parity), meter.step)
+    chosen = ExportRecipe(checkpoint, out, out.name) if recipe is None else read_recipe(recipe)
+    chosen = dataclasses.replace(
+        chosen, checkpoint=checkpoint, out=out, precision=precision or chosen.precision, parity=parity
+    )
+    tensors = random_checkpoint(checkpoint / "tokenizer", Z_IMAGE, rule=RULES["loud"]) if random else None
+    manifest = export(chosen, meter.step, tensors)
     meter.stop()
     seconds = time.perf_counter() - start
     for (module, step), cost in meter.costs.items():
         memory_text = f"anonymous {cost.anonymous / 1e9:5.2f} GB  mapped {cost.mapped / 1e9:5.2f} GB"
-        typer.echo(f"{module:<18} {step:<7} {cost.seconds:7.1f} s  {memory_text}")
+        typer.echo(f"{module:<18} {step:<9} {cost.seconds:7.1f} s  {memory_text}")
     for name, spec in manifest.modules.items():
         if spec.parity is not None:
             error = max(case.relative_error for case in spec.parity.cases)
             typer.echo(f"{name:<18} {spec.precision}  relative error {error:.1e}  ({spec.parity.reference})")
+        for engine in spec.engines:
+            typer.echo(
+                f"{engine.file:<22} {manifest.files[engine.file].size / 1e9:6.2f} GB  "
+                f"activations {engine.activation_bytes / 1e9:5.2f} GB"
+            )
     size = sum(entry.size for entry in manifest.files.values())
     anonymous = max(cost.anonymous for cost in meter.costs.values())
     resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -105,7 +122,7 @@ def main(
         f"resident with mapped files {resident / 1e9:.2f} GB"
     )
     report = {
-        "precision": precision,
+        "precision": chosen.precision,
         "bytes": size,
         "seconds": seconds,
         "peak_anonymous": anonymous,
