@@ -10,6 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from zimage_rt.lora import MODULES
+from zimage_rt.manifest import Manifest
+
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3", "adaLN_modulation.0")
 
 
@@ -88,3 +91,17 @@ def changed(model: nn.Module, lora: Lora, weight: float = 1.0) -> None:
     with torch.no_grad():
         for name, delta in lora.deltas():
             model.get_submodule(name).weight += weight * delta.float()
+
+
+def random_lora_of(manifest: Manifest, path: Path, seed: int, modules: tuple[str, ...] = MODULES) -> Path:
+    """A LoRA of every linear layer of a bundle's modules, written as PEFT does; it needs no model."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for module in modules:
+        prefix = "text_encoder" if module == "text_encoder" else "transformer"
+        for name, place in manifest.modules[module].linears.items():
+            down = torch.randn(5, place.in_features, generator=generator)
+            up = torch.randn(place.columns, 5, generator=generator)
+            tensors[f"{prefix}.{name}.lora_A.weight"] = down
+            tensors[f"{prefix}.{name}.lora_B.weight"] = up * (0.1 / place.in_features**0.5)
+    return write(path, tensors)

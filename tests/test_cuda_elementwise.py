@@ -102,6 +102,26 @@ def test_swiglu(kernels, rng, dtype, rows, hidden):
     assert relative_error(kernels.swiglu(gate_up, 2.0**-3, 2.0**-4), reference) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", ["float32", *HALVES])
+@pytest.mark.parametrize(("rows", "columns", "first", "width", "rank"), [(1, 1, 0, 1, 1), (65, 130, 31, 70, 17)])
+def test_low_rank_update(kernels, rng, dtype, rows, columns, first, width, rank):
+    matrix = cast(f32(rng, rows, columns), dtype)
+    down, up = f32(rng, rank, rows), f32(rng, rank, width)
+    out, overflow = kernels.low_rank_update(matrix, down, up, first)
+    reference = to_float(matrix)
+    reference[:, first : first + width] += down.T.astype(np.float64) @ up
+    assert relative_error(out, reference) < TOLERANCE[dtype]
+    rest = np.r_[:first, first + width : columns]
+    assert (out[:, rest] == matrix[:, rest]).all()
+    assert not overflow
+
+
+def test_low_rank_update_tells_of_overflow(kernels):
+    matrix, factor = np.ones((3, 70), np.float16), np.full((1, 70), 300, np.float32)
+    assert kernels.low_rank_update(matrix, factor[:, :3], factor, 0)[1]
+    assert not kernels.low_rank_update(matrix, factor[:, :3] / 300, factor, 0)[1]
+
+
 def patches_of(latents, patch=2):
     samples, channels, height, width = latents.shape
     rows = latents.reshape(samples, channels, height // patch, patch, width // patch, patch)

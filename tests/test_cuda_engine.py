@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cuda_reference import relative_error, require_gpu
+from lora_files import random_lora_of
 from zimage_rt.benchmarks.fidelity import psnr
 from zimage_rt.benchmarks.quality.__main__ import read_prompts
 
 import zimage_rt
-from zimage_rt.errors import BundleMismatch, Cancelled, OutOfMemory, RequestError
+from zimage_rt.errors import BundleMismatch, Cancelled, LoraError, OutOfMemory, RequestError
 
 pytestmark = pytest.mark.gpu
 require_gpu()
@@ -196,6 +197,88 @@ def test_text_encoder_on_the_host_gives_the_same_bytes(bundles, bf16):
     assert ours.tobytes() == bf16.generate(PROMPTS[1], seed=1).images.tobytes()
     # The VAE came in the meantime; the text encoder did not stay.
     assert moving.pipeline.memory()["weights"] < bf16.pipeline.memory()["weights"]
+
+
+@pytest.fixture
+def unload():
+    """Engines that the test put LoRAs on: it takes them off again."""
+    engines: list[zimage_rt.Engine] = []
+    yield engines
+    for engine in engines:
+        for name in engine.loras:
+            engine.unload_lora(name)
+
+
+def module_outputs(engine):
+    rng = np.random.default_rng(3)
+    latents, context = rng.standard_normal((1, 16, 32, 32)), rng.standard_normal((1, 64, 384))
+    inputs = {"latents": latents, "timestep": np.full(1, 0.4), "context": context}
+    inputs = {name: value.astype(np.float32) for name, value in inputs.items()}
+    yield "context", engine.encode_prompt(PROMPTS[0])
+    yield "transformer", engine.pipeline.module("transformer")(inputs)["noise_pred"]
+
+
+def test_a_lora_is_that_of_onnxruntime_and_leaves_the_same_bytes(cuda, reference, unload, tmp_path):
+    unload += [cuda, reference]
+    path = random_lora_of(cuda.manifest, tmp_path / "style.safetensors", seed=1)
+    other = random_lora_of(cuda.manifest, tmp_path / "other.safetensors", seed=2, modules=("transformer",))
+    before = dict(module_outputs(cuda))
+    for engine in (cuda, reference):
+        engine.load_lora(path, weight=0.8)
+        engine.load_lora(other, weight=-0.5)
+    expected, ours = dict(module_outputs(reference)), dict(module_outputs(cuda))
+    for name, value in ours.items():
+        assert relative_error(value, before[name]) > 0.05, name
+        assert relative_error(value, expected[name]) < 2 * TOLERANCE[cuda.manifest.precision], name
+    cuda.unload_lora("other")
+    cuda.set_loras({})
+    for name, value in module_outputs(cuda):
+        assert value.tobytes() == before[name].tobytes(), name
+
+
+def test_a_swap_leaves_captured_graphs_as_they_are(bf16, unload, tmp_path):
+    unload.append(bf16)
+    options = {"seed": 5, "num_inference_steps": 3}
+    plain = [bf16.generate(PROMPTS[0], **options).images.tobytes() for _ in range(3)]
+    graphs = bf16.pipeline.native.graph_count
+    bf16.load_lora(random_lora_of(bf16.manifest, tmp_path / "style.safetensors", seed=1))
+    styled = bf16.generate(PROMPTS[0], **options).images.tobytes()
+    assert bf16.pipeline.native.graph_count == graphs
+    assert styled not in plain
+    assert bf16.generate(PROMPTS[0], callback=lambda info: None, **options).images.tobytes() == styled
+    bf16.set_loras({"style": 0.5})
+    assert bf16.generate(PROMPTS[0], **options).images.tobytes() not in (styled, plain[0])
+    bf16.set_loras({"style": 1.0})
+    assert bf16.generate(PROMPTS[0], **options).images.tobytes() == styled
+    bf16.unload_lora("style")
+    assert bf16.generate(PROMPTS[0], **options).images.tobytes() == plain[0]
+
+
+def test_a_text_encoder_on_the_host_takes_a_lora(bundles, bf16, unload, tmp_path):
+    moving = zimage_rt.Engine.load(bundles["bf16"], backend="cuda", backend_options={"text_encoder": "host"})
+    unload += [bf16, moving]
+    plain = moving.encode_prompt(PROMPTS[1])
+    path = random_lora_of(bf16.manifest, tmp_path / "text.safetensors", seed=4, modules=("text_encoder",))
+    for engine in (bf16, moving):
+        engine.load_lora(path)
+    assert moving.pipeline.memory()["weights"] < bf16.pipeline.memory()["weights"]
+    for prompt in PROMPTS:
+        assert moving.encode_prompt(prompt).tobytes() == bf16.encode_prompt(prompt).tobytes()
+    assert moving.encode_prompt(PROMPTS[1]).tobytes() != plain.tobytes()
+    moving.unload_lora("text")
+    assert moving.encode_prompt(PROMPTS[1]).tobytes() == plain.tobytes()
+
+
+def test_a_lora_that_fp16_cannot_hold_is_refused_and_nothing_stays_of_it(bundles, tmp_path):
+    engine = zimage_rt.Engine.load(bundles["fp16"], backend="cuda")
+    path = random_lora_of(engine.manifest, tmp_path / "style.safetensors", seed=1)
+    engine.load_lora(path, weight=0.5)
+    before = dict(module_outputs(engine))
+    with pytest.raises(LoraError, match=r"does not fit into fp16"):
+        engine.load_lora(path, weight=1e6, name="loud")
+    assert engine.loras == {"style": 0.5}
+    for name, value in module_outputs(engine):
+        assert value.tobytes() == before[name].tobytes(), name
 
 
 def test_our_own_attention_gives_the_same_pictures(bundles, bf16):

@@ -284,6 +284,22 @@ py::object sample_job(Pipeline& self, py::array_t<float> latents,
   return py::make_tuple(std::move(result), times.denoise, times.decode);
 }
 
+// changes: (tensor, first column, down [rank, rows], up [rank, columns]).
+void change(
+    Pipeline& self, const std::string& module,
+    const std::vector<std::tuple<std::string, std::int64_t, FloatArray, FloatArray>>& changes) {
+  std::vector<LowRank> views;
+  for (const auto& [tensor, first_column, down, up] : changes) {
+    expect_dims(down, 2, "down");
+    expect_dims(up, 2, "up");
+    if (size_at(down, 0) != size_at(up, 0))
+      throw std::invalid_argument("down, up: expected the same rank");
+    views.push_back({tensor, first_column, size_at(down, 0), size_at(down, 1), size_at(up, 1),
+                     down.data(), up.data()});
+  }
+  released([&] { self.change(module, views); });
+}
+
 py::dict memory(Pipeline& self) {
   const MemoryUse use = self.memory();
   py::dict out;
@@ -331,6 +347,7 @@ PYBIND11_MODULE(_cuda, m) {
   const auto error = py::register_local_exception<CudaError>(m, "CudaError", PyExc_RuntimeError);
   py::register_local_exception<OutOfMemoryError>(m, "OutOfMemoryError", error);
   py::register_local_exception<WeightError>(m, "WeightError", PyExc_RuntimeError);
+  py::register_local_exception<RangeError>(m, "RangeError", PyExc_RuntimeError);
   // A name of its own, so that it is not taken for a ValueError out of a callback.
   py::register_local_exception<std::invalid_argument>(m, "ArgumentError", PyExc_ValueError);
   m.def("device_count", &device_count);
@@ -375,6 +392,7 @@ PYBIND11_MODULE(_cuda, m) {
                throw std::invalid_argument("no program runs the module " + module);
              }
            })
+      .def("change", &change, py::arg("module"), py::arg("changes"))
       .def("encode", &encode, py::arg("input_ids"), py::arg("hidden_size"))
       .def("refine", &refine, py::arg("prompt_embeds"))
       .def("context", &context, py::arg("input_ids"))

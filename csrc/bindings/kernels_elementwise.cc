@@ -6,6 +6,7 @@
 
 #include "bindings/device_array.h"
 #include "bindings/kernels.h"
+#include "kernels/low_rank.h"
 #include "kernels/modulation.h"
 #include "kernels/norm.h"
 #include "kernels/patches.h"
@@ -78,6 +79,20 @@ py::array run_qk_norm_rope(const py::array& qkv, const std::optional<py::array>&
                 q_heads, k_heads, head_dim, eps},
                nullptr);
   return rows.download();
+}
+
+// Returns the changed matrix, and whether its format cannot hold a result.
+py::tuple run_low_rank_update(const py::array& matrix, const py::array& down, const py::array& up,
+                              int first_column) {
+  const DeviceArray target(matrix), d(down), u(up), overflow(py::array_t<float>(1));
+  ZRT_CUDA(cudaMemset(overflow.data(), 0, sizeof(int)));
+  low_rank_update(
+      {target.data(), target.dtype(), rows_of(target), columns_of(target), first_column,
+       columns_of(u), rows_of(d), d.data<float>(), u.data<float>(), overflow.data<int>()},
+      nullptr);
+  int flag = 0;
+  ZRT_CUDA(cudaMemcpy(&flag, overflow.data(), sizeof(int), cudaMemcpyDeviceToHost));
+  return py::make_tuple(target.download(), flag != 0);
 }
 
 py::array run_swiglu(const py::array& gate_up, float gate_scale, float up_scale) {
@@ -182,6 +197,7 @@ void bind_elementwise(py::module_& m) {
   m.def("residual_norm", &run_residual_norm);
   m.def("layer_norm", &run_layer_norm);
   m.def("qk_norm_rope", &run_qk_norm_rope);
+  m.def("low_rank_update", &run_low_rank_update);
   m.def("swiglu", &run_swiglu);
   m.def("patchify", &run_patchify);
   m.def("unpatchify", &run_unpatchify);

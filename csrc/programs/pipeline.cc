@@ -100,6 +100,7 @@ void Pipeline::load_text_encoder(std::unique_ptr<Weights> weights,
   ZRT_TURN;
   weights_.push_back(upload(std::move(weights), "the text encoder's weights"));
   text_weights_ = weights_.back().get();
+  changeable_["text_encoder"] = text_weights_;
   text_encoder_.emplace(config, *text_weights_);
   if (!options_.keep_text_encoder) text_weights_->release();
 }
@@ -108,12 +109,14 @@ void Pipeline::load_context_refiner(std::unique_ptr<Weights> weights,
                                     const TransformerConfig& config) {
   ZRT_TURN;
   weights_.push_back(upload(std::move(weights), "the context refiner's weights"));
+  changeable_["context_refiner"] = weights_.back().get();
   context_refiner_.emplace(config, *weights_.back());
 }
 
 void Pipeline::load_transformer(std::unique_ptr<Weights> weights, const TransformerConfig& config) {
   ZRT_TURN;
   weights_.push_back(upload(std::move(weights), "the transformer's weights"));
+  changeable_["transformer"] = weights_.back().get();
   transformer_.emplace(config, *weights_.back());
 }
 
@@ -129,6 +132,39 @@ void Pipeline::load_vae_encoder(std::unique_ptr<Weights> weights, const TinyVaeC
   weights_.push_back(upload(std::move(weights), "the encoder's weights"));
   vae_encoder_.emplace(config, *weights_.back());
   latent_channels_ = config.latent_channels;
+}
+
+void Pipeline::change(const std::string& module, const std::vector<LowRank>& changes) {
+  ZRT_TURN;
+  const auto found = changeable_.find(module);
+  if (found == changeable_.end())
+    throw std::invalid_argument("module: expected a loaded one with matrices, got " + module);
+  stream_.synchronize();
+  if (module != "text_encoder" || options_.keep_text_encoder) {
+    found->second->change(changes, stream_.get());
+    return;
+  }
+  text_factors_.clear();
+  text_changes_ = changes;
+  for (LowRank& change : text_changes_) {
+    const auto rank = static_cast<std::size_t>(change.rank);
+    change.down = text_factors_.emplace_back(change.down, change.down + rank * change.rows).data();
+    change.up = text_factors_.emplace_back(change.up, change.up + rank * change.columns).data();
+  }
+  upload_text_encoder();  // so that what is wrong shows now
+  text_weights_->release();
+}
+
+void Pipeline::upload_text_encoder() {
+  check_limit(text_weights_->bytes(), "the text encoder's weights");
+  text_weights_->upload("the text encoder's weights");
+  if (text_changes_.empty()) return;
+  try {
+    text_weights_->change(text_changes_, stream_.get());
+  } catch (...) {
+    text_weights_->release();  // no prompt may be encoded without them
+    throw;
+  }
 }
 
 // At least `bytes` of a buffer that grows: what it held, and graphs that point into it, are lost.
@@ -152,10 +188,7 @@ void Pipeline::read_back(void* target, const void* source, std::size_t bytes) {
 
 void Pipeline::run_text_encoder(const std::int64_t* input_ids, int tokens,
                                 const TextEncoder::Buffers& at) {
-  if (!text_weights_->uploaded()) {
-    check_limit(text_weights_->bytes(), "the text encoder's weights");
-    text_weights_->upload("the text encoder's weights");
-  }
+  if (!text_weights_->uploaded()) upload_text_encoder();
   text_encoder_->run(input_ids, tokens, at, ops());
   if (!options_.keep_text_encoder) {
     stream_.synchronize();
@@ -548,7 +581,7 @@ std::vector<float> Pipeline::time_text_encoder(int tokens, int repeats) {
   encoder.plan(tokens, size);
   Arena memory = arena(side_memory_, size.used(), "encoding a prompt");
   const TextEncoder::Buffers at = encoder.plan(tokens, memory);
-  if (!text_weights_->uploaded()) text_weights_->upload("the text encoder's weights");
+  if (!text_weights_->uploaded()) upload_text_encoder();
   std::vector<float> times;
   for (int i = 0; i < repeats + 2; ++i) {
     stream_.synchronize();

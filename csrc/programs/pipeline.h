@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <functional>
 #include <list>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -76,6 +77,10 @@ class Pipeline {
   void load_vae_decoder(std::unique_ptr<Weights> weights, const TinyVaeConfig& config);
   void load_vae_encoder(std::unique_ptr<Weights> weights, const TinyVaeConfig& config);
 
+  // Changes a loaded module's weights where they lie, so that captured graphs stay as they are; see
+  // Weights::change. Throws std::invalid_argument for a module that was not loaded.
+  void change(const std::string& module, const std::vector<LowRank>& changes);
+
   // The modules one by one, on host memory.
   void encode(const std::int64_t* input_ids, int tokens, float* prompt_embeds);
   void refine(const float* prompt_embeds, int tokens, float* context);
@@ -110,6 +115,7 @@ class Pipeline {
   explicit Pipeline(const PipelineOptions& options);  // on the current device
   Ops ops() { return {gemm_, attention_, stream_.get()}; }
   std::unique_ptr<Weights> upload(std::unique_ptr<Weights> weights, const std::string& purpose);
+  void upload_text_encoder();
   void check_limit(std::size_t more, const std::string& purpose);
   Arena arena(DeviceBuffer& buffer, std::size_t bytes, const char* purpose);
   void run_text_encoder(const std::int64_t* input_ids, int tokens, const TextEncoder::Buffers& at);
@@ -139,6 +145,10 @@ class Pipeline {
   Attention attention_;
   std::vector<std::unique_ptr<Weights>> weights_;
   Weights* text_weights_ = nullptr;
+  // The text encoder's changes, for every time that its weights come back; none while they stay.
+  std::vector<LowRank> text_changes_;
+  std::vector<std::vector<float>> text_factors_;
+  std::map<std::string, Weights*> changeable_;
   std::optional<TextEncoder> text_encoder_;
   std::optional<ContextRefiner> context_refiner_;
   std::optional<Transformer> transformer_;

@@ -13,6 +13,7 @@
 #include <mutex>
 #include <thread>
 
+#include "kernels/low_rank.h"
 #include "zimage_rt/check.h"
 
 namespace zimage_rt {
@@ -92,13 +93,20 @@ Weights::~Weights() {
 
 void Weights::upload(const std::string& purpose) {
   DeviceBuffer buffer(bytes_, purpose.c_str());
+  std::vector<const Place*> places;
+  for (const auto& [name, place] : entries_)
+    if (!place.entry.host) places.push_back(&place);
+  copy(places, buffer.data());
+  device_ = std::move(buffer);
+  changed_.clear();
+}
+
+void Weights::copy(const std::vector<const Place*>& places, std::byte* target) const {
   std::vector<Chunk> chunks;
-  for (const auto& [name, place] : entries_) {
-    if (place.entry.host) continue;
-    for (std::size_t at = 0; at < place.bytes; at += kChunk)
-      chunks.push_back({map_ + place.entry.offset + at, buffer.data() + place.device_offset + at,
-                        std::min(kChunk, place.bytes - at)});
-  }
+  for (const Place* const place : places)
+    for (std::size_t at = 0; at < place->bytes; at += kChunk)
+      chunks.push_back({map_ + place->entry.offset + at, target + place->device_offset + at,
+                        std::min(kChunk, place->bytes - at)});
   // In the file's order, as disks like it.
   std::sort(chunks.begin(), chunks.end(),
             [](const Chunk& a, const Chunk& b) { return a.source < b.source; });
@@ -121,7 +129,57 @@ void Weights::upload(const std::string& purpose) {
     });
   for (std::thread& reader : readers) reader.join();
   if (failure) std::rethrow_exception(failure);
-  device_ = std::move(buffer);
+}
+
+void Weights::change(const std::vector<LowRank>& changes, cudaStream_t stream) {
+  std::size_t floats = 0;
+  for (const LowRank& change : changes) {
+    const auto found = entries_.find(change.tensor);
+    const bool fits = found != entries_.end() && !found->second.entry.host &&
+                      found->second.entry.shape.size() == 2 &&
+                      found->second.entry.shape[0] == change.rows && change.first_column >= 0 &&
+                      change.first_column + change.columns <= found->second.entry.shape[1];
+    if (!fits)
+      throw WeightError(path_ + ": no matrix " + change.tensor + " of " +
+                        std::to_string(change.rows) + " rows and " +
+                        std::to_string(change.first_column + change.columns) +
+                        " columns or more; export the bundle again");
+    floats += static_cast<std::size_t>(change.rank) *
+              (static_cast<std::size_t>(change.rows) + static_cast<std::size_t>(change.columns));
+  }
+  DeviceBuffer factors((floats + 1) * sizeof(float), "the LoRAs");
+  std::vector<const Place*> places;
+  for (const std::string& name : changed_) places.push_back(&entries_.at(name));
+  copy(places, device_.data());
+  changed_.clear();
+
+  auto* next = reinterpret_cast<float*>(factors.data());
+  auto* const overflow = reinterpret_cast<int*>(next++);
+  ZRT_CUDA(cudaMemsetAsync(overflow, 0, sizeof(int), stream));
+  const auto upload_factor = [&](const float* source, std::size_t count) {
+    float* const target = next;
+    next += count;
+    ZRT_CUDA(
+        cudaMemcpyAsync(target, source, count * sizeof(float), cudaMemcpyHostToDevice, stream));
+    return target;
+  };
+  for (const LowRank& change : changes) {
+    const Place& place = entries_.at(change.tensor);
+    const auto rank = static_cast<std::size_t>(change.rank);
+    const float* const down = upload_factor(change.down, rank * change.rows);
+    const float* const up = upload_factor(change.up, rank * change.columns);
+    changed_.insert(change.tensor);
+    low_rank_update(
+        {device_.data() + place.device_offset, place.entry.dtype, change.rows, place.entry.shape[1],
+         change.first_column, change.columns, change.rank, down, up, overflow},
+        stream);
+  }
+  int overflowed = 0;
+  ZRT_CUDA(cudaMemcpyAsync(&overflowed, overflow, sizeof(int), cudaMemcpyDeviceToHost, stream));
+  ZRT_CUDA(cudaStreamSynchronize(stream));
+  if (overflowed != 0)
+    throw RangeError(path_ + ": the LoRAs' sum does not fit into " + name_of(storage_) +
+                     "; use smaller weights or a bf16 bundle");
 }
 
 TensorView Weights::get(const std::string& name, std::initializer_list<std::int64_t> shape,

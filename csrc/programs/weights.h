@@ -3,6 +3,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
+#include <set>
+#include <stdexcept>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -21,6 +23,22 @@ struct WeightEntry {
   bool host = false;   // stays in the mapped file: a table of which few rows are read
 };
 
+// A change of some columns of a stored matrix [rows, …]: downᵀ @ up is added. Host memory.
+struct LowRank {
+  std::string tensor;
+  std::int64_t first_column;
+  int rank;
+  int rows;
+  int columns;
+  const float* down;  // [rank, rows]
+  const float* up;    // [rank, columns]
+};
+
+// The weights' format cannot hold what a change makes of them.
+struct RangeError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 // A module's weights: the mapped file, and a copy of it on the device.
 class Weights {
  public:
@@ -33,6 +51,11 @@ class Weights {
   // Copies everything to the device through page-locked buffers, several threads reading the file.
   // Throws OutOfMemoryError. Addresses change with every upload.
   void upload(const std::string& purpose);
+  // Makes the device's tensors the file's plus these changes, where they lie; what an earlier call
+  // changed and this one does not is the file's again, to the byte. No two changes share columns,
+  // and no kernel may be running. Throws WeightError and OutOfMemoryError before anything changes,
+  // RangeError after it: the caller then calls again with the changes that were there.
+  void change(const std::vector<LowRank>& changes, cudaStream_t stream);
   void release() { device_.release(); }
   bool uploaded() const { return device_.data() != nullptr; }
   std::size_t bytes() const { return bytes_; }
@@ -58,6 +81,9 @@ class Weights {
   std::size_t bytes_ = 0;
   DType storage_ = DType::kFloat32;
   DeviceBuffer device_;
+  std::set<std::string> changed_;  // since the last upload
+
+  void copy(const std::vector<const Place*>& places, std::byte* device) const;
 };
 
 }  // namespace zimage_rt

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import BackendUnavailable, BundleMismatch, OutOfMemory, RequestError, ZImageError
+from ..errors import BackendUnavailable, BundleMismatch, LoraError, OutOfMemory, RequestError, ZImageError
 from ..manifest import Manifest, ModuleSpec
-from .base import CheckModule, Device, Module, Probe, SampleJob
+from .base import CheckModule, Device, LowRank, Module, Probe, SampleJob
 from .cuda_libraries import SONAMES, find_library, library_version
 from .modules import check_finite
 
@@ -160,6 +160,13 @@ class CudaPipeline:
         with _errors(f"loading {name}"):
             self.native.load(name, str(path), _tensors(path), dict(spec.config))
 
+    def patch(self, changes: Mapping[str, Sequence[LowRank]]) -> None:
+        """See `Pipeline`: the sums are made on the device, where the weights lie, so captured graphs stay valid."""
+        self.load(list(changes))
+        for name, found in changes.items():
+            with _errors(f"changing the weights of {name}"):
+                self.native.change(name, [(part.tensor, part.first_column, part.down, part.up) for part in found])
+
     def module(self, name: str) -> Module:
         """One module by itself, numpy in and out, as other backends have them: for parity tests."""
         self.load([name])
@@ -289,6 +296,8 @@ def _errors(doing: str) -> Iterator[None]:
             f"{doing}: {error}; ask for a smaller picture or batch, "
             "or load the engine with backend_options={'text_encoder': 'host'}"
         ) from error
+    except _cuda.RangeError as error:
+        raise LoraError(f"{doing}: {error}") from error
     except _cuda.WeightError as error:
         raise BundleMismatch(f"{doing}: {error}") from error
     except _cuda.CudaError as error:

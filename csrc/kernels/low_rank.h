@@ -1,0 +1,27 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "zimage_rt/dtype.h"
+
+namespace zimage_rt {
+
+// matrix[rows, first_column … first_column + columns] += downᵀ @ up, summed in fp32 and rounded
+// once. `overflow` becomes 1 where the format cannot hold a result.
+struct LowRankUpdate {
+  void* matrix;  // [rows, stride]
+  DType type;
+  int rows;
+  std::int64_t stride;
+  std::int64_t first_column;
+  int columns;
+  int rank;
+  const float* down;  // [rank, rows]
+  const float* up;    // [rank, columns]
+  int* overflow;
+};
+void low_rank_update(const LowRankUpdate& args, cudaStream_t stream);
+
+}  // namespace zimage_rt
