@@ -182,8 +182,9 @@ def test_a_node_that_tensorrt_does_not_know_is_named(small_bundle: Path, small_c
 @needs_rtx
 def test_what_the_builder_cannot_do_is_told_in_its_words(small_bundle: Path, small_checkpoint: Path, tmp_path: Path):
     graph = small_bundle / "context_refiner.onnx"
-    with pytest.raises(BuildError, match=r"context_refiner: tensorrt_rtx cannot build the graph: .*Turing"):
+    with pytest.raises(BuildError, match=r"context_refiner: tensorrt_rtx cannot build the graph: .*Turing") as info:
         build(small_bundle, small_checkpoint, "context_refiner", graph, tmp_path, sm=(75,))
+    assert "driver version" not in str(info.value)  # what every failure ends with where there is no GPU
 
 
 @needs_rtx
@@ -197,7 +198,8 @@ def test_want_of_memory_has_its_own_error(monkeypatch: pytest.MonkeyPatch):
     common = tensorrt_rtx.common
     builder = common._Builder.__new__(common._Builder)
     builder.name, builder.package = "transformer", tensorrt_rtx.PACKAGE
-    for words in ("[x.cpp] Error Code 1: std::bad_alloc", "OutOfMemory: requested 12 GB", "Cannot allocate memory"):
+    # The first is what it says under `ulimit -v`; which call meets the limit is chance, so no test sets one.
+    for words in ("Unexpected exception std::bad_alloc", "OutOfMemory: requested 12 GB", "Cannot allocate memory"):
         builder.log = type("Log", (), {"errors": [words]})
         error = builder._failure()
         assert isinstance(error, BuildMemoryError)

@@ -295,7 +295,9 @@ class _Builder:
             fresh.replace(self.cache)
 
     def _words(self) -> str:
-        return "; ".join(self.log.errors) or "it gave no reason"
+        # Where there is no driver, every failure ends with 35, cudaErrorInsufficientDriver, which says nothing of it.
+        telling = [error for error in self.log.errors if "cudaError 35:" not in error]
+        return "; ".join(telling or self.log.errors) or "it gave no reason"
 
     def _failure(self) -> BuildError:
         words = self._words()
@@ -329,7 +331,7 @@ def _logger(trt: Any) -> Any:
             if severity in severe:
                 self.errors.append(msg)
             elif match := re.match(r"Total Activation Memory: (\d+) bytes", msg):
-                self.activation_bytes = int(match[1])
+                self.activation_bytes = max(self.activation_bytes, int(match[1]))
 
     return Logger()
 
