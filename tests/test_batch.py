@@ -390,6 +390,17 @@ def test_lines_stay_on_standard_output_beside_a_live_bar(bundle: Path, tmp_path:
     os.close(master)
 
 
+def test_lines_are_json_where_standard_output_cannot_hold_a_prompt(bundle: Path, tmp_path: Path) -> None:
+    table = write(tmp_path / "p.csv", "prompt\n一只猫 \U0001f600\n")
+    run = subprocess.run(
+        command(table, "-b", bundle, "-o", tmp_path / "out", *TINY),
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "gbk"},
+    )
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout.decode("gbk"))["prompt"] == "一只猫 \U0001f600"
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [(lambda path: path.write_text("seed\n1\n"), "expected a column `prompt`"), (Path.unlink, "cannot be read")],

@@ -9,15 +9,18 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from lora_files import random_lora_of
 from PIL import Image
 
 import zimage_rt
 from zimage_rt.errors import MetadataError, RequestError
+from zimage_rt.files import write_whole
 from zimage_rt.metadata import read_record
 from zimage_rt.request import SecondPass
 
@@ -141,6 +144,52 @@ def test_files_replace_nothing_by_accident(engine: zimage_rt.Engine, tmp_path: P
         result.save(tmp_path / "cat.jpg")
 
 
+def test_several_who_save_at_once_replace_nothing(engine: zimage_rt.Engine, tmp_path: Path) -> None:
+    result = engine.generate("a cat", seed=3, **SMALL)
+    with ThreadPoolExecutor(8) as pool:
+        paths = list(pool.map(lambda _: result.save(tmp_path)[0], range(16)))
+    assert sorted(path.name for path in paths) == [f"{i:03d}-3.png" for i in range(16)]
+    assert all(read_record(path).pixels_sha256 for path in paths)
+    assert len(list(tmp_path.iterdir())) == 32  # with the sidecars, and nothing else
+
+
+def test_folders_without_links_replace_nothing(
+    engine: zimage_rt.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(*names: object) -> None:
+        raise PermissionError(1, "Operation not permitted")  # what FAT says
+
+    monkeypatch.setattr(os, "link", unsupported)
+    result = engine.generate("a cat", seed=3, **SMALL)
+    assert [result.save(tmp_path)[0].name for _ in range(2)] == ["000-3.png", "001-3.png"]
+    write_whole(tmp_path / "a", b"1", replace=False)
+    with pytest.raises(FileExistsError):
+        write_whole(tmp_path / "a", b"2", replace=False)
+    assert (tmp_path / "a").read_bytes() == b"1"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_loras_are_recorded_and_put_on_again(engine: zimage_rt.Engine, bundle: Path, tmp_path: Path) -> None:
+    files = [random_lora_of(engine.manifest, tmp_path / f"style{i}.safetensors", seed=i) for i in (1, 2, 3)]
+    try:
+        for file, weight in zip(files, (0.5, 1.0, 0.0), strict=True):
+            engine.load_lora(file, weight)
+        result = engine.generate("a cat", seed=3, **SMALL)
+    finally:
+        for name in list(engine.loras):
+            engine.unload_lora(name)
+    path = result.save(tmp_path / "cat.png")[0]
+    record = read_record(path)
+    assert record.find_loras() == [("style1", 0.5, files[0]), ("style2", 1.0, files[1])]
+    assert Image.open(path).info["parameters"].startswith("a cat <lora:style1:0.5> <lora:style2:1>\n")
+    run = zimage("generate", bundle, "--like", path, "-o", tmp_path / "again.png", "--json")
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["same"] is True
+    files[1].write_bytes(files[0].read_bytes())
+    with pytest.raises(MetadataError, match=r"LoRA 'style2': expected .* the file was changed since"):
+        record.find_loras()
+
+
 def test_a_failed_write_leaves_what_was_there(
     engine: zimage_rt.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,6 +246,7 @@ def text_changed(**changes: Any) -> Callable[[Path], None]:
             "'teleport', which this version does not",
         ),
         (text_changed(request=[]), "request is list"),
+        (text_changed(loras=[{"name": "a"}]), "damaged: `loras`"),
         (text_changed(batch={"index": 3, "prompts": [], "negative_prompts": [], "seeds": []}), "damaged: `batch`"),
         (lambda path: (without_text(path), path.with_suffix(".json").write_text("{")), "is not JSON"),
         (lambda path: (without_text(path), path.with_suffix(".json").write_text("[1]")), "got other JSON"),

@@ -18,6 +18,7 @@ from .errors import (
     RequestError,
     ZImageError,
 )
+from .metadata import PictureRecord, read_record
 from .request import GenerateRequest, GenerateResult, SecondPass, StepInfo
 from .session import Session
 
@@ -34,10 +35,12 @@ __all__ = [
     "ManifestError",
     "MetadataError",
     "OutOfMemory",
+    "PictureRecord",
     "RequestError",
     "SecondPass",
     "Session",
     "StepInfo",
     "ZImageError",
     "__version__",
+    "read_record",
 ]

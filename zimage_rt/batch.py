@@ -63,6 +63,7 @@ class Batch:
             "options": dict(options.defaults),
             "seed": options.seed,
             "bundle": engine.bundle_id,
+            "loras": engine.loras,
             "backend": {"name": engine.backend, "options": engine.backend_options},
         }
         self.journal = Journal(folder, header, restart=restart)

@@ -154,7 +154,7 @@ class Engine:
                 images = draw(latents, resolved.sigmas, inpaint, 0)
             if resolved.image is not None and resolved.mask is not None:
                 images = paste(images, resolved.image, resolved.mask)
-        records = describe(request, resolved, self.manifest, self.backend, self.backend_options, timings)
+        records = describe(self, request, resolved, timings)
         return GenerateResult(images, resolved.seeds, timings, self.bundle_id, latents, records)
 
     def _draw(
@@ -278,6 +278,11 @@ class Engine:
     def loras(self) -> dict[str, float]:
         """The weights of the LoRAs that are loaded, by name; 0 is off."""
         return self._loras.weights
+
+    @property
+    def loras_on(self) -> list[tuple[str, float, Path]]:
+        """Name, weight and file of the LoRAs that change pictures now; pictures are recorded with them."""
+        return self._loras.on
 
     def load_lora(self, path: str | Path, weight: float = 1.0, name: str | None = None) -> str:
         """Put a LoRA on, beside those that are; requests that run now end first, later ones are drawn with it.

@@ -175,11 +175,17 @@ class LoraSet:
     ) -> None:
         self._manifest, self._pipeline, self._turns, self._changed = manifest, pipeline, turns, changed
         self._loaded: dict[str, tuple[PlacedLora, float]] = {}
+        self._paths: dict[str, Path] = {}
 
     @property
     def weights(self) -> dict[str, float]:
         """Every loaded LoRA's weight; 0 is off."""
         return {name: weight for name, (_, weight) in self._loaded.items()}
+
+    @property
+    def on(self) -> list[tuple[str, float, Path]]:
+        """Name, weight and file of those that change pictures now, in the order in which they are summed."""
+        return [(name, weight, self._paths[name]) for name, weight in self.weights.items() if weight != 0]
 
     def load(self, path: Path, weight: float, name: str | None) -> str:
         """See `Engine.load_lora`."""
@@ -192,6 +198,7 @@ class LoraSet:
                     f"a LoRA named {name!r} is loaded already; unload_lora({name!r}) first, or give another name"
                 )
             self._apply({**self._loaded, name: (lora, weight)})
+            self._paths[name] = path
         return name
 
     def set(self, weights: Mapping[str, float]) -> None:

@@ -7,6 +7,7 @@ that other tools show. A file beside it, `<name>.json`, has the same JSON for wh
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -15,15 +16,18 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .errors import MetadataError, RequestError
 from .files import write_whole
 from .image import read_image
-from .manifest import Manifest, hash_file
+from .manifest import hash_file
 from .request import GenerateRequest, ResolvedRequest
+
+if TYPE_CHECKING:
+    from .engine import Engine
 
 KEY = "zimage_rt"
 SCHEMA_VERSION = 1
@@ -44,8 +48,9 @@ class PictureRecord:
             them is `{"path", "sha256"}`, of the file, or `{"sha256", …}`, of the pixels, if it came without a path.
         batch: what it was drawn together with, or None: `index`, `prompts`, `negative_prompts`, `seeds`. A picture
             drawn alone may differ from the same one of a batch by a grey level (see `ModuleDenoiser`).
+        loras: those that were on, in their order: `name`, `weight`, `path`, and, once it is saved, `sha256`.
         timings: seconds by stage, of the whole batch.
-        pixels_sha256: of the picture's bytes, uint8 `[height, width, 3]`.
+        pixels_sha256: of the picture's bytes, uint8 `[height, width, 3]`, once it is saved.
     """
 
     version: str
@@ -56,6 +61,7 @@ class PictureRecord:
     precision: str
     request: Mapping[str, Any]
     batch: Mapping[str, Any] | None
+    loras: Sequence[Mapping[str, Any]]
     timings: Mapping[str, float]
     pixels_sha256: str = ""
     schema_version: int = SCHEMA_VERSION
@@ -86,22 +92,27 @@ class PictureRecord:
         except TypeError as error:
             raise RequestError(f"{error}; known fields: {', '.join(hints)}") from error
 
+    def find_loras(self, folder: Path | None = None) -> list[tuple[str, float, Path]]:
+        """Name, weight and file of the LoRAs that were on, for `Engine.load_lora`.
+
+        Raises MetadataError where a file is gone or was changed; `folder` as in `to_request`.
+        """
+        return [
+            (str(lora["name"]), float(lora["weight"]), _find_file(lora, f"LoRA {lora['name']!r}", folder))
+            for lora in self.loras
+        ]
+
     def to_json(self) -> str:
         """The text of the sidecar; `read_record` reads it."""
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=1, allow_nan=False)
 
 
 def describe(
-    request: GenerateRequest,
-    resolved: ResolvedRequest,
-    manifest: Manifest,
-    backend: str,
-    backend_options: Mapping[str, Any],
-    timings: Mapping[str, float],
+    engine: Engine, request: GenerateRequest, resolved: ResolvedRequest, timings: Mapping[str, float]
 ) -> tuple[PictureRecord, ...]:
-    """One record for each picture of a request."""
-    from . import __version__
-
+    """One record for each picture of a request that the engine has just drawn."""
+    manifest = engine.manifest
+    loras = [{"name": name, "weight": weight, "path": str(path)} for name, weight, path in engine.loras_on]
     fields = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
     fields |= {name: value for name, value in vars(resolved).items() if name in fields and _is_plain(value)}
     if request.num_inference_steps is None:
@@ -115,10 +126,10 @@ def describe(
     }
     return tuple(
         PictureRecord(
-            version=__version__,
-            backend=backend,
-            backend_options=_recorded("backend_options", backend_options),
-            bundle_id=manifest.bundle_id,
+            version=_version(),
+            backend=engine.backend,
+            backend_options=_recorded("backend_options", engine.backend_options),
+            bundle_id=engine.bundle_id,
             bundle_name=manifest.name,
             precision=manifest.precision,
             request=fields
@@ -129,10 +140,30 @@ def describe(
                 "num_images": 1,
             },
             batch={"index": i, **together} if len(resolved.seeds) > 1 else None,
+            loras=loras,
             timings=timings,
         )
         for i in range(len(resolved.seeds))
     )
+
+
+def _lora_sha256(path: Path) -> str:
+    file = _lora_file(path)
+    if not file.is_file():
+        return ""
+    stat = file.stat()
+    return _hash_once(file, stat.st_size, stat.st_mtime_ns)
+
+
+def _lora_file(path: Path) -> Path:
+    """The weights of a LoRA that is a file, or PEFT's folder."""
+    return path / "adapter_model.safetensors" if path.is_dir() else path
+
+
+@functools.lru_cache(maxsize=64)
+def _hash_once(path: Path, size: int, modified: int) -> str:
+    """Large files are hashed once as long as they do not change."""
+    return hash_file(path).sha256
 
 
 def pixels_sha256(pixels: np.ndarray) -> str:
@@ -140,34 +171,48 @@ def pixels_sha256(pixels: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
 
 
-def save_picture(path: Path, pixels: np.ndarray, record: PictureRecord, *, sidecar: bool = True) -> None:
+def save_picture(
+    path: Path, pixels: np.ndarray, record: PictureRecord, *, sidecar: bool = True, replace: bool = True
+) -> None:
     """Write uint8 `[height, width, 3]` as a PNG that holds its record, and the record beside it as `<name>.json`.
 
     Each file is written whole under a temporary name and renamed, the picture last: where a picture is, its sidecar is.
 
     Raises:
+        FileExistsError: one of the names is taken, and `replace` is False; nothing was written.
         OSError: the folder is missing, cannot be written, or is full.
     """
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    record = dataclasses.replace(record, pixels_sha256=pixels_sha256(pixels))
+    # Here, not when it is drawn: who does not save does not pay for it.
+    record = dataclasses.replace(
+        record,
+        pixels_sha256=pixels_sha256(pixels),
+        loras=[{**lora, "sha256": _lora_sha256(Path(lora["path"]))} for lora in record.loras],
+    )
     text = PngInfo()
     text.add_text("parameters", parameters_text(record))
     text.add_text(KEY, record.to_json())
     encoded = io.BytesIO()
     # ComfyUI's level: half the time of Pillow's own for a few per cent more bytes.
     Image.fromarray(pixels).save(encoded, "PNG", pnginfo=text, compress_level=4)
+    beside = path.with_suffix(".json")
     if sidecar:
-        write_whole(path.with_suffix(".json"), record.to_json().encode() + b"\n")
-    write_whole(path, encoded.getvalue())
+        write_whole(beside, record.to_json().encode() + b"\n", replace=replace)
+    try:
+        write_whole(path, encoded.getvalue(), replace=replace)
+    except FileExistsError:
+        if sidecar:
+            beside.unlink()
+        raise
 
 
 def parameters_text(record: PictureRecord) -> str:
     """The request as AUTOMATIC1111 writes it into `parameters`, which Civitai and many viewers read."""
     request = record.request
     samplers = {"euler": "Euler", "heun": "Heun", "dpmpp_2m": "DPM++ 2M"}
-    lines = [request["prompt"]]
+    lines = [" ".join([request["prompt"], *(f"<lora:{lora['name']}:{lora['weight']:g}>" for lora in record.loras)])]
     if request["negative_prompt"]:
         lines.append(f"Negative prompt: {request['negative_prompt']}")
     settings: dict[str, Any] = {
@@ -265,6 +310,10 @@ def _parse(text: str, path: Path) -> PictureRecord:
             f"{path}: was drawn with {strange[0]!r}, which this version does not know; upgrade zimage_rt from "
             f"{_version()} to {data['version']} or later"
         )
+    if not all(
+        isinstance(lora, dict) and {"name", "weight", "path", "sha256"} <= lora.keys() for lora in data["loras"]
+    ):
+        raise MetadataError(f"{path}: its record was damaged: `loras` does not say which they were")
     if data["batch"] is not None:
         _check_batch(data["batch"], path)
     return PictureRecord(**data)
@@ -350,10 +399,10 @@ def _find_file(reference: Mapping[str, Any], name: str, folder: Path | None) -> 
         raise MetadataError(f"{name}: came without a path, so that only its hash is recorded; give it again")
     path = Path(reference["path"])
     places = [path] if folder is None else [path, folder / path, folder / path.name]
-    found = next((place for place in places if place.is_file()), None)
+    found = next((place for place in places if _lora_file(place).is_file()), None)
     if found is None:
         raise MetadataError(f"{name}: expected {path}, which the picture was made from, but it is gone; give it again")
-    actual = hash_file(found).sha256
+    actual = hash_file(_lora_file(found)).sha256
     if actual != reference["sha256"]:
         raise MetadataError(
             f"{name}: expected {found} with sha256 {reference['sha256'][:16]}…, got {actual[:16]}…: the file was "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,5 +59,11 @@ def backend_options(texts: list[str]) -> dict[str, Any]:
 
 def picture_line(path: Path, prompt: str, seed: int, timings: dict[str, float], bundle_id: str, **more: Any) -> str:
     """The JSON line that says of a picture where it is and how it came."""
-    line = {"file": str(path), "prompt": prompt, "seed": seed, "bundle": bundle_id, "timings": timings, **more}
-    return json.dumps(line, ensure_ascii=False)
+    return json_line(
+        {"file": str(path), "prompt": prompt, "seed": seed, "bundle": bundle_id, "timings": timings, **more}
+    )
+
+
+def json_line(value: Any) -> str:
+    """JSON for standard output: characters as they are where it can hold all of them, which GBK cannot."""
+    return json.dumps(value, ensure_ascii=(sys.stdout.encoding or "ascii").lower().replace("-", "") != "utf8")

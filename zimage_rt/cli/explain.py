@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -13,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..engine import Engine
 from ..errors import RequestError
 from ..explain import explain as draw_explanation
-from .common import backend_options, given_fields, stderr
+from .common import backend_options, given_fields, json_line, stderr
 
 Number = TypeVar("Number", int, float)
 
@@ -65,7 +64,7 @@ def explain(
         )
     path = sheet.save(output)
     if as_json:
-        print(json.dumps({"file": str(path), **sheet.data}, ensure_ascii=False))
+        print(json_line({"file": str(path), **sheet.data}))
     else:
         print(f"{path}  {prompt}  ({len(sheet.data['cells'])} pictures, seed {seed})")
 

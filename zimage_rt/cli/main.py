@@ -65,6 +65,7 @@ def generate(
     backend_option: Annotated[
         list[str], typer.Option("-O", "--backend-option", help="name=value, e.g. provider=cuda; repeat for several.")
     ] = [],  # noqa: B006 - typer reads it and gives every call a new list
+    sidecar: Annotated[bool, typer.Option(help="Write each picture's record beside it, as JSON.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON line a picture on standard output.")] = False,
 ) -> None:
     """Draw pictures; prints where they are and what each stage took."""
@@ -78,6 +79,8 @@ def generate(
     engine = Engine.load(bundle, backend=backend, backend_options=options)
     if record is not None:
         warn_of_differences(record, engine)
+        for name, weight, path in record.find_loras(None if like is None else like.parent):
+            engine.load_lora(path, weight, name)
     for number, request in enumerate(requests):
         with Progress(
             TextColumn("{task.description}"),
@@ -97,7 +100,8 @@ def generate(
         if record is not None and not prompt and not fields:
             result, more["same"] = kept_alone(result, record)
         named = output.suffix.lower() == ".png" and len(requests) > 1
-        paths = result.save(output.with_name(f"{output.stem}-{number:03d}{output.suffix}") if named else output)
+        where = output.with_name(f"{output.stem}-{number:03d}{output.suffix}") if named else output
+        paths = result.save(where, sidecar=sidecar)
         for path, drawn in zip(paths, result.records, strict=True):
             text, image_seed = drawn.request["prompt"], drawn.request["seed"]
             if as_json:
