@@ -250,7 +250,7 @@ def test_a_line_that_was_cut_off_is_forgotten(tmp_path: Path) -> None:
 def test_a_folder_is_one_batchs(tmp_path: Path) -> None:
     with Journal(tmp_path, HEADER), pytest.raises(RequestError, match="another batch is being drawn there"):
         Journal(tmp_path, HEADER)
-    with pytest.raises(RequestError, match=r"begun with another table_sha256: expected 'a', got 'b'; .* --restart"):
+    with pytest.raises(RequestError, match=r"expected the table, .* begun with, 'a', got 'b'; .* --restart"):
         Journal(tmp_path, HEADER | {"table_sha256": "b"})
     (tmp_path / "journal.jsonl").write_text("{}\nnot JSON\n")
     with pytest.raises(RequestError, match="was damaged"):

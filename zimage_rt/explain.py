@@ -138,7 +138,7 @@ def explain(
     data = _settings(engine, grid[scales[0], counts[-1]])
     sections = [
         Section("Steps across, guidance down", [f"{count} step{'s' * (count > 1)}" for count in counts], rows, cell),
-        Section(f"What the latents hold after each step of {counts[-1]}", None, strips, cell, shrink=True),
+        Section(f"What the latents hold after {_shown(counts[-1])}", None, strips, cell, shrink=True),
     ]
     titles = [
         data["prompt"],
@@ -165,6 +165,10 @@ def _settings(engine: Engine, request: GenerateRequest) -> dict[str, Any]:
         "precision": engine.manifest.precision,
         "backend": engine.backend,
     }
+
+
+def _shown(steps: int) -> str:
+    return f"each step of {steps}" if steps <= MAX_STRIP else f"{MAX_STRIP} of {steps} steps"
 
 
 def _counted(evaluations: int) -> str:

@@ -12,6 +12,8 @@ from .errors import RequestError
 from .files import write_whole
 
 JOURNAL_NAME = "journal.jsonl"
+# What people call the parts of a header.
+LABELS = {"table_sha256": "table, by its sha256,", "zimage_batch": "kind of journal"}
 SCHEMA_VERSION = 1
 
 
@@ -102,8 +104,8 @@ class Journal:
             was, now = lines[0].get(name), header.get(name)
             if was != now:
                 raise RequestError(
-                    f"{self.folder}: its batch was begun with another {name}: expected {was!r}, got {now!r}; give the "
-                    "same again to go on, choose another folder, or draw everything anew with --restart"
+                    f"{self.folder}: expected the {LABELS.get(name, name)} that its batch was begun with, {was!r}, got "
+                    f"{now!r}; give the same again to go on, choose another folder, or draw all anew with --restart"
                 )
         for line in lines[1:]:
             self._note(line)
