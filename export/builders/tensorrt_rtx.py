@@ -25,6 +25,8 @@ simplify = common.simplify
 
 def _target(trt: Any, config: Any, options: TensorRTOptions) -> tuple[str, ...]:
     numbers = options.sm or DEFAULT_SM
+    # All memory is what the runtime is handed: nothing is allocated in the middle of a request.
+    config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     config.num_compute_capabilities = len(numbers)
     for index, number in enumerate(numbers):
         config.set_compute_capability(trt.ComputeCapability.__members__[f"SM{number}"], index)
