@@ -4,66 +4,9 @@
 #include <cstring>
 #include <numeric>
 
-#include "zimage_rt/check.h"
-#include "zimage_rt/rng.h"
+#include "programs/pipeline_detail.h"
 
 namespace zimage_rt {
-namespace {
-
-// Graphs kept at most, and what they may take together.
-constexpr std::size_t kMaxGraphs = 32;
-constexpr std::size_t kMaxGraphBytes = std::size_t{512} << 20;
-
-std::size_t free_bytes() {
-  std::size_t free = 0, total = 0;
-  ZRT_CUDA(cudaMemGetInfo(&free, &total));
-  return free;
-}
-
-std::vector<float> noise(std::uint64_t seed, std::size_t count) {
-  std::vector<float> values(count);
-  randn(seed, values.data(), count);
-  return values;
-}
-
-// Pixels a latent covers.
-template <typename Vae>
-std::size_t area(const Vae& vae) {
-  return static_cast<std::size_t>(vae.factor()) * vae.factor();
-}
-
-bool guided_at(const SampleJob& job, int i) {
-  return job.guidance.active(static_cast<std::size_t>(i), job.contexts.size());
-}
-
-template <typename T>
-void upload_to(T* target, const T* source, std::size_t count, cudaStream_t stream) {
-  ZRT_CUDA(cudaMemcpyAsync(target, source, count * sizeof(T), cudaMemcpyHostToDevice, stream));
-}
-
-}  // namespace
-
-// Where one request's tensors lie in loop_memory_.
-struct Pipeline::SampleBuffers {
-  float* latents;
-  float* kept;
-  SamplerStep* steps;
-  float* scales;  // of guidance, [steps, batch]
-  float* normalization;
-  float* mask;  // null, like the two behind it, unless a picture is kept
-  float* image;
-  float* noise;
-  float* factors;
-  std::uint8_t* pixels;
-  Transformer::Buffers transformer;
-  std::byte* decoder;  // shares its memory with the transformer: one runs after the other
-};
-
-struct Pipeline::Graph {
-  std::vector<int> key;
-  GraphExec exec;
-  std::size_t bytes;
-};
 
 std::unique_ptr<Pipeline> Pipeline::make(const PipelineOptions& options) {
   const DeviceGuard guard(options.device);
@@ -74,10 +17,6 @@ Pipeline::Pipeline(const PipelineOptions& options)
     : options_(options), gemm_(options.cublaslt, options.cache_file), attention_(options.cudnn) {}
 
 Pipeline::~Pipeline() = default;
-
-#define ZRT_TURN                                            \
-  const std::lock_guard<std::recursive_mutex> turn(mutex_); \
-  const DeviceGuard guard(options_.device)
 
 std::unique_ptr<Weights> Pipeline::upload(std::unique_ptr<Weights> weights,
                                           const std::string& purpose) {
@@ -273,44 +212,41 @@ void Pipeline::evaluate(const float* latents, int latent_height, int latent_widt
   gemm_.save_cache();
 }
 
+// Decodes to values of T: `run` is given the latents, the output and a workspace on the device.
+template <typename T, typename Run>
+void Pipeline::decode_to(const float* latents, int batch, int latent_height, int latent_width,
+                         T* target, Run&& run) {
+  const TinyVaeDecoder& decoder = need(vae_decoder_, "tiny_vae_decoder");
+  const std::size_t size = static_cast<std::size_t>(batch) * latent_height * latent_width;
+  const std::size_t in = size * latent_channels_, out = size * 3 * area(decoder);
+  const std::size_t work = decoder.workspace_bytes(batch, latent_height, latent_width);
+  Arena measure(nullptr);
+  measure.take<float>(in), measure.take<T>(out), measure.take(work);
+  Arena memory = arena(side_memory_, measure.used(), "decoding");
+  float* const in_at = memory.take<float>(in);
+  T* const out_at = memory.take<T>(out);
+  upload_to(in_at, latents, in, stream_.get());
+  run(decoder, in_at, out_at, memory.take(work));
+  read_back(target, out_at, out * sizeof(T));
+}
+
 void Pipeline::decode(const float* latents, int batch, int latent_height, int latent_width,
                       float* image) {
   ZRT_TURN;
-  const TinyVaeDecoder& decoder = need(vae_decoder_, "tiny_vae_decoder");
-  const std::size_t count =
-      static_cast<std::size_t>(batch) * latent_channels_ * latent_height * latent_width;
-  const std::size_t out =
-      static_cast<std::size_t>(batch) * 3 * latent_height * latent_width * area(decoder);
-  const std::size_t work = decoder.workspace_bytes(batch, latent_height, latent_width);
-  Arena size(nullptr);
-  size.take<float>(count), size.take<float>(out), size.take(work);
-  Arena memory = arena(side_memory_, size.used(), "decoding");
-  float* const in_at = memory.take<float>(count);
-  float* const out_at = memory.take<float>(out);
-  upload_to(in_at, latents, count, stream_.get());
-  decoder.decode(in_at, out_at, batch, latent_height, latent_width, memory.take(work),
-                 stream_.get());
-  read_back(image, out_at, out * sizeof(float));
+  decode_to(latents, batch, latent_height, latent_width, image,
+            [&](const TinyVaeDecoder& decoder, const float* in, float* out, std::byte* work) {
+              decoder.decode(in, out, batch, latent_height, latent_width, work, stream_.get());
+            });
 }
 
 void Pipeline::decode_pixels(const float* latents, int batch, int latent_height, int latent_width,
                              std::uint8_t* pixels) {
   ZRT_TURN;
-  const TinyVaeDecoder& decoder = need(vae_decoder_, "tiny_vae_decoder");
-  const std::size_t count =
-      static_cast<std::size_t>(batch) * latent_channels_ * latent_height * latent_width;
-  const std::size_t out =
-      static_cast<std::size_t>(batch) * 3 * latent_height * latent_width * area(decoder);
-  const std::size_t work = decoder.workspace_bytes(batch, latent_height, latent_width);
-  Arena size(nullptr);
-  size.take<float>(count), size.take<std::uint8_t>(out), size.take(work);
-  Arena memory = arena(side_memory_, size.used(), "decoding");
-  float* const in_at = memory.take<float>(count);
-  auto* const out_at = memory.take<std::uint8_t>(out);
-  upload_to(in_at, latents, count, stream_.get());
-  decoder.decode_uint8(in_at, out_at, batch, latent_height, latent_width, memory.take(work),
-                       stream_.get());
-  read_back(pixels, out_at, out);
+  decode_to(
+      latents, batch, latent_height, latent_width, pixels,
+      [&](const TinyVaeDecoder& decoder, const float* in, std::uint8_t* out, std::byte* work) {
+        decoder.decode_uint8(in, out, batch, latent_height, latent_width, work, stream_.get());
+      });
 }
 
 void Pipeline::encode_image(const float* image, int batch, int height, int width, float* latents) {
@@ -328,293 +264,6 @@ void Pipeline::encode_image(const float* image, int batch, int height, int width
   upload_to(in_at, image, count, stream_.get());
   encoder.encode(in_at, out_at, batch, height, width, memory.take(work), stream_.get());
   read_back(latents, out_at, out * sizeof(float));
-}
-
-Pipeline::SampleBuffers Pipeline::plan(const SampleShape& shape, const SampleJob& job,
-                                       Arena& memory) const {
-  const PatchGrid grid = transformer_->grid(shape);
-  const auto batch = static_cast<std::size_t>(shape.latent_samples);
-  SampleBuffers at{};
-  at.latents = memory.take<float>(batch * grid.values());
-  at.kept = memory.take<float>(batch * grid.values());
-  at.steps = memory.take<SamplerStep>(job.steps.size());
-  if (job.mask != nullptr) {
-    at.mask = memory.take<float>(batch * grid.height * grid.width);
-    at.image = memory.take<float>(batch * grid.values());
-    at.noise = memory.take<float>(batch * grid.values());
-  }
-  at.scales = memory.take<float>(job.guidance.scales.size());
-  at.normalization = memory.take<float>(1);
-  at.factors = memory.take<float>(batch);
-  std::size_t work = 0;
-  if (job.pixels != nullptr) {
-    at.pixels =
-        memory.take<std::uint8_t>(batch * 3 * grid.height * grid.width * area(*vae_decoder_));
-    work = vae_decoder_->workspace_bytes(shape.latent_samples, grid.height, grid.width);
-  }
-  Arena shared = memory;
-  at.decoder = shared.take(work);
-  at.transformer = transformer_->plan(shape, memory);
-  if (shared.used() > memory.used()) memory = shared;
-  return at;
-}
-
-void Pipeline::load_inputs(const SampleShape& shape, const SampleJob& job,
-                           const SampleBuffers& at) {
-  const cudaStream_t stream = stream_.get();
-  const PatchGrid grid = transformer_->grid(shape);
-  const auto batch = static_cast<std::size_t>(shape.latent_samples);
-  upload_to(at.latents, job.latents, batch * grid.values(), stream);
-  upload_to(at.steps, job.steps.data(), job.steps.size(), stream);
-  if (job.mask != nullptr) {
-    upload_to(at.mask, job.mask, batch * grid.height * grid.width, stream);
-    upload_to(at.image, job.image, batch * grid.values(), stream);
-    upload_to(at.noise, job.noise, batch * grid.values(), stream);
-  }
-  upload_to(at.scales, job.guidance.scales.data(), job.guidance.scales.size(), stream);
-  upload_to(at.normalization, &job.guidance.normalization, 1, stream);
-  std::vector<float> timesteps;
-  for (const SamplerStep& row : job.steps) timesteps.push_back(1.0f - row.sigma);
-  upload_to(at.transformer.timesteps, timesteps.data(), timesteps.size(), stream);
-  float* target = at.transformer.contexts;
-  const auto add = [&](const float* context, int rows) {
-    const std::size_t count = static_cast<std::size_t>(rows) * transformer_->dim();
-    upload_to(target, context, count, stream);
-    target += count;
-  };
-  for (std::size_t i = 0; i < job.contexts.size(); ++i) add(job.contexts[i], job.context_rows[i]);
-  if (job.guidance.ever())
-    for (std::size_t i = 0; i < job.negatives.size(); ++i)
-      add(job.negatives[i], job.negative_rows[i]);
-}
-
-// One evaluation and the update behind it, on the device alone.
-void Pipeline::step(const SampleShape& shape, const SampleJob& job, int i,
-                    const SampleBuffers& at) {
-  const bool guided = guided_at(job, i);
-  const int samples = guided ? 2 * shape.latent_samples : shape.latent_samples;
-  transformer_->evaluate(shape, samples, i, at.latents, at.transformer, ops());
-  sampler_update({at.transformer.predicted, transformer_->grid(shape), at.latents, at.kept,
-                  shape.latent_samples, guided, job.guidance.normalization > 0.0f, at.steps, i,
-                  at.scales, at.normalization, at.factors, at.mask, at.image, at.noise},
-                 stream_.get());
-}
-
-void Pipeline::decode_samples(const SampleShape& shape, const SampleBuffers& at) {
-  vae_decoder_->decode_uint8(at.latents, at.pixels, shape.latent_samples, shape.latent_height,
-                             shape.latent_width, at.decoder, stream_.get());
-}
-
-// The whole request, without a look back at the host; what a graph captures.
-void Pipeline::run_all(const SampleShape& shape, const SampleJob& job, const SampleBuffers& at,
-                       unsigned event_flags) {
-  const auto mark = [&](const Event& event) {
-    ZRT_CUDA(cudaEventRecordWithFlags(event.get(), stream_.get(), event_flags));
-  };
-  mark(started_);
-  transformer_->prepare(shape, at.transformer, ops());
-  for (int i = 0; i < shape.steps; ++i) step(shape, job, i, at);
-  mark(denoised_);
-  if (job.pixels != nullptr) decode_samples(shape, at);
-  mark(decoded_);
-}
-
-// The same with a callback after every step of the schedule.
-bool Pipeline::run_steps(const SampleShape& shape, const SampleJob& job, const SampleBuffers& at) {
-  const PatchGrid grid = transformer_->grid(shape);
-  const std::size_t bytes =
-      sizeof(float) * static_cast<std::size_t>(shape.latent_samples) * grid.values();
-  ZRT_CUDA(cudaEventRecord(started_.get(), stream_.get()));
-  transformer_->prepare(shape, at.transformer, ops());
-  const int count = count_steps(job.steps);
-  int index = 0;
-  float sigma_before = job.steps.front().sigma;
-  for (int i = 0; i < shape.steps; ++i) {
-    step(shape, job, i, at);
-    const SamplerStep& row = job.steps[static_cast<std::size_t>(i)];
-    if (row.ends == 0.0f) continue;
-    read_back(job.latents, at.latents, bytes);
-    if (!job.callback({index, count, sigma_before, row.sigma_next, job.latents})) return false;
-    sigma_before = row.sigma_next;
-    ++index;
-  }
-  ZRT_CUDA(cudaEventRecord(denoised_.get(), stream_.get()));
-  if (job.pixels != nullptr) decode_samples(shape, at);
-  ZRT_CUDA(cudaEventRecord(decoded_.get(), stream_.get()));
-  return true;
-}
-
-void Pipeline::capture(const SampleShape& shape, const SampleJob& job, const SampleBuffers& at,
-                       std::vector<int> key) {
-  const std::size_t before = free_bytes();
-  ZRT_CUDA(cudaStreamBeginCapture(stream_.get(), cudaStreamCaptureModeThreadLocal));
-  cudaGraph_t graph = nullptr;
-  try {
-    run_all(shape, job, at, cudaEventRecordExternal);
-  } catch (...) {
-    cudaStreamEndCapture(stream_.get(), &graph);
-    if (graph != nullptr) cudaGraphDestroy(graph);
-    throw;
-  }
-  ZRT_CUDA(cudaStreamEndCapture(stream_.get(), &graph));
-  GraphExec exec;
-  try {
-    exec = GraphExec(graph);
-  } catch (...) {
-    cudaGraphDestroy(graph);
-    throw;
-  }
-  ZRT_CUDA(cudaGraphDestroy(graph));
-  const std::size_t after = free_bytes();
-  graphs_.push_front({std::move(key), std::move(exec), before > after ? before - after : 0});
-  std::size_t bytes = 0;
-  for (const Graph& kept : graphs_) bytes += kept.bytes;
-  while (graphs_.size() > 1 && (graphs_.size() > kMaxGraphs || bytes > kMaxGraphBytes)) {
-    bytes -= graphs_.back().bytes;
-    graphs_.pop_back();
-  }
-}
-
-bool Pipeline::sample(const SampleJob& job, SampleTimes& times) {
-  ZRT_TURN;
-  const Transformer& transformer = need(transformer_, "transformer");
-  if (job.pixels != nullptr) need(vae_decoder_, "tiny_vae_decoder");
-  SampleShape shape{static_cast<int>(job.contexts.size()), job.latent_height, job.latent_width,
-                    job.context_rows, static_cast<int>(job.steps.size())};
-  if (job.guidance.ever())
-    shape.context_rows.insert(shape.context_rows.end(), job.negative_rows.begin(),
-                              job.negative_rows.end());
-  Arena size(nullptr);
-  plan(shape, job, size);
-  Arena memory = arena(loop_memory_, size.used(), "the sampler loop");
-  const SampleBuffers at = plan(shape, job, memory);
-  load_inputs(shape, job, at);
-
-  if (job.callback) {
-    if (!run_steps(shape, job, at)) {
-      stream_.synchronize();
-      return false;
-    }
-  } else {
-    // All that decides which kernels run, on which addresses.
-    std::vector<int> key = {shape.latent_samples,  shape.latent_height,
-                            shape.latent_width,    shape.steps,
-                            job.pixels != nullptr, job.guidance.normalization > 0.0f,
-                            job.mask != nullptr};
-    for (int i = 0; i < shape.steps; ++i) key.push_back(guided_at(job, i));
-    key.insert(key.end(), shape.context_rows.begin(), shape.context_rows.end());
-    const auto found = std::find_if(graphs_.begin(), graphs_.end(),
-                                    [&](const Graph& graph) { return graph.key == key; });
-    if (found != graphs_.end()) {
-      graphs_.splice(graphs_.begin(), graphs_, found);
-      graphs_.front().exec.launch(stream_.get());
-    } else {
-      // The first request of a shape runs as it goes, which times its matrix products; the graph
-      // for the next one is made while the device works.
-      run_all(shape, job, at, cudaEventRecordDefault);
-      capture(shape, job, at, std::move(key));
-    }
-  }
-  const std::size_t batch = job.contexts.size();
-  const PatchGrid grid = transformer.grid(shape);
-  if (job.pixels != nullptr)
-    read_back(job.pixels, at.pixels, batch * 3 * grid.height * grid.width * area(*vae_decoder_));
-  read_back(job.latents, at.latents, sizeof(float) * batch * grid.values());
-  times.denoise = denoised_.since(started_) * 1e-3;
-  times.decode = decoded_.since(denoised_) * 1e-3;
-  gemm_.save_cache();
-  return true;
-}
-
-std::vector<float> Pipeline::time(int repeats, const std::function<void()>& work) {
-  work();
-  stream_.synchronize();
-  cudaGraph_t graph = nullptr;
-  ZRT_CUDA(cudaStreamBeginCapture(stream_.get(), cudaStreamCaptureModeThreadLocal));
-  work();
-  ZRT_CUDA(cudaStreamEndCapture(stream_.get(), &graph));
-  const GraphExec exec(graph);
-  ZRT_CUDA(cudaGraphDestroy(graph));
-  std::vector<float> times;
-  for (int i = 0; i < repeats + 2; ++i) {
-    ZRT_CUDA(cudaEventRecord(started_.get(), stream_.get()));
-    exec.launch(stream_.get());
-    ZRT_CUDA(cudaEventRecord(decoded_.get(), stream_.get()));
-    stream_.synchronize();
-    if (i >= 2) times.push_back(decoded_.since(started_));
-  }
-  gemm_.save_cache();
-  return times;
-}
-
-std::vector<float> Pipeline::time_evaluation(int latent_height, int latent_width,
-                                             const std::vector<int>& context_rows, int repeats) {
-  ZRT_TURN;
-  const Transformer& transformer = need(transformer_, "transformer");
-  const auto samples = static_cast<int>(context_rows.size());
-  const SampleShape shape{samples, latent_height, latent_width, context_rows, 1};
-  const std::size_t count = static_cast<std::size_t>(samples) * transformer.grid(shape).values();
-  Arena size(nullptr);
-  size.take<float>(count);
-  transformer.plan(shape, size);
-  Arena memory = arena(loop_memory_, size.used(), "one evaluation");
-  float* const latents = memory.take<float>(count);
-  const Transformer::Buffers at = transformer.plan(shape, memory);
-  const std::size_t rows =
-      std::accumulate(context_rows.begin(), context_rows.end(), std::size_t{0});
-  const std::vector<float> x = noise(1, count), contexts = noise(2, rows * transformer.dim());
-  const float timestep = 0.5f;
-  upload_to(latents, x.data(), x.size(), stream_.get());
-  upload_to(at.contexts, contexts.data(), contexts.size(), stream_.get());
-  upload_to(at.timesteps, &timestep, 1, stream_.get());
-  transformer.prepare(shape, at, ops());
-  return time(repeats, [&] { transformer.evaluate(shape, samples, 0, latents, at, ops()); });
-}
-
-std::vector<float> Pipeline::time_text_encoder(int tokens, int repeats) {
-  ZRT_TURN;
-  TextEncoder& encoder = need(text_encoder_, "text_encoder");
-  std::vector<std::int64_t> ids(static_cast<std::size_t>(tokens));
-  for (std::size_t i = 0; i < ids.size(); ++i)
-    ids[i] = static_cast<std::int64_t>(i * 7919 % static_cast<std::size_t>(encoder.vocab_size()));
-  Arena size(nullptr);
-  encoder.plan(tokens, size);
-  Arena memory = arena(side_memory_, size.used(), "encoding a prompt");
-  const TextEncoder::Buffers at = encoder.plan(tokens, memory);
-  if (!text_weights_->uploaded()) upload_text_encoder();
-  std::vector<float> times;
-  for (int i = 0; i < repeats + 2; ++i) {
-    stream_.synchronize();
-    ZRT_CUDA(cudaEventRecord(started_.get(), stream_.get()));
-    encoder.run(ids.data(), tokens, at, ops());
-    ZRT_CUDA(cudaEventRecord(decoded_.get(), stream_.get()));
-    stream_.synchronize();
-    if (i >= 2) times.push_back(decoded_.since(started_));
-  }
-  if (!options_.keep_text_encoder) text_weights_->release();
-  gemm_.save_cache();
-  return times;
-}
-
-std::vector<float> Pipeline::time_decode(int latent_height, int latent_width, int repeats) {
-  ZRT_TURN;
-  const TinyVaeDecoder& decoder = need(vae_decoder_, "tiny_vae_decoder");
-  const std::size_t count =
-      static_cast<std::size_t>(latent_channels_) * latent_height * latent_width;
-  const std::size_t work = decoder.workspace_bytes(1, latent_height, latent_width);
-  const std::size_t out =
-      static_cast<std::size_t>(3) * latent_height * latent_width * area(decoder);
-  Arena size(nullptr);
-  size.take<float>(count), size.take<std::uint8_t>(out), size.take(work);
-  Arena memory = arena(side_memory_, size.used(), "decoding");
-  float* const latents = memory.take<float>(count);
-  auto* const pixels = memory.take<std::uint8_t>(out);
-  std::byte* const workspace = memory.take(work);
-  const std::vector<float> x = noise(1, count);
-  upload_to(latents, x.data(), count, stream_.get());
-  return time(repeats, [&] {
-    decoder.decode_uint8(latents, pixels, 1, latent_height, latent_width, workspace, stream_.get());
-  });
 }
 
 MemoryUse Pipeline::memory() {

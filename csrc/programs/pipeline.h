@@ -119,6 +119,9 @@ class Pipeline {
   void check_limit(std::size_t more, const std::string& purpose);
   Arena arena(DeviceBuffer& buffer, std::size_t bytes, const char* purpose);
   void run_text_encoder(const std::int64_t* input_ids, int tokens, const TextEncoder::Buffers& at);
+  template <typename T, typename Run>
+  void decode_to(const float* latents, int batch, int latent_height, int latent_width, T* target,
+                 Run&& run);
   void read_back(void* target, const void* source, std::size_t bytes);
   std::vector<float> time(int repeats, const std::function<void()>& work);
 
