@@ -37,12 +37,12 @@ class TensorFile:
                 header = json.loads(file.read(length))
                 self.metadata: Mapping[str, str] = header.pop("__metadata__", {})
                 self.tensors: Mapping[str, Any] = header
-                ends = [_check(name, entry) for name, entry in header.items()]
+                end = max([_check(name, entry) for name, entry in header.items()], default=0)
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"its header is damaged ({error})") from error
-        if 8 + length + max(ends, default=0) > size:
-            raise ValueError(f"cut short: {size} bytes of {8 + length + max(ends)}")
-        self._bytes = np.memmap(path, np.uint8, "r", offset=8 + length) if ends and max(ends) else np.empty(0, np.uint8)
+        if 8 + length + end > size:
+            raise ValueError(f"cut short: {size} bytes of {8 + length + end}")
+        self._bytes = np.memmap(path, np.uint8, "r", offset=8 + length) if end else np.empty(0, np.uint8)
 
     def dtype(self, name: str) -> str:
         """`F32`, `F16`, `BF16`, …"""
