@@ -23,10 +23,12 @@ import zimage_rt
 from zimage_rt.backends.base import LowRank
 from zimage_rt.backends.merge import merged
 from zimage_rt.backends.modules import ModulePipeline
+from zimage_rt.backends.registry import load_backend
 from zimage_rt.errors import LoraError, RequestError
 from zimage_rt.lora import LoraSet
 from zimage_rt.lora import place as place_lora
 from zimage_rt.lora_file import LoraFile, LoraLayer
+from zimage_rt.manifest import read_manifest
 from zimage_rt.turns import Turns
 
 PROMPT, SEED = "a panda on a blue background", 3
@@ -226,14 +228,13 @@ def test_files_in_half_precision_are_read_as_they_are(engine, lora, tmp_path, dt
     assert sketch(engine) == picture
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_bundles_in_half_precision_round_the_sum(small_checkpoint, small_bundle, tmp_path, precision):
+def test_a_bf16_bundle_rounds_the_sum(small_checkpoint, small_bundle, tmp_path):
     from diffusers import ZImageTransformer2DModel
     from export_checkpoints import recipe
     from zimage_rt.export.bundle import export
 
-    half = tmp_path / precision
-    manifest = export(recipe(small_checkpoint, half, precision=precision, parity=False, vae=("tiny",)))
+    half = tmp_path / "bf16"
+    export(recipe(small_checkpoint, half, precision="bf16", parity=False, vae=()))
     model = ZImageTransformer2DModel.from_pretrained(small_checkpoint / "transformer")
     path = write(tmp_path / "lora.safetensors", peft(random_lora(model, seed=4)))
     rng = np.random.default_rng(0)
@@ -244,18 +245,17 @@ def test_bundles_in_half_precision_round_the_sum(small_checkpoint, small_bundle,
     }
     outputs = []
     for bundle in (small_bundle, half):
-        pipelines = zimage_rt.backends.registry.load_backend("onnxruntime", {}).open(
-            bundle, manifest if bundle == half else zimage_rt.manifest.read_manifest(bundle), lambda name: None
-        )
-        loras = LoraSet(zimage_rt.manifest.read_manifest(bundle), pipelines, Turns(), lambda modules: None)
-        before = pipelines.module("transformer")(inputs)["noise_pred"]
+        manifest = read_manifest(bundle)
+        pipeline = load_backend("onnxruntime", {}).open(bundle, manifest, lambda name: None)
+        loras = LoraSet(manifest, pipeline, Turns(), lambda modules: None)
+        before = pipeline.module("transformer")(inputs)["noise_pred"]
         loras.load(path, 1.0, None)
-        outputs.append(pipelines.module("transformer")(inputs)["noise_pred"])
+        outputs.append(pipeline.module("transformer")(inputs)["noise_pred"])
         loras.unload("lora")
-        assert pipelines.module("transformer")(inputs)["noise_pred"].tobytes() == before.tobytes()
+        assert pipeline.module("transformer")(inputs)["noise_pred"].tobytes() == before.tobytes()
         assert np.linalg.norm(outputs[-1] - before) > 0.03 * np.linalg.norm(before)
     error = np.linalg.norm(outputs[1] - outputs[0]) / np.linalg.norm(outputs[0])
-    assert error < {"fp16": 5e-3, "bf16": 2e-2}[precision]
+    assert error < 2e-2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -441,7 +441,7 @@ def test_no_request_sees_half_a_lora(engine, lora, small, tmp_path):
         return [sketch(engine) for _ in range(4)]
 
     def swap() -> int:
-        for count in range(1000):
+        for count in range(40):
             if stop.is_set():
                 break
             engine.set_loras({"style": float(count % 2)})
@@ -451,7 +451,7 @@ def test_no_request_sees_half_a_lora(engine, lora, small, tmp_path):
         swaps = pool.submit(swap)
         seen = {picture for task in [pool.submit(draw) for _ in range(2)] for picture in task.result()}
         stop.set()
-        assert swaps.result() > 1
+        assert swaps.result() > 1  # requests and changes took turns
     assert seen <= {small, styled}
 
 
