@@ -133,6 +133,7 @@ def write_random_bundle(
                 graph=None,
                 weights=f"{plan.name}.safetensors",
                 config=dict(plan.config),
+                linears=weights.linear_places(plan.meta_module()),
             )
             for plan in plans
         },
