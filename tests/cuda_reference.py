@@ -10,7 +10,7 @@ import pytest
 
 def require_gpu() -> Any:
     """The `_cuda` module, or a skip of the whole test file that says what is missing."""
-    cuda = pytest.importorskip("zimage_rt._cuda", reason="zimage_rt was built without CUDA: no nvcc here")
+    cuda = pytest.importorskip("zimage_rt._cuda", reason="zimage_rt was built without CUDA (CONTRIBUTING.md)")
     if cuda.device_count() == 0:
         pytest.skip(f"no NVIDIA GPU here: {cuda.device_problem()}", allow_module_level=True)
     return cuda
