@@ -15,7 +15,7 @@ import numpy as np
 
 from .backends.base import Backend, Inpaint, OnStep, SampleJob
 from .backends.registry import load_backend
-from .errors import BundleMismatch, Cancelled, RequestError
+from .errors import BundleMismatch, Cancelled
 from .guidance import guidance_scales
 from .image import latent_mask, paste, resize_images, resize_latents, to_signed
 from .lora import LoraSet
@@ -28,6 +28,7 @@ from .request import (
     ResolvedRequest,
     ResolvedSecondPass,
     StepInfo,
+    make_request,
     resolve,
 )
 from .rng import prepare_noise
@@ -117,11 +118,7 @@ class Engine:
             Cancelled: the callback returned False.
             OutOfMemory: it does not fit; the engine keeps working.
         """
-        try:
-            request = GenerateRequest(prompt, negative_prompt, **fields)
-        except TypeError as error:
-            known = ", ".join(GenerateRequest.__dataclass_fields__)
-            raise RequestError(f"{error}; known fields: {known}") from error
+        request = make_request(prompt=prompt, negative_prompt=negative_prompt, **fields)
         return self.run(request, callback=callback)
 
     def run(self, request: GenerateRequest, *, callback: Callback | None = None) -> GenerateResult:
@@ -186,7 +183,8 @@ class Engine:
                 request.guidance_scale,
                 request.cfg_truncation,
                 request.dynamic_cfg,
-                [self._tokenizer(prompt).shape[1] for prompt in request.prompts],
+                # Only dynamic guidance looks at how long a prompt is.
+                [self._tokenizer(prompt).shape[1] if request.dynamic_cfg else 0 for prompt in request.prompts],
             ),
             cfg_normalization=request.cfg_normalization,
             inpaint=inpaint,

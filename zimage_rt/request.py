@@ -133,6 +133,15 @@ class GenerateRequest:
     vae_tile: int | None = None
 
 
+def make_request(**fields: Any) -> GenerateRequest:
+    """A request from its fields by name. Raises RequestError for one that there is not, with those that there are."""
+    try:
+        return GenerateRequest(**fields)
+    except TypeError as error:
+        known = ", ".join(GenerateRequest.__dataclass_fields__)
+        raise RequestError(f"{error}; known fields: {known}") from error
+
+
 @dataclasses.dataclass(frozen=True)
 class GenerateResult:
     """What came of a request.

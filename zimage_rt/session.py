@@ -10,7 +10,7 @@ import numpy as np
 
 from .engine import Engine
 from .errors import RequestError
-from .request import Callback, GenerateRequest, GenerateResult
+from .request import Callback, GenerateRequest, GenerateResult, make_request
 
 # What a turn is, and which engines may do it, the best first.
 TASKS: dict[str, tuple[str, ...]] = {
@@ -130,10 +130,7 @@ class Session:
         if not isinstance(fields["prompt"], str) or fields.get("num_images", 1) != 1:
             raise RequestError("a session draws one picture a turn; use Engine.generate for several")
         role, engine = self._pick(task)
-        try:
-            request = GenerateRequest(**fields)
-        except TypeError as error:
-            raise RequestError(f"{error}; known fields: {', '.join(GenerateRequest.__dataclass_fields__)}") from error
+        request = make_request(**fields)
         result = engine.run(request, callback=callback)
         self._turns.append(Turn(task, role, request, result))
         self._undone.clear()

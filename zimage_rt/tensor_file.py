@@ -20,6 +20,7 @@ class TensorFile:
     Attributes:
         tensors: by name, the header's `dtype`, `shape` and `data_offsets`.
         metadata: the header's own texts.
+        data_start: where `data_offsets` count from, in bytes of the file.
 
     Raises:
         ValueError: it is not a safetensors file, or shorter than its header says.
@@ -42,6 +43,7 @@ class TensorFile:
                 raise ValueError(f"its header is damaged ({error})") from error
         if 8 + length + end > size:
             raise ValueError(f"cut short: {size} bytes of {8 + length + end}")
+        self.data_start: int = 8 + length
         self._bytes = np.memmap(path, np.uint8, "r", offset=8 + length) if end else np.empty(0, np.uint8)
 
     def dtype(self, name: str) -> str:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import struct
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 
 from ..errors import BackendUnavailable, BundleMismatch, LoraError, OutOfMemory, RequestError, ZImageError
 from ..manifest import Manifest, ModuleSpec
+from ..tensor_file import TensorFile
 from .base import CheckModule, Device, LowRank, Module, Probe, SampleJob
 from .cuda_libraries import SONAMES, find_library, library_version
 from .modules import check_finite
@@ -131,13 +131,15 @@ class CudaPipeline:
         self.native = native
         self._bundle, self._manifest, self._check = bundle, manifest, check
         self._loaded: set[str] = set()
+        self._lock = threading.Lock()
 
     def load(self, modules: Sequence[str]) -> None:
         """See `Pipeline`. Raises BundleMismatch for a module or a precision that this backend does not run."""
-        for name in modules:
-            if name not in self._loaded:
-                self._load(name)
-                self._loaded.add(name)
+        with self._lock:  # two requests that need a module at once must not load it twice
+            for name in modules:
+                if name not in self._loaded:
+                    self._load(name)
+                    self._loaded.add(name)
 
     def _load(self, name: str) -> None:
         spec = self._manifest.module(name)
@@ -275,14 +277,11 @@ class CudaModule:
 
 
 def _tensors(path: Path) -> list[tuple[str, str, list[int], int, bool]]:
-    """The header of a safetensors file: name, dtype, shape, offset in the file, whether it stays on the host."""
-    with path.open("rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        header: dict[str, Any] = json.loads(file.read(size))
-    header.pop("__metadata__", None)
+    """The tensors of a weight file: name, dtype, shape, offset in the file, whether it stays on the host."""
+    file = TensorFile(path)
     return [
-        (name, entry["dtype"], entry["shape"], 8 + size + entry["data_offsets"][0], name in HOST_TENSORS)
-        for name, entry in header.items()
+        (name, entry["dtype"], entry["shape"], file.data_start + entry["data_offsets"][0], name in HOST_TENSORS)
+        for name, entry in file.tensors.items()
     ]
 
 
