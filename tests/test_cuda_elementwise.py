@@ -1,4 +1,4 @@
-"""The element-wise kernels, norms and matrix products against float64 numpy."""
+"""The element-wise kernels and norms against float64 numpy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import pytest
 from cuda_reference import TOLERANCE, cast, relative_error, require_gpu, to_float
 
 from zimage_rt import _core
-from zimage_rt.backends.cuda_libraries import find_library
 from zimage_rt.samplers import blend_kept, sampler_table
 
 pytestmark = pytest.mark.gpu
@@ -169,18 +168,6 @@ def test_sampler_update_is_the_loop_of_the_cpu(kernels, rng, scale, normalizatio
             assert relative_error(out_kept, keep_x * latents + keep_v * pred) < TOLERANCE["float32"]
         else:
             assert (out_kept == kept).all()
-
-
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize(("m", "k", "n"), [(1, 64, 64), (33, 256, 512), (200, 2560, 384), (1000, 384, 2048)])
-@pytest.mark.parametrize("biased", [True, False])
-def test_gemm(kernels, rng, dtype, m, k, n, biased):
-    a, weight = cast(f32(rng, m, k), dtype), cast(f32(rng, k, n), dtype)
-    bias = f32(rng, n) if biased else None
-    out_type = "float32" if biased else dtype
-    out = kernels.gemm(find_library("cublasLt"), a, weight, bias, 2.0**-7, out_type)
-    reference = to_float(a) @ to_float(weight) * 2.0**-7 + (bias if biased else 0)
-    assert relative_error(out, reference) < (1e-5 if biased else TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize(

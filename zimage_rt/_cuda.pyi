@@ -29,6 +29,7 @@ class Pipeline:
         cache_file: str,
         memory_limit: int,
         keep_text_encoder: bool,
+        fused_gemm: bool,
     ) -> None: ...
     def load(
         self, module: str, path: str, tensors: Sequence[tuple[str, str, list[int], int, bool]], config: dict

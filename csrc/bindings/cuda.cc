@@ -360,13 +360,15 @@ PYBIND11_MODULE(_cuda, m) {
 
   py::class_<Pipeline>(m, "Pipeline")
       .def(py::init([](int device, std::string cublaslt, std::string cudnn, std::string cache_file,
-                       std::size_t memory_limit, bool keep_text_encoder) {
+                       std::size_t memory_limit, bool keep_text_encoder, bool fused_gemm) {
              const py::gil_scoped_release release;
              return Pipeline::make({device, std::move(cublaslt), std::move(cudnn),
-                                    std::move(cache_file), memory_limit, keep_text_encoder});
+                                    std::move(cache_file), memory_limit, keep_text_encoder,
+                                    fused_gemm});
            }),
            py::kw_only(), py::arg("device"), py::arg("cublaslt"), py::arg("cudnn"),
-           py::arg("cache_file"), py::arg("memory_limit"), py::arg("keep_text_encoder"))
+           py::arg("cache_file"), py::arg("memory_limit"), py::arg("keep_text_encoder"),
+           py::arg("fused_gemm"))
       .def("load",
            [](Pipeline& self, const std::string& module, const std::string& path,
               const std::vector<TensorTuple>& tensors, const py::dict& config) {
@@ -417,6 +419,7 @@ PYBIND11_MODULE(_cuda, m) {
 
   py::module_ kernels = m.def_submodule("kernels", "Single kernels over numpy arrays, for tests.");
   bind_elementwise(kernels);
+  bind_gemm(kernels);
   bind_attention(kernels);
   bind_conv(kernels);
 }

@@ -26,6 +26,12 @@ inline DType dtype_of(const pybind11::array& array) {
   throw std::invalid_argument("expected float32, float16 or uint16 (bf16 bits)");
 }
 
+inline DType dtype_named(const std::string& name) {
+  return name == "float32"   ? DType::kFloat32
+         : name == "float16" ? DType::kFloat16
+                             : DType::kBFloat16;
+}
+
 inline pybind11::dtype numpy_dtype(DType type) {
   return pybind11::dtype(type == DType::kFloat32 ? "f4" : type == DType::kFloat16 ? "f2" : "u2");
 }
@@ -72,5 +78,8 @@ class DeviceArray {
   DType dtype_;
   DeviceBuffer buffer_;
 };
+
+inline int rows_of(const DeviceArray& array) { return static_cast<int>(array.shape(0)); }
+inline int columns_of(const DeviceArray& array) { return static_cast<int>(array.shape(1)); }
 
 }  // namespace zimage_rt

@@ -1,4 +1,4 @@
-// The element-wise kernels, norms and matrix products over numpy arrays: for their tests only.
+// The element-wise kernels and norms over numpy arrays: for their tests only.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -13,26 +13,16 @@
 #include "kernels/qk_norm_rope.h"
 #include "kernels/rope_table.h"
 #include "kernels/swiglu.h"
-#include "runtime/gemm.h"
 
 namespace py = pybind11;
 
 namespace zimage_rt {
 namespace {
 
-int rows_of(const DeviceArray& array) { return static_cast<int>(array.shape(0)); }
-int columns_of(const DeviceArray& array) { return static_cast<int>(array.shape(1)); }
-
-DType named(const std::string& name) {
-  return name == "float32"   ? DType::kFloat32
-         : name == "float16" ? DType::kFloat16
-                             : DType::kBFloat16;
-}
-
 py::array run_rms_norm(const py::array& x, const py::array& weight, float eps,
                        const std::string& type) {
   const DeviceArray in(x), w(weight);
-  const DeviceArray out({x.shape(0), x.shape(1)}, named(type));
+  const DeviceArray out({x.shape(0), x.shape(1)}, dtype_named(type));
   rms_norm({in.data<float>(), w.data<float>(), out.data(), out.dtype(), rows_of(in), columns_of(in),
             eps},
            nullptr);
@@ -59,7 +49,7 @@ py::tuple run_residual_norm(const py::array& x, const py::array& branch,
 py::array run_layer_norm(const py::array& x, const py::array& scale, float eps,
                          const std::string& type) {
   const DeviceArray in(x), s(scale);
-  const DeviceArray out({x.shape(0), x.shape(1)}, named(type));
+  const DeviceArray out({x.shape(0), x.shape(1)}, dtype_named(type));
   layer_norm({in.data<float>(), s.data<float>(), out.data(), out.dtype(), rows_of(in),
               columns_of(in), eps},
              nullptr);
@@ -112,7 +102,7 @@ py::array run_patchify(const py::array& latents, int patch, int samples, int pad
                        const std::string& type) {
   const DeviceArray in(latents);
   const PatchGrid grid = grid_of(latents, patch);
-  const DeviceArray out({samples, padded, grid.features()}, named(type));
+  const DeviceArray out({samples, padded, grid.features()}, dtype_named(type));
   patchify(in.data<float>(), rows_of(in), grid, out.data(), out.dtype(), samples, padded, nullptr);
   return out.download();
 }
@@ -148,27 +138,6 @@ py::tuple run_sampler_update(const py::array& patches, const py::array& latents,
   return py::make_tuple(x.download(), history.download());
 }
 
-py::array run_gemm(const std::string& library, const py::array& a, const py::array& weight,
-                   const std::optional<py::array>& bias, float alpha, const std::string& out_type) {
-  static std::unique_ptr<Gemm> gemm;
-  if (!gemm) gemm = std::make_unique<Gemm>(library, "");
-  const DeviceArray in(a), w(weight);
-  std::optional<DeviceArray> b;
-  if (bias) b.emplace(*bias);
-  const DeviceArray out({a.shape(0), weight.shape(1)}, named(out_type));
-  GemmArgs args{};
-  args.a = in.data();
-  args.weight = w.data();
-  args.bias = b ? b->data<float>() : nullptr;
-  args.out = out.data();
-  args.type = in.dtype();
-  args.out_type = out.dtype();
-  args.m = rows_of(in), args.n = columns_of(w), args.k = columns_of(in);
-  args.alpha = alpha;
-  gemm->run(args, nullptr);
-  return out.download();
-}
-
 py::tuple run_rope_table(const std::vector<py::array>& cos, const std::vector<py::array>& sin,
                          int grid_rows, int grid_columns, int image_rows, int context_rows) {
   std::vector<DeviceArray> tables;
@@ -202,7 +171,6 @@ void bind_elementwise(py::module_& m) {
   m.def("patchify", &run_patchify);
   m.def("unpatchify", &run_unpatchify);
   m.def("sampler_update", &run_sampler_update);
-  m.def("gemm", &run_gemm);
   m.def("rope_table", &run_rope_table);
 }
 

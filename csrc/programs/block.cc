@@ -2,12 +2,16 @@
 
 #include <algorithm>
 
+#include "kernels/fused_gemm.h"
 #include "kernels/norm.h"
 #include "kernels/qk_norm_rope.h"
 #include "kernels/swiglu.h"
 
 namespace zimage_rt {
 namespace {
+
+// With fewer rows cuBLASLt's smaller tiles are faster (benchmarks/LOG.md).
+constexpr int kFusedRows = 1024;
 
 const std::byte* at(const void* data, std::size_t elements, DType type) {
   return static_cast<const std::byte*>(data) + elements * size_of(type);
@@ -23,11 +27,17 @@ void attend(const BlockShape& shape, const BlockWeights& weights, int rows,
   qkv.out = buffers.wide;
   qkv.type = qkv.out_type = shape.type;
   qkv.m = rows, qkv.n = width, qkv.k = shape.dim;
-  ops.gemm.run(qkv, ops.stream);
-
-  qk_norm_rope({buffers.wide, width, shape.type, weights.q_norm, weights.k_norm, rope.cos, rope.sin,
-                rows, shape.heads, shape.kv_heads, shape.head_dim, shape.qk_norm_eps},
-               ops.stream);
+  if (ops.fused != nullptr && rows >= kFusedRows && shape.head_dim == 128) {
+    gemm_qk_norm_rope({qkv.a, qkv.weight, qkv.out, shape.type, rows, width, shape.dim, ops.fused},
+                      {weights.q_norm, weights.k_norm, rope.cos, rope.sin, shape.heads,
+                       shape.kv_heads, shape.qk_norm_eps},
+                      ops.stream);
+  } else {
+    ops.gemm.run(qkv, ops.stream);
+    qk_norm_rope({buffers.wide, width, shape.type, weights.q_norm, weights.k_norm, rope.cos,
+                  rope.sin, rows, shape.heads, shape.kv_heads, shape.head_dim, shape.qk_norm_eps},
+                 ops.stream);
+  }
 
   for (const SequenceGroup& group : groups) {
     const std::size_t first = static_cast<std::size_t>(group.first_row);
@@ -68,10 +78,16 @@ void feed_forward(const BlockShape& shape, const BlockWeights& weights, int rows
   up.out = buffers.wide;
   up.type = up.out_type = shape.type;
   up.m = rows, up.n = 2 * shape.hidden, up.k = shape.dim;
-  ops.gemm.run(up, ops.stream);
-  swiglu({buffers.wide, buffers.hidden, shape.type, rows, shape.hidden, shape.gate_scale,
-          shape.up_scale},
-         ops.stream);
+  if (ops.fused != nullptr && rows >= kFusedRows && shape.hidden % 64 == 0) {
+    gemm_swiglu(
+        {up.a, up.weight, buffers.hidden, shape.type, rows, 2 * shape.hidden, shape.dim, ops.fused},
+        shape.gate_scale * shape.up_scale, ops.stream);
+  } else {
+    ops.gemm.run(up, ops.stream);
+    swiglu({buffers.wide, buffers.hidden, shape.type, rows, shape.hidden, shape.gate_scale,
+            shape.up_scale},
+           ops.stream);
+  }
   GemmArgs down = up;
   down.a = buffers.hidden;
   down.weight = weights.down;

@@ -17,6 +17,7 @@ struct Ops {
   Gemm& gemm;
   Attention& attention;
   cudaStream_t stream;
+  void* fused;  // the workspace of kernels/fused_gemm.h; null where that is not to be used
 };
 
 // The one block of the text encoder, the context refiner and the transformer: attention, then

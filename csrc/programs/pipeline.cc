@@ -4,6 +4,7 @@
 #include <cstring>
 #include <numeric>
 
+#include "kernels/fused_gemm.h"
 #include "programs/pipeline_detail.h"
 
 namespace zimage_rt {
@@ -14,7 +15,11 @@ std::unique_ptr<Pipeline> Pipeline::make(const PipelineOptions& options) {
 }
 
 Pipeline::Pipeline(const PipelineOptions& options)
-    : options_(options), gemm_(options.cublaslt, options.cache_file), attention_(options.cudnn) {}
+    : options_(options), gemm_(options.cublaslt, options.cache_file), attention_(options.cudnn) {
+  if (!options.fused_gemm || !fused_gemm_runs_here()) return;
+  fused_workspace_ = DeviceBuffer(fused_gemm_workspace_bytes(), "matrix products");
+  ZRT_CUDA(cudaMemset(fused_workspace_.data(), 0, fused_workspace_.bytes()));
+}
 
 Pipeline::~Pipeline() = default;
 
@@ -271,7 +276,8 @@ MemoryUse Pipeline::memory() {
   MemoryUse use{};
   for (const auto& weights : weights_)
     if (weights->uploaded()) use.weights += weights->bytes();
-  use.workspace = loop_memory_.bytes() + side_memory_.bytes() + gemm_.workspace_bytes();
+  use.workspace = loop_memory_.bytes() + side_memory_.bytes() + gemm_.workspace_bytes() +
+                  fused_workspace_.bytes();
   for (const Graph& graph : graphs_) use.graphs += graph.bytes;
   ZRT_CUDA(cudaMemGetInfo(&use.free, &use.total));
   return use;

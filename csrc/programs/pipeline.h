@@ -28,6 +28,7 @@ struct PipelineOptions {
   std::string cache_file;
   std::size_t memory_limit = 0;   // bytes of device memory; 0: all there is
   bool keep_text_encoder = true;  // false: its weights leave the device after each prompt
+  bool fused_gemm = true;         // false: cuBLASLt alone, also where kernels/fused_gemm.h runs
 };
 
 // One request for the loop. Host pointers; sample i of `latents` belongs to contexts[i], and to
@@ -113,7 +114,7 @@ class Pipeline {
   struct Graph;
 
   explicit Pipeline(const PipelineOptions& options);  // on the current device
-  Ops ops() { return {gemm_, attention_, stream_.get()}; }
+  Ops ops() { return {gemm_, attention_, stream_.get(), fused_workspace_.data()}; }
   std::unique_ptr<Weights> upload(std::unique_ptr<Weights> weights, const std::string& purpose);
   void upload_text_encoder();
   void check_limit(std::size_t more, const std::string& purpose);
@@ -143,6 +144,7 @@ class Pipeline {
 
   std::recursive_mutex mutex_;
   PipelineOptions options_;
+  DeviceBuffer fused_workspace_;
   Stream stream_;
   Gemm gemm_;
   Attention attention_;

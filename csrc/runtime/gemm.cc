@@ -22,8 +22,9 @@ namespace {
 constexpr std::size_t kWorkspace = std::size_t{32} << 20;  // NVIDIA's advice for Hopper
 constexpr int kCandidates = 16;
 // All candidates are timed once, the best of them again.
-constexpr std::size_t kFinalists = 4;
-constexpr int kRepeats = 5;
+constexpr std::size_t kFinalists = 5;
+constexpr std::size_t kRepeats = 5;
+constexpr int kBurst = 10;
 // Products of nearly the same m share an algorithm: a new prompt length must not cost a new timing.
 constexpr int kRowBucket = 256;
 constexpr int kSmallRows = 512;
@@ -172,31 +173,36 @@ struct Gemm::State {
 
   // Times every candidate on the real operands: the product is made several times over.
   cublasLtMatmulAlgo_t fastest(const Problem& problem, const GemmArgs& args, cudaStream_t stream) {
+    const bool small = args.m <= kSmallRows;
     DeviceBuffer flush;
-    if (args.m <= kSmallRows) flush = DeviceBuffer(kFlush, "timing matrix products");
+    if (small) flush = DeviceBuffer(kFlush, "timing matrix products");
     Event start, stop;
-    const auto time = [&](const cublasLtMatmulAlgo_t& algorithm) {
+    const auto time = [&](const cublasLtMatmulAlgo_t& algorithm, int calls) {
       if (flush.data() != nullptr)
         ZRT_CUDA(cudaMemsetAsync(flush.data(), 0, flush.bytes(), stream));
       ZRT_CUDA(cudaEventRecord(start.get(), stream));
-      multiply(problem, args, algorithm, stream);
+      for (int i = 0; i < calls; ++i) multiply(problem, args, algorithm, stream);
       ZRT_CUDA(cudaEventRecord(stop.get(), stream));
       ZRT_CUDA(cudaEventSynchronize(stop.get()));
       return stop.since(start);
     };
     std::vector<std::pair<float, cublasLtMatmulAlgo_t>> timed;
     for (const cublasLtMatmulAlgo_t& algorithm : candidates(problem)) {
-      time(algorithm);  // loads the kernel
-      timed.emplace_back(time(algorithm), algorithm);
+      time(algorithm, 1);  // loads the kernel
+      timed.emplace_back(time(algorithm, 1), algorithm);
     }
     const auto faster = [](const auto& a, const auto& b) { return a.first < b.first; };
     std::sort(timed.begin(), timed.end(), faster);
     timed.resize(std::min(timed.size(), kFinalists));
-    for (auto& [median, algorithm] : timed) {
-      std::array<float, kRepeats> times;
-      for (float& value : times) value = time(algorithm);
-      std::sort(times.begin(), times.end());
-      median = times[kRepeats / 2];
+    // The finalists take turns. Large products run in bursts: many of them in a row bring the chip
+    // to its power limit, where another algorithm may be the best than in a single call.
+    std::vector<std::array<float, kRepeats>> times(timed.size());
+    for (std::size_t turn = 0; turn < kRepeats; ++turn)
+      for (std::size_t i = 0; i < timed.size(); ++i)
+        times[i][turn] = time(timed[i].second, small ? 1 : kBurst);
+    for (std::size_t i = 0; i < timed.size(); ++i) {
+      std::sort(times[i].begin(), times[i].end());
+      timed[i].first = times[i][kRepeats / 2];
     }
     return std::min_element(timed.begin(), timed.end(), faster)->second;
   }

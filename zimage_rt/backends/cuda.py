@@ -43,6 +43,8 @@ class CudaBackend:
         text_encoder: `resident` keeps its weights on the device; `host` takes them there for each new prompt and
             gives the memory back, which saves it for the price of a copy.
         cudnn: whether to use cuDNN's attention where it is installed; False means our own kernel alone.
+        fused_gemm: whether to use our own matrix products on GPUs that run them (H100, H200); False means cuBLASLt
+            alone, for comparison.
         cache_dir: where timings of matrix products are remembered; None for nowhere.
 
     Raises:
@@ -57,6 +59,7 @@ class CudaBackend:
         memory_limit: int | None = None,
         text_encoder: str = "resident",
         cudnn: bool = True,
+        fused_gemm: bool = True,
         cache_dir: str | Path | None = "~/.cache/zimage_rt",
     ) -> None:
         if text_encoder not in ("resident", "host"):
@@ -73,6 +76,7 @@ class CudaBackend:
             "cache_file": str(_cache_file(cache_dir)) if cache_dir is not None else "",
             "memory_limit": memory_limit or 0,
             "keep_text_encoder": text_encoder == "resident",
+            "fused_gemm": fused_gemm,
         }
 
     def open(self, bundle: Path, manifest: Manifest, check: CheckModule) -> CudaPipeline:

@@ -1,0 +1,184 @@
+#pragma once
+
+// The PTX instructions of sm_90a that CUDA C++ has no name for: barriers in shared memory, the
+// bulk tensor copy engine, clusters, and the matrix unit of a warpgroup. PTX ISA 8.0, "mbarrier",
+// "cp.async.bulk.tensor", "wgmma.mma_async".
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace zimage_rt {
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define ZRT_HOPPER 1
+#else
+#define ZRT_HOPPER 0
+#endif
+
+#if ZRT_HOPPER
+
+__device__ inline void barrier_init(std::uint32_t barrier, std::uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// Makes initialised barriers visible to the copy engine and to the cluster.
+__device__ inline void fence_barrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// Arrives, and expects so many bytes of copies besides.
+__device__ inline void barrier_expect(std::uint32_t barrier, std::uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+
+// Arrives at the barrier that lies at the same address in block `rank` of the cluster. It publishes
+// no ordinary writes there: a release over the cluster would cost a fence over the device.
+__device__ inline void barrier_arrive_at(std::uint32_t barrier, std::uint32_t rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
+      "}" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
+
+// Waits for the end of the phase of that parity.
+__device__ inline void barrier_wait(std::uint32_t barrier, std::uint32_t parity) {
+  std::uint32_t done = 0;
+  while (!done)
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n"
+        "}"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+}
+
+__device__ inline void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ inline void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ inline std::uint32_t cluster_rank() {
+  std::uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// Copies the box at (x, y, z) of a tensor to shared memory, into all blocks of the cluster that
+// `mask` names; what lies outside of the tensor comes as zeros. Its bytes count at `barrier`, in
+// each of the blocks.
+__device__ inline void copy_box(std::uint32_t to, const CUtensorMap* map, int x, int y, int z,
+                                std::uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z)
+      : "memory");
+}
+__device__ inline void copy_box_to(std::uint32_t to, const CUtensorMap* map, int x, int y, int z,
+                                   std::uint32_t barrier, std::uint16_t mask) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "h"(mask)
+      : "memory");
+}
+__device__ inline void prefetch_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// Waits for the 128 threads of a warpgroup; `barrier` is 1 to 15.
+__device__ inline void group_sync(int barrier) {
+  asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory");
+}
+
+__device__ inline void store_release(unsigned* to, unsigned value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+}
+__device__ inline unsigned load_acquire(const unsigned* from) {
+  unsigned value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+  return value;
+}
+
+template <int kRegisters>
+__device__ inline void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ inline void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// A matrix in shared memory, rows of 128 bytes in the 128-byte swizzle. `leading`: bytes between
+// boxes of 64 columns where columns lie side by side in memory (else unused); `stride`: bytes
+// between groups of eight rows.
+__device__ inline std::uint64_t matrix_descriptor(std::uint32_t address, std::uint32_t leading,
+                                                  std::uint32_t stride) {
+  constexpr std::uint64_t kSwizzle128 = std::uint64_t{1} << 62;
+  return kSwizzle128 | (std::uint64_t{stride >> 4} << 32) | (std::uint64_t{leading >> 4} << 16) |
+         ((address & 0x3ffff) >> 4);
+}
+
+__device__ inline void warpgroup_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void warpgroup_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+template <int kPending>
+__device__ inline void warpgroup_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+#define ZRT_SUMS4(i) "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3])
+#define ZRT_SUMS16(i) ZRT_SUMS4(i), ZRT_SUMS4(i + 4), ZRT_SUMS4(i + 8), ZRT_SUMS4(i + 12)
+#define ZRT_SUMS64(i) ZRT_SUMS16(i), ZRT_SUMS16(i + 16), ZRT_SUMS16(i + 32), ZRT_SUMS16(i + 48)
+#define ZRT_WGMMA(type)                                                                           \
+  asm volatile(                                                                                   \
+      "{\n"                                                                                       \
+      ".reg .pred p;\n"                                                                           \
+      "setp.ne.b32 p, %130, 0;\n"                                                                 \
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type                                \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "   \
+      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "     \
+      "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "     \
+      "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, "     \
+      "%70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, "     \
+      "%87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, " \
+      "%104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, "      \
+      "%118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, %128, %129, p, 1, 1, 0, 1;\n" \
+      "}"                                                                                         \
+      : ZRT_SUMS64(0), ZRT_SUMS64(64)                                                             \
+      : "l"(a), "l"(b), "r"(add))
+
+// sums [64, 256] (+)= a [64, 16] · b [16, 256] by the four warps of a warpgroup: `a` has its rows
+// along k, `b` along n. Warp w holds rows 16 w + g and 16 w + g + 8 with g = lane / 4: sums[4 j],
+// sums[4 j + 1] are columns 8 j + 2 t, 8 j + 2 t + 1 with t = lane % 4, and the next two the same
+// of the second row.
+__device__ inline void multiply_add(float (&sums)[128], std::uint64_t a, std::uint64_t b, int add,
+                                    const __nv_bfloat16*) {
+  ZRT_WGMMA("bf16");
+}
+__device__ inline void multiply_add(float (&sums)[128], std::uint64_t a, std::uint64_t b, int add,
+                                    const __half*) {
+  ZRT_WGMMA("f16");
+}
+
+#undef ZRT_WGMMA
+#undef ZRT_SUMS64
+#undef ZRT_SUMS16
+#undef ZRT_SUMS4
+
+#endif  // ZRT_HOPPER
+
+}  // namespace zimage_rt
