@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 import zimage_rt
 
 ROOT = Path(__file__).parent.parent
+CUDA_PRECISIONS = ("bf16", "fp16")
 CHECKPOINT = ROOT / "checkpoints" / "zimage-nano"
 BUNDLE = ROOT / "engines" / "nano"
 
@@ -42,3 +44,36 @@ def small_bundle(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactor
     out = tmp_path_factory.mktemp("bundles") / "fp32"
     export(recipe(small_checkpoint, out))
     return out
+
+
+@pytest.fixture(scope="session")
+def cuda_bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """zimage-nano's bundles by precision: fp32 for ONNX Runtime, the others' weights for the `cuda` backend."""
+    from zimage_rt.export.bundle import export
+    from zimage_rt.export.recipe import read_recipe
+
+    recipes, folder = ROOT / "engines", tmp_path_factory.mktemp("bundles")
+    paths = {"fp32": BUNDLE}
+    for precision in CUDA_PRECISIONS:
+        paths[precision] = folder / precision
+        recipe = read_recipe(recipes / f"nano-{precision}.toml")
+        export(replace(recipe, out=paths[precision], vae=("tiny",), backend="cuda"))
+    if not (BUNDLE / "manifest.json").is_file():
+        export(replace(read_recipe(recipes / "nano.toml"), parity=False))
+    return paths
+
+
+@pytest.fixture(scope="session")
+def reference(cuda_bundles: dict[str, Path]) -> zimage_rt.Engine:
+    """ONNX Runtime in fp32: what the `cuda` backend is held to."""
+    return zimage_rt.Engine.load(cuda_bundles["fp32"])
+
+
+@pytest.fixture(scope="session", params=CUDA_PRECISIONS)
+def cuda(request: pytest.FixtureRequest, cuda_bundles: dict[str, Path]) -> zimage_rt.Engine:
+    return zimage_rt.Engine.load(cuda_bundles[request.param], backend="cuda")
+
+
+@pytest.fixture(scope="session")
+def bf16(cuda_bundles: dict[str, Path]) -> zimage_rt.Engine:
+    return zimage_rt.Engine.load(cuda_bundles["bf16"], backend="cuda")

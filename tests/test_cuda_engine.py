@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,47 +17,11 @@ from zimage_rt.errors import BundleMismatch, Cancelled, LoraError, OutOfMemory, 
 pytestmark = pytest.mark.gpu
 require_gpu()
 
-RECIPES = Path(__file__).parent.parent / "engines"
-PRECISIONS = ("bf16", "fp16")
 PROMPTS = [
     "a panda",
     "一只企鹅，蓝色背景",
     "draw a red apple on the left and a house on the right, green background please",
 ]
-
-
-@pytest.fixture(scope="session")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    from zimage_rt.export.bundle import export
-    from zimage_rt.export.recipe import read_recipe
-
-    folder = tmp_path_factory.mktemp("bundles")
-    paths = {"fp32": RECIPES / "nano"}
-    for precision in PRECISIONS:
-        paths[precision] = folder / precision
-        export(
-            replace(
-                read_recipe(RECIPES / f"nano-{precision}.toml"), out=paths[precision], vae=("tiny",), backend="cuda"
-            )
-        )
-    if not (paths["fp32"] / "manifest.json").is_file():
-        export(replace(read_recipe(RECIPES / "nano.toml"), parity=False))
-    return paths
-
-
-@pytest.fixture(scope="session")
-def reference(bundles):
-    return zimage_rt.Engine.load(bundles["fp32"])
-
-
-@pytest.fixture(scope="session", params=PRECISIONS)
-def cuda(request, bundles):
-    return zimage_rt.Engine.load(bundles[request.param], backend="cuda")
-
-
-@pytest.fixture(scope="session")
-def bf16(bundles):
-    return zimage_rt.Engine.load(bundles["bf16"], backend="cuda")
 
 
 TOLERANCE = {"bf16": 2e-2, "fp16": 4e-3}  # of a whole module against fp32, after all its layers
@@ -189,8 +151,8 @@ def test_threads_take_turns_and_nothing_mixes(bf16):
     assert [a.tobytes() for a in alone] == [b.tobytes() for b in together]
 
 
-def test_text_encoder_on_the_host_gives_the_same_bytes(bundles, bf16):
-    moving = zimage_rt.Engine.load(bundles["bf16"], backend="cuda", backend_options={"text_encoder": "host"})
+def test_text_encoder_on_the_host_gives_the_same_bytes(cuda_bundles, bf16):
+    moving = zimage_rt.Engine.load(cuda_bundles["bf16"], backend="cuda", backend_options={"text_encoder": "host"})
     before = moving.pipeline.memory()["weights"]
     assert before < bf16.pipeline.memory()["weights"]
     ours = moving.generate(PROMPTS[1], seed=1).images
@@ -254,8 +216,8 @@ def test_a_swap_leaves_captured_graphs_as_they_are(bf16, unload, tmp_path):
     assert bf16.generate(PROMPTS[0], **options).images.tobytes() == plain[0]
 
 
-def test_a_text_encoder_on_the_host_takes_a_lora(bundles, bf16, unload, tmp_path):
-    moving = zimage_rt.Engine.load(bundles["bf16"], backend="cuda", backend_options={"text_encoder": "host"})
+def test_a_text_encoder_on_the_host_takes_a_lora(cuda_bundles, bf16, unload, tmp_path):
+    moving = zimage_rt.Engine.load(cuda_bundles["bf16"], backend="cuda", backend_options={"text_encoder": "host"})
     unload += [bf16, moving]
     plain = moving.encode_prompt(PROMPTS[1])
     path = random_lora_of(bf16.manifest, tmp_path / "text.safetensors", seed=4, modules=("text_encoder",))
@@ -269,8 +231,8 @@ def test_a_text_encoder_on_the_host_takes_a_lora(bundles, bf16, unload, tmp_path
     assert moving.encode_prompt(PROMPTS[1]).tobytes() == plain.tobytes()
 
 
-def test_a_lora_that_fp16_cannot_hold_is_refused_and_nothing_stays_of_it(bundles, tmp_path):
-    engine = zimage_rt.Engine.load(bundles["fp16"], backend="cuda")
+def test_a_lora_that_fp16_cannot_hold_is_refused_and_nothing_stays_of_it(cuda_bundles, tmp_path):
+    engine = zimage_rt.Engine.load(cuda_bundles["fp16"], backend="cuda")
     path = random_lora_of(engine.manifest, tmp_path / "style.safetensors", seed=1)
     engine.load_lora(path, weight=0.5)
     before = dict(module_outputs(engine))
@@ -281,30 +243,30 @@ def test_a_lora_that_fp16_cannot_hold_is_refused_and_nothing_stays_of_it(bundles
         assert value.tobytes() == before[name].tobytes(), name
 
 
-def test_our_own_attention_gives_the_same_pictures(bundles, bf16):
-    own = zimage_rt.Engine.load(bundles["bf16"], backend="cuda", backend_options={"cudnn": False})
+def test_our_own_attention_gives_the_same_pictures(cuda_bundles, bf16):
+    own = zimage_rt.Engine.load(cuda_bundles["bf16"], backend="cuda", backend_options={"cudnn": False})
     options = {"height": 640, "width": 640, "num_inference_steps": 2, "seed": 1}
     assert psnr(own.generate(PROMPTS[0], **options).images[0], bf16.generate(PROMPTS[0], **options).images[0]) > 40
 
 
-def test_out_of_memory_names_the_need_and_the_engine_goes_on(bundles):
+def test_out_of_memory_names_the_need_and_the_engine_goes_on(cuda_bundles):
     limit = 200 << 20
-    engine = zimage_rt.Engine.load(bundles["bf16"], backend="cuda", backend_options={"memory_limit": limit})
+    engine = zimage_rt.Engine.load(cuda_bundles["bf16"], backend="cuda", backend_options={"memory_limit": limit})
     small = engine.generate(PROMPTS[0], seed=1).images
     with pytest.raises(OutOfMemory, match=r"needed \d+ MB .* \d+ MB are free"):
         engine.generate(PROMPTS[0], seed=1, height=2048, width=2048, num_inference_steps=1)
     assert engine.generate(PROMPTS[0], seed=1).images.tobytes() == small.tobytes()
 
 
-def test_what_cannot_be_served_is_refused(bundles, bf16):
+def test_what_cannot_be_served_is_refused(cuda_bundles, bf16):
     with pytest.raises(BundleMismatch, match="fp32"):
-        zimage_rt.Engine.load(bundles["fp32"], backend="cuda")
-    with pytest.raises(BundleMismatch, match="vae='tiny'"):
+        zimage_rt.Engine.load(cuda_bundles["fp32"], backend="cuda")
+    with pytest.raises(RequestError, match="no full VAE"):
         bf16.generate(PROMPTS[0], vae="full")
     with pytest.raises(RequestError, match="text_encoder"):
-        zimage_rt.Engine.load(bundles["bf16"], backend="cuda", backend_options={"text_encoder": "moon"})
+        zimage_rt.Engine.load(cuda_bundles["bf16"], backend="cuda", backend_options={"text_encoder": "moon"})
     with pytest.raises(zimage_rt.BackendUnavailable, match="device 99"):
-        zimage_rt.Engine.load(bundles["bf16"], backend="cuda", backend_options={"device": 99})
+        zimage_rt.Engine.load(cuda_bundles["bf16"], backend="cuda", backend_options={"device": 99})
 
 
 def test_timings_say_what_the_device_took(bf16):

@@ -1,0 +1,88 @@
+"""What each feature of a request costs beside plain generation, as a ratio of warm wall-clock times.
+
+    python -m zimage_rt.benchmarks.feature_cost engines/nano
+    python -m zimage_rt.benchmarks.feature_cost /tmp/random-bf16 --backend cuda --size 1024
+
+Plain generation and every feature take turns in one run, all with the same evaluations of the schedule: what an image
+or a mask would leave out of it is kept by a strength of 1.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+import zimage_rt
+
+PROMPT = "a small red house beside a quiet lake under tall pine trees"
+
+
+def features(size: int) -> dict[str, dict[str, Any]]:
+    """Request fields by name. Every one of them runs the whole schedule (Heun: half of it, two evaluations a step)."""
+    picture = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    mask = np.zeros((size, size), np.uint8)
+    mask[:, : size // 2] = 255
+    return {
+        "plain": {},
+        "guidance": {"guidance_scale": 4.0, "negative_prompt": "a dog"},
+        "guidance, truncated half way": {"guidance_scale": 4.0, "negative_prompt": "a dog", "cfg_truncation": 0.5},
+        "normalised guidance": {"guidance_scale": 4.0, "negative_prompt": "a dog", "cfg_normalization": 1.0},
+        "image, strength 1": {"image": picture, "strength": 1.0},
+        "mask, strength 1": {"image": picture, "strength": 1.0, "mask": mask},
+        "dpmpp_2m, karras": {"sampler": "dpmpp_2m", "schedule": "karras"},
+        "decoding in tiles": {"vae_tile": max(64, size // 2)},
+        "a preview every step": {"callback": lambda info: info.preview() is not None},
+    }
+
+
+def measure(engine: zimage_rt.Engine, size: int, evaluations: int, rounds: int) -> dict[str, float]:
+    """Median seconds of each feature, taking turns; the first turn, which captures and tunes, is thrown away."""
+    common: dict[str, Any] = {
+        "height": size,
+        "width": size,
+        "num_inference_steps": evaluations,
+        "seed": 1,
+        "vae": "tiny",
+    }
+    runs = {
+        name: partial(engine.generate, PROMPT, vae="tiny", **common, **fields)
+        for name, fields in features(size).items()
+    }
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds + 2):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if turn >= 2:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def main(
+    bundle: Annotated[Path, typer.Argument(help="A bundle with the tiny VAE.")],
+    backend: Annotated[str, typer.Option(help="onnxruntime or cuda.")] = "onnxruntime",
+    size: Annotated[int, typer.Option(help="Pixels a side.")] = 256,
+    evaluations: Annotated[int, typer.Option(help="Function evaluations.")] = 8,
+    rounds: Annotated[int, typer.Option(help="Medians are of so many.")] = 5,
+    output: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+) -> None:
+    """Print each feature's seconds and its ratio to plain generation."""
+    engine = zimage_rt.Engine.load(bundle, backend=backend, verify=False)
+    seconds = measure(engine, size, evaluations, rounds)
+    typer.echo(f"{bundle}, {backend}, {size}x{size}, {evaluations} evaluations, {rounds} rounds")
+    for name, value in seconds.items():
+        typer.echo(f"  {name}: {value:.4f} s, {value / seconds['plain']:.3f} of plain")
+    if output is not None:
+        figures = {"backend": backend, "size": size, "evaluations": evaluations, "seconds": seconds}
+        output.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)
