@@ -127,6 +127,7 @@ def _source(checkpoint: Checkpoint) -> dict[str, object]:
         checkpoint.text_encoder,
         checkpoint.vae,
         checkpoint.tiny_vae,
+        checkpoint.controlnet,
     )
     files = sorted({file for component in components if component for file in component.files})
     root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
@@ -157,8 +158,8 @@ class _Job:
 def _module(plan: ModulePlan, job: _Job) -> ModuleSpec:
     folder, progress = job.folder, job.progress
     graph, weight_file = None, f"{plan.name}.safetensors"
-    module = plan.meta_module()
-    total = sum(tensor.nbytes for tensor in module.state_dict().values())
+    module, shared = plan.meta_module(), plan.shared()
+    total = sum(tensor.nbytes for name, tensor in module.state_dict().items() if name not in shared)
     done = 0
 
     def advance(size: int) -> None:
@@ -166,17 +167,17 @@ def _module(plan: ModulePlan, job: _Job) -> ModuleSpec:
         done += size
         progress("write", plan.name, done, total)
 
-    stored = weights.write(module, plan.component, folder / weight_file, advance)
+    weights.write(module, plan.component, folder / weight_file, advance, shared)
     parity = None
     engines: tuple[EngineSpec, ...] = ()
     if job.builder.simplify is not None:
         progress("trace", plan.name, total, total)
-        graph = _write_graph(plan, folder, stored, job.builder.simplify)
+        graph = _write_graph(plan, folder, job.builder.simplify)
         if job.recipe.parity:
             progress("parity", plan.name, total, total)
-            parity = _parity(plan, graph, stored, job)
+            parity = _parity(plan, graph, job)
         if job.builder.build is not None:
-            if plan.component.elements > WHOLE_PARITY_ELEMENTS:
+            if plan.elements > WHOLE_PARITY_ELEMENTS:
                 job.references.clear()  # a builder wants the memory
             engines = job.builder.build(plan, graph, folder, job.recipe, job.pipeline, progress)
     return ModuleSpec(
@@ -186,18 +187,19 @@ def _module(plan: ModulePlan, job: _Job) -> ModuleSpec:
         graph=None if graph is None else graph.name,
         weights=weight_file,
         config=dict(plan.config),
-        linears=weights.linear_places(module),
+        linears=weights.linear_places(module, shared),
         parity=parity,
         engines=engines,
+        base=None if plan.base is None else plan.base.name,
     )
 
 
-def _write_graph(
-    plan: ModulePlan, folder: Path, stored: dict[str, weights.StoredTensor], simplify: Simplify, suffix: str = ".onnx"
-) -> Path:
-    """Trace a module whose weights are written already, and write its graph beside them."""
+def _write_graph(plan: ModulePlan, folder: Path, simplify: Simplify, suffix: str = ".onnx") -> Path:
+    """Trace a module whose weights are written already, its base's too, and write its graph beside them."""
     model = trace(plan.meta_module(), plan.inputs, plan.outputs, plan.multiples)
-    weights.attach(model, f"{plan.name}.safetensors", folder, stored)
+    for part in (plan,) if plan.base is None else (plan, plan.base):
+        _, stored = weights.layout(part.meta_module(), part.shared())
+        weights.attach(model, f"{part.name}.safetensors", folder, stored)
     simplify(model, plan)
     path = folder / f"{plan.name}{suffix}"
     try:
@@ -207,13 +209,13 @@ def _write_graph(
     return path
 
 
-def _parity(plan: ModulePlan, graph: Path, stored: dict[str, weights.StoredTensor], job: _Job) -> Parity:
+def _parity(plan: ModulePlan, graph: Path, job: _Job) -> Parity:
     """Measure a module, or its twin on the same weights where ONNX Runtime cannot run the module's own graph."""
     twin = plan.precision.twin
     if twin is None:
         return _measure(plan, graph, job)
     plan = next(other for other in plan_modules(job.checkpoint, twin, job.vaes) if other.name == plan.name)
-    graph = _write_graph(plan, job.folder, stored, job.builder.simplify, ".twin.onnx")
+    graph = _write_graph(plan, job.folder, job.builder.simplify, ".twin.onnx")
     try:
         parity = _measure(plan, graph, job)
     finally:
@@ -227,7 +229,7 @@ def _measure(plan: ModulePlan, graph: Path, job: _Job) -> Parity:
     A module that lost layers by that is exported again, the same way; one that has none of them (the context refiner)
     is measured as it is, against what is left of the reference.
     """
-    if plan.component.elements <= WHOLE_PARITY_ELEMENTS:
+    if plan.elements <= WHOLE_PARITY_ELEMENTS:
         return measure(plan, graph, *job.references.get(plan))
     references = job.references
     shorter = references.shorter(job.checkpoint)
@@ -237,9 +239,10 @@ def _measure(plan: ModulePlan, graph: Path, job: _Job) -> Parity:
         return measure(plan, graph, *references.get(short))
     with tempfile.TemporaryDirectory(prefix="parity-", dir=graph.parent) as temporary:
         folder = Path(temporary)
-        module = short.meta_module()
-        stored = weights.write(module, short.component, folder / f"{short.name}.safetensors")
-        path = _write_graph(short, folder, stored, job.builder.simplify)
+        for part in (short,) if short.base is None else (short, short.base):
+            path = folder / f"{part.name}.safetensors"
+            weights.write(part.meta_module(), part.component, path, shared=part.shared())
+        path = _write_graph(short, folder, job.builder.simplify)
         reference, name = references.get(short)
         return measure(short, path, reference, f"{name}, first layers only")
 

@@ -17,7 +17,7 @@ from zimage_rt.manifest import shape_text
 
 from .errors import CheckpointError, TensorError
 
-PARTS = ("transformer", "text_encoder", "vae", "tiny_vae", "scheduler", "tokenizer")
+PARTS = ("transformer", "text_encoder", "vae", "tiny_vae", "controlnet", "scheduler", "tokenizer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Component:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """All parts of a Z-Image model. `tokenizer` is a folder; `tiny_vae` and `vae` may be None."""
+    """All parts of a Z-Image model. `tokenizer` is a folder; `tiny_vae`, `vae` and `controlnet` may be None."""
 
     format: str
     path: Path
@@ -71,6 +71,7 @@ class Checkpoint:
     tiny_vae: Component | None
     scheduler: Mapping[str, Any]
     tokenizer: Path
+    controlnet: Component | None = None
 
 
 def open_safetensors(path: Path) -> dict[str, LazyTensor]:
@@ -126,6 +127,7 @@ _CLASSES = {
     "transformer": ("ZImageTransformer2DModel",),
     "vae": ("AutoencoderKL",),
     "tiny_vae": ("AutoencoderTiny",),
+    "controlnet": ("ZImageControlNetModel",),
 }
 
 
@@ -154,7 +156,8 @@ def open_checkpoint(
 
     Args:
         path: a diffusers folder, or a single `.safetensors` file.
-        parts: other places for single parts (`PARTS`), e.g. where a single file has no tokenizer.
+        parts: other places for single parts (`PARTS`), e.g. where a single file has no tokenizer. A ControlNet is
+            taken from here alone: nobody gets one for having it in the checkpoint's folder.
         config: numbers to change in the components' configs, e.g. what no tensor's shape shows.
 
     Raises:
@@ -169,6 +172,11 @@ def open_checkpoint(
         checkpoint = open_single_file(path, parts)
     else:
         checkpoint = _open_folder(path, parts)
+    if "controlnet" in parts:
+        from .controlnet import open_controlnet
+
+        controlnet = open_controlnet(parts["controlnet"], checkpoint.transformer)
+        checkpoint = dataclasses.replace(checkpoint, controlnet=controlnet)
     for name, changes in (config or {}).items():
         old = getattr(checkpoint, name)
         if old is None:

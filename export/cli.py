@@ -29,6 +29,7 @@ def _recipe(
     out: Path | None,
     precision: str | None,
     vae: list[str] | None,
+    controlnet: Path | None,
     backend: str | None,
     skip_parity: bool,
 ) -> ExportRecipe:
@@ -46,6 +47,8 @@ def _recipe(
         base = dataclasses.replace(base, precision=precision)
     if vae:
         base = dataclasses.replace(base, vae=tuple(vae))
+    if controlnet is not None:
+        base = dataclasses.replace(base, parts={**base.parts, "controlnet": controlnet})
     if backend is not None:
         base = dataclasses.replace(base, backend=backend)
     return dataclasses.replace(base, parity=False) if skip_parity else base
@@ -98,6 +101,9 @@ def export_command(
     out: Annotated[Path | None, typer.Option(help="The bundle's folder.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16.")] = None,
     vae: Annotated[list[str] | None, typer.Option(help="tiny, full; may be repeated.")] = None,
+    controlnet: Annotated[
+        Path | None, typer.Option(help="A ControlNet: diffusers' folder, or a Fun-Union .safetensors file.")
+    ] = None,
     backend: Annotated[
         str | None,
         typer.Option(
@@ -116,7 +122,7 @@ def export_command(
     """Turn a Z-Image checkpoint into a bundle for zimage_rt."""
     from .bundle import export  # torch loads here, not for --help
 
-    chosen = _recipe(recipe, checkpoint, out, precision, vae, backend, skip_parity)
+    chosen = _recipe(recipe, checkpoint, out, precision, vae, controlnet, backend, skip_parity)
     chosen = _with_tensorrt(chosen, sm, split, workspace, optimization_level)
     console = Console(stderr=True)
     columns = (

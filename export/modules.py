@@ -12,7 +12,10 @@ from torch import nn
 from zimage_rt.manifest import TensorSpec
 
 from .checkpoint import Checkpoint, Component
+from .controlnet import check_keys, control_config
 from .errors import RecipeError
+from .modeling.controlnet import ControlledTransformer
+from .modeling.layers import weight_sources
 from .modeling.text_encoder import TextEncoder, TextEncoderConfig
 from .modeling.transformer import (
     SEQUENCE_MULTIPLE,
@@ -52,6 +55,7 @@ class ModulePlan:
         multiples: what its free sizes must be multiples of.
         config: architecture numbers for the manifest.
         blocks: where it may be cut; None where it may not.
+        base: the module whose tensors it reads too, under the same names, from that module's own weight file.
     """
 
     name: str
@@ -63,11 +67,21 @@ class ModulePlan:
     multiples: Mapping[str, int]
     config: Mapping[str, Any]
     blocks: Blocks | None = None
+    base: ModulePlan | None = None
+
+    @property
+    def elements(self) -> int:
+        """How many weights the components have that it is made of."""
+        return self.component.elements + (0 if self.base is None else self.base.elements)
 
     def meta_module(self) -> nn.Module:
         """The module without values: shapes and dtypes only."""
         with torch.device("meta"):
             return self.build()
+
+    def shared(self) -> frozenset[str]:
+        """The tensors that lie in the base's weight file, not in its own."""
+        return frozenset() if self.base is None else frozenset(self.base.meta_module().state_dict())
 
 
 def layout_config(precision: Precision) -> dict[str, Any]:
@@ -91,6 +105,7 @@ def plan_modules(checkpoint: Checkpoint, precision: Precision, vaes: tuple[str, 
 
     Raises:
         RecipeError: `vaes` names one that the checkpoint does not have.
+        CheckpointError: the ControlNet does not belong to the transformer.
     """
     transformer = TransformerConfig.from_dict(checkpoint.transformer.config)
     encoder = TextEncoderConfig.from_dict(checkpoint.text_encoder.config)
@@ -153,6 +168,8 @@ def plan_modules(checkpoint: Checkpoint, precision: Precision, vaes: tuple[str, 
             Blocks(transformer.n_layers, transformer.dim, sequence),
         ),
     ]
+    if checkpoint.controlnet is not None:
+        plans.append(_plan_controlnet(checkpoint.controlnet, transformer, plans[-1]))
     for kind in vaes:
         component = checkpoint.tiny_vae if kind == "tiny" else checkpoint.vae
         if component is None:
@@ -162,6 +179,30 @@ def plan_modules(checkpoint: Checkpoint, precision: Precision, vaes: tuple[str, 
             )
         plans += _plan_vae(kind, component, precision, latents, image)
     return plans
+
+
+def _plan_controlnet(component: Component, config: TransformerConfig, transformer: ModulePlan) -> ModulePlan:
+    """The transformer with the ControlNet beside it; a request without a control image runs the plain one."""
+    control = control_config(component, config)
+    latents = transformer.inputs[0]
+    plan = ModulePlan(
+        "controlnet",
+        component,
+        transformer.precision,
+        lambda: ControlledTransformer(config, control, transformer.precision),
+        (
+            *transformer.inputs,
+            TensorSpec("control_latents", "float32", ("batch", control.control_in_dim, *latents.dims[2:])),
+            TensorSpec("control_scale", "float32", ("batch",)),
+        ),
+        transformer.outputs,
+        transformer.multiples,
+        {**transformer.config, **dataclasses.asdict(control)},
+        base=transformer,
+    )
+    read = {name for _, _, source in weight_sources(plan.meta_module()) for name in source.names}
+    check_keys(component, read, transformer.component)
+    return plan
 
 
 def _plan_vae(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,12 @@ _LATENTS = (
     {"batch": 2, "latent_height": 12, "latent_width": 20},
     {"batch": 1, "latent_height": 26, "latent_width": 140},
 )
+_STEPS = tuple({**case, "context_tokens": 32 * (i + 1)} for i, case in enumerate(_LATENTS))
 CASES: Mapping[str, tuple[Mapping[str, int], ...]] = {
     "text_encoder": _PROMPTS,
     "context_refiner": _PROMPTS,
-    "transformer": tuple({**case, "context_tokens": 32 * (i + 1)} for i, case in enumerate(_LATENTS)),
+    "transformer": _STEPS,
+    "controlnet": _STEPS,
     "decoder": _LATENTS[:1] + _LATENTS[2:],
     "encoder": (
         {"batch": 2, "height": 64, "width": 96},
@@ -67,6 +70,7 @@ def load_reference(component: Component) -> Any:
                 "transformer": diffusers.ZImageTransformer2DModel,
                 "vae": diffusers.AutoencoderKL,
                 "tiny_vae": diffusers.AutoencoderTiny,
+                "controlnet": diffusers.ZImageControlNetModel,
             }[component.name].from_config(config)
     tensors = float_tensors(component, torch.float32)
     missing, _ = model.load_state_dict(tensors, strict=False, assign=True)
@@ -102,8 +106,21 @@ class _Passed(nn.Module):
         return x
 
 
-def reference_function(name: str, model: Any) -> Reference:
-    """What the named module must compute, in terms of its reference model."""
+@contextlib.contextmanager
+def _context_given(*models: Any) -> Iterator[None]:
+    """Let transformers take the context instead of prompt_embeds."""
+    kept = [(model, model.cap_embedder, model.context_refiner) for model in models]
+    for model in models:
+        model.cap_embedder, model.context_refiner = _Passed(), nn.ModuleList()
+    try:
+        yield
+    finally:
+        for model, embedder, refiner in kept:
+            model.cap_embedder, model.context_refiner = embedder, refiner
+
+
+def reference_function(name: str, model: Any, transformer: Any = None) -> Reference:
+    """What the named module must compute, in terms of its reference model; a ControlNet's needs the transformer too."""
     if name == "text_encoder":
         return lambda ids: model(input_ids=ids, output_hidden_states=True).hidden_states[-2]
     if name == "context_refiner":
@@ -111,15 +128,23 @@ def reference_function(name: str, model: Any) -> Reference:
     if name == "transformer":
 
         def noise_pred(latents: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
-            embedder, refiner = model.cap_embedder, model.context_refiner
-            model.cap_embedder, model.context_refiner = _Passed(), nn.ModuleList()
-            try:
+            with _context_given(model):
                 out = model(list(latents.unsqueeze(2)), timestep, list(context)).sample
-            finally:
-                model.cap_embedder, model.context_refiner = embedder, refiner
             return -torch.stack(list(out)).squeeze(2)
 
         return noise_pred
+    if name == "controlnet":
+        controlnet = model.from_transformer(model, transformer)
+
+        def controlled(latents: Tensor, timestep: Tensor, context: Tensor, control: Tensor, scale: Tensor) -> Tensor:
+            x = list(latents.unsqueeze(2))
+            with _context_given(controlnet, transformer):
+                # Its scale is a number, which a column of them for the batch may stand for.
+                hints = controlnet(x, timestep, list(context), list(control.unsqueeze(2)), scale[:, None, None])
+                out = transformer(x, timestep, list(context), controlnet_block_samples=hints).sample
+            return -torch.stack(list(out)).squeeze(2)
+
+        return controlled
     scaling = model.config.get("scaling_factor") or 1.0
     shift = model.config.get("shift_factor") or 0.0
     if name.endswith("decoder"):
@@ -135,7 +160,7 @@ def sample(spec: TensorSpec, sizes: Mapping[str, int], vocabulary: int, seed: in
     random = np.random.default_rng(seed)
     if spec.dtype == "int64":
         return random.integers(0, vocabulary, shape)
-    if spec.name == "timestep":
+    if spec.name in ("timestep", "control_scale"):
         return random.uniform(0, 1, shape).astype(np.float32)
     if spec.name == "image":
         return random.uniform(-1, 1, shape).astype(np.float32)
@@ -181,13 +206,17 @@ def measure(plan: ModulePlan, graph: Path, reference: Reference, reference_name:
 
 
 def _first_layers(component: Component, key: str, count: int) -> Component:
-    config = {**component.config, key: min(count, component.config[key])}
+    config = {**component.config}
+    if key == "control_layers_places":  # as many, one behind the other: the transformer has lost its later layers
+        config[key] = list(range(min(count, len(config[key]))))
+    else:
+        config[key] = min(count, config[key])
     if "layer_types" in config:
         config["layer_types"] = config["layer_types"][:count]
     tensors = {
         name: tensor
         for name, tensor in component.tensors.items()
-        if not (match := re.match(r"layers\.(\d+)\.", name)) or int(match[1]) < count
+        if not (match := re.match(r"(?:control_)?layers\.(\d+)\.", name)) or int(match[1]) < count
     }
     return dataclasses.replace(component, config=config, tensors=tensors)
 
@@ -208,8 +237,10 @@ class ReferenceCache:
     def shorter(self, checkpoint: Checkpoint) -> Checkpoint:
         """The same checkpoint with only the first layers of the transformer and the text encoder."""
         if self.short is None:
+            controlnet = checkpoint.controlnet
             self.short = dataclasses.replace(
                 checkpoint,
+                controlnet=None if controlnet is None else _first_layers(controlnet, "control_layers_places", 2),
                 transformer=_first_layers(checkpoint.transformer, "n_layers", 2),
                 text_encoder=_first_layers(checkpoint.text_encoder, "num_hidden_layers", 3),
             )
@@ -223,4 +254,5 @@ class ReferenceCache:
         library = "transformers" if plan.component.name == "text_encoder" else "diffusers"
         version = __import__(library).__version__
         name = f"{library} {version} {type(self.model).__name__}, fp32"
-        return reference_function(plan.name, self.model), name
+        base = None if plan.base is None else load_reference(plan.base.component)
+        return reference_function(plan.name, self.model, base), name

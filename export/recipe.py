@@ -36,7 +36,7 @@ class ExportRecipe:
         name: what the manifest calls it.
         precision: `fp32`, `fp16` or `bf16`.
         vae: which autoencoders, of `tiny` and `full`; None means those that the checkpoint has.
-        parts: other places for single parts of the checkpoint.
+        parts: other places for single parts of the checkpoint; a `controlnet` is always named here.
         config: numbers to change in a component's config: what a single file's tensors do not show.
         shapes: the sizes the bundle is to serve.
         num_inference_steps, guidance_scale: what a request gets if it does not say.

@@ -7,7 +7,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import onnx_ir as ir
@@ -42,9 +42,12 @@ class StoredTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def layout(module: nn.Module) -> tuple[bytes, dict[str, StoredTensor]]:
-    """The file's header and where every tensor of the module goes; wider formats first, so that all are aligned."""
-    tensors = {name: tensor for name, tensor, _ in weight_sources(module)}
+def layout(module: nn.Module, shared: Collection[str] = ()) -> tuple[bytes, dict[str, StoredTensor]]:
+    """The file's header and where every tensor of the module goes; wider formats first, so that all are aligned.
+
+    Those in `shared` lie in another module's file.
+    """
+    tensors = {name: tensor for name, tensor, _ in weight_sources(module) if name not in shared}
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     relative, position = {}, 0
@@ -68,11 +71,14 @@ def layout(module: nn.Module) -> tuple[bytes, dict[str, StoredTensor]]:
     return len(text).to_bytes(8, "little") + text, stored
 
 
-def linear_places(module: nn.Module) -> dict[str, LinearPlace]:
-    """Where each of the checkpoint's matrices lies in the stored tensors, by the layer's name in the checkpoint."""
+def linear_places(module: nn.Module, shared: Collection[str] = ()) -> dict[str, LinearPlace]:
+    """Where each of the checkpoint's matrices lies in the stored tensors, by the layer's name in the checkpoint.
+
+    Without those in `shared`, as in `layout`.
+    """
     places = {}
     for path, layer in module.named_modules():
-        if not isinstance(layer, Linear):
+        if not isinstance(layer, Linear) or f"{path}.weight" in shared:
             continue
         parent, _, own = path.rpartition(".")
         first = 0
@@ -88,7 +94,8 @@ def write(
     component: Component,
     path: Path,
     advance: Callable[[int], None] = lambda size: None,
-) -> dict[str, StoredTensor]:
+    shared: Collection[str] = (),
+) -> None:
     """Write the module's weights; at most one tensor is in memory at a time.
 
     Args:
@@ -96,8 +103,9 @@ def write(
         component: the checkpoint's tensors.
         path: the file to make.
         advance: called with the bytes written after each tensor.
+        shared: tensors that lie in another module's file, as in `layout`.
     """
-    header, stored = layout(module)
+    header, stored = layout(module, shared)
     sources = {name: source for name, _, source in weight_sources(module)}
     try:
         with path.open("wb") as file:
@@ -110,7 +118,6 @@ def write(
             os.fsync(file.fileno())
     except OSError as error:
         raise disk_error(error, path) from error
-    return stored
 
 
 def disk_error(error: OSError, path: Path) -> Exception:

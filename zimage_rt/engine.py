@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .backends.base import Backend, Inpaint, OnStep, SampleJob
+from .backends.base import Backend, Control, Inpaint, OnStep, SampleJob
 from .backends.registry import load_backend
 from .errors import BundleMismatch, Cancelled
 from .guidance import guidance_scales
@@ -59,7 +59,7 @@ class Engine:
         self.bundle_id = manifest.bundle_id
         self.backend = backend.name
         self.backend_options = dict(backend_options or {})  # as they were asked for: pictures are recorded with them
-        self._verify = verify
+        self._verify, self._verified = verify, set[str]()
         self._contexts: OrderedDict[str, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
         self._check(manifest.tokenizer)
@@ -141,14 +141,16 @@ class Engine:
             else:
                 with _timed(timings, "encode_image"):
                     latents, inpaint = self.prepare_latents(resolved)
+            control = self._control(resolved, resolved.control_image, timings)
             again = resolved.second_pass
             if again is not None:
-                first = draw(latents, resolved.sigmas, inpaint, 0, decode=again.method == "pixel")
+                first = draw(latents, resolved.sigmas, inpaint, control, 0, decode=again.method == "pixel")
                 with _timed(timings, "upscale"):
                     latents = self._begin_again(again, resolved, first, latents)
-                images = draw(latents, again.sigmas, None, 1)
+                control = self._control(resolved, again.control_image, timings)
+                images = draw(latents, again.sigmas, None, control, 1)
             else:
-                images = draw(latents, resolved.sigmas, inpaint, 0)
+                images = draw(latents, resolved.sigmas, inpaint, control, 0)
             if resolved.image is not None and resolved.mask is not None:
                 images = paste(images, resolved.image, resolved.mask)
         records = describe(self, request, resolved, timings)
@@ -164,6 +166,7 @@ class Engine:
         latents: np.ndarray,
         sigmas: np.ndarray,
         inpaint: Inpaint | None,
+        control: Control | None,
         stage: int,
         *,
         decode: bool = True,
@@ -188,6 +191,7 @@ class Engine:
             ),
             cfg_normalization=request.cfg_normalization,
             inpaint=inpaint,
+            control=control,
             on_step=None if callback is None else self._on_step(callback, stage),
         )
         cancelled = Cancelled("the callback asked to stop; no image was made")
@@ -206,6 +210,19 @@ class Engine:
             return np.empty((0, 0, 0, 3), np.uint8)
         with _timed(timings, "decode"):
             return self.decode(latents, request.vae, request.vae_tile)
+
+    def _control(
+        self, request: ResolvedRequest, picture: np.ndarray | None, timings: dict[str, float]
+    ) -> Control | None:
+        """What the ControlNet follows: a picture's latents; None where there is none, or nothing would follow it."""
+        if picture is None or request.control_scale == 0:
+            return None
+        with _timed(timings, "encode_control"):
+            encoded = self.pipeline.encode_image(to_signed(picture[None]), request.vae)
+            channels = self.manifest.module("controlnet").config["control_in_dim"]
+            latents = np.zeros((len(request.seeds), channels, *encoded.shape[2:]), np.float32)
+            latents[:, : encoded.shape[1]] = encoded
+        return Control(latents, request.control_scale)
 
     def _begin_again(
         self, again: ResolvedSecondPass, request: ResolvedRequest, images: np.ndarray, latents: np.ndarray
@@ -329,7 +346,9 @@ class Engine:
     def _check(self, file: str) -> None:
         if file not in self.manifest.files:
             raise BundleMismatch(f"{file}: not among the manifest's files; export the bundle again")
-        check_file(self.bundle, file, self.manifest.files[file], content=self._verify)
+        # Once: 12 GB take seconds to hash, and two modules may read them.
+        check_file(self.bundle, file, self.manifest.files[file], content=self._verify and file not in self._verified)
+        self._verified.add(file)
 
 
 @contextmanager

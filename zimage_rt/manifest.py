@@ -222,6 +222,8 @@ class ModuleSpec:
         parity: None only where the exporter was told to skip it.
         engines: compiled plans, none where a backend runs the graph or the weights themselves.
         linears: the checkpoint's linear layers by its own names (`layers.0.attention.to_q`): what a LoRA changes.
+        base: another module whose weight file it reads too, under that module's names: a `controlnet` is the whole
+            transformer with the ControlNet beside it, and its own file has the ControlNet alone.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -233,6 +235,7 @@ class ModuleSpec:
     parity: Parity | None = None
     engines: tuple[EngineSpec, ...] = ()
     linears: Mapping[str, LinearPlace] = dataclasses.field(default_factory=dict)
+    base: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,7 +255,8 @@ class Manifest:
         precision: the recipe's precision; a module may differ (see `ModuleSpec.precision`).
         producer: versions of what wrote it.
         source: where the weights came from: format, file names and their hashes.
-        modules: by name: text_encoder, context_refiner, transformer, {tiny,full}_vae_{decoder,encoder}.
+        modules: by name: text_encoder, context_refiner, transformer, {tiny,full}_vae_{decoder,encoder}; controlnet
+            where there is one.
         files: every file but the manifest itself.
     """
 
@@ -285,7 +289,8 @@ class Manifest:
     def module_files(self, name: str) -> tuple[str, ...]:
         """The files that the named module reads."""
         module = self.module(name)
-        return (module.weights,) if module.graph is None else (module.graph, module.weights)
+        own = (module.weights,) if module.graph is None else (module.graph, module.weights)
+        return own if module.base is None else (*own, self.module(module.base).weights)
 
 
 def to_json(value: Any) -> Any:

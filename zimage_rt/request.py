@@ -103,6 +103,9 @@ class GenerateRequest:
         mask: what of `image` to draw anew, white, and what to keep, black; kept pixels are the image's own bytes.
         mask_feather: how soft the mask's edge is, in pixels.
         fit: how an image of another shape is fitted: `crop`, `pad` or `stretch`.
+        control_image: what a ControlNet is to follow (edges, depth, a pose), given and fitted as `image` is; the bundle
+            must have been exported with one. Where nothing else says a size, it is this one's.
+        control_scale: how closely: diffusers' `controlnet_conditioning_scale`. 0 draws as if there were none.
         second_pass: draw once more over the result, see `SecondPass`; `height` and `width` are the first pass's.
         vae_tile: decode in tiles of this many pixels, for sizes that do not fit in memory whole.
     """
@@ -129,6 +132,8 @@ class GenerateRequest:
     mask: Any = None
     mask_feather: float = 0.0
     fit: str = "crop"
+    control_image: Any = None
+    control_scale: float = 0.75
     second_pass: SecondPass | None = None
     vae_tile: int | None = None
 
@@ -149,7 +154,8 @@ class GenerateResult:
     Attributes:
         images: uint8 `[batch, height, width, 3]`.
         seeds: one an image: asking for it alone with that seed gives the same picture.
-        timings: seconds by stage: encode_prompt, denoise, decode, total.
+        timings: seconds by stage: encode_prompt, denoise, decode, total; encode_image, encode_control and upscale
+            where they are.
         bundle_id: which bundle made it.
         latents: float32 `[batch, 16, height / 8, width / 8]`, what the images were decoded from.
         records: one an image: how it was made, which `save` writes into it.
@@ -198,19 +204,21 @@ class GenerateResult:
 
 @dataclasses.dataclass(frozen=True)
 class ResolvedSecondPass:
-    """A second pass with its size and its sigmas."""
+    """A second pass with its size and its sigmas, and the control image at that size."""
 
     height: int
     width: int
     method: str
     sigmas: np.ndarray
+    control_image: np.ndarray | None
 
 
 @dataclasses.dataclass(frozen=True)
 class ResolvedRequest:
     """A request with every default filled in and every field checked; one entry an image.
 
-    `sigmas` are those that are run; `image` is uint8 `[height, width, 3]`, `mask` float32 `[height, width]`.
+    `sigmas` are those that are run; `image` and `control_image` are uint8 `[height, width, 3]`, `mask` is float32
+    `[height, width]`.
     """
 
     prompts: tuple[str, ...]
@@ -229,6 +237,8 @@ class ResolvedRequest:
     image: np.ndarray | None
     image_latents: np.ndarray | None
     mask: np.ndarray | None
+    control_image: np.ndarray | None
+    control_scale: float
     second_pass: ResolvedSecondPass | None
     vae_tile: int | None
 
@@ -261,7 +271,9 @@ def resolve(request: GenerateRequest, manifest: Manifest) -> ResolvedRequest:
     if f"{vae}_vae_decoder" not in manifest.modules:
         raise RequestError(f'vae: this bundle has no {vae} VAE; export it again with vae = ["{vae}"]')
     picture = None if request.image is None else read_image(request.image, "image")
-    height, width = (_pixels(request, manifest, name, picture) for name in ("height", "width"))
+    control = _control_picture(request, manifest)
+    begins = picture is not None or request.latents is not None or request.image_latents is not None
+    height, width = (_pixels(request, manifest, name, picture if begins else control) for name in ("height", "width"))
     if request.image_latents is not None:
         if picture is not None or request.latents is not None:
             raise RequestError(
@@ -270,10 +282,11 @@ def resolve(request: GenerateRequest, manifest: Manifest) -> ResolvedRequest:
         if request.mask is not None:
             raise RequestError("mask: expected an image, whose pixels are kept; give `image`, not `image_latents`")
     image, mask = _pictures(request, picture, height, width)
-    again = _second_pass(request, manifest, height, width)
+    again = _second_pass(request, manifest, height, width, control)
     encodes = image is not None or (again is not None and again.method == "pixel")
-    if encodes and f"{vae}_vae_encoder" not in manifest.modules:
-        raise RequestError(f'image: this bundle has no {vae} VAE encoder; export it again with vae = ["{vae}"]')
+    if (encodes or control is not None) and f"{vae}_vae_encoder" not in manifest.modules:
+        name = "image" if encodes else "control_image"
+        raise RequestError(f'{name}: this bundle has no {vae} VAE encoder; export it again with vae = ["{vae}"]')
     factor = defaults.vae_scale_factor
     shape = (batch, defaults.latent_channels, height // factor, width // factor)
     return ResolvedRequest(
@@ -295,6 +308,8 @@ def resolve(request: GenerateRequest, manifest: Manifest) -> ResolvedRequest:
         if request.image_latents is None
         else _latents(request.image_latents, shape, "image_latents"),
         mask=mask,
+        control_image=None if control is None else _fitted(control, width, height, request.fit),
+        control_scale=_number(request.control_scale, "control_scale"),
         second_pass=again,
         vae_tile=None if request.vae_tile is None else _tile(request.vae_tile, defaults.size_multiple),
     )
@@ -307,7 +322,25 @@ def _tile(value: Any, multiple: int) -> int:
     return size
 
 
-def _second_pass(request: GenerateRequest, manifest: Manifest, height: int, width: int) -> ResolvedSecondPass | None:
+def _control_picture(request: GenerateRequest, manifest: Manifest) -> Image | None:
+    if request.control_image is None:
+        return None
+    if "controlnet" not in manifest.modules:
+        raise RequestError(
+            "control_image: this bundle has no ControlNet; export it again with one: "
+            "zimage-export … --controlnet PATH, or `controlnet` under [parts] of the recipe"
+        )
+    return read_image(request.control_image, "control_image")
+
+
+def _fitted(picture: Image, width: int, height: int, fit: str) -> np.ndarray:
+    """uint8 `[height, width, 3]`."""
+    return np.asarray(fit_image(flatten(picture), width, height, fit), np.uint8)
+
+
+def _second_pass(
+    request: GenerateRequest, manifest: Manifest, height: int, width: int, control: Image | None
+) -> ResolvedSecondPass | None:
     again = request.second_pass
     if again is None:
         return None
@@ -335,7 +368,9 @@ def _second_pass(request: GenerateRequest, manifest: Manifest, height: int, widt
         num_inference_steps=again.num_inference_steps if own else request.num_inference_steps,
     )
     method = _choice(again.method, "second_pass.method", SECOND_PASS_METHODS)
-    return ResolvedSecondPass(sizes[0], sizes[1], method, _sigmas(schedule, manifest))
+    # From the picture itself: it may be larger than the first pass.
+    fitted = None if control is None else _fitted(control, sizes[1], sizes[0], request.fit)
+    return ResolvedSecondPass(sizes[0], sizes[1], method, _sigmas(schedule, manifest), fitted)
 
 
 def _choice(value: Any, name: str, known: Iterable[str]) -> str:
@@ -383,7 +418,7 @@ def _pictures(
         return None, None
     if request.latents is not None:
         raise RequestError("image and latents: expected one of them; both say what to begin with")
-    image = np.asarray(fit_image(flatten(picture), width, height, fit), np.uint8)
+    image = _fitted(picture, width, height, fit)
     mask = None if request.mask is None else read_mask(request.mask, width, height, fit, feather)
     if mask is not None and not mask.any():
         raise RequestError("mask: expected some white, where to draw; got none, so that nothing would change")

@@ -84,6 +84,10 @@ def check(package: Package, recipe: ExportRecipe) -> ModuleType:
     for module in recipe.tensorrt.split:
         if module not in ("transformer", "text_encoder"):
             raise RecipeError(f"tensorrt.split: expected transformer or text_encoder, got {module!r}")
+    if "controlnet" in recipe.parts:
+        raise RecipeError(
+            f"controlnet: the {package.name} backend builds no plan of it; leave it out, or export for onnxruntime"
+        )
     return package.load()
 
 

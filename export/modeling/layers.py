@@ -66,7 +66,8 @@ class Linear(nn.Module):
 
     Several of the checkpoint's matrices that share an input are stored as one (`names`, one output size each; a part
     with a `head_dims` other than 0 is stored in the order of `half_split`). With a bias the result is fp32, otherwise
-    it has the compute dtype.
+    it has the compute dtype. `scale`, a power of two, keeps inputs that are no norm's in range: the input is multiplied
+    by it and the fp32 result divided, which needs a bias.
     """
 
     def __init__(
@@ -79,8 +80,10 @@ class Linear(nn.Module):
         names: tuple[str, ...] = ("{}",),
         fp32: bool = False,
         head_dims: tuple[int, ...] = (),
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
+        self.scale = scale
         sizes = (out_features,) if isinstance(out_features, int) else out_features
         self.sizes, self.names, self.head_dims = sizes, names, head_dims or (0,) * len(sizes)
         self.compute = torch.float32 if fp32 else precision.compute
@@ -107,8 +110,13 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
+        if self.scale != 1.0:
+            x = x * self.scale
         y = torch.matmul(x.to(self.compute), self.weight.to(self.compute))
-        return y if self.bias is None else y.float() + self.bias
+        if self.bias is None:
+            return y
+        y = y.float()
+        return (y if self.scale == 1.0 else y * (1.0 / self.scale)) + self.bias
 
 
 class RMSNorm(nn.Module):

@@ -343,31 +343,47 @@ class Transformer(nn.Module):
 
     def forward(self, latents: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
         """See the class."""
-        config, p = self.config, self.config.patch_size
-        batch, channels, height, width = latents.shape
-        rows, columns = height // p, width // p
-        adaln_input = self.t_embedder(timestep * config.t_scale)
-
-        # A patch's features are ordered (row, column, channel).
-        x = latents.reshape(batch, channels, rows, p, columns, p).permute(0, 2, 4, 3, 5, 1)
-        x = self.all_x_embedder[config.patch_name](x.reshape(batch, rows * columns, p * p * channels))
-        x = pad_rows(x, self.x_pad_token)
-
-        cos, sin = image_rope(self.rope, context.shape[1] + 1, rows, columns)
-        # Pad rows have the ids (0, 0, 0): an angle of zero.
-        cos, sin = pad_rows(cos, torch.ones_like(cos[:1])), pad_rows(sin, torch.zeros_like(sin[:1]))
-        image_cos, image_sin = signed_halves(cos, sin)
+        adaln_input = self.t_embedder(timestep * self.config.t_scale)
+        image_rope, rope = self.ropes(latents, context)
+        x = self.embed(latents)
         for block in self.noise_refiner:
-            x = block(x, image_cos, image_sin, adaln_input)
-
-        caption_cos, caption_sin = caption_rope(self.rope, context.shape[1], config.head_dim // 2)
-        cos, sin = signed_halves(torch.cat((cos, caption_cos)), torch.cat((sin, caption_sin)))
+            x = block(x, *image_rope, adaln_input)
         x = torch.cat((x, context), dim=1)
         for block in self.layers[:-1]:
-            x = block(x, cos, sin, adaln_input)
+            x = block(x, *rope, adaln_input)
         # Of the last block only the image's own rows are ever read.
-        x = self.layers[-1](x, cos, sin, adaln_input, queries=rows * columns)
+        x = self.layers[-1](x, *rope, adaln_input, queries=self.image_rows(latents))
+        return self.predict(x, adaln_input, latents)
 
-        x = -self.all_final_layer[config.patch_name](x, adaln_input)
-        x = x.reshape(batch, rows, columns, p, p, channels).permute(0, 5, 1, 3, 2, 4)
+    def image_rows(self, latents: Tensor) -> int:
+        """How many patches latents have."""
+        return (latents.shape[2] // self.config.patch_size) * (latents.shape[3] // self.config.patch_size)
+
+    def patches(self, latents: Tensor) -> Tensor:
+        """[batch, channels, h, w] -> [batch, image_rows, features], a patch's ordered (row, column, channel)."""
+        p = self.config.patch_size
+        batch, channels, height, width = latents.shape
+        rows, columns = height // p, width // p
+        x = latents.reshape(batch, channels, rows, p, columns, p).permute(0, 2, 4, 3, 5, 1)
+        return x.reshape(batch, rows * columns, p * p * channels)
+
+    def embed(self, latents: Tensor) -> Tensor:
+        """[batch, channels, h, w] -> [batch, image tokens, dim], pad rows included."""
+        return pad_rows(self.all_x_embedder[self.config.patch_name](self.patches(latents)), self.x_pad_token)
+
+    def ropes(self, latents: Tensor, context: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """What `rotate` takes: for the image's tokens, and for the image's and then the context's."""
+        p, tokens = self.config.patch_size, context.shape[1]
+        cos, sin = image_rope(self.rope, tokens + 1, latents.shape[2] // p, latents.shape[3] // p)
+        # Pad rows have the ids (0, 0, 0): an angle of zero.
+        cos, sin = pad_rows(cos, torch.ones_like(cos[:1])), pad_rows(sin, torch.zeros_like(sin[:1]))
+        caption_cos, caption_sin = caption_rope(self.rope, tokens, self.config.head_dim // 2)
+        return signed_halves(cos, sin), signed_halves(torch.cat((cos, caption_cos)), torch.cat((sin, caption_sin)))
+
+    def predict(self, x: Tensor, adaln_input: Tensor, latents: Tensor) -> Tensor:
+        """The last block's rows of the image [batch, image_rows, dim] -> noise_pred like latents."""
+        p = self.config.patch_size
+        batch, channels, height, width = latents.shape
+        x = -self.all_final_layer[self.config.patch_name](x, adaln_input)
+        x = x.reshape(batch, height // p, width // p, p, p, channels).permute(0, 5, 1, 3, 2, 4)
         return x.reshape(batch, channels, height, width)

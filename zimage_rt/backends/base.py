@@ -68,6 +68,19 @@ class Inpaint:
     noise: np.ndarray
 
 
+@dataclasses.dataclass(frozen=True)
+class Control:
+    """What a ControlNet follows.
+
+    Attributes:
+        latents: float32 `[batch, control_in_dim, latent_height, latent_width]`: the control image's, zeros behind them.
+        scale: what the ControlNet's hints are multiplied by; more than 0.
+    """
+
+    latents: np.ndarray
+    scale: float
+
+
 @dataclasses.dataclass
 class SampleJob:
     """One request to the sampler loop; entry i of `contexts` and `negatives` belongs to sample i.
@@ -80,6 +93,7 @@ class SampleJob:
         guidance_scales: float32 `[evaluations, batch]`, from `guidance.py`; 0 is none.
         cfg_normalization: > 0 limits a guided prediction's norm to that multiple of the positive one's.
         inpaint: what is kept of a picture, or None.
+        control: what a ControlNet follows, or None; guided predictions follow it on both sides.
         on_step: called after each step of the schedule.
     """
 
@@ -90,6 +104,7 @@ class SampleJob:
     guidance_scales: np.ndarray
     cfg_normalization: float = 0.0
     inpaint: Inpaint | None = None
+    control: Control | None = None
     on_step: OnStep | None = None
 
 

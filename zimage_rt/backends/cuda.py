@@ -194,6 +194,11 @@ class CudaPipeline:
         return self._run(job, decode=True)
 
     def _run(self, job: SampleJob, decode: bool) -> tuple[np.ndarray, dict[str, float]] | None:
+        if job.control is not None:
+            raise RequestError(
+                "control_image: the cuda backend has no program for ControlNets; load the bundle with "
+                "backend='onnxruntime'"
+            )
         self.load(["transformer"])
         with _errors("drawing"):
             result = self.native.sample(

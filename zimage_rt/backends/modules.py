@@ -5,27 +5,40 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
 from .. import _core
 from ..errors import RequestError, ZImageError
 from ..image import to_uint8
-from .base import CheckModule, LowRank, Module, SampleJob
+from .base import CheckModule, Control, LowRank, Module, SampleJob
 
 # Loads a module by name with changed weights.
 LoadPatched = Callable[[str, Sequence[LowRank]], Module]
 
 
 class ModulePipeline:
-    """Runs modules that a backend loads by name, with the sampler loop in C++ around them."""
+    """Runs modules that a backend loads by name, with the sampler loop in C++ around them.
+
+    Args:
+        load_module: loads a module by name.
+        check: see `CheckModule`.
+        load_patched: loads it with changed weights; None where the backend cannot.
+        bases: of modules that read another's weights too, that other's name: its changes are theirs.
+    """
 
     def __init__(
-        self, load_module: Callable[[str], Module], check: CheckModule, load_patched: LoadPatched | None = None
+        self,
+        load_module: Callable[[str], Module],
+        check: CheckModule,
+        load_patched: LoadPatched | None = None,
+        bases: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self._load_module, self._load_patched = load_module, load_patched
-        self._check = check
+        self._check, self._bases = check, bases
         self._modules: dict[str, Module] = {}
+        self._changes: dict[str, Sequence[LowRank]] = {}
         self._lock = threading.Lock()
 
     def module(self, name: str) -> Module:
@@ -33,7 +46,11 @@ class ModulePipeline:
         with self._lock:
             if name not in self._modules:
                 self._check(name)
-                self._modules[name] = self._load_module(name)
+                changes = self._changes.get(self._bases.get(name, name))
+                if changes and self._load_patched is not None:
+                    self._modules[name] = self._load_patched(name, changes)
+                else:
+                    self._modules[name] = self._load_module(name)
             return self._modules[name]
 
     def load(self, modules: Sequence[str]) -> None:
@@ -42,7 +59,10 @@ class ModulePipeline:
             self.module(name)
 
     def patch(self, changes: Mapping[str, Sequence[LowRank]]) -> None:
-        """See `Pipeline`: the modules concerned are loaded anew, and take the old ones' places together."""
+        """See `Pipeline`: the modules concerned are loaded anew, and take the old ones' places together.
+
+        Others that read their weights go, and are loaded anew when they are next used.
+        """
         if self._load_patched is None:
             if any(changes.values()):
                 raise RequestError(
@@ -56,6 +76,10 @@ class ModulePipeline:
         loaded = {name: self._load_patched(name, found) for name, found in changes.items()}
         with self._lock:
             self._modules.update(loaded)
+            self._changes.update(changes)
+            for name, base in self._bases.items():
+                if base in changes:
+                    self._modules.pop(name, None)
 
     def context(self, input_ids: np.ndarray) -> np.ndarray:
         """See `Pipeline`."""
@@ -64,7 +88,8 @@ class ModulePipeline:
 
     def sample(self, job: SampleJob) -> bool:
         """See `Pipeline`; the loop is `csrc/runtime/sampler.cc`."""
-        denoiser = ModuleDenoiser(self.module("transformer"), job.contexts, job.negatives)
+        transformer = self.module("transformer" if job.control is None else "controlnet")
+        denoiser = ModuleDenoiser(transformer, job.contexts, job.negatives, job.control)
         kept = {} if job.inpaint is None else vars(job.inpaint)
         return _core.sample(
             denoiser,
@@ -101,15 +126,21 @@ class ModulePipeline:
 
 
 class ModuleDenoiser:
-    """The transformer module as the C++ loop's predict.
+    """The transformer module as the C++ loop's predict, or with a `control` the module with the ControlNet beside it.
 
     Samples whose contexts have the same length run as one batch: an image token's position
     depends on its context's length, and equal lengths need no mask, so a picture is the same in a
     batch as alone.
     """
 
-    def __init__(self, transformer: Module, contexts: Sequence[np.ndarray], negatives: Sequence[np.ndarray]) -> None:
-        self._transformer = transformer
+    def __init__(
+        self,
+        transformer: Module,
+        contexts: Sequence[np.ndarray],
+        negatives: Sequence[np.ndarray],
+        control: Control | None = None,
+    ) -> None:
+        self._transformer, self._control = transformer, control
         self._batch = len(contexts)
         self._groups = {
             False: _group_by_length(contexts),
@@ -119,13 +150,16 @@ class ModuleDenoiser:
     def __call__(self, latents: np.ndarray, timestep: float, guided: bool, noise_pred: np.ndarray) -> None:
         """One function evaluation; see `Denoiser` in csrc/include/zimage_rt/sampler.h."""
         for rows, context in self._groups[guided]:
-            output = self._transformer(
-                {
-                    "latents": latents[[row % self._batch for row in rows]],
-                    "timestep": np.full(len(rows), timestep, np.float32),
-                    "context": context,
-                }
-            )["noise_pred"]
+            samples = [row % self._batch for row in rows]
+            inputs = {
+                "latents": latents[samples],
+                "timestep": np.full(len(rows), timestep, np.float32),
+                "context": context,
+            }
+            if self._control is not None:
+                inputs["control_latents"] = self._control.latents[samples]
+                inputs["control_scale"] = np.full(len(rows), self._control.scale, np.float32)
+            output = self._transformer(inputs)["noise_pred"]
             check_finite(output)
             noise_pred[rows] = output
 

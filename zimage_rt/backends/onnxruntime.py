@@ -72,12 +72,13 @@ class OnnxRuntimeBackend:
             lambda name: self.load_module(bundle, manifest, name),
             check,
             lambda name, changes: self.load_module(bundle, manifest, name, changes),
+            {name: module.base for name, module in manifest.modules.items() if module.base is not None},
         )
 
     def load_module(
         self, bundle: Path, manifest: Manifest, module: str, changes: Sequence[LowRank] = ()
     ) -> OnnxRuntimeModule:
-        """Load a module, its weights changed. Raises BundleMismatch where the graph and its weights do not fit."""
+        """Load a module, with other weights of its own or its base's. Raises BundleMismatch where they do not fit."""
         spec = manifest.module(module)
         if spec.graph is None:
             raise BundleMismatch(
@@ -88,7 +89,8 @@ class OnnxRuntimeBackend:
         settings = self._settings()
         try:
             # Before anything is optimised, so that nothing is folded from the bundle's own numbers.
-            weights = _values(merged(bundle / spec.weights, changes))
+            changed = spec if spec.base is None else manifest.module(spec.base)
+            weights = _values(merged(bundle / changed.weights, changes))
             settings.add_external_initializers(list(weights), list(weights.values()))
             session = create_session(path, settings, self._provider, self._provider_options, self._device)
         except ZImageError:

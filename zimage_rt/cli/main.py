@@ -61,6 +61,8 @@ def generate(
     mask: Annotated[Path | None, typer.Option(help="Where to draw anew: white; black is kept.")] = None,
     mask_feather: Annotated[float, typer.Option(help="How soft the mask's edge is, in pixels.")] = 0.0,
     fit: Annotated[str, typer.Option(help="How the picture is fitted: crop, pad or stretch.")] = "crop",
+    control_image: Annotated[Path | None, typer.Option(help="What the bundle's ControlNet is to follow.")] = None,
+    control_scale: Annotated[float, typer.Option(help="How closely: 0 draws as without it.")] = 0.75,
     backend: Annotated[str, typer.Option(help="What runs the bundle.")] = "onnxruntime",
     backend_option: Annotated[
         list[str], typer.Option("-O", "--backend-option", help="name=value, e.g. provider=cuda; repeat for several.")
