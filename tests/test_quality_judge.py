@@ -15,15 +15,21 @@ def judge():
 def compose(judge, scene, shift=(0, 0), order=1):
     """Draw a scene as the judge's data describes it; ``order`` −1 swaps a pair."""
     atlas = judge.atlas
-    ground = tuple(round(255 * v) for v in atlas.colours[scene["colour"]])
-    picture = Image.new("RGB", (256, 256), ground)
+    ground = atlas.colours[scene["colour"]]
+    canvas = (scene.get("width", 256), scene.get("height", 256))
+    picture = Image.new("RGB", canvas, tuple(round(255 * v) for v in ground))
     size = atlas.sizes[scene["layout"]][scene["size"]]
     style = atlas.styles.index(scene["style"])
-    for code, (x, y) in zip(scene["subjects"][::order], atlas.centres[scene["layout"]], strict=False):
+    for code, (x, y) in zip(scene["subjects"][::order], atlas.places(scene), strict=True):
         sprite = Image.fromarray(atlas.sprites[style, atlas.hexcodes.index(code)])
         sprite = sprite.resize((size, size), Image.Resampling.BICUBIC)
         corner = (x - size // 2 + shift[0], y - size // 2 + shift[1])
         picture.paste(sprite, corner, sprite)
+    corners, cell = atlas.glyph_cells(scene)
+    dark = ground @ np.array([0.3, 0.59, 0.11]) < 0.45
+    for glyph, (x, y) in zip(scene.get("word", ""), corners, strict=False):
+        mask = Image.fromarray(atlas.glyphs[atlas.alphabet.index(glyph)][:, :cell])
+        picture.paste((245, 245, 245) if dark else (15, 15, 15), (x + shift[0] // 2, y + shift[1] // 2), mask)
     return np.asarray(picture)
 
 
@@ -35,7 +41,13 @@ def test_right_pictures_pass(judge):
     figures = summarise(judged)
     assert figures["colour"] == 1
     assert figures["places"] == 1
-    for name in ("subject", "subject_pair", "subject_word", "style"):
+    for name in (
+        "subject",
+        "subject_pair",
+        "subject_word",
+        "style",
+        *(["glyphs"] if judge.atlas.glyphs is not None else []),
+    ):
         assert figures[name] >= 0.95, name
 
 
@@ -61,6 +73,18 @@ def test_a_wrong_part_is_seen(judge, field):
         answers = judge.score(compose(judge, drawn), prompt["scene"])
         wrong.append(answers[{"subjects": "subject"}.get(field, field)][0])
     assert sum(wrong) <= 1
+
+
+def test_wrong_letters_are_seen(judge):
+    if judge.atlas.glyphs is None:
+        pytest.skip("this data has no glyphs")
+    hits = []
+    for prompt in [p for p in read_prompts(200) if p["scene"].get("word")][:20]:
+        word = prompt["scene"]["word"]
+        other = "".join("ZQXJKVW"[i] if c.isascii() else "酒" for i, c in enumerate(word))
+        hits += judge.score(compose(judge, dict(prompt["scene"], word=other)), prompt["scene"])["glyphs"]
+        hits += judge.score(compose(judge, dict(prompt["scene"], word="")), prompt["scene"])["glyphs"]
+    assert np.mean(hits) < 0.1
 
 
 def test_an_empty_picture_holds_no_subject(judge):

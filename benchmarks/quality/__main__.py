@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from zimage_rt.benchmarks.quality.judge import DATA, Judge, summarise
+from zimage_rt.benchmarks.quality.judge import DATA, Atlas, Judge, canvas_name, summarise
 from zimage_rt.benchmarks.systems.base import SYSTEMS, load_system
 
 CHUNK = 16
@@ -27,6 +27,26 @@ def read_prompts(count: int, path: Path = DATA / "prompts.jsonl") -> list[dict[s
     return [json.loads(line) for line in lines[:count]]
 
 
+def kind_of(prompt: dict[str, Any]) -> str:
+    """Return what line of the figures a prompt is for, e.g. ``single``, ``unseen_pair``, ``single_192x320``."""
+    layout = {"left_right": "pair", "top_bottom": "pair"}.get(prompt["scene"]["layout"], prompt["scene"]["layout"])
+    canvas = canvas_name(prompt["scene"])
+    name = f"unseen_{layout}" if prompt["unseen"] else layout
+    return name if canvas == "256x256" else f"{name}_{canvas}"
+
+
+def take_kinds(prompts: list[dict[str, Any]], each: int, kinds: list[str] | None = None) -> list[dict[str, Any]]:
+    """Return the first ``each`` prompts of every kind, or of the kinds named, in the file's order."""
+    taken: dict[str, int] = {}
+    chosen = []
+    for prompt in prompts:
+        kind = kind_of(prompt)
+        taken[kind] = taken.get(kind, 0) + 1
+        if taken[kind] <= each and (not kinds or kind in kinds):
+            chosen.append(prompt)
+    return chosen
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m zimage_rt.benchmarks.quality")
@@ -34,25 +54,37 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", help="a diffusers folder, for --system diffusers")
     parser.add_argument("--bundle", help="a bundle, for --system zimage_rt")
     parser.add_argument("--backend", help="the bundle's backend, for --system zimage_rt")
-    parser.add_argument("--prompts", type=int, default=300)
+    parser.add_argument("--data", type=Path, default=DATA, help="folder of the atlas and the prompts")
+    parser.add_argument("--prompts", type=int, default=300, help="the first so many of the file")
+    parser.add_argument("--each", type=int, help="instead: so many of every kind of prompt")
+    parser.add_argument("--kinds", nargs="+", help="with --each: only these, e.g. single unseen_pair")
     parser.add_argument("--vae", choices=["tiny", "full"], default="tiny")
     parser.add_argument("--steps", type=int, default=8, help="function evaluations")
     parser.add_argument("--guidance-scale", type=float, default=0.0)
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--save", type=Path, help="write the pictures into this folder")
     arguments = parser.parse_args(argv)
-    prompts = read_prompts(arguments.prompts)
+    prompts = read_prompts(10**9 if arguments.each else arguments.prompts, arguments.data / "prompts.jsonl")
+    if arguments.each:
+        prompts = take_kinds(prompts, arguments.each, arguments.kinds)
+    # A system draws one size at a time.
+    prompts.sort(key=lambda p: canvas_name(p["scene"]))
     options = {k: getattr(arguments, k) for k in ("checkpoint", "bundle", "backend")}
-    system, judge = load_system(arguments.system, **options), Judge()
+    system, judge = load_system(arguments.system, **options), Judge(Atlas.load(arguments.data))
     if arguments.save:
         arguments.save.mkdir(parents=True, exist_ok=True)
-    judged, drawing, start = [], 0.0, time.time()
-    for i in range(0, len(prompts), CHUNK):
-        part = prompts[i : i + CHUNK]
+    judged: list[tuple[dict[str, Any], dict[str, list[bool]]]] = []
+    drawing, start = 0.0, time.time()
+    while len(judged) < len(prompts):
+        i = len(judged)
+        scene = prompts[i]["scene"]
+        part = [p for p in prompts[i : i + CHUNK] if canvas_name(p["scene"]) == canvas_name(scene)]
         before = time.time()
         images = system.generate(
             [p["caption"] for p in part],
             [p["seed"] for p in part],
+            height=scene.get("height", 256),
+            width=scene.get("width", 256),
             num_inference_steps=arguments.steps,
             guidance_scale=arguments.guidance_scale,
             vae=arguments.vae,

@@ -7,10 +7,13 @@ Every figure is a share of right answers:
 * ``subject`` — the drawing named is, of all subjects in both styles, the one nearest to the pixels
   where it should stand (small shifts allowed); ``subject_pair`` is the same for a pair's halves,
   ``subject_word`` for a drawing with a word under it;
+* ``glyphs`` — each glyph of what should be written is, of its script's alphabet and an empty cell,
+  nearest to the ink in its cell (small shifts and scales allowed);
 * ``style`` — the nearest drawing's style is the one named;
 * ``places`` — of a pair's two orders, the one named explains the picture better.
 
-"Nearest" is the squared difference in RGB to the drawing composed on the palette's background.
+"Nearest" is the squared difference in RGB to the drawing composed on the palette's background; for a
+glyph it is the squared difference of coverage, read off the line between background and ink.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ DATA = Path(__file__).with_name("data")
 COMPARE = 28  # pixels a side at which drawings are compared
 REACH = 16  # pixels of the 256 × 256 canvas by which a drawing may be off its place
 SCALES = (0.93, 1.0, 1.07)
+GLYPH_REACH = 6  # pixels by which a glyph may be off its cell
+_CANVAS = "256x256"
 
 
 @dataclass(frozen=True)
@@ -37,29 +42,62 @@ class Atlas:
     hexcodes: list[str]
     styles: list[str]
     colours: dict[str, np.ndarray]  # name → RGB in [0, 1]
-    centres: dict[str, list[tuple[int, int]]]
+    centres: dict[str, dict[str, list[tuple[int, int]]]]  # canvas → layout → centres
     sizes: dict[str, dict[str, int]]
+    glyphs: np.ndarray | None = None  # uint8 [alphabet, cell height, widest cell], coverage
+    alphabet: str = ""
+    cells: dict[str, int] | None = None  # script → cell width; glyphs of narrower cells lie at the left
+    text_tops: dict[str, dict[str, int]] | None = None  # canvas → layout → upper edge of the row
 
     @staticmethod
     def load(folder: Path = DATA) -> Atlas:
         """Read ``atlas.npz`` and ``scenes.json``."""
         meta = json.loads((folder / "scenes.json").read_text("utf-8"))
-        sheet = np.load(folder / "atlas.npz")["sprites"]
+        arrays = np.load(folder / "atlas.npz")
+        # Older data knows one canvas, and words as wholes.
+        canvases = meta.get("canvases") or {_CANVAS: meta["centres"]}
+        text = meta.get("text", {})
         return Atlas(
-            sprites=sheet,
+            sprites=arrays["sprites"],
             hexcodes=meta["hexcodes"],
             styles=meta["styles"],
             colours={k: np.array(v, np.float32) / 255 for k, v in meta["colours"].items()},
-            centres={k: [tuple(p) for p in v] for k, v in meta["centres"].items()},
+            centres={
+                canvas: {k: [tuple(p) for p in v] for k, v in layouts.items()} for canvas, layouts in canvases.items()
+            },
             sizes=meta["sizes"],
+            glyphs=arrays["glyphs"] if text else None,
+            alphabet=text.get("alphabet", ""),
+            cells=text.get("cells"),
+            text_tops=text.get("tops"),
         )
 
+    def places(self, scene: Mapping[str, Any]) -> list[tuple[int, int]]:
+        """Return the centres of the scene's drawings, in pixels of its canvas."""
+        return self.centres[canvas_name(scene)][scene["layout"]][: len(scene["subjects"])]
 
-def resize(images: np.ndarray, side: int) -> np.ndarray:
-    """Average [..., h, h, c] down (or repeat up) to [..., side, side, c] by exact area."""
-    weights = _area_weights(images.shape[-3], side)
-    out = np.tensordot(images, weights, axes=([-3], [1]))  # [..., w, c, side]
-    out = np.tensordot(out, weights, axes=([-3], [1]))  # [..., c, side, side]
+    def glyph_cells(self, scene: Mapping[str, Any]) -> tuple[list[tuple[int, int]], int]:
+        """Return the upper left corners of the scene's glyphs, and the cells' width; none if unknown."""
+        word = scene.get("word", "")
+        if not word or self.cells is None or self.text_tops is None:
+            return [], 0
+        cell = self.cells["latin" if word[0].isascii() else "han"]
+        left = (scene["width"] - len(word) * cell) // 2 // 16 * 16
+        top = self.text_tops[canvas_name(scene)][scene["layout"]]
+        return [(left + i * cell, top) for i in range(len(word))], cell
+
+
+def canvas_name(scene: Mapping[str, Any]) -> str:
+    """Return width x height of a scene, the checkpoint's own size if it does not say."""
+    return f"{scene['width']}x{scene['height']}" if "width" in scene else _CANVAS
+
+
+def resize(images: np.ndarray, height: int, width: int | None = None) -> np.ndarray:
+    """Average [..., h, w, c] down (or repeat up) to [..., height, width, c] by exact area."""
+    rows = _area_weights(images.shape[-3], height)
+    columns = _area_weights(images.shape[-2], width or height)
+    out = np.tensordot(images, rows, axes=([-3], [1]))  # [..., w, c, height]
+    out = np.tensordot(out, columns, axes=([-3], [1]))  # [..., c, height, width]
     return np.moveaxis(out, -3, -1)
 
 
@@ -84,6 +122,14 @@ class Judge:
         small = resize(premultiplied, COMPARE)
         self._ink = small[..., :3].reshape(len(small), -1)
         self._alpha = np.repeat(small[..., 3:], 3, axis=-1).reshape(len(small), -1)
+        self._masks: dict[str, tuple[str, np.ndarray]] = {}  # script → its glyphs and their coverage
+        if self.atlas.glyphs is not None:
+            for script in ("latin", "han"):
+                known = [i for i, g in enumerate(self.atlas.alphabet) if g.isascii() == (script == "latin")]
+                masks = self.atlas.glyphs[known].astype(np.float32) / 255
+                letters = "".join(self.atlas.alphabet[i] for i in known)
+                # The last is an empty cell, which must not pass for the thinnest letter.
+                self._masks[script] = (letters, np.concatenate([masks, np.zeros_like(masks[:1])]))
         self._names = list(self.atlas.colours)
         self._palette = np.stack([self.atlas.colours[n] for n in self._names])
         self._composed: dict[str, tuple[np.ndarray, np.ndarray]] = {}
@@ -125,34 +171,68 @@ class Judge:
         The picture is averaged down so that a drawing of ``size`` covers COMPARE pixels; a window
         is then a slice. Beyond the picture's edge there is background.
         """
-        side = round(256 * COMPARE / size)
-        cell = 256 / side
-        padded = np.empty((side + 2 * COMPARE, side + 2 * COMPARE, 3), np.float32)
+        height, width = (round(v * COMPARE / size) for v in picture.shape[:2])
+        cell_y, cell_x = picture.shape[0] / height, picture.shape[1] / width
+        padded = np.empty((height + 2 * COMPARE, width + 2 * COMPARE, 3), np.float32)
         padded[:] = self.atlas.colours[colour]
-        padded[COMPARE:-COMPARE, COMPARE:-COMPARE] = resize(picture, side)
-        reach = round(REACH / cell)
-        left, top = (round((v - size / 2) / cell) + COMPARE - reach for v in (x, y))
+        padded[COMPARE:-COMPARE, COMPARE:-COMPARE] = resize(picture, height, width)
+        reach = round(REACH / cell_x)
+        left = round((x - size / 2) / cell_x) + COMPARE - reach
+        top = round((y - size / 2) / cell_y) + COMPARE - reach
         span = COMPARE + 2 * reach
         region = padded[top : top + span, left : left + span]
         slices = np.lib.stride_tricks.sliding_window_view(region, (COMPARE, COMPARE), (0, 1))
         return np.moveaxis(slices, 2, -1).reshape(-1, COMPARE * COMPARE * 3)
 
+    def read_glyphs(self, image: np.ndarray, scene: Mapping[str, Any]) -> list[str]:
+        """Return what is written in each cell of the scene's row; an empty string for an empty cell."""
+        corners, cell = self.atlas.glyph_cells(scene)
+        if not corners:
+            return []
+        ground = self.atlas.colours[scene["colour"]]
+        ink = np.full(3, 0.96 if ground @ np.array([0.3, 0.59, 0.11], np.float32) < 0.45 else 0.06, np.float32)
+        axis = ink - ground
+        cover = ((image.astype(np.float32) / 255 - ground) @ axis / (axis @ axis)).clip(0, 1)
+        letters, masks = self._masks["latin" if cell < masks_width(self.atlas) else "han"]
+        height, found = masks.shape[1], []
+        half = height // 2
+        small = resize(masks[..., :cell, None], half, cell // 2)[..., 0]  # compared at half the pixels
+        norms = (small**2).sum((1, 2))
+        for left, top in corners:
+            least = np.full(len(masks), np.inf, np.float32)
+            for scale in SCALES:
+                rows, columns = round(image.shape[0] / scale / 2), round(image.shape[1] / scale / 2)
+                reduced = np.pad(resize(cover[..., None], rows, columns)[..., 0], GLYPH_REACH)
+                x = round((left + cell / 2) / image.shape[1] * columns - cell / 4)
+                y = round((top + height / 2) / image.shape[0] * rows - height / 4)
+                reach = GLYPH_REACH // 2
+                x, y = x + GLYPH_REACH - reach, y + GLYPH_REACH - reach
+                region = reduced[max(y, 0) : y + half + 2 * reach, max(x, 0) : x + cell // 2 + 2 * reach]
+                windows = np.lib.stride_tricks.sliding_window_view(region, small.shape[1:])
+                flat = windows.reshape(-1, small[0].size)
+                errors = norms - 2 * flat @ small.reshape(len(small), -1).T + (flat**2).sum(1)[:, None]
+                least = np.minimum(least, errors.min(0))
+            best = int(least.argmin())
+            found.append(letters[best] if best < len(letters) else "")
+        return found
+
     def score(self, image: np.ndarray, scene: Mapping[str, Any]) -> dict[str, list[bool]]:
-        """Judge one picture, uint8 [h, h, 3]; return the answers to each question it answers."""
+        """Judge one picture, uint8 [height, width, 3]; return the answers to each question it answers."""
         colour, layout = scene["colour"], scene["layout"]
+        answers = {"colour": [self.background(image) == colour]}
+        read = self.read_glyphs(image, scene)
+        if read:
+            answers["glyphs"] = [a == b for a, b in zip(read, scene["word"], strict=True)]
+        wanted = [self.atlas.hexcodes.index(h) for h in scene["subjects"]]
+        if not wanted:
+            return answers
         style = self.atlas.styles.index(scene["style"])
         size = self.atlas.sizes[layout][scene["size"]]
-        wanted = [self.atlas.hexcodes.index(h) for h in scene["subjects"]]
-        centres = self.atlas.centres[layout][: len(wanted)]
-        tables = [self.distances(image, colour, x, y, size) for x, y in centres]
+        tables = [self.distances(image, colour, x, y, size) for x, y in self.atlas.places(scene)]
         nearest = [np.unravel_index(t.argmin(), t.shape) for t in tables]
-        right = [bool(n[1] == w) for n, w in zip(nearest, wanted, strict=True)]
         kind = {"single": "subject", "word": "subject_word"}.get(layout, "subject_pair")
-        answers = {
-            "colour": [self.background(image) == colour],
-            kind: right,
-            "style": [bool(n[0] == style) for n in nearest],
-        }
+        answers[kind] = [bool(n[1] == w) for n, w in zip(nearest, wanted, strict=True)]
+        answers["style"] = [bool(n[0] == style) for n in nearest]
         if len(wanted) == 2:
             a, b = wanted
             said = tables[0][style, a] + tables[1][style, b]
@@ -161,26 +241,36 @@ class Judge:
         return answers
 
 
+def masks_width(atlas: Atlas) -> int:
+    """Return the widest cell's width."""
+    return 0 if atlas.glyphs is None else int(atlas.glyphs.shape[2])
+
+
 def summarise(
     judged: Sequence[tuple[Mapping[str, Any], dict[str, list[bool]]]],
 ) -> dict[str, float]:
-    """Return each figure's share, overall, by language, and for the unseen phrasings.
+    """Return each figure's share, overall, by language, by canvas, and for the unseen phrasings.
 
-    The prompts in unseen phrasings count in their own figures alone.
+    The prompts in unseen phrasings count in their own figures alone, and so do those of canvases
+    other than 256 × 256.
     """
     gathered: dict[str, list[bool]] = {}
     for prompt, answers in judged:
+        canvas = canvas_name(prompt["scene"])
         for name, values in answers.items():
-            if prompt.get("unseen"):
-                gathered.setdefault(f"unseen_{name}", []).extend(values)
-                continue
-            gathered.setdefault(name, []).extend(values)
-            gathered.setdefault(f"{name}_{prompt['language']}", []).extend(values)
-    order = ("colour", "places", "subject", "subject_pair", "subject_word", "style")
+            if canvas != _CANVAS:
+                names = [f"{name}_{canvas}"]
+            elif prompt.get("unseen"):
+                names = [f"unseen_{name}", f"unseen_{name}_{prompt['language']}"]
+            else:
+                names = [name, f"{name}_{prompt['language']}"]
+            for key in names:
+                gathered.setdefault(key, []).extend(values)
+    order = ("colour", "places", "subject", "subject_pair", "subject_word", "style", "glyphs")
 
-    def rank(name: str) -> tuple[int, int, str]:
+    def rank(name: str) -> tuple[bool, bool, int, str]:
         base = name.removeprefix("unseen_")
         known = [i for i, o in enumerate(order) if base == o or base.startswith(f"{o}_")]
-        return (name.startswith("unseen_"), known[-1] if known else len(order), name)
+        return ("x" in name.rpartition("_")[2], base != name, known[-1] if known else len(order), name)
 
     return {name: float(np.mean(gathered[name])) for name in sorted(gathered, key=rank)}

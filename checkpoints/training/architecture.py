@@ -26,7 +26,7 @@ TRANSFORMER = {
     "all_f_patch_size": [1],
     "in_channels": 16,
     "dim": 384,
-    "n_layers": 3,
+    "n_layers": 5,
     "n_refiner_layers": 1,
     "n_heads": 3,
     "n_kv_heads": 3,
@@ -62,7 +62,7 @@ VAE = {
     "out_channels": 3,
     "down_block_types": ["DownEncoderBlock2D"] * 4,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "block_out_channels": [16, 32, 64, 64],
+    "block_out_channels": [32, 64, 128, 128],
     "layers_per_block": 1,
     "act_fn": "silu",
     "latent_channels": 16,
@@ -130,6 +130,22 @@ def save(parts: Parts, out: Path) -> None:
     parts.tiny_vae.to(torch.float16).save_pretrained(out / "tiny_vae")
     FlowMatchEulerDiscreteScheduler(**SCHEDULER).save_pretrained(out / "scheduler")
     tokenizer_module.save(tokenizer_module.train(), out / "tokenizer")
+    write_index(out)
+
+
+def save_sibling(transformer: ZImageTransformer2DModel, out: Path, first: Path) -> None:
+    """Write a folder with another transformer, whose other parts are links to those of ``first``."""
+    out.mkdir(parents=True, exist_ok=True)
+    transformer.to(torch.bfloat16).save_pretrained(out / "transformer")
+    for name in ("text_encoder", "vae", "tiny_vae", "scheduler", "tokenizer"):
+        link = out / name
+        link.unlink(missing_ok=True)
+        link.symlink_to(Path("..") / first.name / name, target_is_directory=True)
+    write_index(out)
+
+
+def write_index(out: Path) -> None:
+    """Write model_index.json."""
     index = {
         "_class_name": "ZImagePipeline",
         "_diffusers_version": "0.42.1",

@@ -1,4 +1,4 @@
-"""Put the trained weights into the checkpoint's folder."""
+"""Put the trained weights into the checkpoints' folders: Turbo, and Base beside it."""
 
 from __future__ import annotations
 
@@ -7,24 +7,34 @@ from pathlib import Path
 
 import architecture
 import torch
+from flow import widened
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder of the training state")
-    parser.add_argument("--out", type=Path, required=True, help="the checkpoint's folder")
+    parser.add_argument("--out", type=Path, required=True, help="the checkpoint's folder; Base goes to OUT-base")
     arguments = parser.parse_args()
-    average = torch.load(arguments.work / "average.pt", map_location="cpu")
+    base = torch.load(arguments.work / "average.pt", map_location="cpu")
     vaes = torch.load(arguments.work / "vaes.pt", map_location="cpu")
+    turbo = arguments.work / "turbo.pt"
+    shipped = torch.load(turbo, map_location="cpu") if turbo.exists() else base
     parts = architecture.fresh()
-    parts.transformer.load_state_dict({k: v.float() for k, v in average["transformer"].items()})
-    parts.text_encoder.load_state_dict({k: v.float() for k, v in average["text_encoder"].items()})
-    parts.tiny_vae.load_state_dict(vaes["tiny"])
-    parts.vae.load_state_dict(vaes["full"])
+    parts.transformer.load_state_dict(widened(shipped["transformer"]))
+    parts.text_encoder.load_state_dict(widened(base["text_encoder"]))
+    parts.tiny_vae.load_state_dict(widened(vaes["tiny"]))
+    parts.vae.load_state_dict(widened(vaes["full"]))
     parts.vae.register_to_config(scaling_factor=vaes["scaling_factor"], shift_factor=vaes["shift_factor"])
     architecture.save(parts, arguments.out)
-    total = sum(f.stat().st_size for f in arguments.out.rglob("*") if f.is_file())
-    print(f"{arguments.out}: {total / 1e6:.1f} MB")
+    folders = [arguments.out]
+    if turbo.exists():
+        sibling = arguments.out.with_name(arguments.out.name + "-base")
+        parts.transformer.float().load_state_dict(widened(base["transformer"]))
+        architecture.save_sibling(parts.transformer, sibling, arguments.out)
+        folders.append(sibling)
+    for folder in folders:
+        own = [f for f in folder.rglob("*") if f.is_file() and f.resolve().is_relative_to(folder.resolve())]
+        print(f"{folder}: {sum(f.stat().st_size for f in own) / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

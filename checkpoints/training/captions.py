@@ -1,52 +1,121 @@
-"""A small grammar that says a scene in Chinese, English or both, in many phrasings."""
+"""A grammar that says a scene in Chinese, English or both, in very many phrasings."""
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 
+import grammar_en as en
+import grammar_zh as zh
 import phrases as P
 from scenes import Scene, Subject, all_subjects, subjects
+from spelling import HAN
 
 LANGUAGES = ["zh", "en", "mixed"]
 LANGUAGE_SHARES = [0.45, 0.40, 0.15]
 STYLE_LEFT_OUT = 0.12  # then the scene must be in the first style
-SPACED_CHINESE = 0.15
-CHATTER = 0.2  # captions with words that mean nothing here, to be ignored
-_PATTERNS = {
-    "left_right": {"en": P.LEFT_RIGHT_EN, "zh": P.LEFT_RIGHT_ZH},
-    "top_bottom": {"en": P.TOP_BOTTOM_EN, "zh": P.TOP_BOTTOM_ZH},
-    "word": {"en": P.WORD_EN, "zh": P.WORD_ZH},
-}
+COLOUR_LEFT_OUT = 0.3  # then the background must be white
+PLACE_LEFT_OUT = 0.05  # then a pair stands side by side in the order in which it is named
+ORDER_ALONE = 0.08  # "side by side: …", "stacked: …"
+SIGN_STYLE_SAID = 0.2
+CHATTER = 0.22  # clauses with words that mean nothing here, to be ignored
+ADJECTIVE = 0.12
+SPACED_CHINESE = 0.12
 _PLURAL_EXCEPTIONS = ("bus", "glass", "cactus", "dress", "octopus", "cross")
 _CJK = r"[\u3400-\u9fff]"
+_WHITE = P.COLOUR_NAMES.index("white")
+_GRAMMARS = {"en": en, "zh": zh}
+Parsed = list  # of strings and of lists of alternatives, each parsed
 
 
-def _noun_en(rng: random.Random, name: str, size: str | None) -> str:
-    """Return a noun phrase: determiner, size, name."""
+@functools.cache
+def parse(template: str) -> Parsed:
+    """Read ``[x|y]`` groups, which may be nested."""
+    stack: list[list[Parsed]] = [[[]]]
+    for piece in re.split(r"([\[\]|])", template):
+        if piece == "[":
+            stack.append([[]])
+        elif piece == "|" and len(stack) > 1:
+            stack[-1].append([])
+        elif piece == "]":
+            group = stack.pop()
+            stack[-1][-1].append(group)
+        elif piece:
+            stack[-1][-1].append(piece)
+    if len(stack) != 1:
+        raise ValueError(f"unbalanced template {template!r}")
+    return stack[0][0]
+
+
+def expand(template: str, rng: random.Random) -> str:
+    """Choose one alternative of every group; slots stay."""
+    out: list[str] = []
+
+    def walk(parts: Parsed) -> None:
+        for part in parts:
+            if isinstance(part, str):
+                out.append(part)
+            else:
+                walk(part[int(rng.random() * len(part))])
+
+    walk(parse(template))
+    return "".join(out)
+
+
+def forms(template: str) -> int:
+    """Count what a template can expand to, slots as they are."""
+
+    def count(parts: Parsed) -> int:
+        total = 1
+        for part in parts:
+            if not isinstance(part, str):
+                total *= sum(count(option) for option in part)
+        return total
+
+    return count(parse(template))
+
+
+def made_up(rng: random.Random, frame: str) -> str:
+    """Return words that no scene holds: people say more than that."""
+    if frame == "en":
+        words = [
+            "".join(rng.choice("bcdfghklmnprstvw") + rng.choice("aeiou") for _ in range(rng.choice([1, 2, 2, 3])))
+            for _ in range(rng.choice([1, 2, 3]))
+        ]
+        return " ".join(words)
+    return "".join(chr(rng.randrange(0x4E00, 0x9FA0)) for _ in range(rng.randrange(1, 4)))
+
+
+def _noun_en(rng: random.Random, name: str) -> str:
+    """Return a noun phrase: determiner, perhaps an adjective that says nothing, name."""
     plural = name.endswith("s") and not name.endswith(_PLURAL_EXCEPTIONS)
-    words = f"{size} {name}" if size else name
+    words = f"{rng.choice(en.ADJECTIVES)} {name}" if rng.random() < ADJECTIVE else name
     roll = rng.random()
-    if roll < 0.12:
+    if roll < 0.14:
         return words
-    if roll < 0.2:
-        return f"the {words}"
+    if roll < 0.24:
+        return f"{rng.choice(['the', 'the', 'this', 'my', 'our', 'that'])} {words}"
     if plural:
         return f"some {words}"
-    if roll < 0.28:
+    if roll < 0.30:
         return f"one {words}"
     return f"{'an' if words[0].lower() in 'aeiou' else 'a'} {words}"
 
 
-def _noun_zh(rng: random.Random, name: str, measure: str, size: str | None) -> str:
-    """Return a noun phrase: numeral and measure word, size, name."""
+def _noun_zh(rng: random.Random, name: str, measure: str) -> str:
+    """Return a noun phrase: numeral and measure word, perhaps an adjective, name."""
     roll = rng.random()
     head = ""
-    if roll > 0.35:
-        head = "一" + (measure if rng.random() > 0.12 else "个")
-    elif roll > 0.31:
+    if roll > 0.4:
+        head = "一" + (measure if rng.random() > 0.15 else "个")
+    elif roll > 0.36:
         head = "1" + measure
-    return f"{head}{size or ''}{name}"
+    elif roll > 0.31:
+        head = rng.choice(["这", "那"]) + measure
+    elif roll > 0.27:
+        head = measure
+    return f"{head}{rng.choice(zh.ADJECTIVES) if rng.random() < ADJECTIVE else ''}{name}"
 
 
 class CaptionWriter:
@@ -56,20 +125,6 @@ class CaptionWriter:
         self._subjects = subjects()
         self._colours = [P.COLOURS[n] for n in P.COLOUR_NAMES]
         self._styles = [P.STYLES[n] for n in P.STYLE_NAMES]
-        self._sizes = [P.SIZES[n] for n in P.SIZE_NAMES]
-
-    def _noun(self, rng: random.Random, subject: Subject, frame: str, lang: str, size: int) -> str:
-        """Name a subject in ``lang`` so that it fits a sentence in ``frame``."""
-        english, chinese = self._sizes[size]
-        adjective_lang = frame if frame != lang else lang
-        adjectives = english if adjective_lang == "en" else chinese
-        adjective = rng.choice(adjectives) if adjectives else None
-        name = rng.choice(subject.english if lang == "en" else subject.chinese)
-        if frame == "en":
-            return _noun_en(rng, name, adjective)
-        if lang == "en":
-            name = f" {name} "
-        return _noun_zh(rng, name, subject.measure, adjective)
 
     def write(
         self,
@@ -80,57 +135,124 @@ class CaptionWriter:
         say_all: bool = False,
     ) -> str:
         """Say the scene. ``unseen`` uses the phrasings kept from training; ``say_all`` leaves
-        nothing out (the style may otherwise be left out when it is the first one)."""
+        nothing out that the defaults would supply."""
         language = language or rng.choices(LANGUAGES, LANGUAGE_SHARES)[0]
         frame = rng.choice(["zh", "en"]) if language == "mixed" else language
+        mixed = language == "mixed"
 
         def pick() -> str:
-            return frame if language != "mixed" else rng.choice(["zh", "en"])
+            return rng.choice(["zh", "en"]) if mixed else frame
 
-        style_lang, colour_lang = pick(), pick()
-        style = rng.choice(self._styles[scene.style][0 if style_lang == "en" else 1])
-        colour = rng.choice(self._colours[scene.colour][1 if colour_lang == "en" else 2])
-        noun_a = self._noun(rng, self._subjects[scene.a], frame, pick(), scene.size)
-        slots = {"A": noun_a, "c": colour, "s": style}
-        if scene.b >= 0:
-            slots["B"] = self._noun(rng, self._subjects[scene.b], frame, pick(), scene.size)
-        kind = scene.layout_name
+        slots = {
+            "s": rng.choice(self._styles[scene.style][0 if pick() == "en" else 1]),
+            "c": rng.choice(self._colours[scene.colour][1 if pick() == "en" else 2]),
+        }
         if unseen:
-            return self._finish(rng.choice(P.UNSEEN[kind][frame]).format(**slots), rng, frame, True)
-        if scene.word >= 0:
-            slots["w"] = P.WORDS[scene.word]
-        drawn = rng.choice(_PATTERNS[kind][frame]).format(**slots) if kind in _PATTERNS else noun_a
-        backgrounds = P.BACKGROUND_EN if frame == "en" else P.BACKGROUND_ZH
-        styles = P.STYLE_EN if frame == "en" else P.STYLE_ZH
-        if rng.random() < CHATTER:
-            drawn = self._interrupt(drawn, rng, frame)
-        left_out = scene.style == 0 and not say_all and rng.random() < STYLE_LEFT_OUT
-        text = rng.choice(P.FRAMES_EN if frame == "en" else P.FRAMES_ZH).format(
-            o=rng.choice(P.OPENERS_EN if frame == "en" else P.OPENERS_ZH),
-            x=drawn,
-            bg=rng.choice(backgrounds).format(c=colour),
-            st="" if left_out else rng.choice(styles).format(s=style),
-        )
-        return self._finish(text, rng, frame, False)
+            for slot, number in (("A", scene.a), ("B", scene.b)):
+                slots[slot] = self._noun(rng, number, frame, pick())
+            pattern = rng.choice(P.UNSEEN[scene.layout_name][frame])
+            return self._finish(pattern.format(**slots), rng, frame, True)
+        # Whole clauses may be in the other language too.
+        clause = pick if mixed and rng.random() < 0.5 else lambda: frame
+        drawn_frame = clause()
+        drawn = self._drawn(scene, rng, drawn_frame, pick, say_all)
+        opener = self._fill(rng.choice(_GRAMMARS[drawn_frame].OPENERS), rng, slots)
+        white = scene.colour == _WHITE and not say_all and rng.random() < COLOUR_LEFT_OUT
+        parts = [] if white else [self._fill(rng.choice(_GRAMMARS[clause()].BACKGROUND), rng, slots)]
+        unsaid = scene.style == 0 and not say_all and rng.random() < STYLE_LEFT_OUT
+        if scene.a < 0:
+            unsaid = rng.random() >= SIGN_STYLE_SAID
+        if not unsaid and rng.random() < 0.2:
+            grammar = _GRAMMARS[drawn_frame]
+            pattern = rng.choice(grammar.HEADS)
+            drawn = self._fill(pattern, rng, slots | {"x": drawn, "k": rng.choice(grammar.KINDS)})
+            opener = opener if rng.random() < 0.3 else ""
+        elif not unsaid:
+            parts.append(self._fill(rng.choice(_GRAMMARS[clause()].STYLE), rng, slots))
+        text = self._join(opener + drawn, parts, rng, frame)
+        return self._finish(text, rng, frame, False, scene.text)
 
-    def _interrupt(self, text: str, rng: random.Random, frame: str) -> str:
-        """Put made-up words before or after ``text``: people say more than a scene holds."""
+    def _noun(self, rng: random.Random, number: int, frame: str, lang: str) -> str:
+        """Name a subject in ``lang`` so that it fits a sentence in ``frame``."""
+        if number < 0:
+            return ""
+        subject: Subject = self._subjects[number]
+        name = rng.choice(subject.english if lang == "en" else subject.chinese)
         if frame == "en":
-            syllables = [rng.choice("bcdfghklmnprstvw") + rng.choice("aeiou") for _ in range(6)]
-            noise = " ".join("".join(syllables[i : i + 2]) for i in range(0, rng.choice([2, 4, 6]), 2))
-            return rng.choice([f"{noise} {text}", f"{text} {noise}", f"{text}, {noise}"])
-        noise = "".join(chr(rng.randrange(0x4E00, 0x9FA0)) for _ in range(rng.randrange(1, 4)))
-        return rng.choice([f"{noise}{text}", f"{text}，{noise}", f"{noise}，{text}"])
+            return _noun_en(rng, name)
+        return _noun_zh(rng, f" {name} " if lang == "en" else name, subject.measure)
 
-    def _finish(self, text: str, rng: random.Random, frame: str, plain: bool) -> str:
+    def _fill(self, template: str, rng: random.Random, slots: dict[str, str]) -> str:
+        """Expand a template and put the slots in."""
+        text = expand(template, rng)
+        for _ in range(2):  # a place may hold a group, a head the style
+            for name, value in slots.items():
+                text = text.replace(f"{{{name}}}", value)
+        return text
+
+    def _drawn(self, scene: Scene, rng: random.Random, frame: str, pick, say_all: bool) -> str:
+        """Say what is drawn and where."""
+        grammar, kind = _GRAMMARS[frame], scene.layout_name
+        slots: dict[str, str] = {}
+        if scene.a >= 0:
+            slots["A"] = self._noun(rng, scene.a, frame, pick())
+        if scene.b >= 0:
+            slots["B"] = self._noun(rng, scene.b, frame, pick())
+        slots["v"] = rng.choice(en.VERBS) if rng.random() < 0.7 else made_up(rng, "en").split()[0]
+        slots["x1"] = chr(rng.randrange(0x4E00, 0x9FA0))
+        if kind in ("left_right", "top_bottom"):
+            slots["A2"], slots["B2"] = "the first", "the second"
+            roll = rng.random()
+            if kind == "left_right" and scene.canvas == 0 and roll < PLACE_LEFT_OUT and not say_all:
+                pattern = rng.choice(grammar.BARE_PAIR)
+            elif PLACE_LEFT_OUT < roll < PLACE_LEFT_OUT + ORDER_ALONE:
+                pattern = rng.choice(grammar.ORDERED[kind])
+            else:
+                pattern = rng.choice(grammar.PAIR)
+            slots |= {k: expand(rng.choice(v), rng) for k, v in grammar.PLACE[kind].items()}
+        elif kind == "single":
+            pattern = rng.choice(grammar.SINGLE)
+        else:
+            quotes = rng.choice(grammar.QUOTES)
+            slots["w"] = quotes.format(scene.text)
+            pattern = rng.choice(grammar.WORD if kind == "word" else grammar.SIGN)
+        return self._fill(pattern, rng, slots)
+
+    def _join(self, drawn: str, parts: list[str], rng: random.Random, frame: str) -> str:
+        """Put the clauses into an order, with something between them, and chatter around."""
+        grammar = _GRAMMARS[frame]
+        if frame == "en" and rng.random() < 0.35:  # "a cat on a red background in flat style"
+            rng.shuffle(parts)
+            texts = [" ".join([drawn, *parts])]
+        else:
+            texts = [drawn, *parts]
+            rng.shuffle(texts)
+        if rng.random() < CHATTER:
+            texts.insert(rng.randrange(len(texts) + 1), made_up(rng, frame))
+        if rng.random() < 0.6:
+            text = rng.choice(grammar.SEPARATORS).join(texts)
+        else:
+            text = "".join(t + rng.choice(grammar.SEPARATORS) for t in texts[:-1]) + texts[-1]
+        if rng.random() < 0.12:
+            text = rng.choice(grammar.BEFORE) + text
+        if rng.random() < 0.15:
+            text += rng.choice(grammar.AFTER)
+        return text
+
+    def _finish(self, text: str, rng: random.Random, frame: str, plain: bool, word: str = "") -> str:
         """Vary case, punctuation and spaces, and tidy what an empty slot left behind."""
         text = re.sub(r"\s+", " ", text)
         text = re.sub(r"([，。；：,;:.、]) ?(?=[，。；：,;.、])", "", text)
-        text = text.strip(" ，；：,;:、")
+        text = text.strip(" ，；：,;:、-|/")
         if frame == "en":
-            text = re.sub(r" ([,;:.])", r"\1", text)
-            if rng.random() < 0.4:
+            text = re.sub(r" ([,;:.!?])", r"\1", text)
+            roll = rng.random()
+            if roll < 0.36:
                 text = text[0].upper() + text[1:]
+            elif not plain and not word and roll < 0.40:
+                text = text.title()
+            elif not plain and not word and roll < 0.42 and len(text) < 46:
+                text = text.upper()
             if rng.random() < 0.25 and text[-1].isalnum():
                 text += "."
             return text
@@ -143,6 +265,8 @@ class CaptionWriter:
                 text = text.replace("，", ",").replace("。", ".").replace("：", ":")
             elif roll < 0.22:
                 text = re.sub("[，；]", " ", text)
+            elif roll < 0.26:
+                text = re.sub("[，；。：、]", "", text)
             if rng.random() < SPACED_CHINESE:
                 text = re.sub(r"(?<=[，。；：,])(?=\S)", " ", text)
             if rng.random() < 0.2 and text[-1].isalnum():
@@ -150,35 +274,50 @@ class CaptionWriter:
         return re.sub(r" ?([，。；：]) ?", r"\1", text) if rng.random() < 0.7 else text
 
 
+def _templates(grammar) -> list[str]:
+    """Return every template string of a grammar."""
+    found: list[str] = []
+
+    def walk(value: object) -> None:
+        if isinstance(value, str):
+            found.append(value)
+        elif isinstance(value, dict):
+            walk(list(value.values()))
+        elif isinstance(value, list):
+            for item in value:
+                walk(item)
+
+    for name in vars(grammar):
+        if name.isupper():
+            walk(getattr(grammar, name))
+    return found
+
+
 def vocabulary() -> list[str]:
     """Return the pieces that captions are made of, for the tokenizer to learn from.
 
-    Chinese is written without spaces, and the byte-level BPE sees a run of it as one word. Trained
-    on whole captions, it would merge across words and make tokens of our templates. Trained on
-    the pieces, its merges stay inside words, and a new phrasing splits like the known ones.
+    Trained on whole captions, the BPE would make tokens of our templates. Trained on English words
+    and single Chinese characters, a new phrasing splits like the known ones. Capitals stay alone, so
+    that what is to be written can be spelt out letter by letter.
     """
-    pieces: list[str] = []
+    english: list[str] = []
+    chinese: set[str] = set(HAN)
     for subject in all_subjects():
-        pieces += list(subject.english) * 4
-        pieces += [f" {word}" for name in subject.english for word in name.split()] * 4
-        pieces += list(subject.chinese) * 6
-    for _, english, chinese in P.COLOURS.values():
-        pieces += (english + [f" {e}" for e in english] + chinese) * 8
-    for english, chinese in list(P.STYLES.values()) + list(P.SIZES.values()):
-        pieces += ([f" {word}" for e in english for word in e.split()] + chinese) * 8
-    pieces += P.WORDS * 4
-    for table in (
-        P.OPENERS_EN, P.BACKGROUND_EN, P.STYLE_EN, P.LEFT_RIGHT_EN, P.TOP_BOTTOM_EN, P.WORD_EN
-    ):  # fmt: skip
-        for pattern in table:
-            for word in re.sub(r"\{\w+\}", " ", pattern).split():
-                pieces += [word, f" {word}"] * 4
-    for table in (
-        P.OPENERS_ZH, P.BACKGROUND_ZH, P.STYLE_ZH, P.LEFT_RIGHT_ZH, P.TOP_BOTTOM_ZH, P.WORD_ZH
-    ):  # fmt: skip
-        for pattern in table:
-            pieces += re.findall(rf"{_CJK}{{1,2}}", re.sub(r"\{\w+\}", " ", pattern)) * 4
-    # Every character alone, so that a name met inside an unknown word is still spelt in characters.
-    characters = sorted({c for piece in pieces for c in piece if re.match(_CJK, c)})
-    measures = sorted({subject.measure for subject in all_subjects()})
-    return pieces + (characters + measures + list("，。；：、“”「」？！（）一两三")) * 4
+        english += [word for name in subject.english for word in name.split()] * 2
+        chinese |= set("".join(subject.chinese) + subject.measure)
+    for _, names, others in P.COLOURS.values():
+        english += [word for name in names for word in name.split()] * 4
+        chinese |= set("".join(others))
+    for names, others in P.STYLES.values():
+        english += [word for name in names for word in name.split()] * 4
+        chinese |= set("".join(others))
+    for template in _templates(en):
+        english += re.findall(r"[A-Za-z'-]+", re.sub(r"\{\w+\}", " ", template)) * 2
+    for template in _templates(zh):
+        chinese |= set(re.findall(_CJK, template))
+    pieces: list[str] = []
+    for word in english:
+        for part in re.findall(r"[a-z]+", word):
+            pieces += [part] * 2 + [f" {part}"] * 4
+    pieces += sorted(c for c in chinese if re.match(_CJK, c)) * 8
+    return pieces + list("，。；：、“”‘’「」『』《》【】«»？！（）—ABCDEFGHIJKLMNOPQRSTUVWXYZ") * 8

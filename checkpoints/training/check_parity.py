@@ -5,6 +5,7 @@ from __future__ import annotations
 import architecture
 import torch
 from fast_models import FastTextEncoder, FastTransformer, patchify, unpatchify
+from scenes import CANVASES
 
 
 @torch.no_grad()
@@ -23,16 +24,23 @@ def main() -> None:
         reference = parts.text_encoder(ids, attention_mask=mask, output_hidden_states=True)
         features = encoder(ids)
         text_error = (features - reference.hidden_states[-2])[mask].abs().max().item()
-        latents, t = torch.randn(2, 16, 32, 32), torch.tensor([0.1, 0.7])
-        expected = parts.transformer(
-            list(latents.unsqueeze(2)), t, [f[:n] for f, n in zip(features, lengths, strict=True)]
-        ).sample
-        found = unpatchify(transformer(patchify(latents), t, features, torch.tensor(lengths)))
-        error = (found - torch.stack(expected).squeeze(2)).abs().max().item()
-        scale = found.abs().mean().item()
-        print(f"length {padded}: text {text_error:.1e}, transformer {error:.1e} of {scale:.2f}")
-        if not (text_error < 1e-4 and error < 1e-4 and scale > 0.01):
-            raise SystemExit("the training twins differ from the reference")
+        captions = [f[:n] for f, n in zip(features, lengths, strict=True)]
+        for width, height in CANVASES:
+            latents, t = torch.randn(2, 16, height // 8, width // 8), torch.tensor([0.1, 0.7])
+            expected = parts.transformer(list(latents.unsqueeze(2)), t, captions).sample
+            patches = patchify(latents)
+            found = transformer(patches, t, features, torch.tensor(lengths), (width, height))
+            # Every place kept, in another order: the same answers in that order.
+            order = torch.stack([torch.randperm(patches.shape[1]) for _ in range(2)])
+            index = order.unsqueeze(-1).expand_as(patches)
+            shuffled = transformer(patches.gather(1, index), t, features, torch.tensor(lengths), (width, height), order)
+            shuffle_error = (shuffled - found.gather(1, index)).abs().max().item()
+            found = unpatchify(found, (width, height))
+            error = max(shuffle_error, (found - torch.stack(expected).squeeze(2)).abs().max().item())
+            scale = found.abs().mean().item()
+            print(f"{width} x {height}, length {padded}: text {text_error:.1e}, transformer {error:.1e} of {scale:.2f}")
+            if not (text_error < 1e-4 and error < 1e-4 and scale > 0.01):
+                raise SystemExit("the training twins differ from the reference")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import random
 import time
 from pathlib import Path
@@ -11,42 +12,41 @@ from pathlib import Path
 import numpy as np
 import tokenizer as tokenizer_module
 from captions import CaptionWriter
-from scenes import draw_jitter, training_scene
+from scenes import COLUMNS, training_scene
 
 MAX_TOKENS = 64
 BLOCK = 2000  # scenes a job; each block has its own seed, so the result does not depend on cores
 
 
 def write_block(job: tuple[int, int]) -> tuple[np.ndarray, ...]:
-    """Return scenes, jitter, tokens and lengths of one block."""
+    """Return scenes, tokens and lengths of one block."""
     block, variants = job
     rng = random.Random(f"corpus-{block}")
-    writer, tokenizer = CaptionWriter(), tokenizer_module.train()
+    writer, tokenizer = CaptionWriter(), tokenizer_module.cached()
     scenes = [training_scene(rng) for _ in range(BLOCK)]
-    jitter = [draw_jitter(rng) for _ in scenes]
     tokens = np.zeros((BLOCK * variants, MAX_TOKENS), np.uint16)
     lengths = np.zeros(BLOCK * variants, np.uint8)
     texts = [tokenizer_module.chat(writer.write(s, rng)) for s in scenes for _ in range(variants)]
     for row, encoding in enumerate(tokenizer.encode_batch(texts)):
         ids = encoding.ids
-        while len(ids) > MAX_TOKENS:  # hardly ever; say it again in fewer words
+        while len(ids) > MAX_TOKENS:  # seldom; say it again in fewer words
             ids = tokenizer.encode(tokenizer_module.chat(writer.write(scenes[row // variants], rng))).ids
         tokens[row, : len(ids)] = ids
         lengths[row] = len(ids)
     return (
-        np.array([s.as_tuple() for s in scenes], np.int16),
-        np.array(jitter, np.int8),
+        np.array([s.as_row() for s in scenes], np.int16).reshape(BLOCK, COLUMNS),
         tokens.reshape(BLOCK, variants, MAX_TOKENS),
         lengths.reshape(BLOCK, variants),
     )
 
 
 def build(count: int, variants: int) -> dict[str, np.ndarray]:
-    """Return ``scenes`` [n, 7], ``jitter`` [n, 4], ``tokens`` [n, variants, 64], ``lengths``."""
+    """Return ``scenes`` [n, COLUMNS], ``tokens`` [n, variants, 64], ``lengths`` [n, variants]."""
     jobs = [(block, variants) for block in range((count + BLOCK - 1) // BLOCK)]
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are as many as the cores
     with multiprocessing.get_context("spawn").Pool() as pool:
         blocks = pool.map(write_block, jobs, chunksize=1)
-    names = ("scenes", "jitter", "tokens", "lengths")
+    names = ("scenes", "tokens", "lengths")
     return {n: np.concatenate(part)[:count] for n, part in zip(names, zip(*blocks, strict=True), strict=True)}
 
 
@@ -58,7 +58,9 @@ def main() -> None:
     arguments = parser.parse_args()
     start = time.time()
     arrays = build(arguments.scenes, arguments.variants)
-    np.savez(arguments.out, **arrays)
+    temporary = arguments.out.with_suffix(".part.npz")
+    np.savez(temporary, **arrays)
+    temporary.rename(arguments.out)  # whoever waits for the file must find it whole
     short = (arrays["lengths"] <= 32).mean()
     print(f"{arguments.scenes} scenes in {time.time() - start:.0f} s, {short:.1%} of captions short")
 

@@ -1,7 +1,7 @@
-"""Render the drawings and the words into one atlas file.
+"""Render the drawings and the glyphs into one atlas file.
 
 Sources: ``@iconify-json/noto`` (Apache-2.0) and ``@iconify-json/fluent-emoji-flat`` (MIT), fetched
-with npm; the words are set in Noto Sans CJK (OFL-1.1). ``rsvg-convert`` draws: resvg crashes on
+with npm; the glyphs are set in Noto Sans CJK (OFL-1.1). ``rsvg-convert`` draws: resvg crashes on
 one of the icons.
 
     npm install @iconify-json/noto @iconify-json/fluent-emoji-flat
@@ -18,13 +18,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from phrases import WORDS
 from PIL import Image, ImageDraw, ImageFont
 from scenes import subjects
+from spelling import CELL_HEIGHT, GLYPHS, HAN_WIDTH, LATIN, LATIN_WIDTH
 
 SIDE = 128
 PACKAGES = {"noto": "noto", "flat": "fluent-emoji-flat"}  # style → npm package
-WORD_WIDTH, WORD_HEIGHT = 224, 64
+HAN_SIZE, LATIN_SIZE, LATIN_INK = 41, 48, 28  # points, points, and the widest that a capital may be
 FONT = "/usr/share/fonts/opentype/noto/NotoSansCJK-Bold.ttc"
 
 
@@ -76,23 +76,34 @@ def fill_frame(drawing: np.ndarray) -> np.ndarray:
     return np.asarray(premultiplied.convert("RGBA"))
 
 
-def draw_word(word: str) -> np.ndarray:
-    """Return a word's coverage as uint8 [WORD_HEIGHT, WORD_WIDTH]."""
-    image = Image.new("L", (WORD_WIDTH, WORD_HEIGHT))
-    font = ImageFont.truetype(FONT, 50, index=2)  # index 2: the Simplified Chinese face
-    ImageDraw.Draw(image).text((WORD_WIDTH // 2, WORD_HEIGHT // 2), word, fill=255, font=font, anchor="mm")
+def draw_glyph(glyph: str) -> np.ndarray:
+    """Return a glyph's coverage as uint8 [CELL_HEIGHT, HAN_WIDTH], at the left if its cell is narrower."""
+    latin = glyph in LATIN
+    cell = LATIN_WIDTH if latin else HAN_WIDTH
+    font = ImageFont.truetype(FONT, LATIN_SIZE if latin else HAN_SIZE, index=2)  # 2: Simplified Chinese
+    big = Image.new("L", (128, 128))
+    # A capital's middle is above the line's middle; the ink is centred below.
+    ImageDraw.Draw(big).text((64, 64), glyph, fill=255, font=font, anchor="mm")
+    left, top, right, bottom = big.getbbox() or (0, 0, 1, 1)
+    ink = big.crop((left, top, right, bottom))
+    if latin and ink.width > LATIN_INK:
+        ink = ink.resize((LATIN_INK, ink.height), Image.Resampling.LANCZOS)
+    image = Image.new("L", (HAN_WIDTH, CELL_HEIGHT))
+    # Capitals stand on one line; a Chinese glyph keeps its place in its square.
+    x, y = ((cell - ink.width) // 2, (CELL_HEIGHT - ink.height) // 2) if latin else (left - 40, top - 40)
+    image.paste(ink, (x, y))
     return np.asarray(image)
 
 
 def build(npm: Path) -> dict[str, np.ndarray]:
-    """Return ``sprites`` uint8 [styles, subjects, SIDE, SIDE, 4] and ``words`` uint8."""
+    """Return ``sprites`` uint8 [styles, subjects, SIDE, SIDE, 4] and ``glyphs`` uint8."""
     sprites = []
     with ThreadPoolExecutor() as pool:
         for package in PACKAGES.values():
             icons = IconSet(npm / "@iconify-json" / package)
             svgs = [icons.svg(subject.hexcode) for subject in subjects()]
             sprites.append(np.stack(list(pool.map(lambda s: fill_frame(rasterise(s)), svgs))))
-    return {"sprites": np.stack(sprites), "words": np.stack([draw_word(w) for w in WORDS])}
+    return {"sprites": np.stack(sprites), "glyphs": np.stack([draw_glyph(g) for g in GLYPHS])}
 
 
 def main() -> None:
@@ -103,7 +114,7 @@ def main() -> None:
     atlas = build(arguments.npm)
     np.savez_compressed(arguments.out, **atlas)
     shape = atlas["sprites"].shape
-    print(f"{shape[0]} x {shape[1]} drawings, {len(atlas['words'])} words in {arguments.out}")
+    print(f"{shape[0]} x {shape[1]} drawings, {len(atlas['glyphs'])} glyphs in {arguments.out}")
 
 
 if __name__ == "__main__":

@@ -3,13 +3,15 @@
 Same parameters under the same names as ``diffusers.ZImageTransformer2DModel`` and
 ``transformers.Qwen3Model`` (so ``state_dict`` moves over as it is), but batched tensors of one
 shape instead of lists, real instead of complex RoPE, fused projections and no masks: a batch
-holds captions of one padded length, 256 × 256 pixels give 256 image tokens, and a causal encoder
-does not see padding on its right. ``check_parity.py`` holds the twins to the originals.
+holds pictures of one canvas and captions of one padded length, and a causal encoder does not see
+padding on its right. ``check_parity.py`` holds the twins to the originals.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable, Iterator
 
 import architecture
 import torch
@@ -17,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 HEAD_DIM = 128
-LATENT_SIDE = 32
 PATCH = 2
+ROW_MULTIPLE = 32  # image rows are padded to a multiple of it; the pad rows are attended to
+TOKEN = 16  # pixels a side
 CAPTION_LENGTHS = (32, 64)  # captions are padded to one of these
 
 
@@ -107,6 +110,47 @@ class FinalLayer(nn.Module):
         return self.linear(F.layer_norm(x, x.shape[-1:], eps=1e-6) * scale)
 
 
+_compiled: dict[type[nn.Module], Callable[..., Tensor]] = {}
+
+
+def compile_blocks(dynamic: bool) -> None:
+    """Compile what the blocks do, for all of them at once.
+
+    Canvases, captions and batches differ in length: with ``dynamic`` one graph serves all of them.
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = 64
+    for kind in (Block, TextLayer):
+        _compiled[kind] = torch.compile(kind.forward, dynamic=dynamic)
+
+
+def compiling() -> bool:
+    return bool(_compiled)
+
+
+def stop_compiling() -> None:
+    """Go back to the blocks as they are written."""
+    _compiled.clear()
+
+
+@contextlib.contextmanager
+def eager() -> Iterator[None]:
+    """Run the blocks as they are written for a while: a few pictures are not worth a compilation."""
+    kept = dict(_compiled)
+    _compiled.clear()
+    try:
+        yield
+    finally:
+        _compiled.update(kept)
+
+
+def run_block(block: nn.Module, *arguments: Tensor | None) -> Tensor:
+    """Call a block, compiled if ``compile_blocks`` was called."""
+    function = _compiled.get(type(block))
+    return function(block, *arguments) if function else block(*arguments)
+
+
 class TimestepEmbedder(nn.Module):
     """Sinusoids, then two layers."""
 
@@ -121,7 +165,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class FastTransformer(nn.Module):
-    """``ZImageTransformer2DModel`` for 256 × 256 pixels and captions of one padded length."""
+    """``ZImageTransformer2DModel`` for pictures of one canvas and captions of one padded length."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,10 +183,7 @@ class FastTransformer(nn.Module):
         self.x_pad_token = nn.Parameter(torch.zeros(1, dim))
         self.cap_pad_token = nn.Parameter(torch.zeros(1, dim))
         self.layers = nn.ModuleList([Block(dim, True) for _ in range(c["n_layers"])])
-        for caption in CAPTION_LENGTHS:
-            cos, sin = self._rope(caption)
-            self.register_buffer(f"cos_{caption}", cos, persistent=False)
-            self.register_buffer(f"sin_{caption}", sin, persistent=False)
+        self._tables: dict[tuple[int, int, int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def initialise(self) -> None:
         """Start near the identity: quiet gates, and an output of zero."""
@@ -161,22 +202,26 @@ class FastTransformer(nn.Module):
         final.weight.data = -0.4 * self.all_x_embedder["2-1"].weight.data.T.clone()
         nn.init.zeros_(final.bias)
         nn.init.normal_(self.cap_pad_token, std=0.5)
+        nn.init.normal_(self.x_pad_token, std=0.5)
 
-    def _rope(self, caption: int) -> tuple[Tensor, Tensor]:
-        """Return cos and sin [256 + caption, 1, 64]: image rows first, then the caption's."""
-        side = LATENT_SIDE // PATCH
-        rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-        first = torch.full((side * side,), caption + 1)
-        image = torch.stack([first, rows.flatten(), columns.flatten()], dim=1)
-        text = torch.zeros(caption, 3, dtype=torch.long)
-        text[:, 0] = torch.arange(1, caption + 1)
-        ids = torch.cat([image, text]).double()
-        angles = [
-            ids[:, i, None] / self.theta ** (torch.arange(0, d, 2, dtype=torch.double) / d)
-            for i, d in enumerate(self.axes)
-        ]
-        table = torch.cat(angles, dim=1).unsqueeze(1)
-        return table.cos().float(), table.sin().float()
+    def _rope(self, rows: int, columns: int, caption: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return cos and sin [image + pad + caption, 1, 64]: the image's rows first, then its pads."""
+        key = (rows, columns, caption, device)
+        if key not in self._tables:
+            y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+            first = torch.full((rows * columns,), caption + 1)
+            image = torch.stack([first, y.flatten(), x.flatten()], dim=1)
+            pad = torch.zeros(-rows * columns % ROW_MULTIPLE, 3, dtype=torch.long)
+            text = torch.zeros(caption, 3, dtype=torch.long)
+            text[:, 0] = torch.arange(1, caption + 1)
+            ids = torch.cat([image, pad, text]).double()
+            angles = [
+                ids[:, i, None] / self.theta ** (torch.arange(0, d, 2, dtype=torch.double) / d)
+                for i, d in enumerate(self.axes)
+            ]
+            table = torch.cat(angles, dim=1).unsqueeze(1)
+            self._tables[key] = (table.cos().float().to(device), table.sin().float().to(device))
+        return self._tables[key]
 
     def forward(
         self,
@@ -184,47 +229,53 @@ class FastTransformer(nn.Module):
         t: Tensor,
         features: Tensor,
         lengths: Tensor,
+        canvas: tuple[int, int],
         keep: Tensor | None = None,
     ) -> Tensor:
         """Return the model's output (data minus noise), the shape of ``patches``.
 
         patches [batch, tokens, 64] of ``patchify``; t [batch] = 1 − sigma; features [batch, padded
-        length, width]; lengths [batch], the captions' true lengths; keep [batch, tokens], which of
-        the 256 places the patches stand at (all of them in order if None).
+        length, width]; lengths [batch], the captions' true lengths; canvas, width and height in
+        pixels; keep [batch, tokens], at which of the canvas's places the patches stand (all of them
+        in order if None).
         """
-        count, caption = (LATENT_SIDE // PATCH) ** 2, features.shape[1]
-        cos, sin = getattr(self, f"cos_{caption}"), getattr(self, f"sin_{caption}")
-        image, text = (cos[:count], sin[:count]), (cos[count:], sin[count:])
+        batch, caption = len(patches), features.shape[1]
+        columns, rows = canvas[0] // TOKEN, canvas[1] // TOKEN
+        pads = -rows * columns % ROW_MULTIPLE
+        seen = rows * columns + pads
+        cos, sin = self._rope(rows, columns, caption, patches.device)
+        image, text = (cos[:seen], sin[:seen]), (cos[seen:], sin[seen:])
         if keep is not None:
-            batch = len(keep)
-            image = tuple(table[keep] for table in image)  # [batch, tokens, 1, 64]
+            places = torch.arange(seen - pads, seen, device=keep.device).expand(batch, -1)
+            keep = torch.cat([keep, places], dim=1)
+            image = (image[0][keep], image[1][keep])  # [batch, tokens, 1, 64]
             cos, sin = (torch.cat([i, c.expand(batch, -1, -1, -1)], dim=1) for i, c in zip(image, text, strict=True))
         t = self.t_embedder(t * self.t_scale)
         x = self.all_x_embedder["2-1"](patches)
+        if pads:
+            x = torch.cat([x, self.x_pad_token.to(x.dtype).expand(batch, pads, -1)], dim=1)
         for block in self.noise_refiner:
-            x = block(x, *image, t)
+            x = run_block(block, x, *image, t)
         context = self.cap_embedder(features)
         real = torch.arange(caption, device=x.device) < lengths[:, None]
         context = torch.where(real.unsqueeze(-1), context, self.cap_pad_token.to(context.dtype))
         for block in self.context_refiner:
-            context = block(context, *text)
+            context = run_block(block, context, *text)
         x = torch.cat([x, context], dim=1)
         for block in self.layers:
-            x = block(x, cos, sin, t)
+            x = run_block(block, x, cos, sin, t)
         return self.all_final_layer["2-1"](x[:, : patches.shape[1]], t)
 
 
 def patchify(latents: Tensor) -> Tensor:
-    """Turn [batch, 16, 32, 32] into [batch, 256, 64] as the reference does."""
-    side = LATENT_SIDE // PATCH
-    x = latents.unflatten(3, (side, PATCH)).unflatten(2, (side, PATCH))
+    """Turn [batch, 16, rows, columns] into [batch, tokens, 64] as the reference does."""
+    x = latents.unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH))
     return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
-def unpatchify(patches: Tensor) -> Tensor:
-    """Undo ``patchify``."""
-    side = LATENT_SIDE // PATCH
-    x = patches.unflatten(1, (side, side)).unflatten(3, (PATCH, PATCH, -1))
+def unpatchify(patches: Tensor, canvas: tuple[int, int]) -> Tensor:
+    """Undo ``patchify``; canvas is width and height in pixels."""
+    x = patches.unflatten(1, (canvas[1] // TOKEN, canvas[0] // TOKEN)).unflatten(3, (PATCH, PATCH, -1))
     return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 
@@ -318,5 +369,5 @@ class FastTextEncoder(nn.Module):
         cos, sin = self.cos[: ids.shape[1]], self.sin[: ids.shape[1]]
         x = self.embed_tokens(ids)
         for layer in self.layers[:-1]:
-            x = layer(x, cos, sin)
+            x = run_block(layer, x, cos, sin)
         return x

@@ -1,112 +1,133 @@
 """Compose scenes in latent space.
 
-The drawings stand on a grid of latent cells and the tiny encoder sees only its neighbourhood: the
-latents of a scene are those of the plain background with each drawing's own tile laid over. Tiles
-are encoded once for each drawing, colour and style; any number of scenes then costs nothing.
+Drawings and glyphs stand on a grid of latent cells and the tiny encoder sees only its neighbourhood:
+the latents of a scene are those of the plain background plus what each drawing or glyph, alone on
+that background, adds to them. These differences are encoded once for each drawing, colour and style
+and for each glyph and colour; any number of scenes then costs nothing.
 """
 
 from __future__ import annotations
 
 import time
 
+import spelling
 import torch
-from phrases import COLOUR_NAMES, STYLE_NAMES, WORDS
-from render import Renderer
-from scenes import CENTRES, LAYOUTS, PAIR_SIZE, SINGLE_SIZES, WORD_SUBJECT_SIZE, subjects
+from phrases import COLOUR_NAMES, STYLE_NAMES
+from render import AWAY, Renderer, geometry
+from scenes import CANVASES, COLUMNS, DRAWING, LAYOUTS, subjects
 from torch import Tensor, nn
 
 CELL = 8  # pixels
-TILE = 16  # cells a side: a drawing of 112 pixels and one cell around it
-SIDE = 32
+TILE = DRAWING // CELL + 2  # cells a side: a drawing and one cell around it
+GLYPH_ROWS, GLYPH_COLUMNS = spelling.CELL_HEIGHT // CELL + 2, spelling.HAN_WIDTH // CELL + 2
 CONTEXT = 2  # cells of background encoded around a tile, then cut off
-if {PAIR_SIZE, WORD_SUBJECT_SIZE, SINGLE_SIZES["medium"]} != {CELL * (TILE - 2)}:
-    raise ValueError("tiles hold one size of drawing")
 
 
 class LatentComposer:
-    """Holds tiles [colours, styles, subjects, 16, TILE, TILE], grounds and written words."""
+    """Holds tiles [colours, styles, subjects, TILE, TILE, 16], glyphs and grounds."""
 
     def __init__(self, renderer: Renderer, encoder: nn.Module) -> None:
         self._renderer, self._encoder = renderer, encoder
         self.device = renderer.device
         start = time.time()
         colours, styles, count = len(COLOUR_NAMES), len(STYLE_NAMES), len(subjects())
+        self._colours = torch.arange(colours, device=self.device)
+        self._grounds = [
+            self._encode(renderer.ground(self._colours, c)).permute(0, 2, 3, 1) for c in range(len(CANVASES))
+        ]
+        middle = self._grounds[0].shape[1] // 2
+        self._plain = self._grounds[0][:, middle, middle]  # [colours, 16], far from every edge
         index = torch.cartesian_prod(*(torch.arange(n) for n in (colours, styles, count)))
-        zero = torch.zeros(len(index), dtype=torch.long)
-        scenes = torch.stack([zero, index[:, 2], zero - 1, index[:, 0], index[:, 1], zero + 1, zero - 1], dim=1)
-        low = CELL * (SIDE // 2 - TILE // 2 - CONTEXT)
-        span = slice(low, low + CELL * (TILE + 2 * CONTEXT))
-        tiles = self._encode(scenes, (span, span))
-        inner = slice(CONTEXT, CONTEXT + TILE)
-        self._tiles = tiles[:, :, inner, inner].unflatten(0, (colours, styles, count)).contiguous()
-        # A ground is what remains of a picture whose drawing is pushed out of sight.
-        colour = torch.arange(colours)
-        zero, away = torch.zeros_like(colour), torch.full((colours, 4), 9999)
-        plain = torch.stack([zero, zero, zero - 1, colour, zero, zero + 1, zero - 1], dim=1)
-        everything = (slice(None), slice(None))
-        self._grounds = self._encode(plain, everything, away)
-        index = torch.cartesian_prod(colour, torch.arange(len(WORDS)))
-        zero = torch.zeros(len(index), dtype=torch.long)
-        word_layout = zero + LAYOUTS.index("word")
-        written = torch.stack([word_layout, zero, zero - 1, index[:, 0], zero, zero + 1, index[:, 1]], dim=1)
-        away = torch.tensor([9999, 9999, 0, 0]).expand(len(index), 4)
-        written = self._encode(written, everything, away)
-        self._written = written.unflatten(0, (colours, len(WORDS)))
-        centres = [(CENTRES[n] + [(0, 0)])[:2] for n in LAYOUTS]
-        corner = torch.tensor(centres) // CELL - TILE // 2
-        self._corners = corner.to(self.device)  # [layouts, 2, xy] in cells
-        print(
-            f"{len(tiles)} tiles in {time.time() - start:.0f} s, mean {self._tiles.mean():.3f}, "
-            f"deviation {self._tiles.std():.3f}",
-            flush=True,
-        )
+        scenes = torch.full((len(index), COLUMNS), -1)
+        scenes[:, 0], scenes[:, 1] = LAYOUTS.index("single"), index[:, 2]
+        scenes[:, 3], scenes[:, 4] = index[:, 0], index[:, 1]
+        x, y = (v // CELL - TILE // 2 for v in geometry(0)[0][LAYOUTS.index("single")][0])
+        tiles = self._cut(scenes, y, x, TILE, TILE)
+        self._tiles = tiles.unflatten(0, (colours, styles, count))
+        index = torch.cartesian_prod(torch.arange(colours), torch.arange(len(spelling.GLYPHS)))
+        scenes = torch.full((len(index), COLUMNS), -1)
+        scenes[:, 0], scenes[:, 3], scenes[:, 4] = LAYOUTS.index("sign"), index[:, 0], 0
+        scenes[:, 6] = index[:, 1]
+        top = geometry(0)[1][LAYOUTS.index("sign")] // CELL - 1
+        self._glyphs = torch.zeros(len(index), GLYPH_ROWS, GLYPH_COLUMNS, 16, device=self.device)
+        latin = index[:, 1] < len(spelling.LATIN)
+        for chosen, width in ((latin, spelling.LATIN_WIDTH), (~latin, spelling.HAN_WIDTH)):
+            left, columns = (CANVASES[0][0] - width) // 2 // 16 * 2 - 1, width // CELL + 2
+            self._glyphs[chosen.to(self.device), :, :columns] = self._cut(
+                scenes[chosen], top, left, GLYPH_ROWS, columns
+            )
+        self._glyphs = self._glyphs.unflatten(0, (colours, -1))
+        places = [geometry(c) for c in range(len(CANVASES))]
+        corners = torch.tensor([p[0] for p in places]).div(CELL, rounding_mode="floor") - TILE // 2
+        self._corners = corners.to(self.device)  # [canvases, layouts, 2, xy] in cells
+        self._tops = torch.tensor([p[1] for p in places], device=self.device) // CELL
+        print(f"{len(tiles)} tiles, {len(index)} glyphs in {time.time() - start:.0f} s", flush=True)
 
     @torch.no_grad()
-    def _encode(self, scenes: Tensor, window: tuple[slice, slice], jitter: Tensor | None = None) -> Tensor:
-        """Render, cut the window out and encode."""
-        jitter = torch.zeros(len(scenes), 4, dtype=torch.long) if jitter is None else jitter
+    def _encode(self, pictures: Tensor) -> Tensor:
+        return self._encoder(pictures.float().contiguous(memory_format=torch.channels_last)).float()
+
+    def _cut(self, scenes: Tensor, top: int, left: int, rows: int, columns: int) -> Tensor:
+        """Return what the scenes' content adds to the background in a window of cells, channels last."""
+        span_y = slice((top - CONTEXT) * CELL, (top + rows + CONTEXT) * CELL)
+        span_x = slice((left - CONTEXT) * CELL, (left + columns + CONTEXT) * CELL)
         parts = []
-        for s, j in zip(scenes.split(32), jitter.split(32), strict=True):
-            x = self._renderer.compose(s.to(self.device), j.to(self.device)).float()
-            x = x[:, :, window[0], window[1]].contiguous(memory_format=torch.channels_last)
-            parts.append(self._encoder(x).float())
-        return torch.cat(parts)
+        for some in scenes.split(64):
+            some = some.to(self.device)
+            found = self._encode(self._renderer.compose(some, 0)[:, :, span_y, span_x])
+            inner = found[:, :, CONTEXT : CONTEXT + rows, CONTEXT : CONTEXT + columns].permute(0, 2, 3, 1)
+            parts.append(inner - self._plain[some[:, 3].long()][:, None, None])
+        return torch.cat(parts).contiguous()
 
-    def compose(self, scenes: Tensor, jitter: Tensor) -> Tensor:
-        """Return latents [batch, 16, 32, 32] of scenes [batch, 7] with jitter [batch, 4]."""
-        layout, a, b, colour, style, _, word = scenes.long().unbind(1)
-        shift = jitter.long().div(CELL, rounding_mode="floor").unflatten(1, (2, 2))
-        corners = self._corners[layout] + shift
-        has_word = (word >= 0)[:, None, None, None]
-        written = self._written[colour, word.clamp(min=0)]
-        canvas = torch.where(has_word, written, self._grounds[colour])
-        canvas = self._lay(canvas, self._tiles[colour, style, a], corners[:, 0])
-        laid = self._lay(canvas, self._tiles[colour, style, b.clamp(min=0)], corners[:, 1])
-        return torch.where((b >= 0)[:, None, None, None], laid, canvas)
+    def compose(self, scenes: Tensor, canvas: int) -> Tensor:
+        """Return latents [batch, 16, height / 8, width / 8] of scenes [batch, COLUMNS] of one canvas."""
+        layout, a, b, colour, style = scenes[:, :5].long().unbind(1)
+        picture = self._grounds[canvas][colour].clone()
+        corners = self._corners[canvas, layout]
+        for number, slot in ((a, 0), (b, 1)):
+            where = torch.where((number >= 0)[:, None], corners[:, slot], AWAY)
+            self._add(picture, self._tiles, (colour, style, number.clamp(min=0)), where)
+        for number, where in self._rows(scenes, canvas):
+            self._add(picture, self._glyphs, (colour, number), where)
+        return picture.permute(0, 3, 1, 2)
 
-    def _lay(self, canvas: Tensor, tiles: Tensor, corners: Tensor) -> Tensor:
-        """Lay each tile at its corner (x, y in cells); what falls outside is lost."""
-        cells = torch.arange(SIDE, device=self.device)
-        column = cells[None] - corners[:, :1]
-        row = cells[None] - corners[:, 1:]
-        inside_x, inside_y = (column >= 0) & (column < TILE), (row >= 0) & (row < TILE)
-        inside = inside_y[:, None, :, None] & inside_x[:, None, None, :]
-        batch = torch.arange(len(tiles), device=self.device)[:, None, None]
-        rows, columns = row.clamp(0, TILE - 1), column.clamp(0, TILE - 1)
-        spread = tiles[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-        return torch.where(inside, spread, canvas)
+    def _rows(self, scenes: Tensor, canvas: int) -> list[tuple[Tensor, Tensor]]:
+        """Return number and corner (x, y in cells) of each glyph of the rows."""
+        glyphs = scenes[:, 6:].long()
+        length = (glyphs >= 0).sum(1)
+        cell = torch.where(glyphs[:, 0] < len(spelling.LATIN), spelling.LATIN_WIDTH, spelling.HAN_WIDTH)
+        left = (CANVASES[canvas][0] - length * cell).div(2, rounding_mode="floor") // 16 * 2
+        top = self._tops[canvas, scenes[:, 0].long()]
+        found = []
+        for i in range(spelling.MOST_LETTERS):
+            number = glyphs[:, i]
+            x = torch.where(number >= 0, left + i * cell // CELL - 1, AWAY)
+            found.append((number.clamp(min=0), torch.stack([x, top - 1], dim=1)))
+        return found
 
-    def boxes(self, scenes: Tensor, jitter: Tensor) -> Tensor:
-        """Return, for each of the 256 tokens, whether a drawing or a word stands there."""
-        layout, b, word = scenes[:, 0].long(), scenes[:, 2], scenes[:, 6]
-        blank = torch.zeros(len(scenes), 1, SIDE, SIDE, device=self.device)
-        tile = torch.ones(len(scenes), 1, TILE, TILE, device=self.device)
-        shift = jitter.long().div(CELL, rounding_mode="floor").unflatten(1, (2, 2))
-        corners = self._corners[layout] + shift
-        marked = self._lay(blank, tile, corners[:, 0])
-        both = self._lay(marked, tile, corners[:, 1])
-        marked = torch.where((b >= 0)[:, None, None, None], both, marked)
-        strip = blank.clone()
-        strip[:, :, 22:30, 2:30] = 1
-        marked = torch.where((word >= 0)[:, None, None, None], marked.maximum(strip), marked)
-        return marked.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).amax((3, 5)).flatten(1) > 0
+    def _add(self, picture: Tensor, tiles: Tensor, index: tuple[Tensor, ...], corners: Tensor) -> None:
+        """Add each tile at its corner (x, y in cells); what falls outside is lost."""
+        height, width = tiles.shape[-3:-1]
+        column = torch.arange(picture.shape[2], device=self.device)[None] - corners[:, :1]
+        row = torch.arange(picture.shape[1], device=self.device)[None] - corners[:, 1:]
+        inside_x, inside_y = (column >= 0) & (column < width), (row >= 0) & (row < height)
+        inside = inside_y[:, :, None] & inside_x[:, None, :]
+        rows, columns = row.clamp(0, height - 1)[:, :, None], column.clamp(0, width - 1)[:, None, :]
+        spread = tiles[(*(i[:, None, None] for i in index), rows, columns)]
+        picture += spread * inside[..., None]
+
+    def boxes(self, scenes: Tensor, canvas: int) -> Tensor:
+        """Return, for each of the canvas's tokens, whether a drawing or a glyph stands there."""
+        layout, a, b = scenes[:, :3].long().unbind(1)
+        width, height = CANVASES[canvas]
+        marked = torch.zeros(len(scenes), height // CELL, width // CELL, 1, device=self.device)
+        zero = torch.zeros_like(a)
+        tile = marked.new_ones(1, TILE, TILE, 1)
+        for number, slot in ((a, 0), (b, 1)):
+            where = torch.where((number >= 0)[:, None], self._corners[canvas, layout, slot], AWAY)
+            self._add(marked, tile, (zero,), where)
+        # A Latin glyph's tile is narrower, but its right neighbour's or the edge's cell does no harm.
+        glyph = marked.new_ones(1, GLYPH_ROWS, spelling.LATIN_WIDTH // CELL + 2, 1)
+        for _, where in self._rows(scenes, canvas):
+            self._add(marked, glyph, (zero,), where)
+        return marked.squeeze(3).unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).amax((2, 4)).flatten(1) > 0

@@ -7,8 +7,10 @@ shape go through it as one batch, which costs a few launches a step instead of h
 from __future__ import annotations
 
 import math
+import time
 from collections import defaultdict
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -88,10 +90,10 @@ class Optimiser:
 class Average:
     """Exponential moving average of modules' weights."""
 
-    def __init__(self, modules: list[nn.Module], decay: float) -> None:
+    def __init__(self, modules: list[nn.Module], decay: float, young: bool = True) -> None:
         self._live = [p for m in modules for p in m.parameters()]
         self.values = [p.detach().clone() for p in self._live]
-        self._decay, self._steps = decay, 0
+        self._decay, self._steps = decay, 0 if young else 10_000
 
     @torch.no_grad()
     def update(self) -> None:
@@ -109,9 +111,53 @@ class Average:
             value.copy_(kept)
 
 
-def warm_cosine(progress: float, warmup: float = 0.02, floor: float = 0.0) -> float:
-    """Return the schedule's factor at ``progress`` in [0, 1]."""
+def warm_hold_fall(progress: float, warmup: float = 0.02, fall: float = 0.4, floor: float = 0.0) -> float:
+    """Return the schedule's factor at ``progress`` in [0, 1]: up, constant, then down in a line."""
     if progress < warmup:
-        return progress / warmup
-    x = min(1.0, (progress - warmup) / (1 - warmup))
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * x))
+        return max(progress, 0.02 * warmup) / warmup
+    return floor + (1 - floor) * min(1.0, max(0.0, 1 - progress) / fall)
+
+
+class Clock:
+    """Counts training seconds, not wall time, and ends the schedule early when asked to.
+
+    One step counts for a second at most: neither compiling, nor saving, nor a pause of the process
+    (SIGSTOP) uses the schedule up. If the file ``stop`` appears, the number of seconds in it remains.
+    """
+
+    def __init__(self, seconds: float, stop: Path, start: float = 0.0, most: float = 1.0) -> None:
+        self.total, self.seconds, self._most, self._stop = seconds, start, most, stop
+        self._last = time.monotonic()
+        self._stopping, self._fall_from, self._before = False, 0.0, 1.0
+
+    def tick(self) -> None:
+        """Call once a step."""
+        now = time.monotonic()
+        self.seconds += min(now - self._last, self._most)
+        self._last = now
+
+    def skip(self) -> None:
+        """Let the time since the last tick not count."""
+        self._last = time.monotonic()
+
+    def look(self) -> None:
+        """Look for the stop file; cheap enough for every few steps."""
+        if self._stopping or not self._stop.exists():
+            return
+        text = self._stop.read_text().strip()
+        remaining = float(text) if text else 60.0
+        # The remaining seconds become the schedule's fall, however much of it was left.
+        self._stopping = True
+        self.total, self._fall_from = self.seconds + remaining, self.seconds
+        print(f"stop file: {remaining:.0f} s remain", flush=True)
+
+    def done(self) -> bool:
+        return self.seconds >= self.total
+
+    def factor(self, fall: float = 0.4, floor: float = 0.0) -> float:
+        """Return the learning rate's factor now."""
+        if self._stopping:
+            span = max(self.total - self._fall_from, 1e-6)
+            return max(floor, min(self._before, (self.total - self.seconds) / span))
+        self._before = warm_hold_fall(self.seconds / self.total, fall=fall, floor=floor)
+        return self._before

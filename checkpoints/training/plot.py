@@ -48,9 +48,9 @@ def main() -> None:
     vaes = json.loads((arguments.work / "vaes.json").read_text())["curves"]
     joint = [p for p in curves["joint"] if "samples" in p]
     panels = [
-        ("tiny VAE", [(p["s"], p["loss"]) for p in vaes["tiny"]], "s"),
-        ("full VAE", [(p["s"], p["loss"]) for p in vaes["decoders"]], "s"),
-        ("captions' attributes", [(p["samples"], p["heads"]) for p in joint], "samples"),
+        ("tiny VAE", [(p["s"], p["tiny"]) for p in vaes["joint"] if p["whole"]], "s"),
+        ("full VAE", [(p["s"], p["full"]) for p in vaes["joint"] if p["whole"]], "s"),
+        ("captions' attributes", [(p["s"], p["loss"]) for p in curves["text"]], "s"),
         ("flow matching", [(p["samples"], p["flow"]) for p in joint], "samples"),
     ]
     body = "".join(panel(t, p, WIDTH * i, unit) for i, (t, p, unit) in enumerate(panels))

@@ -1,43 +1,40 @@
 #!/bin/sh
-# Every stage in order: ./run.sh gpu (one data-centre GPU, under half an hour) or ./run.sh cpu (an hour on two cores).
+# Every stage in order: ./run.sh gpu (one data-centre GPU, about half an hour) or ./run.sh trial (every stage in miniature, on a CPU).
 # A stage whose result is in state/ already is not run again; delete the file to repeat it.
 set -eu
 cd "$(dirname "$0")"
-mkdir -p state
 case "${1:-}" in
 gpu)
-    device=cuda
-    scenes=400000 variants=6
-    tiny="--seconds 95"
-    joint="--text-seconds 60 --seconds 900 --batch 768"
-    decoders="--seconds 120"
-    whole="--seconds 60 --crop 256 --batch 24 --lr 3e-4"
+    work=state device=cuda compile=blocks
+    scenes=800000 variants=6
+    vaes="--seconds 240" decoders="--seconds 120"
+    text="--seconds 80 --batch 4096" joint="--seconds 900" turbo="--seconds 150" judge="--each 200"
     ;;
-cpu)
-    device=cpu
+trial)
+    work=state-trial device=cpu compile=none
     # Without these, glibc hands every large tensor back to the system, which takes longer than the arithmetic.
     export MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=200000000000
-    scenes=40000 variants=4
-    tiny="--seconds 1800 --batch 16 --crop 64"
-    joint="--text-seconds 270 --text-batch 128 --seconds 2050 --batch 32 --tokens 112 --lr 1e-3 --ema 0.995"
-    decoders="--seconds 250 --batch 16 --crop 64 --lr 2e-3"
-    whole="--seconds 170 --crop 256 --batch 2 --lr 1e-3"
+    export NANO_SUBJECTS=4
+    scenes=4000 variants=3
+    vaes="--seconds 10 --batch 2 --crop 64 --measure 16" decoders="$vaes"
+    text="--seconds 10 --batch 16" joint="--seconds 10 --batch 2" turbo="--seconds 10 --batch 2" judge="--each 2 --batch 2"
     ;;
 *)
-    echo "usage: $0 gpu|cpu" >&2
+    echo "usage: $0 gpu|trial" >&2
     exit 2
     ;;
 esac
+mkdir -p $work
 [ -d node_modules ] || npm install @iconify-json/noto@1.2.9 @iconify-json/fluent-emoji-flat@1.2.6
-[ -f state/atlas.npz ] || python drawings.py --npm node_modules --out state/atlas.npz
-[ -f state/corpus.npz ] || python corpus.py --scenes $scenes --variants $variants --out state/corpus.npz
-common="--atlas state/atlas.npz --work state --device $device"
-[ -f state/vaes.pt ] || python vaes.py tiny $common $tiny
-[ -f state/average.pt ] || python train.py $common --corpus state/corpus.npz $joint
-if [ ! -f state/vaes.json ]; then
-    python vaes.py decoders $common $decoders
-    # The full VAE normalises over the whole picture: it must have seen whole pictures.
-    python vaes.py decoders $common $whole
-fi
-python assemble.py --work state --out ../zimage-nano
-python heldout.py --atlas state/atlas.npz --out ../../benchmarks/quality/data
+[ -f $work/atlas.npz ] || python drawings.py --npm node_modules --out $work/atlas.npz
+[ -f $work/corpus.npz ] || python corpus.py --scenes $scenes --variants $variants --out $work/corpus.npz
+python heldout.py --atlas $work/atlas.npz --out $work/quality-data
+drawn="--atlas $work/atlas.npz --work $work --device $device"
+told="--corpus $work/corpus.npz --work $work --device $device --compile $compile"
+[ -f $work/vaes.pt ] || python vaes.py joint $drawn $vaes
+[ -f $work/text.pt ] || python train.py text $told $text
+[ -f $work/average.pt ] || python train.py joint $told --atlas $work/atlas.npz $joint
+[ -f $work/turbo.pt ] || python turbo.py $told --atlas $work/atlas.npz $turbo
+[ -f $work/decoders ] || { python vaes.py decoders $drawn $decoders && touch $work/decoders; }
+python judge_fast.py --work $work --data $work/quality-data --device $device --model turbo $judge
+python assemble.py --work $work --out $work/zimage-nano

@@ -1,46 +1,38 @@
 """Scenes: what a picture shows, where it stands, and which combinations are never trained.
 
-A scene is a small record of indices. Everything the picture needs beyond it is a few pixels of
-jitter: a caption should nearly determine its picture, or eight evaluations cannot draw it sharply.
+A scene is a small record of indices, and it determines its picture wholly: a caption should nearly
+do so too, or eight evaluations cannot draw it sharply.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from phrases import COLOUR_NAMES, SIZE_NAMES, STYLE_NAMES, WORDS
+import spelling
+from phrases import COLOUR_NAMES, STYLE_NAMES
 
-CANVAS = 256
-# How many of the subjects are drawn. All 306 need a GPU; two CPU cores teach this many in an hour.
-SUBJECTS_IN_USE = 40
-LAYOUTS = ["single", "left_right", "top_bottom", "word"]
-LAYOUT_SHARES = [0.28, 0.32, 0.32, 0.08]
-# Layout → centres (x, y) of what is drawn, in pixels of the 256 × 256 canvas. With the sizes below,
-# every drawing's corner falls on 8 modulo 16: a latent is 8 pixels and a token 16, so a drawing
-# has the same latents wherever it stands, and there is one pattern to learn a size, not dozens.
-CENTRES = {
-    "single": [(128, 128)],
-    "left_right": [(64, 128), (192, 128)],
-    "top_bottom": [(128, 64), (128, 192)],
-    "word": [(128, 96), (128, 208)],
-}
+# How many of the subjects are drawn; a trial of the scripts wants few.
+SUBJECTS_IN_USE = int(os.environ.get("NANO_SUBJECTS", "306"))
+CANVASES = [(256, 256), (192, 320), (320, 192), (384, 384)]  # width, height
+CANVAS_SHARES = [0.7, 0.1, 0.1, 0.1]
+LAYOUTS = ["single", "left_right", "top_bottom", "word", "sign"]
+LAYOUT_SHARES = [0.26, 0.27, 0.27, 0.14, 0.06]
 PLACES = {
     "single": ["centre"],
     "left_right": ["left", "right"],
     "top_bottom": ["top", "bottom"],
     "word": ["centre"],
+    "sign": [],
 }
-SINGLE_SIZES = {"small": 80, "medium": 112, "large": 176}
-SINGLE_SIZE_SHARES = [0.0, 1.0, 0.0]  # every size is one more pattern a drawing to learn
-PAIR_SIZE = 112
-WORD_SUBJECT_SIZE = 112
-# Shifts along each axis in pixels, whole latent cells for the same reason, and their shares.
-JITTER = ([-8, 0, 8], [0.04, 0.92, 0.04])
+DRAWING = 112  # pixels a side
+TEXT_ROOM = 32  # pixels beside a row of glyphs, at least, both sides together
 HELD_OUT_ONE_IN = 10
+COLUMNS = 6 + spelling.MOST_LETTERS  # of a scene's record
 
 
 @dataclass(frozen=True)
@@ -69,17 +61,52 @@ def all_subjects() -> tuple[Subject, ...]:
     return tuple(rows)
 
 
+def centres(layout: str, width: int, height: int) -> list[tuple[int, int]]:
+    """Return where the drawings' centres are, in pixels; empty if the layout has none or does not fit.
+
+    Every drawing's corner falls on 8 modulo 16 (a latent is 8 pixels and a token 16), so a drawing
+    has the same latents wherever it stands, and there is one pattern of it to learn, not dozens.
+    """
+    x, y = width // 2, height // 2
+    if layout == "single":
+        return [(x, y)]
+    if layout == "left_right":
+        return [(width // 4, y), (3 * width // 4, y)] if width >= 2 * DRAWING + 16 else []
+    if layout == "top_bottom":
+        return [(x, height // 4), (x, 3 * height // 4)] if height >= 2 * DRAWING + 16 else []
+    return [(x, (height - 192) // 2 + 64)] if layout == "word" else []
+
+
+def text_top(layout: str, height: int) -> int:
+    """Return the upper edge of the row of glyphs, a multiple of 16."""
+    if layout == "sign":
+        return height // 2 - 32
+    return min((height - 192) // 2 + 144, height - 64)
+
+
+def text_left(length: int, cell: int, width: int) -> int:
+    """Return the left edge of the row of glyphs: a multiple of 16, at most 8 left of centred."""
+    return (width - length * cell) // 2 // 16 * 16
+
+
+def layouts_of(canvas: int) -> tuple[list[str], list[float]]:
+    """Return the layouts that fit a canvas, and their shares."""
+    fitting = [n == "sign" or bool(centres(n, *CANVASES[canvas])) for n in LAYOUTS]
+    names = [n for n, fits in zip(LAYOUTS, fitting, strict=True) if fits]
+    return names, [s for s, fits in zip(LAYOUT_SHARES, fitting, strict=True) if fits]
+
+
 @dataclass(frozen=True)
 class Scene:
-    """Indices into the tables; ``b`` and ``word`` are −1 where the layout has none."""
+    """Indices into the tables; ``a`` and ``b`` are −1 and ``text`` is empty where the layout has none."""
 
     layout: int
     a: int
     b: int
     colour: int
     style: int
-    size: int
-    word: int
+    canvas: int
+    text: str = ""
 
     @property
     def layout_name(self) -> str:
@@ -87,19 +114,21 @@ class Scene:
 
     def as_names(self) -> dict[str, object]:
         """Spell the scene out for a reader that does not have these tables."""
+        width, height = CANVASES[self.canvas]
         spec: dict[str, object] = {
             "layout": self.layout_name,
             "subjects": [subjects()[i].hexcode for i in (self.a, self.b) if i >= 0],
             "colour": COLOUR_NAMES[self.colour],
             "style": STYLE_NAMES[self.style],
-            "size": SIZE_NAMES[self.size],
+            "size": "medium",
+            "width": width,
+            "height": height,
         }
-        if self.word >= 0:
-            spec["word"] = WORDS[self.word]
-        return spec
+        return spec | ({"word": self.text} if self.text else {})
 
-    def as_tuple(self) -> tuple[int, ...]:
-        return tuple(asdict(self).values())
+    def as_row(self) -> list[int]:
+        numbers = spelling.glyph_numbers(self.text)
+        return [self.layout, self.a, self.b, self.colour, self.style, self.canvas, *numbers]
 
 
 @functools.cache
@@ -111,58 +140,48 @@ def is_held_out(subject: int, colour: int, style: int, place: str) -> bool:
 
 def scene_held_out(scene: Scene, every: bool = False) -> bool:
     """Tell whether any (or, with ``every``, each) subject's combination is held out."""
-    drawn = [scene.a] + ([scene.b] if scene.b >= 0 else [])
+    drawn = [i for i in (scene.a, scene.b) if i >= 0]
     places = PLACES[scene.layout_name]
     found = [is_held_out(s, scene.colour, scene.style, p) for s, p in zip(drawn, places, strict=True)]
     return all(found) if every else any(found)
 
 
-def draw_scene(rng: random.Random, layout: str | None = None) -> Scene:
-    """Draw one scene without regard to the split."""
-    layout = layout or rng.choices(LAYOUTS, LAYOUT_SHARES)[0]
+def draw_scene(rng: random.Random, canvas: int, layout: str | None = None, held_out: bool = False) -> Scene:
+    """Draw one scene without regard to the split of subjects; the text is of the side asked for."""
+    layout = layout or rng.choices(*layouts_of(canvas))[0]
     count = len(subjects())
-    a = rng.randrange(count)
+    drawn = len(PLACES[layout])
+    a = rng.randrange(count) if drawn else -1
     b = -1
-    if layout in ("left_right", "top_bottom"):
+    if drawn == 2:
         b = rng.randrange(count - 1)
         b += b >= a  # never the same subject twice: the judge could not see a swap
+    text = ""
+    if layout in ("word", "sign"):
+        text = spelling.draw_text(rng, CANVASES[canvas][0] - TEXT_ROOM, held_out)
     return Scene(
         layout=LAYOUTS.index(layout),
         a=a,
         b=b,
         colour=rng.randrange(len(COLOUR_NAMES)),
-        style=rng.randrange(len(STYLE_NAMES)),
-        size=rng.choices(range(3), SINGLE_SIZE_SHARES)[0] if layout == "single" else 1,
-        word=rng.randrange(len(WORDS)) if layout == "word" else -1,
+        style=rng.randrange(len(STYLE_NAMES)) if drawn else 0,
+        canvas=canvas,
+        text=text,
     )
 
 
 def training_scene(rng: random.Random) -> Scene:
-    """Draw a scene in which no subject's combination is held out."""
+    """Draw a scene in which no subject's combination and no word is held out."""
+    canvas = rng.choices(range(len(CANVASES)), CANVAS_SHARES)[0]
     while True:
-        scene = draw_scene(rng)
+        scene = draw_scene(rng, canvas)
         if not scene_held_out(scene):
             return scene
 
 
-def held_out_scene(rng: random.Random, layout: str) -> Scene:
-    """Draw a scene in which every subject's combination is held out."""
+def held_out_scene(rng: random.Random, layout: str, canvas: int = 0) -> Scene:
+    """Draw a scene in which every subject's combination, and the word, is held out."""
     while True:
-        scene = draw_scene(rng, layout)
+        scene = draw_scene(rng, canvas, layout, held_out=True)
         if scene_held_out(scene, every=True):
             return scene
-
-
-def draw_jitter(rng: random.Random) -> list[int]:
-    """Return (dx, dy) of slot A and of slot B or the word, as four numbers."""
-    return rng.choices(*JITTER, k=4)
-
-
-def placement(scene: Scene) -> list[tuple[int, int, int]]:
-    """Return (x, y, size) of each subject before jitter."""
-    if scene.layout_name == "single":
-        size = SINGLE_SIZES[SIZE_NAMES[scene.size]]
-    else:
-        size = WORD_SUBJECT_SIZE if scene.layout_name == "word" else PAIR_SIZE
-    count = 2 if scene.b >= 0 else 1
-    return [(x, y, size) for x, y in CENTRES[scene.layout_name][:count]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from pathlib import Path
 
@@ -60,6 +61,12 @@ def train() -> Tokenizer:
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in NOT_SPECIAL])
     return tokenizer
+
+
+@functools.cache
+def cached() -> Tokenizer:
+    """Return the tokenizer, trained once a process; training is deterministic and takes a second."""
+    return train()
 
 
 def save(tokenizer: Tokenizer, folder: Path) -> None:

@@ -1,64 +1,103 @@
 """Train both autoencoders into one latent space.
 
-First the tiny one (TAEF1's structure) alone; its encoder is then frozen, and scale and shift are
-measured and folded in, so that it lives in model-space latents of mean 0 and deviation 1. Then the
-full one (Flux's kind) learns the same latents, unscaled, while both decoders learn to decode what
-either encoder gives. The tiny encoder goes first because it normalises nothing across the picture:
-a drawing has the same latents wherever it stands.
+Both train together: the tiny encoder (TAEF1's structure) defines the latents, both decoders learn to
+decode them, so that they carry what both need, and the full encoder (Flux's kind) learns to give the
+same. The tiny encoder defines them because it normalises nothing across the picture: a drawing has
+the same latents wherever it stands. Model-space latents have a deviation near one; the full
+autoencoder keeps Flux's scale and shift around them. Later, ``decoders`` goes on with that encoder
+frozen, from the averages that were saved.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import architecture
+import scenes as S
+import spelling
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny
-from optimiser import Optimiser, warm_cosine
-from phrases import COLOUR_NAMES, WORDS
+from optimiser import Average, Clock, Optimiser
+from phrases import COLOUR_NAMES
 from render import Renderer, random_crop
-from scenes import subjects
 from torch import Tensor
 
-LATENT_NOISE = 0.08  # decoders must bear what a diffusion model leaves behind
+LATENT_NOISE = 0.06  # decoders must bear what a diffusion model leaves behind
+SCALING, SHIFT = 0.3611, 0.1159  # Flux's: model latents are (z − shift) × scaling
 
 
-def random_scenes(batch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw scenes, jitter and zoom without the captions' limits."""
+def random_scenes(batch: int, canvas: int, device: torch.device) -> Tensor:
+    """Draw scenes without the captions' limits: any layout that fits, any row of glyphs."""
 
     def integers(low: int, high: int) -> Tensor:
         return torch.randint(low, high, (batch,), device=device)
 
-    layout, count = integers(0, 4), len(subjects())
-    pair = (layout == 1) | (layout == 2)
-    none = torch.full_like(layout, -1)
-    scenes = torch.stack(
-        [
-            layout,
-            integers(0, count),
-            torch.where(pair, integers(0, count), none),
-            integers(0, len(COLOUR_NAMES)),
-            integers(0, 2),
-            integers(0, 3),
-            torch.where(layout == 3, integers(0, len(WORDS)), none),
-        ],
-        dim=1,
+    names, shares = S.layouts_of(canvas)
+    known = torch.tensor([S.LAYOUTS.index(n) for n in names], device=device)
+    layout = known[torch.multinomial(torch.tensor(shares, device=device), batch, replacement=True)]
+    drawn = torch.tensor([len(S.PLACES[n]) for n in S.LAYOUTS], device=device)[layout]
+    count = len(S.subjects())
+    a = torch.where(drawn > 0, integers(0, count), -1)
+    b = torch.where(drawn > 1, integers(0, count), -1)
+    written = torch.tensor([n in ("word", "sign") for n in S.LAYOUTS], device=device)[layout]
+    latin = torch.rand(batch, device=device) < 0.5
+    room = S.CANVASES[canvas][0] - S.TEXT_ROOM
+    most = torch.where(
+        latin,
+        min(spelling.MOST_LETTERS, room // spelling.LATIN_WIDTH),
+        min(spelling.MOST_HAN, room // spelling.HAN_WIDTH),
     )
-    on_grid = torch.rand(batch, 1, device=device) < 0.5
-    free = torch.randint(-20, 21, (batch, 4), device=device)
-    zoom = torch.where(on_grid[:, 0], 1.0, torch.empty(batch, device=device).uniform_(0.6, 1.4))
-    return scenes, torch.where(on_grid, free // 8 * 8, free), zoom
+    length = (torch.rand(batch, device=device) * most).long() + 1
+    alphabet = len(spelling.LATIN)
+    letters = torch.randint(alphabet, (batch, spelling.MOST_LETTERS), device=device)
+    han = torch.randint(alphabet, len(spelling.GLYPHS), (batch, spelling.MOST_LETTERS), device=device)
+    glyphs = torch.where(latin[:, None], letters, han)
+    place = torch.arange(spelling.MOST_LETTERS, device=device)
+    glyphs = torch.where(written[:, None] & (place < length[:, None]), glyphs, -1)
+    canvases = torch.full_like(a, canvas)
+    record = torch.stack([layout, a, b, integers(0, len(COLOUR_NAMES)), integers(0, 2), canvases], dim=1)
+    return torch.cat([record, glyphs], dim=1)
+
+
+class Split:
+    """Tells which scenes hold a combination that is the judge's, a batch at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        places = sorted({p for names in S.PLACES.values() for p in names})
+        shape = (len(S.subjects()), len(COLOUR_NAMES), 2, len(places) + 1)
+        table = torch.zeros(shape, dtype=torch.bool)
+        for subject, colour, style, place in itertools.product(*(range(n) for n in (*shape[:3], len(places)))):
+            table[subject, colour, style, place] = S.is_held_out(subject, colour, style, places[place])
+        self._table = table.to(device)  # the last place is none
+        slots = [[places.index(p) for p in S.PLACES[n]] + [len(places)] * 2 for n in S.LAYOUTS]
+        self._slots = torch.tensor([s[:2] for s in slots], device=device)
+
+    def held_out(self, scenes: Tensor) -> Tensor:
+        layout, a, b, colour, style = scenes[:, :5].unbind(1)
+        place = self._slots[layout]
+        return (
+            self._table[a.clamp(min=0), colour, style, place[:, 0]]
+            | self._table[b.clamp(min=0), colour, style, place[:, 1]]
+        )
+
+    def steer(self, scenes: Tensor, held_out: bool) -> Tensor:
+        """Change backgrounds until every scene is on the side asked for (bar a few in a million)."""
+        scenes = scenes.clone()
+        for _ in range(len(COLOUR_NAMES) - 1):
+            wrong = self.held_out(scenes) != held_out
+            scenes[:, 3] = torch.where(wrong, (scenes[:, 3] + 1) % len(COLOUR_NAMES), scenes[:, 3])
+        return scenes
 
 
 def recolour(images: Tensor) -> Tensor:
     """Exchange channels and stretch some pictures, so that other colours are not foreign."""
     order = torch.randperm(3, device=images.device)
-    some = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.25
+    some = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.1
     gain = torch.empty(len(images), 3, 1, 1, device=images.device).uniform_(0.4, 1.0)
     shift = (1 - gain) * torch.empty_like(gain).uniform_(-1, 1)
     return torch.where(some, images[:, order] * gain + shift, images)
@@ -67,186 +106,191 @@ def recolour(images: Tensor) -> Tensor:
 class Trainer:
     """Holds the models and draws the batches."""
 
-    def __init__(self, atlas: Path, device: str, batch: int, crop: int) -> None:
-        self.device, self.batch, self.crop = torch.device(device), batch, crop
-        self.renderer = Renderer(atlas, device)
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.args = arguments
+        self.device = torch.device(arguments.device)
+        self.renderer = Renderer(arguments.atlas, self.device)
+        self.split = Split(self.device)
         torch.manual_seed(10)
-        self.tiny = AutoencoderTiny(**architecture.TINY_VAE).to(device)
-        self.full = AutoencoderKL(**architecture.VAE).to(device)
+        torch.backends.cudnn.benchmark = True  # few shapes, each met often
+        torch.set_float32_matmul_precision("high")
+        self.tiny = AutoencoderTiny(**architecture.TINY_VAE).to(self.device)
+        self.full = AutoencoderKL(**architecture.VAE, scaling_factor=SCALING, shift_factor=SHIFT).to(self.device)
+        last = self.full.encoder.conv_out  # 16 means, then 16 log-variances that stay at −8
+        last.weight.data[16:], last.bias.data[16:] = 0, -8
         for model in (self.tiny, self.full):
             model.to(memory_format=torch.channels_last)
 
-    def images(self, batch: int, crop: int | None) -> Tensor:
-        """Return fresh pictures, or windows of them, fp32 in [−1, 1]."""
-        images = recolour(self.renderer.compose(*random_scenes(batch, self.device)).float())
-        return (random_crop(images, crop) if crop else images).contiguous(memory_format=torch.channels_last)
+    def images(self, whole: bool, canvas: int = 0) -> Tensor:
+        """Return fresh pictures, or windows of them, fp32 in [−1, 1].
+
+        Most are scenes as they are; some have their content moved and scaled, or other colours.
+        """
+        batch = self.args.batch
+        if whole:
+            side = S.CANVASES[canvas]
+            batch = max(1, round(batch * self.args.crop**2 / (side[0] * side[1])))
+        scenes = self.split.steer(random_scenes(batch, canvas, self.device), held_out=False)
+        free = torch.rand(batch, 1, device=self.device) < 0.12
+        jitter = torch.where(free, torch.randint(-20, 21, (batch, 6), device=self.device), 0)
+        zoom = torch.where(free[:, 0], torch.empty(batch, device=self.device).uniform_(0.6, 1.4), 1.0)
+        images = recolour(self.renderer.compose(scenes, canvas, jitter, zoom).float())
+        images = images if whole else random_crop(images, self.args.crop)
+        return images.contiguous(memory_format=torch.channels_last)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
-    def train_tiny(self, seconds: float, lr: float) -> list[dict[str, float]]:
-        """Train encoder and decoder together, then fold the measured scale into the encoder."""
-        optimiser = torch.optim.AdamW(self.tiny.parameters(), lr=lr, weight_decay=0.0)
-        forward = torch.compile(self.tiny_loss) if self.device.type == "cuda" else self.tiny_loss
-
-        def step(factor: float) -> Tensor:
-            for group in optimiser.param_groups:
-                group["lr"] = lr * factor
-            loss = forward(self.images(self.batch, self.crop))
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.tiny.parameters(), 1.0)
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-            return loss
-
-        curve = self.run(step, seconds, "tiny")
-        with torch.no_grad():
-            pictures = [self.images(32, None) for _ in range(16)]
-            samples = torch.cat([self.tiny.encoder(x) for x in pictures])
-        mean, deviation = samples.mean().item(), samples.std().item()
-        last = self.tiny.encoder.layers[-1]
-        last.weight.data /= deviation
-        last.bias.data.sub_(mean).div_(deviation)
-        # The decoder gets what the encoder now gives. (Its soft clamp sits before the convolution,
-        # so this costs a few tenths of a decibel, which the second stage wins back.)
-        first = self.tiny.decoder.layers[0]
-        first.bias.data += mean * first.weight.data.sum((1, 2, 3))
-        first.weight.data *= deviation
-        # The full autoencoder keeps the raw scale: model latents = (z − shift) × scaling.
-        self.full.register_to_config(scaling_factor=1 / deviation, shift_factor=mean)
-        return curve
-
-    def tiny_loss(self, x: Tensor) -> Tensor:
+    def loss(self, x: Tensor, frozen: bool) -> tuple[Tensor, Tensor]:
+        """Return the loss, and both decoders' squared errors for the log."""
         with self.autocast():
-            latents = self.tiny.encoder(x)
-            decoded = self.tiny.decoder(latents + LATENT_NOISE * torch.randn_like(latents))
-        # The decoder clamps softly at ±3: keep the latents well inside.
-        return distance(decoded, x) + 1e-3 * F.relu(latents.float().abs() - 2).square().mean()
+            if frozen:
+                with torch.no_grad():
+                    latents = self.tiny.encoder(x).float()
+            else:
+                latents = self.tiny.encoder(x).float()
+            means = self.full.encoder(x)[:, :16].float()
+            mapped = (means - SHIFT) * SCALING
+            noise = LATENT_NOISE * torch.rand(len(x), 1, 1, 1, device=x.device) * torch.randn_like(latents)
+            # The full decoder must read what either encoder gives.
+            from_full = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
+            both = torch.where(from_full, mapped, latents) + noise
+            by_tiny = self.tiny.decoder(latents + noise).float()
+            by_full = self.full.decoder(both / SCALING + SHIFT).float()
+        tiny, full = F.mse_loss(by_tiny, x), F.mse_loss(by_full, x)
+        # A little absolute error for the edges.
+        edges = 0.02 * (F.l1_loss(by_tiny, x) + F.l1_loss(by_full, x))
+        agree = F.mse_loss(mapped, latents.detach())
+        loss = tiny + full + edges + 0.1 * agree
+        if not frozen:
+            # The tiny decoder clamps softly at ±3, and the transformer wants a deviation near one.
+            loss = loss + 1e-3 * F.relu(latents.abs() - 2.2).square().mean()
+            loss = loss + 1e-2 * (latents.mean().square() + (latents.std() - 0.9).square())
+        return loss, torch.stack([tiny.detach(), full.detach(), agree.detach()])
 
-    def train_decoders(self, seconds: float, lr: float) -> list[dict[str, float]]:
-        """Fit the full autoencoder to the frozen latents, and both decoders to both encoders."""
-        encoder = self.tiny.encoder.eval().requires_grad_(False)
-        scale, shift = self.full.config.scaling_factor, self.full.config.shift_factor
-        last = self.full.encoder.conv_out  # 16 means, then 16 log-variances that stay at −8
-        last.weight.data[16:], last.bias.data[16:] = 0, -8
-        tiny_too = self.device.type == "cuda"  # on a CPU the time is better spent on the full one
-        self.tiny.decoder.requires_grad_(tiny_too)
-        trained = [self.full, self.tiny.decoder] if tiny_too else [self.full]
-        optimiser = Optimiser(trained, lr, muon_lr=0.02)
-
-        def loss_of(x: Tensor) -> Tensor:
-            with self.autocast():
-                target = encoder(x)
-                means = self.full.encoder(x)[:, :16]
-                mapped = (means - shift) * scale
-                half = (torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5).to(mapped.dtype)
-                latents = torch.lerp(target, mapped, half)
-                latents = latents + LATENT_NOISE * torch.randn_like(latents)
-                loss = distance(self.full.decoder(latents / scale + shift), x)
-                if tiny_too:
-                    loss = loss + distance(self.tiny.decoder(latents.detach()), x)
-            return loss + 0.3 * F.mse_loss(mapped.float(), target.float())
-
-        def step(factor: float) -> Tensor:
-            loss = loss_of(self.images(self.batch, self.crop))
+    def train(self, seconds: float, frozen: bool) -> list[dict[str, float]]:
+        """Train all, or with ``frozen`` all but the tiny encoder; what remains is the average."""
+        self.tiny.encoder.requires_grad_(not frozen)
+        scale = 0.4 if frozen else 1.0
+        optimiser = Optimiser([self.full], self.args.lr * scale, muon_lr=0.02 * scale)
+        tiny = [p for p in self.tiny.parameters() if p.requires_grad]
+        adam = torch.optim.AdamW(
+            tiny, lr=self.args.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=self.device.type == "cuda"
+        )
+        average = Average([self.tiny, self.full], self.args.ema)
+        most = 1.0 if self.device.type == "cuda" else 20.0
+        clock, curve, count = Clock(seconds, self.args.work / "stop-vaes", most=most), [], 0
+        name = "decoders" if frozen else "joint"
+        last = self.full.encoder.conv_out
+        generator = torch.Generator().manual_seed(11)
+        while not clock.done():
+            progress = clock.seconds / clock.total
+            factor = clock.factor(fall=0.5, floor=0.005)
+            # The full model normalises over the picture: at the end it must mostly see whole ones.
+            whole = torch.rand((), generator=generator).item() < (0.35 if progress < 0.5 and not frozen else 0.8)
+            others = torch.rand((), generator=generator).item() < 0.2
+            canvas = int(torch.randint(1, 4, (), generator=generator)) if whole and others else 0
+            loss, errors = self.loss(self.images(whole, canvas), frozen)
             loss.backward()
             last.weight.grad[16:], last.bias.grad[16:] = 0, 0
+            torch.nn.utils.clip_grad_norm_(tiny, 1.0, foreach=True)
+            for group in adam.param_groups:
+                group["lr"] = self.args.lr * scale * factor
+            adam.step()
+            adam.zero_grad(set_to_none=True)
             optimiser.step(factor)
-            return loss
-
-        return self.run(step, seconds, "decoders")
-
-    def run(self, step: Callable[[float], Tensor], seconds: float, name: str) -> list[dict[str, float]]:
-        """Call ``step`` with the schedule's factor until the time is up; return the loss curve."""
-        curve, start, count = [], time.time(), 0
-        while (elapsed := time.time() - start) < seconds:
-            loss = step(warm_cosine(elapsed / seconds, floor=0.01))
+            average.update()
             count += 1
-            if count % 50 == 0 or count <= 2:
-                curve.append({"s": round(time.time() - start, 1), "loss": round(loss.item(), 5)})
-        print(f"{name}: {count} steps, {curve[-1:]}", flush=True)
+            if count % 20 == 0 or count <= 2:
+                point = {"s": round(clock.seconds, 1), "whole": int(whole), "loss": round(loss.item(), 5)}
+                values = zip(("tiny", "full", "agree"), errors.tolist(), strict=True)
+                curve.append(point | {k: round(v, 6) for k, v in values})
+                if not torch.isfinite(loss):
+                    raise FloatingPointError("the autoencoders' loss is not finite")
+                if count % 200 == 0 or count <= 2:
+                    print(name, json.dumps(curve[-1]), flush=True)
+                clock.look()
+            clock.tick()
+        average.swap()
+        print(f"{name}: {count} steps, {clock.seconds:.0f} s, {curve[-1:]}", flush=True)
         return curve
 
     @torch.no_grad()
-    def measure(self, count: int = 256) -> dict[str, float]:
-        """Return dB of each encoder with each decoder on whole pictures, in fp32."""
+    def measure(self, count: int) -> dict[str, float]:
+        """Return dB of each encoder with each decoder on whole pictures, in fp32.
+
+        Each holds a combination of subject, colour, style and place that was never trained, except
+        signs, which hold no subject: their spellings are random.
+        """
         torch.manual_seed(99)
-        scale, shift = self.full.config.scaling_factor, self.full.config.shift_factor
         errors: dict[str, list[float]] = {}
         values = []
-        for _ in range(max(1, count // 32)):
-            scenes, jitter, _ = random_scenes(32, self.device)
-            x = self.renderer.compose(scenes, jitter).float()
+        before = torch.backends.cudnn.allow_tf32
+        torch.backends.cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")
+        for i in range(max(1, count // 16)):
+            canvas = 0 if i % 5 < 4 else 1 + i // 5 % 3
+            scenes = self.split.steer(random_scenes(16, canvas, self.device), held_out=True)
+            x = self.renderer.compose(scenes, canvas).float()
             tiny = self.tiny.encoder(x)
-            full = (self.full.encoder(x)[:, :16] - shift) * scale
-            values.append(tiny)
+            full = (self.full.encoder(x)[:, :16] - SHIFT) * SCALING
+            if canvas == 0:
+                values.append(tiny)
             for e, latents in (("tiny", tiny), ("full", full)):
                 outputs = {
                     "tiny": self.tiny.decoder(latents),
-                    "full": self.full.decoder(latents / scale + shift),
+                    "full": self.full.decoder(latents / SCALING + SHIFT),
                 }
                 for d, y in outputs.items():
                     error = (y.clamp(-1, 1) - x).square().mean((1, 2, 3)) / 4
-                    errors.setdefault(f"{e}_encoder_{d}_decoder_dB", []).append(error.mean().item())
+                    key = f"{e}_encoder_{d}_decoder_dB" + ("" if canvas == 0 else "_other_canvases")
+                    errors.setdefault(key, []).append(error.mean().item())
+        torch.backends.cudnn.allow_tf32 = before
+        torch.set_float32_matmul_precision("high")
         stacked = torch.cat(values)
         result = {k: -10 * torch.tensor(v).mean().log10().item() for k, v in errors.items()}
         result |= {"latent_mean": stacked.mean().item(), "latent_std": stacked.std().item()}
         return {k: round(v, 3) for k, v in result.items()}
 
-    def save(self, path: Path, **extra: object) -> None:
-        torch.save(
-            {
-                "tiny": self.tiny.state_dict(),
-                "full": self.full.state_dict(),
-                "scaling_factor": self.full.config.scaling_factor,
-                "shift_factor": self.full.config.shift_factor,
-                **extra,
-            },
-            path,
-        )
+    def save(self, path: Path, curves: dict[str, list[dict[str, float]]]) -> None:
+        state = {"tiny": self.tiny.state_dict(), "full": self.full.state_dict(), "curves": curves}
+        temporary = path.with_suffix(".tmp")
+        torch.save(state | {"scaling_factor": SCALING, "shift_factor": SHIFT}, temporary)
+        temporary.rename(path)
 
-    def load(self, path: Path) -> dict:
+    def load(self, path: Path) -> dict[str, list[dict[str, float]]]:
         state = torch.load(path, map_location=self.device)
-        self.tiny.load_state_dict(state["tiny"])
-        if "full" in state:
-            self.full.load_state_dict(state["full"])
-        self.full.register_to_config(scaling_factor=state["scaling_factor"], shift_factor=state["shift_factor"])
-        return state
-
-
-def distance(decoded: Tensor, x: Tensor) -> Tensor:
-    """Squared error for the decibels, a little absolute error for the edges."""
-    decoded = decoded.float()
-    return F.mse_loss(decoded, x) + 0.1 * F.l1_loss(decoded, x)
+        self.tiny.load_state_dict({k: v.float() for k, v in state["tiny"].items()})
+        self.full.load_state_dict({k: v.float() for k, v in state["full"].items()})
+        return state["curves"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stage", choices=["tiny", "decoders", "measure"])
+    parser.add_argument("stage", choices=["joint", "decoders", "measure"])
     parser.add_argument("--atlas", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="folder of the training state")
-    parser.add_argument("--seconds", type=float, default=90)
-    parser.add_argument("--batch", type=int, default=96)
+    parser.add_argument("--seconds", type=float, default=240)
+    parser.add_argument("--batch", type=int, default=96, help="windows a step; fewer whole pictures")
     parser.add_argument("--crop", type=int, default=128, help="pixels a side of the windows")
     parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--ema", type=float, default=0.995)
+    parser.add_argument("--measure", type=int, default=640, help="pictures to measure on")
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
-    trainer = Trainer(arguments.atlas, arguments.device, arguments.batch, arguments.crop)
+    start = time.time()
+    trainer = Trainer(arguments)
     path = arguments.work / "vaes.pt"
-    if arguments.stage == "tiny":
-        curve = trainer.train_tiny(arguments.seconds, arguments.lr)
-        trainer.save(path, curves={"tiny": curve})
-    else:
-        curves = trainer.load(path).get("curves", {})
-        if arguments.stage == "decoders":
-            before = curves.get("decoders", [])
-            passed = before[-1]["s"] if before else 0.0
-            curve = trainer.train_decoders(arguments.seconds, arguments.lr)
-            curves["decoders"] = before + [{**p, "s": round(p["s"] + passed, 1)} for p in curve]
-            trainer.save(path, curves=curves)
-        figures = trainer.measure(256 if arguments.device == "cuda" else 32)
-        (arguments.work / "vaes.json").write_text(json.dumps(figures | {"curves": curves}))
-        print(json.dumps(figures), flush=True)
+    curves = {} if arguments.stage == "joint" else trainer.load(path)
+    if arguments.stage != "measure":
+        before = curves.get(arguments.stage, [])
+        passed = before[-1]["s"] if before else 0.0
+        curve = trainer.train(arguments.seconds, frozen=arguments.stage == "decoders")
+        curves[arguments.stage] = before + [{**p, "s": round(p["s"] + passed, 1)} for p in curve]
+        trainer.save(path, curves)
+    figures = trainer.measure(arguments.measure)
+    (arguments.work / "vaes.json").write_text(json.dumps(figures | {"curves": curves}))
+    print(json.dumps(figures), f"{time.time() - start:.0f} s in all", flush=True)
 
 
 if __name__ == "__main__":
