@@ -41,7 +41,7 @@ def read_image(value: Any, name: str) -> Image:
                 f"{name}: expected uint8 [height, width], or with 1, 3 or 4 channels behind, "
                 f"got {value.dtype} {list(value.shape)}"
             )
-        image = Image.fromarray(value[..., 0] if value.ndim == 3 and value.shape[2] == 1 else value)
+        return Image.fromarray(value[..., 0] if value.ndim == 3 and value.shape[2] == 1 else value)
     elif isinstance(value, (str, Path)):
         try:
             image = Image.open(value)
@@ -77,7 +77,7 @@ def fit_image(image: Image, width: int, height: int, fit: str) -> Image:
 
 
 def read_mask(value: Any, width: int, height: int, fit: str, feather: float) -> np.ndarray:
-    """float32 `[height, width]`: 1 to draw, 0 to keep.
+    """uint8 `[height, width]`: 255 to draw, 0 to keep.
 
     Without feathering a mask is black or white, split at the middle grey, as diffusers splits it; with it, its edge
     becomes a slope of about `feather` pixels (a Gaussian of that radius).
@@ -88,20 +88,27 @@ def read_mask(value: Any, width: int, height: int, fit: str, feather: float) -> 
     image = image.point([0 if level < 128 else 255 for level in range(256)])
     if feather > 0:
         image = image.filter(ImageFilter.GaussianBlur(feather))
-    return np.asarray(image, np.float32) / 255
+    return np.asarray(image)
 
 
 def latent_mask(mask: np.ndarray, factor: int) -> np.ndarray:
-    """A mask at the latents' size: hard ones by their nearest pixel, as diffusers does, soft ones by their mean."""
+    """A mask at the latents' size, float32 from 0 to 1.
+
+    Hard ones by their nearest pixel, as diffusers does, soft ones by their mean.
+    """
     height, width = mask.shape
+    if ((mask == 0) | (mask == 255)).all():
+        return np.ascontiguousarray(mask[::factor, ::factor], np.float32) / 255
     cells = mask.reshape(height // factor, factor, width // factor, factor)
-    hard = bool(((mask == 0) | (mask == 1)).all())
-    return np.ascontiguousarray(cells[:, 0, :, 0]) if hard else cells.mean(axis=(1, 3), dtype=np.float32)
+    return cells.mean(axis=(1, 3), dtype=np.float32) / 255
 
 
 def to_signed(images: np.ndarray) -> np.ndarray:
     """uint8 `[batch, height, width, 3]` to what a VAE encoder takes: float32 `[batch, 3, height, width]` in [-1, 1]."""
-    return np.ascontiguousarray(images.transpose(0, 3, 1, 2), np.float32) / np.float32(127.5) - np.float32(1)
+    signed = np.ascontiguousarray(images.transpose(0, 3, 1, 2), np.float32)
+    signed /= np.float32(127.5)
+    signed -= np.float32(1)
+    return signed
 
 
 def resize_images(images: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -125,8 +132,8 @@ def paste(drawn: np.ndarray, original: np.ndarray, mask: np.ndarray) -> np.ndarr
     """Drawn pictures uint8 `[batch, height, width, 3]` over the original: where the mask is 0, its very bytes."""
     mixed = np.where((mask > 0)[None, :, :, None], drawn, original[None])
     # Arithmetic for the edge alone: in whole pictures it would take longer than decoding them.
-    soft = (mask > 0) & (mask < 1)
+    soft = (mask > 0) & (mask < 255)
     if soft.any():
-        weight = mask[soft][:, None]
+        weight = mask[soft][:, None] / np.float32(255)
         mixed[:, soft] = np.rint(drawn[:, soft] * weight + original[soft] * (1 - weight)).astype(np.uint8)
     return mixed

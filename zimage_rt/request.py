@@ -217,8 +217,8 @@ class ResolvedSecondPass:
 class ResolvedRequest:
     """A request with every default filled in and every field checked; one entry an image.
 
-    `sigmas` are those that are run; `image` and `control_image` are uint8 `[height, width, 3]`, `mask` is float32
-    `[height, width]`.
+    `sigmas` are those that are run; `image` and `control_image` are uint8 `[height, width, 3]`, `mask` is uint8
+    `[height, width]`, 255 where to draw.
     """
 
     prompts: tuple[str, ...]
