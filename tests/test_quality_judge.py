@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 from PIL import Image
+from zimage_rt.benchmarks.quality import edits
 from zimage_rt.benchmarks.quality.__main__ import read_prompts
-from zimage_rt.benchmarks.quality.judge import Judge, summarise
+from zimage_rt.benchmarks.quality.judge import DATA, Judge, summarise
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +102,18 @@ def test_prompts_are_the_same_every_time():
     assert len(prompts) >= 500
     assert len({p["seed"] for p in prompts}) == len(prompts)
     assert {p["language"] for p in prompts} == {"zh", "en", "mixed"}
+
+
+def test_edits_keep_the_other_half(engine):
+    """The real engine on the first cases; which subject it draws is the checkpoint's affair."""
+    figures = edits.measure(engine, DATA, 3)
+    assert figures["bytes kept"] == 1
+    assert figures["right after"] == figures["right before"]
+
+
+def test_edits_are_of_subjects_that_were_not_there():
+    for prompt, scene in edits.cases(DATA, 30):
+        before, after = prompt["scene"]["subjects"], scene["subjects"]
+        assert after[1] == before[1]
+        assert after[0] not in before
+        assert " on the left and " in edits.describe(scene, edits.names_of(DATA))
