@@ -65,12 +65,9 @@ class SelfAttention(nn.Module):
 
         A broadcast over a fifth dimension would need no copy, but keeps TensorRT from fusing the attention.
         """
-        x = x.transpose(1, 2)
-        if self.groups == 1:
-            return x
-        # Without the clone torch 2.11 guards on the strides that flattening would give, and refuses a free length.
-        copies = x.unsqueeze(2).expand(-1, -1, self.groups, -1, -1)
-        return copies.clone(memory_format=torch.contiguous_format).flatten(1, 2)
+        if self.groups > 1:  # before heads and tokens change places: torch 2.11 refuses a free length otherwise
+            x = x.unsqueeze(3).expand(-1, -1, -1, self.groups, -1).flatten(2, 3)
+        return x.transpose(1, 2)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
         """[batch, tokens, hidden] -> the same, times `precision.attention_scale`."""
