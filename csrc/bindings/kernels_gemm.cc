@@ -25,62 +25,79 @@ Gemm& library_gemm(const std::string& library) {
   return *gemm;
 }
 
-GemmArgs library_args(const DeviceArray& a, const DeviceArray& weight, const DeviceArray& out) {
-  GemmArgs args{};
-  args.a = a.data();
-  args.weight = weight.data();
-  args.out = out.data();
-  args.type = a.dtype();
-  args.out_type = out.dtype();
-  args.m = rows_of(a), args.n = columns_of(weight), args.k = columns_of(a);
-  return args;
-}
+// a [m, k] and a weight [k, n], or [n, k] where it is turned.
+struct Operands {
+  DeviceArray a, weight;
+  bool turned;
 
-FusedGemm fused_args(const DeviceArray& a, const DeviceArray& weight, const DeviceArray& out) {
-  static const DeviceBuffer workspace = [] {
-    DeviceBuffer buffer(fused_gemm_workspace_bytes(), "test workspace");
-    ZRT_CUDA(cudaMemset(buffer.data(), 0, buffer.bytes()));
-    return buffer;
-  }();
-  return {a.data(),   weight.data(),      out.data(),    a.dtype(),
-          rows_of(a), columns_of(weight), columns_of(a), workspace.data()};
-}
+  Operands(const py::array& left, const py::array& right, bool is_turned)
+      : a(left), weight(right), turned(is_turned) {}
+  int m() const { return rows_of(a); }
+  int n() const { return turned ? rows_of(weight) : columns_of(weight); }
+  int k() const { return columns_of(a); }
+  DeviceArray output(int columns, DType type) const { return DeviceArray({m(), columns}, type); }
+
+  GemmArgs library(const DeviceArray& out) const {
+    GemmArgs args{};
+    args.a = a.data();
+    args.weight = weight.data();
+    args.out = out.data();
+    args.type = a.dtype();
+    args.out_type = out.dtype();
+    args.m = m(), args.n = n(), args.k = k();
+    args.turned = turned;
+    return args;
+  }
+  FusedGemm fused(const DeviceArray& out) const {
+    static const DeviceBuffer workspace = [] {
+      DeviceBuffer buffer(fused_gemm_workspace_bytes(), "test workspace");
+      ZRT_CUDA(cudaMemset(buffer.data(), 0, buffer.bytes()));
+      return buffer;
+    }();
+    return {a.data(), weight.data(), out.data(),       a.dtype(), m(),
+            n(),      k(),           workspace.data(), turned};
+  }
+};
 
 py::array run_gemm(const std::string& library, const py::array& a, const py::array& weight,
-                   const std::optional<py::array>& bias, float alpha, const std::string& out_type) {
-  const DeviceArray in(a), w(weight);
+                   const std::optional<py::array>& bias, float alpha, const std::string& out_type,
+                   bool turned) {
+  const Operands in(a, weight, turned);
   std::optional<DeviceArray> b;
   if (bias) b.emplace(*bias);
-  const DeviceArray out({a.shape(0), weight.shape(1)}, dtype_named(out_type));
-  GemmArgs args = library_args(in, w, out);
+  const DeviceArray out = in.output(in.n(), dtype_named(out_type));
+  GemmArgs args = in.library(out);
   args.bias = b ? b->data<float>() : nullptr;
   args.alpha = alpha;
   library_gemm(library).run(args, nullptr);
   return out.download();
 }
 
-py::array run_gemm_scaled(const py::array& a, const py::array& weight, float alpha) {
-  const DeviceArray in(a), w(weight), out({a.shape(0), weight.shape(1)}, in.dtype());
-  gemm_scaled(fused_args(in, w, out), alpha, nullptr);
+py::array run_gemm_scaled(const py::array& a, const py::array& weight, float alpha, bool turned) {
+  const Operands in(a, weight, turned);
+  const DeviceArray out = in.output(in.n(), in.a.dtype());
+  gemm_scaled(in.fused(out), alpha, nullptr);
   return out.download();
 }
 
-py::array run_gemm_swiglu(const py::array& a, const py::array& weight, float scale) {
-  const DeviceArray in(a), w(weight), out({a.shape(0), weight.shape(1) / 2}, in.dtype());
-  gemm_swiglu(fused_args(in, w, out), scale, nullptr);
+py::array run_gemm_swiglu(const py::array& a, const py::array& weight, float scale, bool turned) {
+  const Operands in(a, weight, turned);
+  const DeviceArray out = in.output(in.n() / 2, in.a.dtype());
+  gemm_swiglu(in.fused(out), scale, nullptr);
   return out.download();
 }
 
 py::array run_gemm_qk_norm_rope(const py::array& a, const py::array& weight,
                                 const std::optional<py::array>& q_weight,
                                 const std::optional<py::array>& k_weight, const py::array& cos,
-                                const py::array& sin, int q_heads, int k_heads, float eps) {
-  const DeviceArray in(a), w(weight), c(cos), s(sin);
-  const DeviceArray out({a.shape(0), weight.shape(1)}, in.dtype());
+                                const py::array& sin, int q_heads, int k_heads, float eps,
+                                bool turned) {
+  const Operands in(a, weight, turned);
+  const DeviceArray c(cos), s(sin), out = in.output(in.n(), in.a.dtype());
   std::optional<DeviceArray> q, k;
   if (q_weight) q.emplace(*q_weight);
   if (k_weight) k.emplace(*k_weight);
-  gemm_qk_norm_rope(fused_args(in, w, out),
+  gemm_qk_norm_rope(in.fused(out),
                     {q ? q->data<float>() : nullptr, k ? k->data<float>() : nullptr,
                      c.data<float>(), s.data<float>(), q_heads, k_heads, eps},
                     nullptr);
@@ -93,25 +110,26 @@ py::array run_gemm_qk_norm_rope(const py::array& a, const py::array& weight,
 std::map<std::string, std::vector<float>> time_gemm(const std::string& library, const py::array& a,
                                                     const py::array& weight,
                                                     const std::string& what, int heads, int repeats,
-                                                    int burst) {
-  const DeviceArray in(a), w(weight), wide({a.shape(0), weight.shape(1)}, in.dtype());
-  const DeviceArray hidden({a.shape(0), weight.shape(1) / 2}, in.dtype());
+                                                    int burst, bool turned) {
+  const Operands in(a, weight, turned);
+  const int rows = in.m(), columns = in.n();
+  const DType type = in.a.dtype();
+  const DeviceArray wide = in.output(columns, type), hidden = in.output(columns / 2, type);
   const DeviceArray cos({a.shape(0), 64}, DType::kFloat32), sin({a.shape(0), 64}, DType::kFloat32);
   const DeviceArray norm({128}, DType::kFloat32);
   for (const DeviceArray* array : {&cos, &sin})
     ZRT_CUDA(cudaMemset(array->data(), 0x3c, sizeof(float) * 64 * rows_of(*array)));
   ZRT_CUDA(cudaMemset(norm.data(), 0x3c, sizeof(float) * 128));
   Gemm& gemm = library_gemm(library);
-  const GemmArgs args = library_args(in, w, wide);
-  const FusedGemm fused = fused_args(in, w, wide);
-  const int rows = rows_of(in), columns = columns_of(w);
+  const GemmArgs args = in.library(wide);
+  const FusedGemm fused = in.fused(wide);
   const float* const f = norm.data<float>();
   const auto after = [&] {
     if (what == "swiglu")
-      swiglu({wide.data(), hidden.data(), in.dtype(), rows, columns / 2, 1.0f, 1.0f}, nullptr);
+      swiglu({wide.data(), hidden.data(), type, rows, columns / 2, 1.0f, 1.0f}, nullptr);
     if (what == "qk_norm_rope")
-      qk_norm_rope({wide.data(), columns, in.dtype(), f, f, cos.data<float>(), sin.data<float>(),
-                    rows, heads, heads, 128, 1e-5f},
+      qk_norm_rope({wide.data(), columns, type, f, f, cos.data<float>(), sin.data<float>(), rows,
+                    heads, heads, 128, 1e-5f},
                    nullptr);
   };
   const auto one = [&] {
@@ -148,12 +166,17 @@ std::map<std::string, std::vector<float>> time_gemm(const std::string& library, 
 }  // namespace
 
 void bind_gemm(py::module_& m) {
-  m.def("gemm", &run_gemm);
+  const auto turned = py::arg("turned") = false;
+  m.def("gemm", &run_gemm, py::arg("library"), py::arg("a"), py::arg("weight"), py::arg("bias"),
+        py::arg("alpha"), py::arg("out_type"), turned);
   m.def("fused_gemm_runs_here", &fused_gemm_runs_here);
-  m.def("gemm_scaled", &run_gemm_scaled);
-  m.def("gemm_swiglu", &run_gemm_swiglu);
-  m.def("gemm_qk_norm_rope", &run_gemm_qk_norm_rope);
-  m.def("time_gemm", &time_gemm);
+  m.def("gemm_scaled", &run_gemm_scaled, py::arg("a"), py::arg("weight"), py::arg("alpha"), turned);
+  m.def("gemm_swiglu", &run_gemm_swiglu, py::arg("a"), py::arg("weight"), py::arg("scale"), turned);
+  m.def("gemm_qk_norm_rope", &run_gemm_qk_norm_rope, py::arg("a"), py::arg("weight"),
+        py::arg("q_weight"), py::arg("k_weight"), py::arg("cos"), py::arg("sin"),
+        py::arg("q_heads"), py::arg("k_heads"), py::arg("eps"), turned);
+  m.def("time_gemm", &time_gemm, py::arg("library"), py::arg("a"), py::arg("weight"),
+        py::arg("what"), py::arg("heads"), py::arg("repeats"), py::arg("burst"), turned);
 }
 
 }  // namespace zimage_rt

@@ -3,6 +3,7 @@
 #include <atomic>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "kernels/fused_gemm.h"
 #include "kernels/fused_gemm_after.cuh"
@@ -94,7 +95,7 @@ class Share {
 // kPairRows: the blocks of a cluster stand above one another and share the weight's tile; otherwise
 // they stand side by side and share that of `a`. Tiles are walked down the rows first, so that the
 // weight is read once and `a` stays in the cache.
-template <typename T, typename Epilogue, bool kPairRows>
+template <typename T, typename Epilogue, bool kPairRows, bool kTurned>
 __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
     fused_gemm_kernel(const __grid_constant__ CUtensorMap a_map,
                       const __grid_constant__ CUtensorMap b_map, const Problem problem,
@@ -138,20 +139,29 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
       while (share.next(piece)) {
         int row, column;
         place(piece.tile, row, column);
-        const auto b_box = [&](int half) { return (column + half * problem.second) / kBox; };
+        // Half of the weight's tile: 128 rows of a turned one, else two strips of 64 columns.
+        const auto half_at = [&](int half, int k, int& x, int& y, int& z) {
+          const int first = column + half * problem.second;
+          x = kTurned ? k * kDepth : 0, y = kTurned ? first : k * kDepth,
+          z = kTurned ? 0 : first / kBox;
+        };
         for (int k = piece.begin; k < piece.end; ++k) {
           barrier_wait(empty + 8 * stage, parity);
           const std::uint32_t barrier = full + 8 * stage;
           const std::uint32_t a = stages + stage * kStageBytes, b = a + kABoxes * kBoxBytes;
           barrier_expect(barrier, kStageBytes);
+          int x, y, z;
           if (kPairRows) {
             copy_box(a, &a_map, k * kDepth, row, 0, barrier);
-            copy_box_to(b + rank * kHalfBytes, &b_map, 0, k * kDepth, b_box(rank), barrier, kBoth);
+            half_at(rank, k, x, y, z);
+            copy_box_to(b + rank * kHalfBytes, &b_map, x, y, z, barrier, kBoth);
           } else {
             copy_box_to(a + rank * kBoxBytes, &a_map, k * kDepth, row + rank * kBox, 0, barrier,
                         kBoth);
-            copy_box(b, &b_map, 0, k * kDepth, b_box(0), barrier);
-            copy_box(b + kHalfBytes, &b_map, 0, k * kDepth, b_box(1), barrier);
+            for (int half = 0; half < 2; ++half) {
+              half_at(half, k, x, y, z);
+              copy_box(b + half * kHalfBytes, &b_map, x, y, z, barrier);
+            }
           }
           if (++stage == kStages) stage = 0, parity ^= 1;
         }
@@ -162,7 +172,9 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
     take_registers<232>();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, in_group = threadIdx.x % 128;
     const std::uint64_t a_tile = matrix_descriptor(stages + (group - 1) * kBoxBytes, 0, 1024);
-    const std::uint64_t b_tile = matrix_descriptor(stages + kABoxes * kBoxBytes, kBoxBytes, 1024);
+    const std::uint64_t b_tile =
+        matrix_descriptor(stages + kABoxes * kBoxBytes, kTurned ? 0 : kBoxBytes, 1024);
+    constexpr int kBPart = kTurned ? 32 : 16 * 128;  // bytes from 16 of k to the next
     float sums[128];
     std::uint32_t stage = 0, parity = 0;
     const auto release = [&](std::uint32_t which) {
@@ -181,9 +193,9 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
         warpgroup_fence();
 #pragma unroll
         for (int part = 0; part < kDepth / 16; ++part)
-          multiply_add(sums, a_tile + shift + part * (32 >> 4),
-                       b_tile + shift + part * (16 * 128 >> 4), k > piece.begin || part > 0,
-                       static_cast<const T*>(nullptr));
+          multiply_add<kTurned>(sums, a_tile + shift + part * (32 >> 4),
+                                b_tile + shift + part * (kBPart >> 4), k > piece.begin || part > 0,
+                                static_cast<const T*>(nullptr));
         warpgroup_commit();
         // The products of the stage before are done when only the latest are under way.
         warpgroup_wait<1>();
@@ -274,9 +286,9 @@ CUtensorMap tensor_map(const void* data, DType type, int rows, int columns, int 
 
 // How many clusters of a kernel run at once on the current device. Cut tiles wait for one another:
 // no cluster may be left for later.
-template <typename T, bool kPairRows, typename Epilogue>
+template <typename T, bool kPairRows, bool kTurned, typename Epilogue>
 int resident_clusters() {
-  const auto kernel = fused_gemm_kernel<T, Epilogue, kPairRows>;
+  const auto kernel = fused_gemm_kernel<T, Epilogue, kPairRows, kTurned>;
   static std::array<std::atomic<int>, 64> known{};
   int device = 0;
   ZRT_CUDA(cudaGetDevice(&device));
@@ -302,9 +314,9 @@ int resident_clusters() {
   return clusters.load();
 }
 
-template <typename T, bool kPairRows, typename Epilogue>
+template <typename T, bool kPairRows, bool kTurned, typename Epilogue>
 void launch(const FusedGemm& args, Problem problem, const Epilogue& epilogue, cudaStream_t stream) {
-  const auto kernel = fused_gemm_kernel<T, Epilogue, kPairRows>;
+  const auto kernel = fused_gemm_kernel<T, Epilogue, kPairRows, kTurned>;
   problem.row_steps = kPairRows ? ceil_div(problem.row_tiles, kCluster) : problem.row_tiles;
   problem.column_steps =
       kPairRows ? problem.column_tiles : ceil_div(problem.column_tiles, kCluster);
@@ -313,7 +325,7 @@ void launch(const FusedGemm& args, Problem problem, const Epilogue& epilogue, cu
                           std::max(1, (problem.row_steps + rows_at_once / 2) / rows_at_once));
   const int tiles = problem.row_steps * problem.column_steps;
   const int clusters =
-      std::min(tiles * problem.depth_tiles, resident_clusters<T, kPairRows, Epilogue>());
+      std::min(tiles * problem.depth_tiles, resident_clusters<T, kPairRows, kTurned, Epilogue>());
   // Whole rounds are dealt out whole, but the last of them: it is cut with what remains.
   problem.whole_tiles =
       tiles % clusters == 0 ? tiles : std::max(0, tiles / clusters - 1) * clusters;
@@ -323,7 +335,9 @@ void launch(const FusedGemm& args, Problem problem, const Epilogue& epilogue, cu
       reinterpret_cast<float4*>(static_cast<std::byte*>(args.workspace) + kFlagBytes);
   kernel<<<clusters * kCluster, kThreads, kSharedBytes, stream>>>(
       tensor_map(args.a, args.type, args.m, args.k, kPairRows ? kRows : kBox, 1),
-      tensor_map(args.weight, args.type, args.k, args.n, kDepth, kBBoxes / 2), problem, epilogue);
+      kTurned ? tensor_map(args.weight, args.type, args.n, args.k, kColumns / 2, 1)
+              : tensor_map(args.weight, args.type, args.k, args.n, kDepth, kBBoxes / 2),
+      problem, epilogue);
   ZRT_LAUNCHED();
 }
 
@@ -345,10 +359,17 @@ void dispatch(const FusedGemm& args, int second, int step, int columns, const Ep
   // Where a side has an odd number of tiles, pairs along it leave half a cluster idle.
   const int by_rows = ceil_div(problem.row_tiles, kCluster) * problem.column_tiles;
   const int by_columns = problem.row_tiles * ceil_div(problem.column_tiles, kCluster);
+  const auto go = [&](auto pair_rows) {
+    constexpr bool kPairRows = decltype(pair_rows)::value;
+    if (args.turned)
+      launch<T, kPairRows, true>(args, problem, epilogue, stream);
+    else
+      launch<T, kPairRows, false>(args, problem, epilogue, stream);
+  };
   if (by_rows <= by_columns)
-    launch<T, true>(args, problem, epilogue, stream);
+    go(std::true_type{});
   else
-    launch<T, false>(args, problem, epilogue, stream);
+    go(std::false_type{});
 }
 
 }  // namespace
@@ -367,7 +388,8 @@ bool fused_gemm_runs_here() {
   ZRT_CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
   if (major != 9 || minor != 0) return false;
   cudaFuncAttributes attributes;
-  ZRT_CUDA(cudaFuncGetAttributes(&attributes, fused_gemm_kernel<__half, Scaled<__half>, true>));
+  ZRT_CUDA(
+      cudaFuncGetAttributes(&attributes, fused_gemm_kernel<__half, Scaled<__half>, true, false>));
   return attributes.binaryVersion == 90;
 }
 

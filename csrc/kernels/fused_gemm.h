@@ -17,7 +17,7 @@ bool fused_gemm_runs_here();
 // Of the workspace that products on one stream share; zeros before the first of them.
 std::size_t fused_gemm_workspace_bytes();
 
-// a [m, k] · weight [k, n], both row-major.
+// a [m, k] · weight [k, n], both row-major; a turned weight lies as [n, k].
 struct FusedGemm {
   const void* a;
   const void* weight;
@@ -27,6 +27,7 @@ struct FusedGemm {
   int n;  // a multiple of 64
   int k;  // a multiple of 8
   void* workspace;
+  bool turned;
 };
 
 // out [m, n] = alpha * product.

@@ -143,7 +143,7 @@ __device__ inline void warpgroup_wait() {
 #define ZRT_SUMS4(i) "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3])
 #define ZRT_SUMS16(i) ZRT_SUMS4(i), ZRT_SUMS4(i + 4), ZRT_SUMS4(i + 8), ZRT_SUMS4(i + 12)
 #define ZRT_SUMS64(i) ZRT_SUMS16(i), ZRT_SUMS16(i + 16), ZRT_SUMS16(i + 32), ZRT_SUMS16(i + 48)
-#define ZRT_WGMMA(type)                                                                           \
+#define ZRT_WGMMA(type, b_turned)                                                                 \
   asm volatile(                                                                                   \
       "{\n"                                                                                       \
       ".reg .pred p;\n"                                                                           \
@@ -156,22 +156,32 @@ __device__ inline void warpgroup_wait() {
       "%70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, "     \
       "%87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, " \
       "%104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, "      \
-      "%118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, %128, %129, p, 1, 1, 0, 1;\n" \
+      "%118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, %128, %129, p, 1, 1, "        \
+      "0, " b_turned                                                                              \
+      ";\n"                                                                                       \
       "}"                                                                                         \
       : ZRT_SUMS64(0), ZRT_SUMS64(64)                                                             \
       : "l"(a), "l"(b), "r"(add))
 
 // sums [64, 256] (+)= a [64, 16] · b [16, 256] by the four warps of a warpgroup: `a` has its rows
-// along k, `b` along n. Warp w holds rows 16 w + g and 16 w + g + 8 with g = lane / 4: sums[4 j],
-// sums[4 j + 1] are columns 8 j + 2 t, 8 j + 2 t + 1 with t = lane % 4, and the next two the same
-// of the second row.
+// along k, `b` along n, or along k too where kTurned. Warp w holds rows 16 w + g and 16 w + g + 8
+// with g = lane / 4: sums[4 j], sums[4 j + 1] are columns 8 j + 2 t, 8 j + 2 t + 1 with t = lane %
+// 4, and the next two the same of the second row.
+template <bool kTurned>
 __device__ inline void multiply_add(float (&sums)[128], std::uint64_t a, std::uint64_t b, int add,
                                     const __nv_bfloat16*) {
-  ZRT_WGMMA("bf16");
+  if constexpr (kTurned)
+    ZRT_WGMMA("bf16", "0");
+  else
+    ZRT_WGMMA("bf16", "1");
 }
+template <bool kTurned>
 __device__ inline void multiply_add(float (&sums)[128], std::uint64_t a, std::uint64_t b, int add,
                                     const __half*) {
-  ZRT_WGMMA("f16");
+  if constexpr (kTurned)
+    ZRT_WGMMA("f16", "0");
+  else
+    ZRT_WGMMA("f16", "1");
 }
 
 #undef ZRT_WGMMA

@@ -27,11 +27,13 @@ void attend(const BlockShape& shape, const BlockWeights& weights, int rows,
   qkv.out = buffers.wide;
   qkv.type = qkv.out_type = shape.type;
   qkv.m = rows, qkv.n = width, qkv.k = shape.dim;
+  qkv.turned = weights.turned;
   if (ops.fused != nullptr && rows >= kFusedRows && shape.head_dim == 128) {
-    gemm_qk_norm_rope({qkv.a, qkv.weight, qkv.out, shape.type, rows, width, shape.dim, ops.fused},
-                      {weights.q_norm, weights.k_norm, rope.cos, rope.sin, shape.heads,
-                       shape.kv_heads, shape.qk_norm_eps},
-                      ops.stream);
+    gemm_qk_norm_rope(
+        {qkv.a, qkv.weight, qkv.out, shape.type, rows, width, shape.dim, ops.fused, weights.turned},
+        {weights.q_norm, weights.k_norm, rope.cos, rope.sin, shape.heads, shape.kv_heads,
+         shape.qk_norm_eps},
+        ops.stream);
   } else {
     ops.gemm.run(qkv, ops.stream);
     qk_norm_rope({buffers.wide, width, shape.type, weights.q_norm, weights.k_norm, rope.cos,
@@ -78,10 +80,11 @@ void feed_forward(const BlockShape& shape, const BlockWeights& weights, int rows
   up.out = buffers.wide;
   up.type = up.out_type = shape.type;
   up.m = rows, up.n = 2 * shape.hidden, up.k = shape.dim;
+  up.turned = weights.turned;
   if (ops.fused != nullptr && rows >= kFusedRows && shape.hidden % 64 == 0) {
-    gemm_swiglu(
-        {up.a, up.weight, buffers.hidden, shape.type, rows, 2 * shape.hidden, shape.dim, ops.fused},
-        shape.gate_scale * shape.up_scale, ops.stream);
+    gemm_swiglu({up.a, up.weight, buffers.hidden, shape.type, rows, 2 * shape.hidden, shape.dim,
+                 ops.fused, weights.turned},
+                shape.gate_scale * shape.up_scale, ops.stream);
   } else {
     ops.gemm.run(up, ops.stream);
     swiglu({buffers.wide, buffers.hidden, shape.type, rows, shape.hidden, shape.gate_scale,

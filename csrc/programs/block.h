@@ -41,7 +41,8 @@ struct BlockShape {
   int qkv_width() const { return (heads + 2 * kv_heads) * head_dim; }
 };
 
-// Matrices are [in, out] in the storage type; q_norm and k_norm may be null.
+// Matrices are [in, out] in the storage type, or [out, in] where they are turned; q_norm and k_norm
+// may be null.
 struct BlockWeights {
   const void* qkv;
   const float* q_norm;
@@ -49,6 +50,7 @@ struct BlockWeights {
   const void* out;
   const void* gate_up;
   const void* down;
+  bool turned = false;
 };
 
 // What norms multiply with, fp32 [dim]; post_* null where the branch is added without a norm.

@@ -63,7 +63,7 @@ struct Api {
 };
 
 // What a product's algorithm depends on.
-using Key = std::array<int, 6>;  // type, out_type, bias, m, n, k
+using Key = std::array<int, 7>;  // type, out_type, bias, m, n, k, turned
 
 Key key_of(const GemmArgs& args) {
   return {static_cast<int>(args.type),
@@ -71,11 +71,13 @@ Key key_of(const GemmArgs& args) {
           args.bias != nullptr,
           args.m <= kSmallRows ? args.m : (args.m + kRowBucket - 1) / kRowBucket * kRowBucket,
           args.n,
-          args.k};
+          args.k,
+          args.turned};
 }
 
 // cuBLASLt's descriptors of one product. The library is column-major, where a row-major matrix is
-// its transpose: it is asked for outᵀ [n, m] = weightᵀ [n, k] · aᵀ [k, m], all as they lie.
+// its transpose: it is asked for outᵀ [n, m] = weightᵀ [n, k] · aᵀ [k, m], all as they lie but for
+// a turned weight.
 class Problem {
  public:
   Problem(const Api& api, const GemmArgs& args) : api_(api) {
@@ -86,7 +88,8 @@ class Problem {
       set(CUBLASLT_MATMUL_DESC_EPILOGUE, epilogue);
       set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, args.bias);
     }
-    weight = layout(args.type, args.n, args.k);
+    if (args.turned) set(CUBLASLT_MATMUL_DESC_TRANSA, CUBLAS_OP_T);
+    weight = args.turned ? layout(args.type, args.k, args.n) : layout(args.type, args.n, args.k);
     a = layout(args.type, args.k, args.m);
     out = layout(args.out_type, args.n, args.m);
   }

@@ -10,7 +10,8 @@
 
 namespace zimage_rt {
 
-// out [m, n] = alpha * a [m, k] · weight [k, n] + bias [n]: row-major, fp32 sums.
+// out [m, n] = alpha * a [m, k] · weight [k, n] + bias [n]: row-major, fp32 sums. A turned weight
+// lies as [n, k].
 struct GemmArgs {
   const void* a;
   const void* weight;
@@ -22,6 +23,7 @@ struct GemmArgs {
   int n;
   int k;
   float alpha = 1.0f;
+  bool turned = false;
 };
 
 // Matrix products by cuBLASLt. The first product of a shape times the library's candidates and
