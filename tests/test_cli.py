@@ -8,7 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from lora_files import random_lora_of
 from PIL import Image
+
+from zimage_rt.manifest import read_manifest
 
 
 def zimage(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -51,6 +54,23 @@ def test_backend_options_are_names_and_values(bundle: Path, tmp_path: Path) -> N
         run = zimage("generate", bundle, "-p", "a cat", "-O", option)
         assert run.returncode == 1
         assert message in run.stderr.replace("\n", " ")
+
+
+def test_loras_are_put_on_and_repeated(bundle: Path, tmp_path: Path) -> None:
+    lora = random_lora_of(read_manifest(bundle), tmp_path / "style.safetensors", seed=1, modules=("transformer",))
+    settings = ("-p", "a panda", "--seed", 4, "--steps", 2, "--height", 128, "--width", 128)
+    drawn = {}
+    for name, options in {"plain": (), "whole": ("--lora", lora), "half": ("--lora", f"{lora}=0.5")}.items():
+        run = zimage("generate", bundle, *settings, "-o", tmp_path / f"{name}.png", *options)
+        assert run.returncode == 0, run.stderr
+        drawn[name] = (tmp_path / f"{name}.png").read_bytes()
+    assert len(set(drawn.values())) == 3
+    run = zimage("generate", bundle, "--like", tmp_path / "half.png", "-o", tmp_path / "again.png")
+    assert run.returncode == 0, run.stderr
+    assert "the same picture to the byte" in run.stderr
+    run = zimage("generate", bundle, *settings, "--lora", tmp_path / "none.safetensors=0.5")
+    assert run.returncode == 1
+    assert "none.safetensors" in run.stderr.replace("\n", "")
 
 
 def test_inspect_says_what_is_damaged(bundle: Path, tmp_path: Path) -> None:

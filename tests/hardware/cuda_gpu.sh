@@ -37,7 +37,7 @@ for part in $parts; do
     engine) run engine "${pytest[@]}" "${engine[@]}" ;;
     sanitizer)
       # Sizes that take the tools minutes and show nothing the others do not are left out, and with racecheck cuBLASLt's
-      # own kernels, which it does not survive. A file at a time, so that a crash hides nothing of the others.
+      # own kernels, where it crashed when tried. A file at a time, so that a crash hides nothing of the others.
       for tool in memcheck racecheck; do
         for file in "${kernels[@]}"; do
           skip=()

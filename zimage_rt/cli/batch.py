@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..batch import Batch, BatchOptions
 from ..engine import Engine
 from ..tables import read_table
-from .common import backend_options, fail, given_fields, picture_line, stderr
+from .common import backend_options, fail, given_fields, load_loras, picture_line, stderr
 
 
 def batch(
@@ -34,6 +34,9 @@ def batch(
     sidecar: Annotated[bool, typer.Option(help="Write each picture's record beside it, as JSON.")] = True,
     encoding: Annotated[str | None, typer.Option(help="Of the table; found out if it is not given.")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Draw everything anew; removes what was drawn.")] = False,
+    lora: Annotated[
+        list[str] | None, typer.Option("--lora", help="A LoRA's file, or file=weight; repeat for several.")
+    ] = None,
     backend: Annotated[str, typer.Option(help="What runs the bundle.")] = "onnxruntime",
     backend_option: Annotated[
         list[str] | None, typer.Option("-O", "--backend-option", help="name=value; repeat for several.")
@@ -46,6 +49,7 @@ def batch(
     """
     rows = read_table(table, encoding)
     engine = Engine.load(bundle, backend=backend, backend_options=backend_options(backend_option or []))
+    load_loras(engine, lora or [])
     options = BatchOptions(template=template, defaults=given_fields(ctx), seed=base_seed, sidecar=sidecar)
     work = Batch(engine, rows, output, options, restart=restart)
     with work.journal as journal:

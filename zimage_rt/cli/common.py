@@ -11,6 +11,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
+from ..engine import Engine
 from ..errors import RequestError
 from ..request import GenerateRequest
 
@@ -55,6 +56,17 @@ def backend_options(texts: list[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             options[name] = value
     return options
+
+
+def load_loras(engine: Engine, texts: list[str]) -> None:
+    """Put LoRAs on: `FILE`, or `FILE=WEIGHT`. Raises RequestError and LoraError as `Engine.load_lora` does."""
+    for text in texts:
+        path, _, number = text.rpartition("=")
+        try:
+            weight = float(number)
+        except ValueError:  # no weight: a "=" belongs to the name
+            path, weight = text, 1.0
+        engine.load_lora(path or text, weight if path else 1.0)
 
 
 def picture_line(path: Path, prompt: str, seed: int, timings: dict[str, float], bundle_id: str, **more: Any) -> str:

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..engine import Engine
 from ..errors import RequestError
 from ..explain import explain as draw_explanation
-from .common import backend_options, given_fields, json_line, stderr
+from .common import backend_options, given_fields, json_line, load_loras, stderr
 
 Number = TypeVar("Number", int, float)
 
@@ -34,6 +34,9 @@ def explain(
     schedule: Annotated[str, typer.Option(help="simple, normal, karras, exponential or beta.")] = "simple",
     cell: Annotated[int, typer.Option(help="How large a picture is on the sheet, in pixels.")] = 160,
     font: Annotated[Path | None, typer.Option(help="A TrueType file for the labels, e.g. for Chinese.")] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option("--lora", help="A LoRA's file, or file=weight; repeat for several.")
+    ] = None,
     backend: Annotated[str, typer.Option(help="What runs the bundle.")] = "onnxruntime",
     backend_option: Annotated[
         list[str] | None, typer.Option("-O", "--backend-option", help="name=value; repeat for several.")
@@ -47,6 +50,7 @@ def explain(
     for name in ("prompt", "seed"):
         fields.pop(name, None)
     engine = Engine.load(bundle, backend=backend, backend_options=backend_options(backend_option or []))
+    load_loras(engine, lora or [])
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=stderr
     ) as progress:

@@ -21,7 +21,7 @@ from ..metadata import read_record
 from ..request import StepInfo
 from . import doctor as doctor_report
 from .batch import batch
-from .common import backend_options, fail, given_fields, is_given, picture_line, stderr
+from .common import backend_options, fail, given_fields, is_given, load_loras, picture_line, stderr
 from .explain import explain
 from .like import kept_alone, requests_of, warn_of_differences
 
@@ -63,6 +63,9 @@ def generate(
     fit: Annotated[str, typer.Option(help="How the picture is fitted: crop, pad or stretch.")] = "crop",
     control_image: Annotated[Path | None, typer.Option(help="What the bundle's ControlNet is to follow.")] = None,
     control_scale: Annotated[float, typer.Option(help="How closely: 0 draws as without it.")] = 0.75,
+    lora: Annotated[
+        list[str] | None, typer.Option("--lora", help="A LoRA's file, or file=weight; repeat for several.")
+    ] = None,
     backend: Annotated[str, typer.Option(help="What runs the bundle.")] = "onnxruntime",
     backend_option: Annotated[
         list[str], typer.Option("-O", "--backend-option", help="name=value, e.g. provider=cuda; repeat for several.")
@@ -81,8 +84,10 @@ def generate(
     engine = Engine.load(bundle, backend=backend, backend_options=options)
     if record is not None:
         warn_of_differences(record, engine)
-        for name, weight, path in record.find_loras(None if like is None else like.parent):
-            engine.load_lora(path, weight, name)
+        if lora is None:
+            for name, weight, path in record.find_loras(None if like is None else like.parent):
+                engine.load_lora(path, weight, name)
+    load_loras(engine, lora or [])
     for number, request in enumerate(requests):
         with Progress(
             TextColumn("{task.description}"),
@@ -99,7 +104,7 @@ def generate(
 
             result = engine.run(request, callback=on_step)
         more: dict[str, Any] = {}
-        if record is not None and not prompt and not fields:
+        if record is not None and not prompt and not fields and lora is None:
             result, more["same"] = kept_alone(result, record)
         named = output.suffix.lower() == ".png" and len(requests) > 1
         where = output.with_name(f"{output.stem}-{number:03d}{output.suffix}") if named else output
