@@ -24,12 +24,15 @@ import zimage_rt
 PROMPT = "a small red house beside a quiet lake under tall pine trees"
 
 
-def features(size: int) -> dict[str, dict[str, Any]]:
-    """Request fields by name. Every one of them runs the whole schedule (Heun: half of it, two evaluations a step)."""
+def features(size: int, controlled: bool) -> dict[str, dict[str, Any]]:
+    """Request fields by name. Every one of them runs the whole schedule (Heun: half of it, two evaluations a step).
+
+    A control image is among them for a bundle with a ControlNet.
+    """
     picture = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
     mask = np.zeros((size, size), np.uint8)
     mask[:, : size // 2] = 255
-    return {
+    found: dict[str, dict[str, Any]] = {
         "plain": {},
         "guidance": {"guidance_scale": 4.0, "negative_prompt": "a dog"},
         "guidance, truncated half way": {"guidance_scale": 4.0, "negative_prompt": "a dog", "cfg_truncation": 0.5},
@@ -40,6 +43,9 @@ def features(size: int) -> dict[str, dict[str, Any]]:
         "decoding in tiles": {"vae_tile": max(64, size // 2)},
         "a preview every step": {"callback": lambda info: info.preview() is not None},
     }
+    if controlled:
+        found["a control image"] = {"control_image": picture}
+    return found
 
 
 def measure(engine: zimage_rt.Engine, size: int, evaluations: int, rounds: int) -> dict[str, float]:
@@ -52,8 +58,8 @@ def measure(engine: zimage_rt.Engine, size: int, evaluations: int, rounds: int) 
         "vae": "tiny",
     }
     runs = {
-        name: partial(engine.generate, PROMPT, vae="tiny", **common, **fields)
-        for name, fields in features(size).items()
+        name: partial(engine.generate, PROMPT, **common, **fields)
+        for name, fields in features(size, "controlnet" in engine.manifest.modules).items()
     }
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 2):

@@ -237,11 +237,16 @@ def test_a_recipe_names_it_among_the_parts(tmp_path: Path):
     assert read_recipe(path).parts["controlnet"] == tmp_path / "nets" / "union.safetensors"
 
 
-def test_cuda_bundles_have_none(small_checkpoint: Path, tmp_path: Path):
+def test_a_cuda_bundle_has_its_weights_beside_the_transformers(small_checkpoint: Path, tmp_path: Path):
+    """No graph, and nothing that the transformer's file has."""
+    net = make_controlnet(tmp_path / "net", "control_noise_refiner", **SMALL)
     wanted = recipe(
-        small_checkpoint, tmp_path / "out", backend="cuda", precision="bf16", parts={"controlnet": tmp_path}
+        small_checkpoint, tmp_path / "out", backend="cuda", precision="bf16", vae=(), parts={"controlnet": net}
     )
-    with pytest.raises(RecipeError, match="controlnet: the cuda backend has no program for it"):
-        bundle.export(wanted)
+    manifest = bundle.export(wanted)
+    assert manifest.module_files("controlnet") == ("controlnet.safetensors", "transformer.safetensors")
+    with safe_open(tmp_path / "out" / "controlnet.safetensors", "pt") as file:
+        assert all(name.startswith("control_") for name in file.keys())  # noqa: SIM118
+        assert file.get_tensor("control_layers.1.after_proj.weight").dtype == torch.bfloat16
     with pytest.raises(RecipeError, match="controlnet: the tensorrt_rtx backend builds no plan of it"):
         bundle.export(dataclasses.replace(wanted, backend="tensorrt_rtx"))

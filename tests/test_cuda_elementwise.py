@@ -60,6 +60,25 @@ def test_residual_norm(kernels, rng, dtype, rows, dim, with_post, with_pre):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("rows", "dim"), [(1, 8), (33, 384), (257, 3840)])
+def test_scaled_copy(kernels, rng, dtype, rows, dim):
+    x = f32(rng, rows, dim, scale=1e6)  # beyond fp16 without the scale
+    out = kernels.scaled_copy(x, 2.0**-7, dtype)
+    assert to_float(out).tobytes() == to_float(cast(x * np.float32(2.0**-7), dtype)).tobytes()
+
+
+@pytest.mark.parametrize("scale", [None, 0.75, 0.0])
+@pytest.mark.parametrize(("rows", "dim"), [(1, 8), (33, 384), (257, 3840)])
+def test_scaled_add(kernels, rng, rows, dim, scale):
+    x, added = f32(rng, rows, dim), f32(rng, rows, dim, scale=20.0)
+    out = kernels.scaled_add(x, added, None if scale is None else np.full(1, scale, np.float32))
+    factor = 1.0 if scale is None else scale
+    assert relative_error(out, x + factor * added.astype(np.float64)) < TOLERANCE["float32"]
+    if scale == 0.0:
+        assert out.tobytes() == x.tobytes()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
 def test_layer_norm(kernels, rng, dtype):
     x, scale = f32(rng, 37, 3840) + 5, f32(rng, 3840)
     centred = x.astype(np.float64) - x.mean(-1, keepdims=True, dtype=np.float64)

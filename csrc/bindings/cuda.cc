@@ -92,6 +92,16 @@ TransformerConfig transformer_config(const py::dict& config) {
   return out;
 }
 
+ControlNetConfig controlnet_config(const py::dict& config) {
+  const auto kind = get<std::optional<std::string>>(config, "add_control_noise_refiner");
+  return {transformer_config(config),
+          get<int>(config, "control_in_dim"),
+          get<std::vector<int>>(config, "control_layers_places"),
+          get<std::vector<int>>(config, "control_refiner_layers_places"),
+          get<int>(config, "control_refiner_layers"),
+          kind.value_or("")};
+}
+
 TinyVaeConfig tiny_vae_config(const py::dict& config, bool decoder) {
   TinyVaeConfig out;
   out.widths = get<std::vector<int>>(
@@ -150,8 +160,20 @@ FloatArray context(Pipeline& self, const IdArray& input_ids) {
   return out;
 }
 
+// Throws unless they are control latents for these latents.
+void expect_control(const Pipeline& self, const FloatArray& control, const py::array& latents) {
+  expect_dims(control, 4, "control_latents");
+  if (size_at(control, 0) != size_at(latents, 0) ||
+      size_at(control, 1) != self.control_channels() ||
+      size_at(control, 2) != size_at(latents, 2) || size_at(control, 3) != size_at(latents, 3))
+    throw std::invalid_argument("control_latents: expected [batch, " +
+                                std::to_string(self.control_channels()) +
+                                ", latent_height, latent_width] like latents");
+}
+
 FloatArray evaluate(Pipeline& self, const FloatArray& latents, const FloatArray& timestep,
-                    const FloatArray& contexts) {
+                    const FloatArray& contexts, const std::optional<FloatArray>& control_latents,
+                    const std::optional<FloatArray>& control_scale) {
   expect_dims(latents, 4, "latents");
   expect_dims(timestep, 1, "timestep");
   expect_dims(contexts, 3, "context");
@@ -159,18 +181,29 @@ FloatArray evaluate(Pipeline& self, const FloatArray& latents, const FloatArray&
   if (size_at(timestep, 0) != batch || size_at(contexts, 0) != batch ||
       rows % kSequenceMultiple != 0 || size_at(contexts, 2) != self.dim())
     throw std::invalid_argument("latents, timestep, context: their shapes do not belong together");
+  if (control_latents) expect_control(self, *control_latents, latents);
+  if (control_latents.has_value() != control_scale.has_value() ||
+      (control_scale && control_scale->size() != batch))
+    throw std::invalid_argument("control_scale: expected one a sample, with control_latents");
   FloatArray out(std::vector<py::ssize_t>(latents.shape(), latents.shape() + 4));
   const float *x = latents.data(), *t = timestep.data(), *c = contexts.data();
   float* data = out.mutable_data();
   const int height = size_at(latents, 2), width = size_at(latents, 3);
   const std::size_t sample = static_cast<std::size_t>(latents.size()) / batch;
   const std::size_t context_size = static_cast<std::size_t>(rows) * self.dim();
+  const float* const control = control_latents ? control_latents->data() : nullptr;
+  const float* const scales = control_scale ? control_scale->data() : nullptr;
+  const std::size_t control_size = control_latents ? control_latents->size() / batch : 0;
   released([&] {
-    // Samples at one timestep run together.
+    // Samples at one timestep, and under one scale, run together.
     for (int first = 0, last = 0; first < batch; first = last) {
-      while (last < batch && t[last] == t[first]) ++last;
+      while (last < batch && t[last] == t[first] &&
+             (scales == nullptr || scales[last] == scales[first]))
+        ++last;
+      Control followed;
+      if (control != nullptr) followed = {control + first * control_size, scales[first]};
       self.evaluate(x + first * sample, height, width, t[first], c + first * context_size,
-                    std::vector<int>(static_cast<std::size_t>(last - first), rows),
+                    std::vector<int>(static_cast<std::size_t>(last - first), rows), followed,
                     data + first * sample);
     }
   });
@@ -226,8 +259,9 @@ py::object sample_job(Pipeline& self, py::array_t<float> latents,
                       const std::vector<FloatArray>& negatives, const FloatArray& steps,
                       const FloatArray& guidance_scales, float cfg_normalization,
                       const std::optional<FloatArray>& mask, const std::optional<FloatArray>& image,
-                      const std::optional<FloatArray>& noise, bool decoded,
-                      const py::object& callback) {
+                      const std::optional<FloatArray>& noise,
+                      const std::optional<FloatArray>& control_latents, float control_scale,
+                      bool decoded, const py::object& callback) {
   expect_dims(latents, 4, "latents");
   const int batch = size_at(latents, 0);
   if ((latents.flags() & py::array::c_style) == 0 ||
@@ -257,6 +291,10 @@ py::object sample_job(Pipeline& self, py::array_t<float> latents,
     job.mask = mask->data();
     job.image = image->data();
     job.noise = noise->data();
+  }
+  if (control_latents) {
+    expect_control(self, *control_latents, latents);
+    job.control = {control_latents->data(), control_scale};
   }
   job.guidance = guidance_of(guidance_scales, cfg_normalization, job.steps.size(), batch);
   if (job.guidance.ever() && negatives.empty())
@@ -382,6 +420,9 @@ PYBIND11_MODULE(_cuda, m) {
              } else if (module == "transformer") {
                const auto sizes = transformer_config(config);
                released([&] { self.load_transformer(std::move(weights), sizes); });
+             } else if (module == "controlnet") {
+               const auto sizes = controlnet_config(config);
+               released([&] { self.load_controlnet(std::move(weights), sizes); });
              } else if (module == "tiny_vae_decoder" || module == "tiny_vae_encoder") {
                const auto sizes = tiny_vae_config(config, module == "tiny_vae_decoder");
                released([&] {
@@ -398,7 +439,8 @@ PYBIND11_MODULE(_cuda, m) {
       .def("encode", &encode, py::arg("input_ids"), py::arg("hidden_size"))
       .def("refine", &refine, py::arg("prompt_embeds"))
       .def("context", &context, py::arg("input_ids"))
-      .def("evaluate", &evaluate, py::arg("latents"), py::arg("timestep"), py::arg("context"))
+      .def("evaluate", &evaluate, py::arg("latents"), py::arg("timestep"), py::arg("context"),
+           py::arg("control_latents") = py::none(), py::arg("control_scale") = py::none())
       .def("decode", &decode, py::arg("latents"))
       .def("decode_pixels", &decode_pixels, py::arg("latents"))
       .def("encode_image", &encode_image, py::arg("image"), py::arg("latent_channels"),
@@ -406,7 +448,8 @@ PYBIND11_MODULE(_cuda, m) {
       .def("sample", &sample_job, py::kw_only(), py::arg("latents").noconvert(),
            py::arg("contexts"), py::arg("negatives"), py::arg("steps"), py::arg("guidance_scales"),
            py::arg("cfg_normalization"), py::arg("mask"), py::arg("image"), py::arg("noise"),
-           py::arg("decode"), py::arg("callback"))
+           py::arg("control_latents"), py::arg("control_scale"), py::arg("decode"),
+           py::arg("callback"))
       .def("time_evaluation", &Pipeline::time_evaluation, py::arg("latent_height"),
            py::arg("latent_width"), py::arg("context_rows"), py::arg("repeats"),
            py::call_guard<py::gil_scoped_release>())

@@ -11,6 +11,7 @@
 #include "kernels/norm.h"
 #include "kernels/patches.h"
 #include "kernels/qk_norm_rope.h"
+#include "kernels/residual.h"
 #include "kernels/rope_table.h"
 #include "kernels/swiglu.h"
 
@@ -44,6 +45,24 @@ py::tuple run_residual_norm(const py::array& x, const py::array& branch,
                  b.dtype(), rows_of(in), columns_of(in)},
                 nullptr);
   return py::make_tuple(in.download(), out.download());
+}
+
+py::array run_scaled_copy(const py::array& x, float scale, const std::string& type) {
+  const DeviceArray in(x);
+  const DeviceArray out({x.shape(0), x.shape(1)}, dtype_named(type));
+  scaled_copy(in.data<float>(), scale, out.data(), out.dtype(), static_cast<std::size_t>(x.size()),
+              nullptr);
+  return out.download();
+}
+
+py::array run_scaled_add(const py::array& x, const py::array& added,
+                         const std::optional<py::array>& scale) {
+  const DeviceArray in(x), more(added);
+  std::optional<DeviceArray> factor;
+  if (scale) factor.emplace(*scale);
+  scaled_add(in.data<float>(), more.data<float>(), scale ? factor->data<float>() : nullptr,
+             static_cast<std::size_t>(x.size()), nullptr);
+  return in.download();
 }
 
 py::array run_layer_norm(const py::array& x, const py::array& scale, float eps,
@@ -164,6 +183,8 @@ py::tuple run_rope_table(const std::vector<py::array>& cos, const std::vector<py
 void bind_elementwise(py::module_& m) {
   m.def("rms_norm", &run_rms_norm);
   m.def("residual_norm", &run_residual_norm);
+  m.def("scaled_copy", &run_scaled_copy);
+  m.def("scaled_add", &run_scaled_add);
   m.def("layer_norm", &run_layer_norm);
   m.def("qk_norm_rope", &run_qk_norm_rope);
   m.def("low_rank_update", &run_low_rank_update);

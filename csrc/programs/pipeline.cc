@@ -8,6 +8,11 @@
 #include "programs/pipeline_detail.h"
 
 namespace zimage_rt {
+namespace {
+
+constexpr char kTextEncoderWeights[] = "the text encoder's weights";
+
+}  // namespace
 
 std::unique_ptr<Pipeline> Pipeline::make(const PipelineOptions& options) {
   const DeviceGuard guard(options.device);
@@ -42,7 +47,8 @@ void Pipeline::check_limit(std::size_t more, const std::string& purpose) {
 void Pipeline::load_text_encoder(std::unique_ptr<Weights> weights,
                                  const TextEncoderConfig& config) {
   ZRT_TURN;
-  weights_.push_back(upload(std::move(weights), "the text encoder's weights"));
+  if (!options_.keep_text_encoder) TextEncoder::stream(*weights);
+  weights_.push_back(upload(std::move(weights), kTextEncoderWeights));
   text_weights_ = weights_.back().get();
   changeable_["text_encoder"] = text_weights_;
   text_encoder_.emplace(config, *text_weights_);
@@ -62,6 +68,15 @@ void Pipeline::load_transformer(std::unique_ptr<Weights> weights, const Transfor
   weights_.push_back(upload(std::move(weights), "the transformer's weights"));
   changeable_["transformer"] = weights_.back().get();
   transformer_.emplace(config, *weights_.back());
+}
+
+void Pipeline::load_controlnet(std::unique_ptr<Weights> weights, const ControlNetConfig& config) {
+  ZRT_TURN;
+  const Transformer& transformer = need(transformer_, "transformer");
+  weights = upload(std::move(weights), "the ControlNet's weights");
+  // Kept only if they fit: every request that wants them tries again.
+  controlnet_.emplace(config, *weights, transformer);
+  weights_.push_back(std::move(weights));
 }
 
 void Pipeline::load_vae_decoder(std::unique_ptr<Weights> weights, const TinyVaeConfig& config) {
@@ -84,31 +99,9 @@ void Pipeline::change(const std::string& module, const std::vector<LowRank>& cha
   if (found == changeable_.end())
     throw std::invalid_argument("module: expected a loaded one with matrices, got " + module);
   stream_.synchronize();
-  if (module != "text_encoder" || options_.keep_text_encoder) {
-    found->second->change(changes, stream_.get());
-    return;
-  }
-  text_factors_.clear();
-  text_changes_ = changes;
-  for (LowRank& change : text_changes_) {
-    const auto rank = static_cast<std::size_t>(change.rank);
-    change.down = text_factors_.emplace_back(change.down, change.down + rank * change.rows).data();
-    change.up = text_factors_.emplace_back(change.up, change.up + rank * change.columns).data();
-  }
-  upload_text_encoder();  // so that what is wrong shows now
-  text_weights_->release();
-}
-
-void Pipeline::upload_text_encoder() {
-  check_limit(text_weights_->bytes(), "the text encoder's weights");
-  text_weights_->upload("the text encoder's weights");
-  if (text_changes_.empty()) return;
-  try {
-    text_weights_->change(text_changes_, stream_.get());
-  } catch (...) {
-    text_weights_->release();  // no prompt may be encoded without them
-    throw;
-  }
+  if (found->second->streams())
+    check_limit(found->second->bytes_with(changes), kTextEncoderWeights);
+  found->second->change(changes, stream_.get());
 }
 
 // At least `bytes` of a buffer that grows: what it held, and graphs that point into it, are lost.
@@ -130,24 +123,31 @@ void Pipeline::read_back(void* target, const void* source, std::size_t bytes) {
   std::memcpy(target, staging_.data(), bytes);
 }
 
-void Pipeline::run_text_encoder(const std::int64_t* input_ids, int tokens,
-                                const TextEncoder::Buffers& at) {
-  if (!text_weights_->uploaded()) upload_text_encoder();
-  text_encoder_->run(input_ids, tokens, at, ops());
-  if (!options_.keep_text_encoder) {
+// Runs `work` with the text encoder's weights on the device, or the memory that they come to. Where
+// they are not kept, the memory is given back.
+void Pipeline::with_text_encoder(const std::function<void()>& work) {
+  if (options_.keep_text_encoder) return work();
+  check_limit(text_weights_->bytes(), kTextEncoderWeights);
+  text_weights_->upload(kTextEncoderWeights);
+  try {
+    work();
     stream_.synchronize();
+  } catch (...) {
+    cudaStreamSynchronize(stream_.get());
     text_weights_->release();
+    throw;
   }
+  text_weights_->release();
 }
 
 void Pipeline::encode(const std::int64_t* input_ids, int tokens, float* prompt_embeds) {
   ZRT_TURN;
-  const TextEncoder& encoder = need(text_encoder_, "text_encoder");
+  TextEncoder& encoder = need(text_encoder_, "text_encoder");
   Arena size(nullptr);
   encoder.plan(tokens, size);
   Arena memory = arena(side_memory_, size.used(), "encoding a prompt");
   const TextEncoder::Buffers at = encoder.plan(tokens, memory);
-  run_text_encoder(input_ids, tokens, at);
+  with_text_encoder([&] { encoder.run(input_ids, tokens, at, ops()); });
   read_back(prompt_embeds, at.x, sizeof(float) * tokens * encoder.hidden_size());
   gemm_.save_cache();
 }
@@ -170,7 +170,7 @@ void Pipeline::refine(const float* prompt_embeds, int tokens, float* context) {
 
 void Pipeline::context(const std::int64_t* input_ids, int tokens, float* context) {
   ZRT_TURN;
-  const TextEncoder& encoder = need(text_encoder_, "text_encoder");
+  TextEncoder& encoder = need(text_encoder_, "text_encoder");
   const ContextRefiner& refiner = need(context_refiner_, "context_refiner");
   Arena size(nullptr);
   encoder.plan(tokens, size);
@@ -178,7 +178,7 @@ void Pipeline::context(const std::int64_t* input_ids, int tokens, float* context
   Arena memory = arena(side_memory_, size.used(), "encoding a prompt");
   const TextEncoder::Buffers text = encoder.plan(tokens, memory);
   const ContextRefiner::Buffers at = refiner.plan(tokens, memory);
-  run_text_encoder(input_ids, tokens, text);
+  with_text_encoder([&] { encoder.run(input_ids, tokens, text, ops()); });
   refiner.run(text.x, tokens, at, ops());
   read_back(context, at.context, sizeof(float) * padded_rows(tokens) * refiner.dim());
   gemm_.save_cache();
@@ -186,23 +186,28 @@ void Pipeline::context(const std::int64_t* input_ids, int tokens, float* context
 
 void Pipeline::evaluate(const float* latents, int latent_height, int latent_width, float timestep,
                         const float* contexts, const std::vector<int>& context_rows,
-                        float* noise_pred) {
+                        const Control& control, float* noise_pred) {
   ZRT_TURN;
   const Transformer& transformer = need(transformer_, "transformer");
+  const bool controlled = control.latents != nullptr;
+  if (controlled) need(controlnet_, "controlnet");
   const auto samples = static_cast<int>(context_rows.size());
   const SampleShape shape{samples, latent_height, latent_width, context_rows, 1};
   const PatchGrid grid = transformer.grid(shape);
   const std::size_t count = static_cast<std::size_t>(samples) * grid.values();
-  const auto plan = [&](Arena& memory, float** in, float** out) {
-    *in = memory.take<float>(count);
-    *out = memory.take<float>(count);
-    return transformer.plan(shape, memory);
-  };
   float *in = nullptr, *out = nullptr;
+  ControlNet::Buffers beside{};
+  const auto plan = [&](Arena& memory) {
+    in = memory.take<float>(count);
+    out = memory.take<float>(count);
+    const Transformer::Buffers buffers = transformer.plan(shape, memory);
+    if (controlled) beside = controlnet_->plan(shape, memory);
+    return buffers;
+  };
   Arena size(nullptr);
-  plan(size, &in, &out);
+  plan(size);
   Arena memory = arena(loop_memory_, size.used(), "one evaluation");
-  const Transformer::Buffers at = plan(memory, &in, &out);
+  const Transformer::Buffers at = plan(memory);
   upload_to(in, latents, count, stream_.get());
   upload_to(at.timesteps, &timestep, 1, stream_.get());
   upload_to(at.contexts, contexts,
@@ -210,8 +215,16 @@ void Pipeline::evaluate(const float* latents, int latent_height, int latent_widt
                 std::accumulate(context_rows.begin(), context_rows.end(), std::int64_t{0})) *
                 transformer.dim(),
             stream_.get());
-  transformer.prepare(shape, at, ops());
-  transformer.evaluate(shape, samples, 0, in, at, ops());
+  const Ops run = ops();
+  transformer.prepare(shape, at, run);
+  if (controlled) {
+    upload_to(beside.latents, control.latents, controlnet_->latent_values(shape), stream_.get());
+    upload_to(beside.scale, &control.scale, 1, stream_.get());
+    controlnet_->prepare(shape, at, beside, run);
+    controlnet_->evaluate({shape, samples, 0, at, run}, in, beside);
+  } else {
+    transformer.evaluate({shape, samples, 0, at, run}, in);
+  }
   unpatchify(at.predicted, grid, out, samples, stream_.get());
   read_back(noise_pred, out, count * sizeof(float));
   gemm_.save_cache();
@@ -287,6 +300,11 @@ int Pipeline::vae_factor() const {
   if (vae_decoder_) return vae_decoder_->factor();
   if (vae_encoder_) return vae_encoder_->factor();
   throw std::runtime_error("no VAE was loaded");
+}
+
+int Pipeline::control_channels() const {
+  if (!controlnet_) throw std::runtime_error("controlnet was not loaded");
+  return controlnet_->channels();
 }
 
 int Pipeline::dim() const { return transformer_ ? transformer_->dim() : context_refiner_->dim(); }

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "programs/controlnet.h"
 #include "programs/text_encoder.h"
 #include "programs/tiny_vae.h"
 #include "programs/transformer.h"
@@ -27,8 +28,14 @@ struct PipelineOptions {
   std::string cudnn;
   std::string cache_file;
   std::size_t memory_limit = 0;   // bytes of device memory; 0: all there is
-  bool keep_text_encoder = true;  // false: its weights leave the device after each prompt
+  bool keep_text_encoder = true;  // false: its weights come a few layers at a time, every prompt
   bool fused_gemm = true;         // false: cuBLASLt alone, also where kernels/fused_gemm.h runs
+};
+
+// What a ControlNet follows; host memory.
+struct Control {
+  const float* latents = nullptr;  // [batch, control_in_dim, latent_height, latent_width]
+  float scale = 0.0f;
 };
 
 // One request for the loop. Host pointers; sample i of `latents` belongs to contexts[i], and to
@@ -45,6 +52,7 @@ struct SampleJob {
   const float* mask = nullptr;  // of an inpainting (zimage_rt/sampler.h), else null
   const float* image = nullptr;
   const float* noise = nullptr;
+  Control control;        // without latents: the transformer alone
   float* latents;         // [batch, channels, latent_height, latent_width], in and out
   std::uint8_t* pixels;   // [batch, height, width, 3] out; null: not decoded
   StepCallback callback;  // empty: the whole loop is one graph
@@ -75,11 +83,14 @@ class Pipeline {
   void load_text_encoder(std::unique_ptr<Weights> weights, const TextEncoderConfig& config);
   void load_context_refiner(std::unique_ptr<Weights> weights, const TransformerConfig& config);
   void load_transformer(std::unique_ptr<Weights> weights, const TransformerConfig& config);
+  // Beside a transformer that is loaded.
+  void load_controlnet(std::unique_ptr<Weights> weights, const ControlNetConfig& config);
   void load_vae_decoder(std::unique_ptr<Weights> weights, const TinyVaeConfig& config);
   void load_vae_encoder(std::unique_ptr<Weights> weights, const TinyVaeConfig& config);
 
   // Changes a loaded module's weights where they lie, so that captured graphs stay as they are; see
-  // Weights::change. Throws std::invalid_argument for a module that was not loaded.
+  // Weights::change, also for a text encoder that is not kept. Throws std::invalid_argument for a
+  // module that was not loaded.
   void change(const std::string& module, const std::vector<LowRank>& changes);
 
   // The modules one by one, on host memory.
@@ -87,7 +98,8 @@ class Pipeline {
   void refine(const float* prompt_embeds, int tokens, float* context);
   // noise_pred for samples whose contexts lie behind one another, all at one timestep.
   void evaluate(const float* latents, int latent_height, int latent_width, float timestep,
-                const float* contexts, const std::vector<int>& context_rows, float* noise_pred);
+                const float* contexts, const std::vector<int>& context_rows, const Control& control,
+                float* noise_pred);
   void decode(const float* latents, int batch, int latent_height, int latent_width, float* image);
   void decode_pixels(const float* latents, int batch, int latent_height, int latent_width,
                      std::uint8_t* pixels);
@@ -105,8 +117,9 @@ class Pipeline {
   std::vector<float> time_decode(int latent_height, int latent_width, int repeats);
 
   MemoryUse memory();
-  int dim() const;         // of a context's rows
-  int vae_factor() const;  // pixels a latent, in each direction
+  int dim() const;               // of a context's rows
+  int vae_factor() const;        // pixels a latent, in each direction
+  int control_channels() const;  // of a control image's latents
   int graph_count() const { return static_cast<int>(graphs_.size()); }
 
  private:
@@ -116,10 +129,9 @@ class Pipeline {
   explicit Pipeline(const PipelineOptions& options);  // on the current device
   Ops ops() { return {gemm_, attention_, stream_.get(), fused_workspace_.data()}; }
   std::unique_ptr<Weights> upload(std::unique_ptr<Weights> weights, const std::string& purpose);
-  void upload_text_encoder();
   void check_limit(std::size_t more, const std::string& purpose);
   Arena arena(DeviceBuffer& buffer, std::size_t bytes, const char* purpose);
-  void run_text_encoder(const std::int64_t* input_ids, int tokens, const TextEncoder::Buffers& at);
+  void with_text_encoder(const std::function<void()>& work);
   template <typename T, typename Run>
   void decode_to(const float* latents, int batch, int latent_height, int latent_width, T* target,
                  Run&& run);
@@ -128,6 +140,7 @@ class Pipeline {
 
   SampleBuffers plan(const SampleShape& shape, const SampleJob& job, Arena& arena) const;
   void load_inputs(const SampleShape& shape, const SampleJob& job, const SampleBuffers& at);
+  void prepare(const SampleShape& shape, const SampleJob& job, const SampleBuffers& at);
   void step(const SampleShape& shape, const SampleJob& job, int i, const SampleBuffers& at);
   void decode_samples(const SampleShape& shape, const SampleBuffers& at);
   void run_all(const SampleShape& shape, const SampleJob& job, const SampleBuffers& at,
@@ -150,13 +163,11 @@ class Pipeline {
   Attention attention_;
   std::vector<std::unique_ptr<Weights>> weights_;
   Weights* text_weights_ = nullptr;
-  // The text encoder's changes, for every time that its weights come back; none while they stay.
-  std::vector<LowRank> text_changes_;
-  std::vector<std::vector<float>> text_factors_;
   std::map<std::string, Weights*> changeable_;
   std::optional<TextEncoder> text_encoder_;
   std::optional<ContextRefiner> context_refiner_;
   std::optional<Transformer> transformer_;
+  std::optional<ControlNet> controlnet_;  // refers to the transformer
   std::optional<TinyVaeDecoder> vae_decoder_;
   std::optional<TinyVaeEncoder> vae_encoder_;
   int latent_channels_ = 0;

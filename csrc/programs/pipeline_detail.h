@@ -28,7 +28,8 @@ struct Pipeline::SampleBuffers {
   float* factors;
   std::uint8_t* pixels;
   Transformer::Buffers transformer;
-  std::byte* decoder;  // shares its memory with the transformer: one runs after the other
+  ControlNet::Buffers control;  // unset without a control image
+  std::byte* decoder;           // shares the memory of the two above: it runs when they are done
 };
 
 struct Pipeline::Graph {

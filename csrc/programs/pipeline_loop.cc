@@ -49,6 +49,7 @@ Pipeline::SampleBuffers Pipeline::plan(const SampleShape& shape, const SampleJob
   Arena shared = memory;
   at.decoder = shared.take(work);
   at.transformer = transformer_->plan(shape, memory);
+  if (job.control.latents != nullptr) at.control = controlnet_->plan(shape, memory);
   if (shared.used() > memory.used()) memory = shared;
   return at;
 }
@@ -64,6 +65,10 @@ void Pipeline::load_inputs(const SampleShape& shape, const SampleJob& job,
     upload_to(at.mask, job.mask, batch * grid.height * grid.width, stream);
     upload_to(at.image, job.image, batch * grid.values(), stream);
     upload_to(at.noise, job.noise, batch * grid.values(), stream);
+  }
+  if (job.control.latents != nullptr) {
+    upload_to(at.control.latents, job.control.latents, controlnet_->latent_values(shape), stream);
+    upload_to(at.control.scale, &job.control.scale, 1, stream);
   }
   upload_to(at.scales, job.guidance.scales.data(), job.guidance.scales.size(), stream);
   upload_to(at.normalization, &job.guidance.normalization, 1, stream);
@@ -82,12 +87,24 @@ void Pipeline::load_inputs(const SampleShape& shape, const SampleJob& job,
       add(job.negatives[i], job.negative_rows[i]);
 }
 
+// What every evaluation needs and no latents change.
+void Pipeline::prepare(const SampleShape& shape, const SampleJob& job, const SampleBuffers& at) {
+  transformer_->prepare(shape, at.transformer, ops());
+  if (job.control.latents != nullptr)
+    controlnet_->prepare(shape, at.transformer, at.control, ops());
+}
+
 // One evaluation and the update behind it, on the device alone.
 void Pipeline::step(const SampleShape& shape, const SampleJob& job, int i,
                     const SampleBuffers& at) {
   const bool guided = guided_at(job, i);
   const int samples = guided ? 2 * shape.latent_samples : shape.latent_samples;
-  transformer_->evaluate(shape, samples, i, at.latents, at.transformer, ops());
+  const Ops run = ops();
+  const Transformer::Evaluation evaluation{shape, samples, i, at.transformer, run};
+  if (job.control.latents != nullptr)
+    controlnet_->evaluate(evaluation, at.latents, at.control);
+  else
+    transformer_->evaluate(evaluation, at.latents);
   sampler_update({at.transformer.predicted, transformer_->grid(shape), at.latents, at.kept,
                   shape.latent_samples, guided, job.guidance.normalization > 0.0f, at.steps, i,
                   at.scales, at.normalization, at.factors, at.mask, at.image, at.noise},
@@ -106,7 +123,7 @@ void Pipeline::run_all(const SampleShape& shape, const SampleJob& job, const Sam
     ZRT_CUDA(cudaEventRecordWithFlags(event.get(), stream_.get(), event_flags));
   };
   mark(started_);
-  transformer_->prepare(shape, at.transformer, ops());
+  prepare(shape, job, at);
   for (int i = 0; i < shape.steps; ++i) step(shape, job, i, at);
   mark(denoised_);
   if (job.pixels != nullptr) decode_samples(shape, at);
@@ -119,7 +136,7 @@ bool Pipeline::run_steps(const SampleShape& shape, const SampleJob& job, const S
   const std::size_t bytes =
       sizeof(float) * static_cast<std::size_t>(shape.latent_samples) * grid.values();
   ZRT_CUDA(cudaEventRecord(started_.get(), stream_.get()));
-  transformer_->prepare(shape, at.transformer, ops());
+  prepare(shape, job, at);
   const int count = count_steps(job.steps);
   int index = 0;
   float sigma_before = job.steps.front().sigma;
@@ -173,6 +190,7 @@ bool Pipeline::sample(const SampleJob& job, SampleTimes& times) {
   ZRT_TURN;
   const Transformer& transformer = need(transformer_, "transformer");
   if (job.pixels != nullptr) need(vae_decoder_, "tiny_vae_decoder");
+  if (job.control.latents != nullptr) need(controlnet_, "controlnet");
   SampleShape shape{static_cast<int>(job.contexts.size()), job.latent_height, job.latent_width,
                     job.context_rows, static_cast<int>(job.steps.size())};
   if (job.guidance.ever())
@@ -194,7 +212,7 @@ bool Pipeline::sample(const SampleJob& job, SampleTimes& times) {
     std::vector<int> key = {shape.latent_samples,  shape.latent_height,
                             shape.latent_width,    shape.steps,
                             job.pixels != nullptr, job.guidance.normalization > 0.0f,
-                            job.mask != nullptr};
+                            job.mask != nullptr,   job.control.latents != nullptr};
     for (int i = 0; i < shape.steps; ++i) key.push_back(guided_at(job, i));
     key.insert(key.end(), shape.context_rows.begin(), shape.context_rows.end());
     const auto found = std::find_if(graphs_.begin(), graphs_.end(),

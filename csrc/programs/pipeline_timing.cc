@@ -57,8 +57,9 @@ std::vector<float> Pipeline::time_evaluation(int latent_height, int latent_width
   upload_to(latents, x.data(), x.size(), stream_.get());
   upload_to(at.contexts, contexts.data(), contexts.size(), stream_.get());
   upload_to(at.timesteps, &timestep, 1, stream_.get());
-  transformer.prepare(shape, at, ops());
-  return time(repeats, [&] { transformer.evaluate(shape, samples, 0, latents, at, ops()); });
+  const Ops run = ops();
+  transformer.prepare(shape, at, run);
+  return time(repeats, [&] { transformer.evaluate({shape, samples, 0, at, run}, latents); });
 }
 
 std::vector<float> Pipeline::time_text_encoder(int tokens, int repeats) {
@@ -71,17 +72,17 @@ std::vector<float> Pipeline::time_text_encoder(int tokens, int repeats) {
   encoder.plan(tokens, size);
   Arena memory = arena(side_memory_, size.used(), "encoding a prompt");
   const TextEncoder::Buffers at = encoder.plan(tokens, memory);
-  if (!text_weights_->uploaded()) upload_text_encoder();
   std::vector<float> times;
-  for (int i = 0; i < repeats + 2; ++i) {
-    stream_.synchronize();
-    ZRT_CUDA(cudaEventRecord(started_.get(), stream_.get()));
-    encoder.run(ids.data(), tokens, at, ops());
-    ZRT_CUDA(cudaEventRecord(decoded_.get(), stream_.get()));
-    stream_.synchronize();
-    if (i >= 2) times.push_back(decoded_.since(started_));
-  }
-  if (!options_.keep_text_encoder) text_weights_->release();
+  with_text_encoder([&] {
+    for (int i = 0; i < repeats + 2; ++i) {
+      stream_.synchronize();
+      ZRT_CUDA(cudaEventRecord(started_.get(), stream_.get()));
+      encoder.run(ids.data(), tokens, at, ops());
+      ZRT_CUDA(cudaEventRecord(decoded_.get(), stream_.get()));
+      stream_.synchronize();
+      if (i >= 2) times.push_back(decoded_.since(started_));
+    }
+  });
   gemm_.save_cache();
   return times;
 }

@@ -3,6 +3,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
+#include <cstdio>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -13,16 +15,20 @@
 namespace zimage_rt {
 namespace {
 
+// Of streamed weights, on the device together: 404 MB of Qwen3-4B, which take 10 ms of the bus and
+// 0.2 ms of the multiprocessors.
+constexpr int kGroup = 2;
+
 struct Layers {
   std::vector<BlockWeights> weights;
   std::vector<BlockVectors> vectors;
 };
 
 // Looked up at every run, because addresses change when the weights move.
-Layers layers_of(const TextEncoderConfig& config, const BlockShape& shape, const Weights& weights) {
+Layers layers_of(const BlockShape& shape, const Weights& weights, int first, int last) {
   const DType type = weights.storage();
   Layers layers;
-  for (int i = 0; i + 1 < config.num_hidden_layers; ++i) {
+  for (int i = first; i < last; ++i) {
     const std::string layer = "layers." + std::to_string(i) + ".";
     const auto matrix = [&](const char* name, std::int64_t in, std::int64_t out) {
       return weights.get(layer + name, {in, out}, type).data;
@@ -51,7 +57,14 @@ void widen(const std::byte* source, float* target, int count) {
 
 }  // namespace
 
-TextEncoder::TextEncoder(const TextEncoderConfig& config, const Weights& weights)
+void TextEncoder::stream(Weights& weights) {
+  weights.stream([](const std::string& name) {
+    int layer = -1;
+    return std::sscanf(name.c_str(), "layers.%d.", &layer) == 1 && layer >= 0 ? layer / kGroup : -1;
+  });
+}
+
+TextEncoder::TextEncoder(const TextEncoderConfig& config, Weights& weights)
     : config_(config),
       weights_(weights),
       shape_{config.hidden_size,         config.num_attention_heads,
@@ -60,7 +73,7 @@ TextEncoder::TextEncoder(const TextEncoderConfig& config, const Weights& weights
              config.rms_norm_eps,        true,
              weights.storage(),          config.attention_scale,
              config.gate_scale,          config.up_scale} {
-  layers_of(config_, shape_, weights_);
+  layers_of(shape_, weights_, 0, config.num_hidden_layers - 1);
   weights_.get("embed_tokens.weight", {config.vocab_size, config.hidden_size}, shape_.type);
   weights_.get("rope.inv_freq", {config.head_dim / 2}, DType::kFloat32);
 }
@@ -106,9 +119,14 @@ void TextEncoder::run(const std::int64_t* input_ids, int tokens, const Buffers& 
   const int half = shape_.head_dim / 2;
   position_table(weights_.get("rope.inv_freq", {half}, DType::kFloat32).f32(), half, rows,
                  buffers.cos, buffers.sin, ops.stream);
-  const Layers layers = layers_of(config_, shape_, weights_);
-  run_blocks(shape_, layers.weights, layers.vectors, buffers.x, rows, {{0, 1, rows}},
-             {buffers.cos, buffers.sin}, buffers.block, ops);
+  const int count = config_.num_hidden_layers - 1;
+  const int together = weights_.streams() ? kGroup : count;
+  for (int first = 0; first < count; first += together) {
+    if (weights_.streams()) weights_.bring(first / kGroup, ops.stream);
+    const Layers layers = layers_of(shape_, weights_, first, std::min(first + together, count));
+    run_blocks(shape_, layers.weights, layers.vectors, buffers.x, rows, {{0, 1, rows}},
+               {buffers.cos, buffers.sin}, buffers.block, ops);
+  }
 }
 
 }  // namespace zimage_rt

@@ -25,11 +25,13 @@ struct TextEncoderConfig {
 };
 
 // Qwen3's hidden_states[-2]. The embedding table stays on the host, where a prompt's few rows are
-// read from the mapped file.
+// read from the mapped file. Streamed weights come to the device as their layers run.
 class TextEncoder {
  public:
+  // Makes weights streamed, a few layers at a time.
+  static void stream(Weights& weights);
   // Checks the weights. Throws WeightError.
-  TextEncoder(const TextEncoderConfig& config, const Weights& weights);
+  TextEncoder(const TextEncoderConfig& config, Weights& weights);
 
   struct Buffers {
     float* x;  // [rows, hidden_size]: prompt_embeds in the end
@@ -52,7 +54,7 @@ class TextEncoder {
   void read_rows(const std::int64_t* input_ids, int tokens);
 
   TextEncoderConfig config_;
-  const Weights& weights_;
+  Weights& weights_;
   BlockShape shape_;
   PinnedBuffer rows_;
 };

@@ -11,7 +11,6 @@ namespace zimage_rt {
 namespace {
 
 // Fixed in the architecture, not in the config (export/modeling/transformer.py).
-constexpr int kAdaLnWidth = 256;
 constexpr int kFrequencies = 128;
 constexpr int kTimestepMiddle = 1024;
 constexpr float kQkNormEps = 1e-5f;
@@ -19,6 +18,14 @@ constexpr float kFinalNormEps = 1e-6f;
 
 void copy(void* target, const void* source, std::size_t bytes, cudaStream_t stream) {
   ZRT_CUDA(cudaMemcpyAsync(target, source, bytes, cudaMemcpyDeviceToDevice, stream));
+}
+
+std::vector<std::string> layer_names(const TransformerConfig& config) {
+  std::vector<std::string> names;
+  for (int i = 0; i < config.n_refiner_layers; ++i)
+    names.push_back("noise_refiner." + std::to_string(i) + ".");
+  for (int i = 0; i < config.n_layers; ++i) names.push_back("layers." + std::to_string(i) + ".");
+  return names;
 }
 
 }  // namespace
@@ -64,27 +71,10 @@ Transformer::Transformer(const TransformerConfig& config, const Weights& weights
     : config_(config),
       weights_(weights),
       shape_(config.block_shape(weights.storage())),
+      blocks_(config, weights, layer_names(config), "the transformer's modulation table"),
       axes_(rope_axes(config, weights, 3)),
-      width_(std::min(config.dim, kAdaLnWidth)),
-      patch_name_(std::to_string(config.patch_size) + "-1") {
-  std::vector<ModulatedBlock> modulated;
-  const auto add = [&](const std::string& layer) {
-    blocks_.push_back(block_weights(config, shape_, weights, layer));
-    const auto norm = [&](const char* name) {
-      return weights.get(layer + name + ".weight", {config.dim}, DType::kFloat32).f32();
-    };
-    modulated.push_back(
-        {weights.get(layer + "adaLN_modulation.0.weight", {width_, 4 * config.dim}, shape_.type)
-             .data,
-         weights.get(layer + "adaLN_modulation.0.bias", {4 * config.dim}, DType::kFloat32).f32(),
-         {norm("attention_norm1"), norm("attention_norm2"), norm("ffn_norm1"), norm("ffn_norm2")}});
-  };
-  for (int i = 0; i < config.n_refiner_layers; ++i) add("noise_refiner." + std::to_string(i) + ".");
-  for (int i = 0; i < config.n_layers; ++i) add("layers." + std::to_string(i) + ".");
-  const std::size_t bytes = modulated.size() * sizeof(ModulatedBlock);
-  modulated_ = DeviceBuffer(bytes, "the transformer's modulation table");
-  ZRT_CUDA(cudaMemcpy(modulated_.data(), modulated.data(), bytes, cudaMemcpyHostToDevice));
-}
+      width_(config.adaln_width()),
+      patch_name_(std::to_string(config.patch_size) + "-1") {}
 
 PatchGrid Transformer::grid(const SampleShape& shape) const {
   return {config_.in_channels, shape.latent_height, shape.latent_width, config_.patch_size};
@@ -93,7 +83,7 @@ PatchGrid Transformer::grid(const SampleShape& shape) const {
 int Transformer::rows(const SampleShape& shape, int samples) const {
   const int context =
       std::accumulate(shape.context_rows.begin(), shape.context_rows.begin() + samples, 0);
-  return samples * padded_rows(grid(shape).rows()) + context;
+  return samples * image_rows(shape) + context;
 }
 
 Transformer::Buffers Transformer::plan(const SampleShape& shape, Arena& arena) const {
@@ -102,12 +92,12 @@ Transformer::Buffers Transformer::plan(const SampleShape& shape, Arena& arena) c
   const auto steps = static_cast<std::size_t>(shape.steps),
              dim = static_cast<std::size_t>(config_.dim);
   const PatchGrid patches = grid(shape);
-  const std::size_t image = static_cast<std::size_t>(samples) * padded_rows(patches.rows());
+  const std::size_t image = static_cast<std::size_t>(samples) * image_rows(shape);
   const std::size_t half = shape_.head_dim / 2;
   float* const timesteps = arena.take<float>(steps);
   float* const contexts = arena.take<float>((all - image) * dim);
   float* const embedding = arena.take<float>(steps * width_);
-  float* const vectors = arena.take<float>(steps * blocks_.size() * 4 * dim);
+  float* const vectors = arena.take<float>(steps * blocks_.step_vectors());
   float* const scales = arena.take<float>(steps * dim);
   float* const cos = arena.take<float>(all * half);
   float* const sin = arena.take<float>(all * half);
@@ -144,10 +134,7 @@ void Transformer::prepare(const SampleShape& shape, const Buffers& buffers, cons
        vector("t_embedder.mlp.2.bias", width_), width_, shape_.type, buffers.embedding,
        shape.steps},
       ops.stream);
-  modulation({buffers.embedding, reinterpret_cast<const ModulatedBlock*>(modulated_.data()),
-              static_cast<int>(blocks_.size()), width_, config_.dim, shape_.type, buffers.vectors,
-              shape.steps},
-             ops.stream);
+  blocks_.prepare(buffers.embedding, shape.steps, buffers.vectors, ops.stream);
   const std::string last = "all_final_layer." + patch_name_ + ".adaLN_modulation.1.";
   final_modulation({buffers.embedding, matrix(last + "weight", width_, config_.dim),
                     vector(last + "bias", config_.dim), width_, config_.dim, shape_.type,
@@ -155,96 +142,130 @@ void Transformer::prepare(const SampleShape& shape, const Buffers& buffers, cons
                    ops.stream);
 
   const PatchGrid patches = grid(shape);
-  const int image_rows = padded_rows(patches.rows()), half = shape_.head_dim / 2;
+  const int padded = image_rows(shape), half = shape_.head_dim / 2;
   std::size_t row = 0;
   for (std::size_t i = 0; i < shape.context_rows.size(); ++i) {
     RopeTable table{{axes_[0], axes_[1], axes_[2]}, patches.height / patches.patch,
-                    patches.width / patches.patch,  image_rows,
+                    patches.width / patches.patch,  padded,
                     shape.context_rows[i],          buffers.cos + row * half,
                     buffers.sin + row * half};
     rope_table(table, ops.stream);
     if (buffers.image_cos != buffers.cos) {
-      const std::size_t size = static_cast<std::size_t>(image_rows) * half;
+      const std::size_t size = static_cast<std::size_t>(padded) * half;
       copy(buffers.image_cos + i * size, table.cos, size * sizeof(float), ops.stream);
       copy(buffers.image_sin + i * size, table.sin, size * sizeof(float), ops.stream);
     }
-    row += static_cast<std::size_t>(image_rows + shape.context_rows[i]);
+    row += static_cast<std::size_t>(padded + shape.context_rows[i]);
   }
 }
 
-void Transformer::evaluate(const SampleShape& shape, int samples, int step, const float* latents,
-                           const Buffers& buffers, const Ops& ops) const {
-  const PatchGrid patches = grid(shape);
-  const int dim = config_.dim, image_rows = padded_rows(patches.rows());
-  std::vector<BlockVectors> vectors;
-  for (std::size_t i = 0; i < blocks_.size(); ++i) {
-    const float* const v =
-        buffers.vectors + (static_cast<std::size_t>(step) * blocks_.size() + i) * 4 * dim;
-    vectors.push_back({v, v + dim, v + 2 * dim, v + 3 * dim});
-  }
-  const auto part = [&](const auto& list, std::size_t first, std::size_t last) {
-    return std::decay_t<decltype(list)>(list.begin() + first, list.begin() + last);
-  };
-  const auto refiners = static_cast<std::size_t>(config_.n_refiner_layers);
+void Transformer::evaluate(const Evaluation& at, const float* latents) const {
+  const Buffers& buffers = at.buffers;
+  embed(at, embedder(), latents, buffers.patches, buffers.image_x);
+  refine(at, 0, config_.n_refiner_layers, buffers.image_x);
+  join(at, buffers.image_x, buffers.x);
+  run_layers(at, 0, config_.n_layers);
+  predict(at);
+}
 
-  patchify(latents, shape.latent_samples, patches, buffers.patches, shape_.type, samples,
-           image_rows, ops.stream);
-  const std::string embedder = "all_x_embedder." + patch_name_ + ".";
-  GemmArgs embed{};
-  embed.a = buffers.patches;
-  embed.weight = weights_.get(embedder + "weight", {patches.features(), dim}, shape_.type).data;
-  embed.bias = weights_.get(embedder + "bias", {dim}, DType::kFloat32).f32();
-  embed.out = buffers.image_x;
-  embed.type = shape_.type;
-  embed.out_type = DType::kFloat32;
-  embed.m = samples * image_rows, embed.n = dim, embed.k = patches.features();
-  ops.gemm.run(embed, ops.stream);
-  fill_rows(buffers.image_x, weights_.get("x_pad_token", {1, dim}, DType::kFloat32).f32(), samples,
-            image_rows, patches.rows(), image_rows - patches.rows(), dim, ops.stream);
-  run_blocks(shape_, part(blocks_, 0, refiners), part(vectors, 0, refiners), buffers.image_x,
-             samples * image_rows, {{0, samples, image_rows}},
-             {buffers.image_cos, buffers.image_sin}, buffers.block, ops);
+Transformer::Embedder Transformer::embedder() const {
+  const std::string name = "all_x_embedder." + patch_name_ + ".";
+  const int features = config_.patch_size * config_.patch_size * config_.in_channels;
+  return {config_.in_channels,
+          weights_.get(name + "weight", {features, config_.dim}, shape_.type).data,
+          weights_.get(name + "bias", {config_.dim}, DType::kFloat32).f32()};
+}
 
+void Transformer::embed(const Evaluation& at, const Embedder& embedder, const float* latents,
+                        void* patches, float* image_x) const {
+  PatchGrid cells = grid(at.shape);
+  cells.channels = embedder.channels;
+  const int dim = config_.dim, padded = image_rows(at.shape);
+  patchify(latents, at.shape.latent_samples, cells, patches, shape_.type, at.samples, padded,
+           at.ops.stream);
+  GemmArgs args{};
+  args.a = patches;
+  args.weight = embedder.weight;
+  args.bias = embedder.bias;
+  args.out = image_x;
+  args.type = shape_.type;
+  args.out_type = DType::kFloat32;
+  args.m = at.samples * padded, args.n = dim, args.k = cells.features();
+  at.ops.gemm.run(args, at.ops.stream);
+  fill_rows(image_x, weights_.get("x_pad_token", {1, dim}, DType::kFloat32).f32(), at.samples,
+            padded, cells.rows(), padded - cells.rows(), dim, at.ops.stream);
+}
+
+Sequences Transformer::image_sequences(const Evaluation& at) const {
+  const int tokens = image_rows(at.shape);
+  return {
+      at.samples * tokens, {{0, at.samples, tokens}}, {at.buffers.image_cos, at.buffers.image_sin}};
+}
+
+Sequences Transformer::sequences(const Evaluation& at) const {
   // Each sample's image rows, then its context; neighbours of one length attend together.
   std::vector<SequenceGroup> groups;
-  std::vector<int> first_rows;
-  int row = 0, context_row = 0;
-  for (int i = 0; i < samples; ++i) {
-    const int context_rows = shape.context_rows[i], tokens = image_rows + context_rows;
-    float* const x = buffers.x + static_cast<std::size_t>(row) * dim;
-    const std::size_t image_size = static_cast<std::size_t>(image_rows) * dim;
-    if (buffers.image_x != buffers.x)
-      copy(x, buffers.image_x + i * image_size, image_size * sizeof(float), ops.stream);
-    copy(x + image_size, buffers.contexts + static_cast<std::size_t>(context_row) * dim,
-         sizeof(float) * context_rows * dim, ops.stream);
+  int row = 0;
+  for (int i = 0; i < at.samples; ++i) {
+    const int tokens = image_rows(at.shape) + at.shape.context_rows[i];
     if (!groups.empty() && groups.back().tokens == tokens)
       ++groups.back().sequences;
     else
       groups.push_back({row, 1, tokens});
-    first_rows.push_back(row);
     row += tokens;
-    context_row += context_rows;
   }
-  run_blocks(shape_, part(blocks_, refiners, blocks_.size()),
-             part(vectors, refiners, blocks_.size()), buffers.x, row, groups,
-             {buffers.cos, buffers.sin}, buffers.block, ops);
+  return {row, std::move(groups), {at.buffers.cos, at.buffers.sin}};
+}
 
+void Transformer::refine(const Evaluation& at, int first, int last, float* image_x) const {
+  blocks_.run(first, last, at.step, at.buffers.vectors, image_x, image_sequences(at),
+              at.buffers.block, at.ops);
+}
+
+void Transformer::join(const Evaluation& at, const float* image_x, float* x) const {
+  const std::size_t dim = config_.dim, image_size = image_rows(at.shape) * dim;
+  const float* context = at.buffers.contexts;
+  const float* const joined = x;
+  for (int i = 0; i < at.samples; ++i) {
+    const std::size_t context_size = at.shape.context_rows[i] * dim;
+    if (image_x != joined)
+      copy(x, image_x + i * image_size, image_size * sizeof(float), at.ops.stream);
+    copy(x + image_size, context, context_size * sizeof(float), at.ops.stream);
+    x += image_size + context_size;
+    context += context_size;
+  }
+}
+
+void Transformer::run_layers(const Evaluation& at, int first, int last) const {
+  const int refiners = config_.n_refiner_layers;
+  blocks_.run(refiners + first, refiners + last, at.step, at.buffers.vectors, at.buffers.x,
+              sequences(at), at.buffers.block, at.ops);
+}
+
+void Transformer::predict(const Evaluation& at) const {
   // Only the images' rows are projected back to patches.
-  const std::string last = "all_final_layer." + patch_name_ + ".linear.";
-  GemmArgs project = embed;
-  for (int i = 0; i < samples; ++i)
-    layer_norm({buffers.x + static_cast<std::size_t>(first_rows[i]) * dim,
-                buffers.scales + static_cast<std::size_t>(step) * dim,
+  const PatchGrid patches = grid(at.shape);
+  const Buffers& buffers = at.buffers;
+  const int dim = config_.dim;
+  std::size_t row = 0;
+  for (int i = 0; i < at.samples; ++i) {
+    layer_norm({buffers.x + row * dim, buffers.scales + static_cast<std::size_t>(at.step) * dim,
                 static_cast<std::byte*>(buffers.block.normed) +
                     static_cast<std::size_t>(i) * patches.rows() * dim * size_of(shape_.type),
                 shape_.type, patches.rows(), dim, kFinalNormEps},
-               ops.stream);
+               at.ops.stream);
+    row += static_cast<std::size_t>(image_rows(at.shape) + at.shape.context_rows[i]);
+  }
+  const std::string last = "all_final_layer." + patch_name_ + ".linear.";
+  GemmArgs project{};
   project.a = buffers.block.normed;
   project.weight = weights_.get(last + "weight", {dim, patches.features()}, shape_.type).data;
   project.bias = weights_.get(last + "bias", {patches.features()}, DType::kFloat32).f32();
   project.out = buffers.predicted;
-  project.m = samples * patches.rows(), project.n = patches.features(), project.k = dim;
-  ops.gemm.run(project, ops.stream);
+  project.type = shape_.type;
+  project.out_type = DType::kFloat32;
+  project.m = at.samples * patches.rows(), project.n = patches.features(), project.k = dim;
+  at.ops.gemm.run(project, at.ops.stream);
 }
 
 }  // namespace zimage_rt

@@ -32,6 +32,7 @@ struct TransformerConfig {
   float up_scale;
 
   BlockShape block_shape(DType type) const;
+  int adaln_width() const;  // of the timestep's embedding
 };
 
 // Rows of every sequence are padded to a multiple of this (SEQ_MULTI_OF in diffusers).
@@ -83,6 +84,36 @@ struct SampleShape {
   int steps;
 };
 
+// Rows that pass through blocks together: what attends to what, and where each row stands.
+struct Sequences {
+  int rows;
+  std::vector<SequenceGroup> groups;
+  RopeView rope;
+};
+
+// Blocks whose norms the timestep modulates.
+class ModulatedBlocks {
+ public:
+  // `layers`: their names, e.g. "layers.3."; `purpose`: for errors. Checks the weights. Throws
+  // WeightError.
+  ModulatedBlocks(const TransformerConfig& config, const Weights& weights,
+                  const std::vector<std::string>& layers, const char* purpose);
+
+  // Floats of one step's vectors, [blocks, 4, dim].
+  std::size_t step_vectors() const { return blocks_.size() * 4 * shape_.dim; }
+  // vectors [steps, blocks, 4, dim], from the timesteps' embedding.
+  void prepare(const float* embedding, int steps, float* vectors, cudaStream_t stream) const;
+  // Runs x through the blocks from `first` to before `last`, in place.
+  void run(int first, int last, int step, const float* vectors, float* x,
+           const Sequences& sequences, const BlockBuffers& buffers, const Ops& ops) const;
+
+ private:
+  BlockShape shape_;
+  int width_;
+  std::vector<BlockWeights> blocks_;
+  DeviceBuffer modulated_;  // ModulatedBlock of every block
+};
+
 class Transformer {
  public:
   // Checks the weights. Throws WeightError.
@@ -108,23 +139,57 @@ class Transformer {
 
   // Everything that does not depend on the latents: from buffers.timesteps, for all steps.
   void prepare(const SampleShape& shape, const Buffers& buffers, const Ops& ops) const;
-  // One function evaluation for the first `samples` samples, into buffers.predicted.
-  void evaluate(const SampleShape& shape, int samples, int step, const float* latents,
-                const Buffers& buffers, const Ops& ops) const;
+
+  // One function evaluation, for the first `samples` samples.
+  struct Evaluation {
+    const SampleShape& shape;
+    int samples;
+    int step;
+    const Buffers& buffers;
+    const Ops& ops;
+  };
+  // Into buffers.predicted.
+  void evaluate(const Evaluation& at, const float* latents) const;
+
+  // The stages of `evaluate`, in their order: a ControlNet does its own work between them.
+
+  // Latents of some channels become rows; both Z-Image's own and a ControlNet's.
+  struct Embedder {
+    int channels;
+    const void* weight;  // [patch * patch * channels, dim]
+    const float* bias;
+  };
+  Embedder embedder() const;
+  // latents [latent_samples, channels, h, w] → image_x, by way of `patches`.
+  void embed(const Evaluation& at, const Embedder& embedder, const float* latents, void* patches,
+             float* image_x) const;
+  // The noise refiner's blocks from `first` to before `last`.
+  void refine(const Evaluation& at, int first, int last, float* image_x) const;
+  // image_x and buffers.contexts → x, laid out as their buffers are.
+  void join(const Evaluation& at, const float* image_x, float* x) const;
+  // The layers from `first` to before `last`, on buffers.x.
+  void run_layers(const Evaluation& at, int first, int last) const;
+  // buffers.x → buffers.predicted.
+  void predict(const Evaluation& at) const;
 
   PatchGrid grid(const SampleShape& shape) const;
   int dim() const { return config_.dim; }
+  const TransformerConfig& config() const { return config_; }
+  DType type() const { return shape_.type; }
+  // Rows of one image, and of the first `samples` samples with their contexts.
+  int image_rows(const SampleShape& shape) const { return padded_rows(grid(shape).rows()); }
+  int rows(const SampleShape& shape, int samples) const;
+  // The images' rows alone, and all of them.
+  Sequences image_sequences(const Evaluation& at) const;
+  Sequences sequences(const Evaluation& at) const;
 
  private:
-  int rows(const SampleShape& shape, int samples) const;
-
   TransformerConfig config_;
   const Weights& weights_;
   BlockShape shape_;
-  std::vector<BlockWeights> blocks_;  // noise_refiner, then layers
+  ModulatedBlocks blocks_;  // noise_refiner, then layers
   std::vector<RopeAxis> axes_;
-  int width_;               // of the timestep's embedding
-  DeviceBuffer modulated_;  // ModulatedBlock of every block
+  int width_;  // of the timestep's embedding
   std::string patch_name_;
 };
 

@@ -6,11 +6,8 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cerrno>
 #include <cstring>
-#include <exception>
-#include <mutex>
 #include <thread>
 
 #include "kernels/low_rank.h"
@@ -21,6 +18,8 @@ namespace {
 
 constexpr std::size_t kAlignment = 256;  // what cudaMalloc gives, and vector loads need
 constexpr std::size_t kChunk = std::size_t{8} << 20;
+// Of a group: at its beginning and its end the bus waits for one chunk.
+constexpr std::size_t kGroupChunk = std::size_t{2} << 20;
 // One thread copies from the page cache at 5 to 10 GB/s; the bus takes 50.
 constexpr unsigned kReaders = 8;
 
@@ -36,29 +35,20 @@ std::string shape_text(const Shape& shape) {
   return text + "]";
 }
 
-struct Chunk {
-  const std::byte* source;
-  std::byte* target;
-  std::size_t bytes;
-};
+std::size_t aligned(std::size_t bytes) {
+  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
 
-// Copies chunks that it takes from a shared list, two page-locked buffers deep.
-void copy_chunks(int device, const std::vector<Chunk>& chunks, std::atomic<std::size_t>& next) {
-  ZRT_CUDA(cudaSetDevice(device));
-  Stream stream;
-  PinnedBuffer buffers[2] = {PinnedBuffer(kChunk), PinnedBuffer(kChunk)};
-  Event copied[2];
-  for (std::size_t turn = 0;; ++turn) {
-    const std::size_t i = next.fetch_add(1);
-    if (i >= chunks.size()) break;
-    PinnedBuffer& buffer = buffers[turn % 2];
-    ZRT_CUDA(cudaEventSynchronize(copied[turn % 2].get()));
-    std::memcpy(buffer.data(), chunks[i].source, chunks[i].bytes);
-    ZRT_CUDA(cudaMemcpyAsync(chunks[i].target, buffer.data(), chunks[i].bytes,
-                             cudaMemcpyHostToDevice, stream.get()));
-    ZRT_CUDA(cudaEventRecord(copied[turn % 2].get(), stream.get()));
-  }
-  stream.synchronize();
+std::size_t readers() {
+  return std::max(1u, std::min(kReaders, std::thread::hardware_concurrency()));
+}
+
+// Floats of a change's factors.
+std::size_t down_count(const LowRank& change) {
+  return static_cast<std::size_t>(change.rank) * static_cast<std::size_t>(change.rows);
+}
+std::size_t up_count(const LowRank& change) {
+  return static_cast<std::size_t>(change.rank) * static_cast<std::size_t>(change.columns);
 }
 
 }  // namespace
@@ -68,7 +58,7 @@ Weights::Weights(const std::string& path, std::vector<WeightEntry> entries) : pa
     const std::size_t bytes = TensorView{nullptr, entry.dtype, entry.shape}.bytes();
     if (entry.dtype != DType::kFloat32) storage_ = entry.dtype;
     Place place{std::move(entry), bytes, bytes_};
-    if (!place.entry.host) bytes_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    if (!place.entry.host) bytes_ += aligned(bytes);
     const std::string name = place.entry.name;
     entries_.emplace(name, std::move(place));
   }
@@ -91,66 +81,77 @@ Weights::~Weights() {
   if (map_ != nullptr) munmap(const_cast<std::byte*>(map_), map_bytes_);
 }
 
+void Weights::stream(const std::function<int(const std::string&)>& group_of) {
+  shared_bytes_ = kAlignment;  // the word in which keep() finds an overflow
+  for (auto& [name, place] : entries_) {
+    if (place.entry.host) continue;
+    place.group = group_of(name);
+    std::size_t& end = place.group < 0 ? shared_bytes_ : groups_[place.group].bytes;
+    place.device_offset = end;
+    end += aligned(place.bytes);
+    if (place.group >= 0) groups_[place.group].places.push_back(&place);
+  }
+  for (auto& [name, place] : entries_)
+    if (place.group >= 0) place.device_offset += shared_bytes_;
+  bytes_ = bytes_with({});
+  uploader_ = std::make_unique<Uploader>(kGroupChunk, readers());
+}
+
+std::size_t Weights::bytes_with(const std::vector<LowRank>& changes) const {
+  std::map<int, std::size_t> bytes;
+  for (const auto& [number, group] : groups_) bytes[number] = group.bytes;
+  for (const LowRank& change : changes)
+    bytes[place_of(change).group] += (down_count(change) + up_count(change)) * sizeof(float);
+  std::size_t largest = 0;
+  for (const auto& [number, size] : bytes) largest = std::max(largest, size);
+  return shared_bytes_ + largest;
+}
+
 void Weights::upload(const std::string& purpose) {
   DeviceBuffer buffer(bytes_, purpose.c_str());
-  std::vector<const Place*> places;
+  std::vector<Uploader::Part> parts;
   for (const auto& [name, place] : entries_)
-    if (!place.entry.host) places.push_back(&place);
-  copy(places, buffer.data());
+    if (!place.entry.host && place.group < 0) parts.push_back(part(place, buffer.data()));
+  copy(parts);
   device_ = std::move(buffer);
   changed_.clear();
 }
 
-void Weights::copy(const std::vector<const Place*>& places, std::byte* target) const {
-  std::vector<Chunk> chunks;
-  for (const Place* const place : places)
-    for (std::size_t at = 0; at < place->bytes; at += kChunk)
-      chunks.push_back({map_ + place->entry.offset + at, target + place->device_offset + at,
-                        std::min(kChunk, place->bytes - at)});
-  // In the file's order, as disks like it.
-  std::sort(chunks.begin(), chunks.end(),
-            [](const Chunk& a, const Chunk& b) { return a.source < b.source; });
-  int device = 0;
-  ZRT_CUDA(cudaGetDevice(&device));
-  const std::size_t limit = std::max(1u, std::min(kReaders, std::thread::hardware_concurrency()));
-  std::atomic<std::size_t> next{0};
-  std::exception_ptr failure;
-  std::mutex mutex;
-  std::vector<std::thread> readers;
-  for (std::size_t i = 0; i < std::min(limit, chunks.size()); ++i)
-    readers.emplace_back([&] {
-      try {
-        copy_chunks(device, chunks, next);
-      } catch (...) {
-        const std::lock_guard<std::mutex> lock(mutex);
-        failure = std::current_exception();
-        next = chunks.size();
-      }
-    });
-  for (std::thread& reader : readers) reader.join();
-  if (failure) std::rethrow_exception(failure);
+Uploader::Part Weights::part(const Place& place, std::byte* device) const {
+  return {map_ + place.entry.offset, device + place.device_offset, place.bytes};
+}
+
+void Weights::copy(const std::vector<Uploader::Part>& parts) const {
+  if (uploader_) return uploader_->copy(parts);
+  Uploader(kChunk, std::min(readers(), Uploader::count(parts, kChunk))).copy(parts);
+}
+
+const Weights::Place& Weights::place_of(const LowRank& change) const {
+  const auto found = entries_.find(change.tensor);
+  const bool fits = found != entries_.end() && !found->second.entry.host &&
+                    found->second.entry.shape.size() == 2 &&
+                    found->second.entry.shape[0] == change.rows && change.first_column >= 0 &&
+                    change.first_column + change.columns <= found->second.entry.shape[1] &&
+                    (!streams() || found->second.group >= 0);
+  if (!fits)
+    throw WeightError(path_ + ": no matrix " + change.tensor + " of " +
+                      std::to_string(change.rows) + " rows and " +
+                      std::to_string(change.first_column + change.columns) +
+                      " columns or more; export the bundle again");
+  return found->second;
 }
 
 void Weights::change(const std::vector<LowRank>& changes, cudaStream_t stream) {
+  if (streams()) return keep(changes, stream);
   std::size_t floats = 0;
   for (const LowRank& change : changes) {
-    const auto found = entries_.find(change.tensor);
-    const bool fits = found != entries_.end() && !found->second.entry.host &&
-                      found->second.entry.shape.size() == 2 &&
-                      found->second.entry.shape[0] == change.rows && change.first_column >= 0 &&
-                      change.first_column + change.columns <= found->second.entry.shape[1];
-    if (!fits)
-      throw WeightError(path_ + ": no matrix " + change.tensor + " of " +
-                        std::to_string(change.rows) + " rows and " +
-                        std::to_string(change.first_column + change.columns) +
-                        " columns or more; export the bundle again");
-    floats += static_cast<std::size_t>(change.rank) *
-              (static_cast<std::size_t>(change.rows) + static_cast<std::size_t>(change.columns));
+    place_of(change);
+    floats += down_count(change) + up_count(change);
   }
   DeviceBuffer factors((floats + 1) * sizeof(float), "the LoRAs");
-  std::vector<const Place*> places;
-  for (const std::string& name : changed_) places.push_back(&entries_.at(name));
-  copy(places, device_.data());
+  std::vector<Uploader::Part> parts;
+  for (const std::string& name : changed_) parts.push_back(part(entries_.at(name), device_.data()));
+  copy(parts);
   changed_.clear();
 
   auto* next = reinterpret_cast<float*>(factors.data());
@@ -164,22 +165,90 @@ void Weights::change(const std::vector<LowRank>& changes, cudaStream_t stream) {
     return target;
   };
   for (const LowRank& change : changes) {
-    const Place& place = entries_.at(change.tensor);
-    const auto rank = static_cast<std::size_t>(change.rank);
-    const float* const down = upload_factor(change.down, rank * change.rows);
-    const float* const up = upload_factor(change.up, rank * change.columns);
+    const float* const down = upload_factor(change.down, down_count(change));
+    const float* const up = upload_factor(change.up, up_count(change));
     changed_.insert(change.tensor);
-    low_rank_update(
-        {device_.data() + place.device_offset, place.entry.dtype, change.rows, place.entry.shape[1],
-         change.first_column, change.columns, change.rank, down, up, overflow},
-        stream);
+    update(place_of(change), change, down, up, device_.data(), overflow, stream);
   }
+  check_range(overflow, stream);
+}
+
+void Weights::update(const Place& place, const LowRank& change, const float* down, const float* up,
+                     std::byte* device, int* overflow, cudaStream_t stream) const {
+  low_rank_update(
+      {device + place.device_offset, place.entry.dtype, change.rows, place.entry.shape[1],
+       change.first_column, change.columns, change.rank, down, up, overflow},
+      stream);
+}
+
+void Weights::check_range(const int* overflow, cudaStream_t stream) const {
   int overflowed = 0;
   ZRT_CUDA(cudaMemcpyAsync(&overflowed, overflow, sizeof(int), cudaMemcpyDeviceToHost, stream));
   ZRT_CUDA(cudaStreamSynchronize(stream));
   if (overflowed != 0)
     throw RangeError(path_ + ": the LoRAs' sum does not fit into " + name_of(storage_) +
                      "; use smaller weights or a bf16 bundle");
+}
+
+void Weights::bring(int group, cudaStream_t stream) {
+  bring(group, groups_.at(group).places, kept_, device_.data(), stream);
+}
+
+void Weights::bring(int group, const std::vector<const Place*>& places,
+                    const std::vector<Kept>& changes, std::byte* device,
+                    cudaStream_t stream) const {
+  std::vector<Uploader::Part> parts;
+  for (const Place* const place : places) parts.push_back(part(*place, device));
+  struct Factors {
+    const Kept& kept;
+    const float* down;
+    const float* up;
+  };
+  std::vector<Factors> found;
+  std::byte* next = device + shared_bytes_ + groups_.at(group).bytes;
+  const auto add = [&](const std::vector<float>& factor) {
+    std::byte* const target = next;
+    next += factor.size() * sizeof(float);
+    parts.push_back(
+        {reinterpret_cast<const std::byte*>(factor.data()), target, factor.size() * sizeof(float)});
+    return reinterpret_cast<const float*>(target);
+  };
+  for (const Kept& kept : changes)
+    if (kept.place->group == group) {
+      const float* const down = add(kept.down);
+      found.push_back({kept, down, add(kept.up)});
+    }
+  // What lies there may still be read.
+  ZRT_CUDA(cudaStreamSynchronize(stream));
+  copy(parts);
+  for (const Factors& factors : found)
+    update(*factors.kept.place, factors.kept.change, factors.down, factors.up, device,
+           reinterpret_cast<int*>(device), stream);
+}
+
+void Weights::keep(const std::vector<LowRank>& changes, cudaStream_t stream) {
+  const std::size_t bytes = bytes_with(changes);
+  std::vector<Kept> kept;
+  std::map<int, std::set<const Place*>> places;
+  for (const LowRank& change : changes) {
+    const Place& place = place_of(change);
+    kept.push_back({&place,
+                    change,
+                    {change.down, change.down + down_count(change)},
+                    {change.up, change.up + up_count(change)}});
+    kept.back().change.down = kept.back().change.up = nullptr;  // the caller's
+    places[place.group].insert(&place);
+  }
+  if (!kept.empty()) {
+    const DeviceBuffer memory(bytes, "the LoRAs");
+    auto* const overflow = reinterpret_cast<int*>(memory.data());
+    ZRT_CUDA(cudaMemsetAsync(overflow, 0, sizeof(int), stream));
+    for (const auto& [group, changed] : places)
+      bring(group, {changed.begin(), changed.end()}, kept, memory.data(), stream);
+    check_range(overflow, stream);
+  }
+  kept_ = std::move(kept);
+  bytes_ = bytes;
 }
 
 TensorView Weights::get(const std::string& name, std::initializer_list<std::int64_t> shape,

@@ -2,13 +2,17 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <initializer_list>
+#include <map>
+#include <memory>
 #include <set>
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
 #include <vector>
 
+#include "programs/uploader.h"
 #include "zimage_rt/device.h"
 #include "zimage_rt/tensor_view.h"
 
@@ -39,7 +43,8 @@ struct RangeError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// A module's weights: the mapped file, and a copy of it on the device.
+// A module's weights: the mapped file, and a copy of it on the device, whole or, streamed, one
+// group of tensors after another.
 class Weights {
  public:
   // Throws std::runtime_error if the file cannot be mapped or is shorter than an entry says.
@@ -48,17 +53,31 @@ class Weights {
   Weights& operator=(const Weights&) = delete;
   ~Weights();
 
-  // Copies everything to the device through page-locked buffers, several threads reading the file.
-  // Throws OutOfMemoryError. Addresses change with every upload.
+  // From now on the device holds one group of tensors at a time, each where the last one lay, and
+  // with it those of no group (a negative number). Before anything is uploaded.
+  void stream(const std::function<int(const std::string&)>& group_of);
+  bool streams() const { return !groups_.empty(); }
+  // Brings a group, with its changes, when what the stream does is done: until the next group comes
+  // its tensors are what get() says, and no other group's. Uploaded weights alone.
+  void bring(int group, cudaStream_t stream);
+
+  // Copies everything to the device through page-locked buffers, several threads reading the file;
+  // streamed, only the tensors of no group, and takes the memory that the others need. Throws
+  // OutOfMemoryError. Addresses change with every upload.
   void upload(const std::string& purpose);
   // Makes the device's tensors the file's plus these changes, where they lie; what an earlier call
   // changed and this one does not is the file's again, to the byte. No two changes share columns,
   // and no kernel may be running. Throws WeightError and OutOfMemoryError before anything changes,
   // RangeError after it: the caller then calls again with the changes that were there.
+  // Streamed weights, which are not uploaded then, remember the changes for when their groups come.
+  // All are tried at once, in memory of their own, so whatever this throws, nothing has changed.
   void change(const std::vector<LowRank>& changes, cudaStream_t stream);
   void release() { device_.release(); }
   bool uploaded() const { return device_.data() != nullptr; }
+  // Of the device's memory, while uploaded.
   std::size_t bytes() const { return bytes_; }
+  // The same for streamed weights with these changes instead of theirs. Throws WeightError.
+  std::size_t bytes_with(const std::vector<LowRank>& changes) const;
 
   // The tensor where it lies now: on the device, or in the mapped file for host entries.
   // Throws WeightError if it is missing or has another shape or dtype.
@@ -73,7 +92,32 @@ class Weights {
     WeightEntry entry;
     std::size_t bytes;
     std::size_t device_offset;
+    int group = -1;  // none
   };
+  // Of streamed weights: tensors that are on the device together. Behind them lie the factors of
+  // their changes.
+  struct Group {
+    std::vector<const Place*> places;
+    std::size_t bytes = 0;
+  };
+  // A change that streamed weights remember, with factors of its own.
+  struct Kept {
+    const Place* place;
+    LowRank change;  // without its factors
+    std::vector<float> down;
+    std::vector<float> up;
+  };
+
+  const Place& place_of(const LowRank& change) const;
+  Uploader::Part part(const Place& place, std::byte* device) const;
+  void copy(const std::vector<Uploader::Part>& parts) const;
+  void update(const Place& place, const LowRank& change, const float* down, const float* up,
+              std::byte* device, int* overflow, cudaStream_t stream) const;
+  void check_range(const int* overflow, cudaStream_t stream) const;
+  void keep(const std::vector<LowRank>& changes, cudaStream_t stream);
+  void bring(int group, const std::vector<const Place*>& places, const std::vector<Kept>& changes,
+             std::byte* device, cudaStream_t stream) const;
+
   std::string path_;
   std::unordered_map<std::string, Place> entries_;
   const std::byte* map_ = nullptr;
@@ -83,7 +127,10 @@ class Weights {
   DeviceBuffer device_;
   std::set<std::string> changed_;  // since the last upload
 
-  void copy(const std::vector<const Place*>& places, std::byte* device) const;
+  std::map<int, Group> groups_;   // none: all tensors are on the device together
+  std::size_t shared_bytes_ = 0;  // in front of every group
+  std::vector<Kept> kept_;
+  std::unique_ptr<Uploader> uploader_;
 };
 
 }  // namespace zimage_rt

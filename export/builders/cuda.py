@@ -20,5 +20,3 @@ def check(recipe: ExportRecipe) -> None:
         raise RecipeError(f"precision: the cuda backend runs fp16 and bf16, got {recipe.precision!r}")
     if recipe.vae is not None and "full" in recipe.vae:
         raise RecipeError("vae: the cuda backend has no full VAE; ask for vae = ['tiny'], or export for onnxruntime")
-    if "controlnet" in recipe.parts:
-        raise RecipeError("controlnet: the cuda backend has no program for it; leave it out, or export for onnxruntime")

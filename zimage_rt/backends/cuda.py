@@ -28,7 +28,7 @@ except ImportError as error:
         "with CUDA 13's nvcc on the PATH, build it with: ZIMAGE_RT_CUDA=ON pip install --no-build-isolation ."
     ) from error
 
-PROGRAMS = ("text_encoder", "context_refiner", "transformer", "tiny_vae_decoder", "tiny_vae_encoder")
+PROGRAMS = ("text_encoder", "context_refiner", "transformer", "controlnet", "tiny_vae_decoder", "tiny_vae_encoder")
 
 # Read on the host, row by row: see csrc/programs/text_encoder.h.
 HOST_TENSORS = ("embed_tokens.weight",)
@@ -40,8 +40,8 @@ class CudaBackend:
     Args:
         device: which GPU, from 0.
         memory_limit: bytes of device memory to stay within; None for all there is.
-        text_encoder: `resident` keeps its weights on the device; `host` takes them there for each new prompt and
-            gives the memory back, which saves it for the price of a copy.
+        text_encoder: `resident` keeps its weights on the device; `host` takes them there for each new prompt, two
+            layers at a time, and gives that memory back, which saves it for the price of a copy.
         cudnn: whether to use cuDNN's attention where it is installed; False means our own kernel alone.
         fused_gemm: whether to use our own matrix products on GPUs that run them (H100, H200); False means cuBLASLt
             alone, for comparison.
@@ -141,11 +141,11 @@ class CudaPipeline:
         """See `Pipeline`. Raises BundleMismatch for a module or a precision that this backend does not run."""
         with self._lock:  # two requests that need a module at once must not load it twice
             for name in modules:
-                if name not in self._loaded:
-                    self._load(name)
-                    self._loaded.add(name)
+                self._load(name)
 
     def _load(self, name: str) -> None:
+        if name in self._loaded:
+            return
         spec = self._manifest.module(name)
         if name not in PROGRAMS:
             raise BundleMismatch(
@@ -158,13 +158,16 @@ class CudaPipeline:
                 "export the bundle with --precision bf16"
             )
         if spec.config.get("weight_layout") != "in_out" or (
-            name == "transformer" and spec.config.get("rope_layout") != "half_split"
+            name in ("transformer", "controlnet") and spec.config.get("rope_layout") != "half_split"
         ):
             raise BundleMismatch(f"{name}: the weights have another layout than this version reads; export it again")
+        if spec.base is not None:
+            self._load(spec.base)
         self._check(name)
         path = self._bundle / spec.weights
         with _errors(f"loading {name}"):
             self.native.load(name, str(path), _tensors(path), dict(spec.config))
+        self._loaded.add(name)
 
     def patch(self, changes: Mapping[str, Sequence[LowRank]]) -> None:
         """See `Pipeline`: the sums are made on the device, where the weights lie, so captured graphs stay valid."""
@@ -194,12 +197,7 @@ class CudaPipeline:
         return self._run(job, decode=True)
 
     def _run(self, job: SampleJob, decode: bool) -> tuple[np.ndarray, dict[str, float]] | None:
-        if job.control is not None:
-            raise RequestError(
-                "control_image: the cuda backend has no program for ControlNets; load the bundle with "
-                "backend='onnxruntime'"
-            )
-        self.load(["transformer"])
+        self.load(["transformer" if job.control is None else "controlnet"])
         with _errors("drawing"):
             result = self.native.sample(
                 latents=job.latents,
@@ -211,6 +209,8 @@ class CudaPipeline:
                 mask=None if job.inpaint is None else job.inpaint.mask,
                 image=None if job.inpaint is None else job.inpaint.image,
                 noise=None if job.inpaint is None else job.inpaint.noise,
+                control_latents=None if job.control is None else job.control.latents,
+                control_scale=0.0 if job.control is None else job.control.scale,
                 decode=decode,
                 callback=job.on_step,
             )
@@ -244,7 +244,7 @@ class CudaPipeline:
             return self.native.time_evaluation(height // factor, width // factor, [rows] * batch, repeats)
 
     def time_text_encoder(self, tokens: int, repeats: int = 20) -> list[float]:
-        """Milliseconds of the text encoder on the device."""
+        """Milliseconds of the text encoder on the device; with its weights' way there where they stay on the host."""
         self.load(["text_encoder"])
         with _errors("timing"):
             return self.native.time_text_encoder(tokens, repeats)
@@ -275,8 +275,8 @@ class CudaModule:
                 value = native.encode(inputs["input_ids"], config["hidden_size"])
             elif self._name == "context_refiner":
                 value = native.refine(inputs["prompt_embeds"])
-            elif self._name == "transformer":
-                value = native.evaluate(inputs["latents"], inputs["timestep"], inputs["context"])
+            elif self._name in ("transformer", "controlnet"):
+                value = native.evaluate(**inputs)
             elif self._name == "tiny_vae_decoder":
                 value = native.decode(inputs["latents"])
             else:

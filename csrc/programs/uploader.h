@@ -1,0 +1,53 @@
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstddef>
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace zimage_rt {
+
+// Copies host memory to the device through page-locked buffers, several threads reading. Threads
+// and buffers live as long as this does: making them takes tens of milliseconds.
+class Uploader {
+ public:
+  struct Part {
+    const std::byte* source;
+    std::byte* target;
+    std::size_t bytes;
+  };
+  // How many chunks these parts are copied in.
+  static std::size_t count(const std::vector<Part>& parts, std::size_t chunk);
+
+  // For the current device. A copy is of `chunk` bytes at most; a thread has two buffers of them,
+  // which it makes at the first call of copy().
+  Uploader(std::size_t chunk, std::size_t threads);
+  Uploader(const Uploader&) = delete;
+  Uploader& operator=(const Uploader&) = delete;
+  ~Uploader();
+
+  // Returns when everything is there. Throws CudaError; then nothing is under way any more. One
+  // call at a time.
+  void copy(const std::vector<Part>& parts);
+
+ private:
+  void read(int device);  // a thread's life
+  void end();
+
+  const std::size_t chunk_;
+  std::mutex mutex_;
+  std::condition_variable called_, done_;
+  // What follows is written under the lock; while threads are busy, the chunks stay as they are.
+  std::vector<Part> chunks_;
+  std::size_t calls_ = 0;
+  std::size_t busy_ = 0;  // threads that have not finished this call
+  bool ending_ = false;
+  std::exception_ptr failure_;
+  std::atomic<std::size_t> next_{0};
+  std::vector<std::thread> threads_;
+};
+
+}  // namespace zimage_rt
