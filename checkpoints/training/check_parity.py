@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import architecture
 import torch
+import torch.nn.functional as F
+from diffusers import ZImageControlNetModel
+from fast_controlnet import CHANNELS, FastControlNet
 from fast_models import FastTextEncoder, FastTransformer, patchify, unpatchify
 from scenes import CANVASES
 
@@ -18,6 +21,11 @@ def main() -> None:
         parameter.add_(0.02 * torch.randn_like(parameter))
     parts.transformer.load_state_dict(transformer.state_dict())
     parts.text_encoder.load_state_dict(encoder.state_dict())
+    net = FastControlNet(places=(0, 2))
+    net.begin_from(transformer)
+    for parameter in net.parameters():
+        parameter.add_(0.02 * torch.randn_like(parameter))
+    original = ZImageControlNetModel.from_transformer(net.original(), parts.transformer)
     for padded, lengths in ((32, (20, 31)), (64, (33, 64))):
         ids = torch.randint(0, architecture.TEXT_ENCODER["vocab_size"], (2, padded))
         mask = torch.arange(padded) < torch.tensor(lengths)[:, None]
@@ -38,8 +46,17 @@ def main() -> None:
             found = unpatchify(found, (width, height))
             error = max(shuffle_error, (found - torch.stack(expected).squeeze(2)).abs().max().item())
             scale = found.abs().mean().item()
-            print(f"{width} x {height}, length {padded}: text {text_error:.1e}, transformer {error:.1e} of {scale:.2f}")
-            if not (text_error < 1e-4 and error < 1e-4 and scale > 0.01):
+            shown = F.pad(torch.randn_like(latents), (0, 0, 0, 0, 0, CHANNELS - latents.shape[1]))
+            hints = original(list(latents.unsqueeze(2)), t, captions, list(shown.unsqueeze(2)), 0.7)
+            expected = parts.transformer(list(latents.unsqueeze(2)), t, captions, controlnet_block_samples=hints).sample
+            inputs = (t, features, torch.tensor(lengths), (width, height))
+            followed = unpatchify(net(transformer, patches, patchify(shown), *inputs, scale=0.7), (width, height))
+            control_error = (followed - torch.stack(expected).squeeze(2)).abs().max().item()
+            moved = (followed - found).abs().mean().item()
+            errors = f"text {text_error:.1e}, transformer {error:.1e} of {scale:.2f}"
+            errors += f", ControlNet {control_error:.1e} of {moved:.2f}"
+            print(f"{width} x {height}, length {padded}: {errors}")
+            if not (max(text_error, error, control_error) < 1e-4 and min(scale, moved) > 0.01):
                 raise SystemExit("the training twins differ from the reference")
 
 

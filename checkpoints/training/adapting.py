@@ -1,0 +1,178 @@
+"""What the scripts that train adapters share: the frozen checkpoint, the loop at its own sigmas, the sheet."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderTiny
+from fast_models import FastTextEncoder, FastTransformer, unpatchify
+from flow import EVALUATIONS, encode_texts, noise_of, sample, schedule, widened
+from optimiser import Average, Clock, Optimiser
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file
+from scenes import CANVASES
+from torch import Tensor, nn
+from train import CONTENT_WEIGHT
+
+# (noisy patches, 1 − sigma, features, lengths, canvas) → data minus noise, as FastTransformer does.
+Model = Callable[[Tensor, Tensor, Tensor, Tensor, tuple[int, int]], Tensor]
+
+
+class Base:
+    """The checkpoint that is adapted, as it ships, and frozen."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self.device = device
+        self.encoder, self.transformer = FastTextEncoder(), FastTransformer()
+        self.encoder.load_state_dict(widened(load_file(folder / "text_encoder" / "model.safetensors")))
+        weights = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+        self.transformer.load_state_dict(widened(weights))
+        for module in (self.encoder, self.transformer):
+            module.to(device).requires_grad_(False)
+        tiny = AutoencoderTiny.from_pretrained(folder / "tiny_vae")
+        self.tiny = tiny.float().to(device, memory_format=torch.channels_last).requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Captions, the pictures that the adapted model shall draw, and what a ControlNet is shown."""
+
+    tokens: Tensor
+    lengths: Tensor
+    clean: Tensor  # patches
+    weight: Tensor  # [batch, patches], of the loss
+    size: tuple[int, int]  # width and height in pixels
+    control: Tensor | None = None  # patches
+
+
+def weight_of(boxes: Tensor) -> Tensor:
+    """Return the loss's weight: tokens where something stands count twice."""
+    return 1 + CONTENT_WEIGHT * boxes.float()
+
+
+class Adapting:
+    """Trains ``adapter``; ``model`` gives the adapted transformer for a batch's control patches."""
+
+    def __init__(
+        self,
+        arguments: argparse.Namespace,
+        base: Base,
+        adapter: nn.Module,
+        model: Callable[[Tensor | None], Model],
+        draw: Callable[[int], Batch],
+    ) -> None:
+        self.args, self.base, self.adapter, self.model, self.draw = arguments, base, adapter, model, draw
+        self.batch = arguments.batch
+        self.generator = torch.Generator().manual_seed(41)
+
+    def step(self) -> Tensor:
+        """Draw a batch and leave its gradients behind; return the loss.
+
+        As in ``turbo.py``, some batches stand between picture and noise, others where the adapted
+        model's own first steps lead, and learn the answer that still ends at the true picture.
+        """
+        batch = self.draw(self.batch)
+        model, clean, device = self.model(batch.control), batch.clean, self.base.device
+        own = torch.rand((), generator=self.generator).item() < self.args.own_path
+        passed = int(torch.randint(1, EVALUATIONS, (), generator=self.generator))
+        noise = torch.randn_like(clean)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            with torch.no_grad():
+                features = self.base.encoder(batch.tokens)
+            if own:
+                noisy = sample(model, noise, features, batch.lengths, batch.size, stop=passed)
+                sigma = torch.full((len(clean),), schedule()[passed], device=device)
+                target = (clean - noisy) / sigma[:, None, None]
+            else:
+                sigma = torch.tensor(schedule()[:-1], device=device)[
+                    torch.randint(EVALUATIONS, (len(clean),), device=device)
+                ]
+                noisy, target = torch.lerp(clean, noise, sigma[:, None, None]), clean - noise
+            output = model(noisy, 1 - sigma, features, batch.lengths, batch.size)
+        error = (output.float() - target).square().mean(2)
+        loss = (error * batch.weight).sum() / batch.weight.sum()
+        loss.backward()
+        return loss.detach()
+
+    def train(self, optimiser: Optimiser) -> None:
+        """Train until the schedule's end, and leave the average in the adapter."""
+        average = Average([self.adapter], self.args.ema)
+        most = 2.0 if self.base.device.type == "cuda" else 60.0
+        clock = Clock(self.args.seconds, self.args.work / f"stop-{self.args.name}", most=most)
+        count, pictures, recent = 0, 0, []
+        while not clock.done():
+            try:
+                loss = self.step()
+            except torch.OutOfMemoryError:
+                self.adapter.zero_grad(set_to_none=True)
+                torch.cuda.empty_cache()
+                self.batch = self.batch * 3 // 4
+                print(f"out of memory: batch {self.batch}", flush=True)
+                continue
+            optimiser.step(clock.factor(fall=0.6, floor=0.003))
+            average.update()
+            count, pictures = count + 1, pictures + self.batch
+            clock.tick()
+            recent = [*recent[-49:], loss]  # one batch's loss says little: sigmas differ
+            if count % 20 == 0 or count <= 2:
+                mean = torch.stack(recent).mean().item()
+                if count % 100 == 0 or count <= 2:
+                    point = {"s": round(clock.seconds, 1), "pictures": pictures, "loss": round(mean, 4)}
+                    print(self.args.name, json.dumps(point), flush=True)
+                clock.look()
+                if mean != mean:
+                    raise FloatingPointError("the loss is not finite")
+        average.swap()
+        print(f"{self.args.name}: {count} steps, {pictures} pictures, {clock.seconds:.0f} s", flush=True)
+
+
+@torch.no_grad()
+def draw(base: Base, model: Model, prompts: list[str]) -> Tensor:
+    """Return pictures of 256 × 256, one a prompt, with the schedule's evaluations and fixed seeds."""
+    tokens, lengths = encode_texts(prompts, base.device)
+    noise = noise_of(list(range(len(prompts))), CANVASES[0], base.device)
+    patches = sample(model, noise, base.encoder(tokens), lengths, CANVASES[0])
+    return base.tiny.decoder(unpatchify(patches, CANVASES[0]))
+
+
+def write_sheet(path: Path, prompts: Sequence[str], columns: Sequence[Tensor], across: int = 2) -> None:
+    """Write each prompt over its pictures, one of every column, as one PNG; so many prompts side by side."""
+    above, gap = 16, 8
+    pixels = [((c.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu() for c in columns]
+    height, width = pixels[0].shape[1] + above, pixels[0].shape[2] * len(columns) + gap
+    sheet = Image.new("RGB", (across * width - gap, -(-len(prompts) // across) * height), "white")
+    for number, prompt in enumerate(prompts):
+        x, y = number % across * width, number // across * height
+        ImageDraw.Draw(sheet).text((x + 2, y + 2), prompt, fill="black")
+        for place, pictures in enumerate(pixels):
+            sheet.paste(Image.fromarray(pictures[number].numpy()), (x + place * pictures.shape[2], y + above))
+    sheet.save(path)
+
+
+def parser_of(name: str, about: str, seconds: float, batch: int, lr: float) -> argparse.ArgumentParser:
+    """Return a parser with the options that both scripts have."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.set_defaults(name=name)
+    parser.add_argument("--work", type=Path, required=True, help="folder for the results and the stop file")
+    parser.add_argument("--atlas", type=Path, required=True)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="what is adapted, as assemble.py wrote it")
+    parser.add_argument("--seconds", type=float, default=seconds)
+    parser.add_argument("--batch", type=int, default=batch, help="pictures of 256 × 256 a step")
+    parser.add_argument("--lr", type=float, default=lr)
+    parser.add_argument("--ema", type=float, default=0.99)
+    parser.add_argument("--own-path", type=float, default=0.5, help="share of the batches on the model's own path")
+    parser.add_argument("--device", default="cuda")
+    return parser
+
+
+def begin(arguments: argparse.Namespace, seed: int) -> Base:
+    """Set the seed and load what is adapted."""
+    torch.manual_seed(seed)
+    torch.set_float32_matmul_precision("high")
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    return Base(arguments.checkpoint, torch.device(arguments.device))
