@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import ZImageControlNetModel
+from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 # `add_control_noise_refiner` of the Fun-Union ControlNets 1, 2.0 and 2.1.
@@ -32,6 +33,15 @@ def make_controlnet(folder: Path, kind: str | None, **config: Any) -> Path:
             parameter.data += 1.0
     net.save_pretrained(folder)
     return folder
+
+
+def control_card() -> Image.Image:
+    """A control image, 192 wide and 256 high."""
+    image = Image.new("RGB", (192, 256), "black")
+    draw = ImageDraw.Draw(image)
+    draw.ellipse((30, 40, 160, 170), outline="white", width=6)
+    draw.rectangle((20, 180, 170, 240), fill="orange")
+    return image
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import CHECKPOINT
-from controlnet_files import make_controlnet
+from controlnet_files import control_card, make_controlnet
 from diffusers import ZImageControlNetModel, ZImageControlNetPipeline
 from export_checkpoints import recipe
 from lora_files import changed, peft, random_lora, write
-from PIL import Image, ImageDraw
+from PIL import Image
 from zimage_rt.benchmarks.fidelity import psnr
 from zimage_rt.export.bundle import export
 
@@ -64,12 +64,7 @@ def following(controlled: Path) -> zimage_rt.Engine:
 
 @pytest.fixture(scope="module")
 def card() -> Image.Image:
-    """A control image, 192 wide and 256 high."""
-    image = Image.new("RGB", (192, 256), "black")
-    draw = ImageDraw.Draw(image)
-    draw.ellipse((30, 40, 160, 170), outline="white", width=6)
-    draw.rectangle((20, 180, 170, 240), fill="orange")
-    return image
+    return control_card()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -12,7 +12,7 @@ import pytest
 from conftest import CUDA_PRECISIONS, ROOT
 from cuda_reference import relative_error, require_gpu
 from lora_files import random_lora_of
-from PIL import Image, ImageDraw
+from PIL import Image
 from zimage_rt.benchmarks.fidelity import psnr
 
 import zimage_rt
@@ -89,11 +89,9 @@ def reference(load: Load) -> zimage_rt.Engine:
 
 @pytest.fixture(scope="module")
 def card() -> Image.Image:
-    image = Image.new("RGB", (192, 256), "black")
-    draw = ImageDraw.Draw(image)
-    draw.ellipse((30, 40, 160, 170), outline="white", width=6)
-    draw.rectangle((20, 180, 170, 240), fill="orange")
-    return image
+    from controlnet_files import control_card
+
+    return control_card()
 
 
 def draw(engine: zimage_rt.Engine, card: Image.Image | None, prompts: Any = PROMPT, **settings: Any) -> np.ndarray:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderTiny
 from fast_models import FastTextEncoder, FastTransformer, unpatchify
-from flow import EVALUATIONS, encode_texts, noise_of, sample, schedule, widened
+from flow import EVALUATIONS, encode_texts, noise_of, sample, schedule, smaller, widened
 from optimiser import Average, Clock, Optimiser
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
@@ -110,9 +110,7 @@ class Adapting:
                 loss = self.step()
             except torch.OutOfMemoryError:
                 self.adapter.zero_grad(set_to_none=True)
-                torch.cuda.empty_cache()
-                self.batch = self.batch * 3 // 4
-                print(f"out of memory: batch {self.batch}", flush=True)
+                self.batch = smaller(self.batch)
                 continue
             optimiser.step(clock.factor(fall=0.6, floor=0.003))
             average.update()

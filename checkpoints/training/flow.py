@@ -199,6 +199,14 @@ def write(state: object, path: Path) -> None:
     temporary.rename(path)
 
 
+def smaller(batch: int) -> int:
+    """Return a batch to go on with after the device ran out of memory."""
+    torch.cuda.empty_cache()
+    batch = batch * 3 // 4
+    print(f"out of memory: batch {batch}", flush=True)
+    return batch
+
+
 def attempt(step: Callable[[], Result], undo: Callable[[], None]) -> Result:
     """Run a step; if it fails while blocks are compiled, go back to eager and run it again."""
     try:

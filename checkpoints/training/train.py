@@ -30,6 +30,7 @@ from flow import (
     draw_sigmas,
     halved,
     head_loss,
+    smaller,
     widened,
     write,
 )
@@ -170,9 +171,7 @@ class Trainer:
                 flow, aside = self.step(data, composer, few)
             except torch.OutOfMemoryError:
                 self.clear()
-                torch.cuda.empty_cache()
-                self.batch = self.batch * 3 // 4
-                print(f"out of memory: batch {self.batch}", flush=True)
+                self.batch = smaller(self.batch)
                 continue
             # The moments start afresh when training goes on: come up slowly then too.
             rising = min(1.0, 0.05 + (clock.seconds - begun) / 10) if resumed else 1.0

@@ -30,6 +30,7 @@ from flow import (
     halved,
     sample,
     schedule,
+    smaller,
     widened,
     write,
 )
@@ -127,9 +128,7 @@ class Turbo:
                 loss = self.step(data, composer)
             except torch.OutOfMemoryError:
                 self.student.zero_grad(set_to_none=True)
-                torch.cuda.empty_cache()
-                self.batch = self.batch * 3 // 4
-                print(f"out of memory: batch {self.batch}", flush=True)
+                self.batch = smaller(self.batch)
                 continue
             optimiser.step(clock.factor(fall=0.85, floor=0.003))
             average.update()

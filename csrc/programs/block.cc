@@ -17,6 +17,13 @@ const std::byte* at(const void* data, std::size_t elements, DType type) {
   return static_cast<const std::byte*>(data) + elements * size_of(type);
 }
 
+bool fuses(const Ops& ops, int rows) { return ops.fused != nullptr && rows >= kFusedRows; }
+
+// The same product for kernels/fused_gemm.h, into `out`.
+FusedGemm fused(const GemmArgs& args, void* out, const Ops& ops) {
+  return {args.a, args.weight, out, args.type, args.m, args.n, args.k, ops.fused, args.turned};
+}
+
 void attend(const BlockShape& shape, const BlockWeights& weights, int rows,
             const std::vector<SequenceGroup>& groups, const RopeView& rope,
             const BlockBuffers& buffers, const Ops& ops) {
@@ -28,12 +35,11 @@ void attend(const BlockShape& shape, const BlockWeights& weights, int rows,
   qkv.type = qkv.out_type = shape.type;
   qkv.m = rows, qkv.n = width, qkv.k = shape.dim;
   qkv.turned = weights.turned;
-  if (ops.fused != nullptr && rows >= kFusedRows && shape.head_dim == 128) {
-    gemm_qk_norm_rope(
-        {qkv.a, qkv.weight, qkv.out, shape.type, rows, width, shape.dim, ops.fused, weights.turned},
-        {weights.q_norm, weights.k_norm, rope.cos, rope.sin, shape.heads, shape.kv_heads,
-         shape.qk_norm_eps},
-        ops.stream);
+  if (fuses(ops, rows) && shape.head_dim == 128) {
+    gemm_qk_norm_rope(fused(qkv, qkv.out, ops),
+                      {weights.q_norm, weights.k_norm, rope.cos, rope.sin, shape.heads,
+                       shape.kv_heads, shape.qk_norm_eps},
+                      ops.stream);
   } else {
     ops.gemm.run(qkv, ops.stream);
     qk_norm_rope({buffers.wide, width, shape.type, weights.q_norm, weights.k_norm, rope.cos,
@@ -81,10 +87,8 @@ void feed_forward(const BlockShape& shape, const BlockWeights& weights, int rows
   up.type = up.out_type = shape.type;
   up.m = rows, up.n = 2 * shape.hidden, up.k = shape.dim;
   up.turned = weights.turned;
-  if (ops.fused != nullptr && rows >= kFusedRows && shape.hidden % 64 == 0) {
-    gemm_swiglu({up.a, up.weight, buffers.hidden, shape.type, rows, 2 * shape.hidden, shape.dim,
-                 ops.fused, weights.turned},
-                shape.gate_scale * shape.up_scale, ops.stream);
+  if (fuses(ops, rows) && shape.hidden % 64 == 0) {
+    gemm_swiglu(fused(up, buffers.hidden, ops), shape.gate_scale * shape.up_scale, ops.stream);
   } else {
     ops.gemm.run(up, ops.stream);
     swiglu({buffers.wide, buffers.hidden, shape.type, rows, shape.hidden, shape.gate_scale,

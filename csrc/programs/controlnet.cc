@@ -200,14 +200,8 @@ void ControlNet::project(const Projection& projection, const float* c, int rows,
   void* const rounded = at.buffers.block.normed;
   scaled_copy(c, shape_.attention_scale, rounded, shape_.type,
               static_cast<std::size_t>(rows) * shape_.dim, at.ops.stream);
-  GemmArgs args{};
-  args.a = rounded;
-  args.weight = projection.weight;
-  args.bias = projection.bias;
-  args.out = out;
-  args.type = shape_.type;
-  args.out_type = DType::kFloat32;
-  args.m = rows, args.n = shape_.dim, args.k = shape_.dim;
+  GemmArgs args = biased_gemm(rounded, projection.weight, projection.bias, out, shape_.type, rows,
+                              shape_.dim, shape_.dim);
   // Of the product alone, the bias comes after it.
   args.alpha = 1.0f / shape_.attention_scale;
   at.ops.gemm.run(args, at.ops.stream);

@@ -183,15 +183,9 @@ void Transformer::embed(const Evaluation& at, const Embedder& embedder, const fl
   const int dim = config_.dim, padded = image_rows(at.shape);
   patchify(latents, at.shape.latent_samples, cells, patches, shape_.type, at.samples, padded,
            at.ops.stream);
-  GemmArgs args{};
-  args.a = patches;
-  args.weight = embedder.weight;
-  args.bias = embedder.bias;
-  args.out = image_x;
-  args.type = shape_.type;
-  args.out_type = DType::kFloat32;
-  args.m = at.samples * padded, args.n = dim, args.k = cells.features();
-  at.ops.gemm.run(args, at.ops.stream);
+  at.ops.gemm.run(biased_gemm(patches, embedder.weight, embedder.bias, image_x, shape_.type,
+                              at.samples * padded, dim, cells.features()),
+                  at.ops.stream);
   fill_rows(image_x, weights_.get("x_pad_token", {1, dim}, DType::kFloat32).f32(), at.samples,
             padded, cells.rows(), padded - cells.rows(), dim, at.ops.stream);
 }
@@ -257,15 +251,13 @@ void Transformer::predict(const Evaluation& at) const {
     row += static_cast<std::size_t>(image_rows(at.shape) + at.shape.context_rows[i]);
   }
   const std::string last = "all_final_layer." + patch_name_ + ".linear.";
-  GemmArgs project{};
-  project.a = buffers.block.normed;
-  project.weight = weights_.get(last + "weight", {dim, patches.features()}, shape_.type).data;
-  project.bias = weights_.get(last + "bias", {patches.features()}, DType::kFloat32).f32();
-  project.out = buffers.predicted;
-  project.type = shape_.type;
-  project.out_type = DType::kFloat32;
-  project.m = at.samples * patches.rows(), project.n = patches.features(), project.k = dim;
-  at.ops.gemm.run(project, at.ops.stream);
+  at.ops.gemm.run(
+      biased_gemm(buffers.block.normed,
+                  weights_.get(last + "weight", {dim, patches.features()}, shape_.type).data,
+                  weights_.get(last + "bias", {patches.features()}, DType::kFloat32).f32(),
+                  buffers.predicted, shape_.type, at.samples * patches.rows(), patches.features(),
+                  dim),
+      at.ops.stream);
 }
 
 }  // namespace zimage_rt

@@ -26,6 +26,16 @@ struct GemmArgs {
   bool turned = false;
 };
 
+// A projection to fp32 with a bias.
+inline GemmArgs biased_gemm(const void* a, const void* weight, const float* bias, float* out,
+                            DType type, int m, int n, int k) {
+  GemmArgs args{};
+  args.a = a, args.weight = weight, args.bias = bias, args.out = out;
+  args.type = type, args.out_type = DType::kFloat32;
+  args.m = m, args.n = n, args.k = k;
+  return args;
+}
+
 // Matrix products by cuBLASLt. The first product of a shape times the library's candidates and
 // remembers the fastest, in memory and in `cache_file`, for this GPU and library version; that
 // must happen outside of a graph capture.

@@ -12,7 +12,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..batch import Batch, BatchOptions
 from ..engine import Engine
 from ..tables import read_table
-from .common import backend_options, fail, given_fields, load_loras, picture_line, stderr
+from .common import (
+    Backend,
+    BackendOptions,
+    Height,
+    Loras,
+    Sampler,
+    Schedule,
+    Width,
+    backend_options,
+    fail,
+    given_fields,
+    load_loras,
+    picture_line,
+    stderr,
+)
 
 
 def batch(
@@ -23,24 +37,20 @@ def batch(
     template: Annotated[str | None, typer.Option(help='The prompt, with columns in it: "a {animal}".')] = None,
     base_seed: Annotated[int, typer.Option("--seed", min=0, help="What rows without a seed get theirs from.")] = 0,
     negative_prompt: Annotated[str, typer.Option(help="Of rows that say nothing, as all that follow.")] = "",
-    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    height: Height = None,
+    width: Width = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Function evaluations.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="0 means none.")] = None,
     num_images: Annotated[int, typer.Option(help="Pictures for each row.")] = 1,
     vae: Annotated[str | None, typer.Option(help="tiny or full.")] = None,
-    sampler: Annotated[str, typer.Option(help="euler, heun or dpmpp_2m.")] = "euler",
-    schedule: Annotated[str, typer.Option(help="simple, normal, karras, exponential or beta.")] = "simple",
+    sampler: Sampler = "euler",
+    schedule: Schedule = "simple",
     sidecar: Annotated[bool, typer.Option(help="Write each picture's record beside it, as JSON.")] = True,
     encoding: Annotated[str | None, typer.Option(help="Of the table; found out if it is not given.")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Draw everything anew; removes what was drawn.")] = False,
-    lora: Annotated[
-        list[str] | None, typer.Option("--lora", help="A LoRA's file, or file=weight; repeat for several.")
-    ] = None,
-    backend: Annotated[str, typer.Option(help="What runs the bundle.")] = "onnxruntime",
-    backend_option: Annotated[
-        list[str] | None, typer.Option("-O", "--backend-option", help="name=value; repeat for several.")
-    ] = None,
+    lora: Loras = None,
+    backend: Backend = "onnxruntime",
+    backend_option: BackendOptions = None,
 ) -> None:
     """Draw a table of prompts; the same command goes on where a killed one stopped.
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,6 +19,19 @@ stderr = Console(stderr=True)
 
 # Options whose name is not the request field's.
 FIELD_OF_OPTION = {"steps": "num_inference_steps"}
+
+
+# Options of every command that draws.
+Height = Annotated[int | None, typer.Option(help="Pixels.")]
+Width = Annotated[int | None, typer.Option(help="Pixels.")]
+Sampler = Annotated[str, typer.Option(help="euler, heun or dpmpp_2m.")]
+Schedule = Annotated[str, typer.Option(help="simple, normal, karras, exponential or beta.")]
+Loras = Annotated[list[str] | None, typer.Option("--lora", help="A LoRA's file, or file=weight; repeat for several.")]
+Backend = Annotated[str, typer.Option(help="What runs the bundle.")]
+BackendOptions = Annotated[
+    list[str] | None,
+    typer.Option("-O", "--backend-option", help="name=value, e.g. provider=cuda; repeat for several."),
+]
 
 
 def warn(text: str) -> None:

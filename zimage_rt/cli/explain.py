@@ -12,7 +12,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..engine import Engine
 from ..errors import RequestError
 from ..explain import explain as draw_explanation
-from .common import backend_options, given_fields, json_line, load_loras, stderr
+from .common import (
+    Backend,
+    BackendOptions,
+    Height,
+    Loras,
+    Sampler,
+    Schedule,
+    Width,
+    backend_options,
+    given_fields,
+    json_line,
+    load_loras,
+    stderr,
+)
 
 Number = TypeVar("Number", int, float)
 
@@ -28,19 +41,15 @@ def explain(
     guidance: Annotated[str, typer.Option("--guidance", help="The rows.")] = "0,1,2,4",
     negative_prompt: Annotated[str, typer.Option(help="What to steer away from.")] = "",
     seed: Annotated[int, typer.Option(help="Of every picture.")] = 0,
-    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
-    sampler: Annotated[str, typer.Option(help="euler, heun or dpmpp_2m.")] = "euler",
-    schedule: Annotated[str, typer.Option(help="simple, normal, karras, exponential or beta.")] = "simple",
+    height: Height = None,
+    width: Width = None,
+    sampler: Sampler = "euler",
+    schedule: Schedule = "simple",
     cell: Annotated[int, typer.Option(help="How large a picture is on the sheet, in pixels.")] = 160,
     font: Annotated[Path | None, typer.Option(help="A TrueType file for the labels, e.g. for Chinese.")] = None,
-    lora: Annotated[
-        list[str] | None, typer.Option("--lora", help="A LoRA's file, or file=weight; repeat for several.")
-    ] = None,
-    backend: Annotated[str, typer.Option(help="What runs the bundle.")] = "onnxruntime",
-    backend_option: Annotated[
-        list[str] | None, typer.Option("-O", "--backend-option", help="name=value; repeat for several.")
-    ] = None,
+    lora: Loras = None,
+    backend: Backend = "onnxruntime",
+    backend_option: BackendOptions = None,
     as_json: Annotated[bool, typer.Option("--json", help="What the sheet shows, as a JSON line.")] = False,
 ) -> None:
     """Show how a prompt's picture comes about: step counts across, guidance down, and every step of the longest run."""

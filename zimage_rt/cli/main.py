@@ -21,7 +21,22 @@ from ..metadata import read_record
 from ..request import StepInfo
 from . import doctor as doctor_report
 from .batch import batch
-from .common import backend_options, fail, given_fields, is_given, load_loras, picture_line, stderr
+from .common import (
+    Backend,
+    BackendOptions,
+    Height,
+    Loras,
+    Sampler,
+    Schedule,
+    Width,
+    backend_options,
+    fail,
+    given_fields,
+    is_given,
+    load_loras,
+    picture_line,
+    stderr,
+)
 from .explain import explain
 from .like import kept_alone, requests_of, warn_of_differences
 
@@ -47,15 +62,15 @@ def generate(
     like: Annotated[Path | None, typer.Option(help="A picture to draw again; options given here come first.")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="PNG file, or a folder for several.")] = Path("out"),
     negative_prompt: Annotated[str, typer.Option(help="What to steer away from; needs guidance.")] = "",
-    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    height: Height = None,
+    width: Width = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Function evaluations.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="0 means none.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the first picture; the others count up.")] = None,
     num_images: Annotated[int, typer.Option(help="Pictures for each prompt.")] = 1,
     vae: Annotated[str | None, typer.Option(help="tiny or full.")] = None,
-    sampler: Annotated[str, typer.Option(help="euler, heun or dpmpp_2m.")] = "euler",
-    schedule: Annotated[str, typer.Option(help="simple, normal, karras, exponential or beta.")] = "simple",
+    sampler: Sampler = "euler",
+    schedule: Schedule = "simple",
     image: Annotated[Path | None, typer.Option(help="A picture to begin from.")] = None,
     strength: Annotated[float, typer.Option(help="How far to go from it: 1 forgets it.")] = 0.6,
     mask: Annotated[Path | None, typer.Option(help="Where to draw anew: white; black is kept.")] = None,
@@ -63,19 +78,15 @@ def generate(
     fit: Annotated[str, typer.Option(help="How the picture is fitted: crop, pad or stretch.")] = "crop",
     control_image: Annotated[Path | None, typer.Option(help="What the bundle's ControlNet is to follow.")] = None,
     control_scale: Annotated[float, typer.Option(help="How closely: 0 draws as without it.")] = 0.75,
-    lora: Annotated[
-        list[str] | None, typer.Option("--lora", help="A LoRA's file, or file=weight; repeat for several.")
-    ] = None,
-    backend: Annotated[str, typer.Option(help="What runs the bundle.")] = "onnxruntime",
-    backend_option: Annotated[
-        list[str], typer.Option("-O", "--backend-option", help="name=value, e.g. provider=cuda; repeat for several.")
-    ] = [],  # noqa: B006 - typer reads it and gives every call a new list
+    lora: Loras = None,
+    backend: Backend = "onnxruntime",
+    backend_option: BackendOptions = None,
     sidecar: Annotated[bool, typer.Option(help="Write each picture's record beside it, as JSON.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON line a picture on standard output.")] = False,
 ) -> None:
     """Draw pictures; prints where they are and what each stage took."""
     record = None if like is None else read_record(like)
-    options = backend_options(backend_option)
+    options = backend_options(backend_option or [])
     if record is not None and not options and not is_given(ctx, "backend"):
         backend, options = record.backend, dict(record.backend_options)
     fields = given_fields(ctx)
