@@ -140,6 +140,13 @@ def test_low_rank_update_tells_of_overflow(kernels):
     assert not kernels.low_rank_update(matrix, factor[:, :3] / 300, factor, 0)[1]
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 130), (384, 1152), (65, 63), (1000, 258)])
+def test_turn(kernels, rng, dtype, shape):
+    matrix = cast(f32(rng, *shape), dtype)
+    assert (kernels.turn(matrix) == matrix.T).all()
+
+
 def patches_of(latents, patch=2):
     samples, channels, height, width = latents.shape
     rows = latents.reshape(samples, channels, height // patch, patch, width // patch, patch)

@@ -14,6 +14,7 @@
 #include "kernels/residual.h"
 #include "kernels/rope_table.h"
 #include "kernels/swiglu.h"
+#include "kernels/turn.h"
 
 namespace py = pybind11;
 
@@ -104,6 +105,13 @@ py::tuple run_low_rank_update(const py::array& matrix, const py::array& down, co
   return py::make_tuple(target.download(), flag != 0);
 }
 
+py::array run_turn(const py::array& matrix) {
+  const DeviceArray in(matrix);
+  const DeviceArray out({matrix.shape(1), matrix.shape(0)}, in.dtype());
+  turn(in.data(), out.data(), rows_of(in), columns_of(in), nullptr);
+  return out.download();
+}
+
 py::array run_swiglu(const py::array& gate_up, float gate_scale, float up_scale) {
   const DeviceArray in(gate_up);
   const DeviceArray out({gate_up.shape(0), gate_up.shape(1) / 2}, in.dtype());
@@ -189,6 +197,7 @@ void bind_elementwise(py::module_& m) {
   m.def("qk_norm_rope", &run_qk_norm_rope);
   m.def("low_rank_update", &run_low_rank_update);
   m.def("swiglu", &run_swiglu);
+  m.def("turn", &run_turn);
   m.def("patchify", &run_patchify);
   m.def("unpatchify", &run_unpatchify);
   m.def("sampler_update", &run_sampler_update);

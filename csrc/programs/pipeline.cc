@@ -30,7 +30,7 @@ Pipeline::~Pipeline() = default;
 
 std::unique_ptr<Weights> Pipeline::upload(std::unique_ptr<Weights> weights,
                                           const std::string& purpose) {
-  check_limit(weights->bytes(), purpose);
+  check_limit(weights->bytes() + weights->staging_bytes(), purpose);
   weights->upload(purpose);
   return weights;
 }
@@ -58,6 +58,7 @@ void Pipeline::load_text_encoder(std::unique_ptr<Weights> weights,
 void Pipeline::load_context_refiner(std::unique_ptr<Weights> weights,
                                     const TransformerConfig& config) {
   ZRT_TURN;
+  turn_block_matrices(*weights);
   weights_.push_back(upload(std::move(weights), "the context refiner's weights"));
   changeable_["context_refiner"] = weights_.back().get();
   context_refiner_.emplace(config, *weights_.back());
@@ -65,6 +66,7 @@ void Pipeline::load_context_refiner(std::unique_ptr<Weights> weights,
 
 void Pipeline::load_transformer(std::unique_ptr<Weights> weights, const TransformerConfig& config) {
   ZRT_TURN;
+  turn_block_matrices(*weights);
   weights_.push_back(upload(std::move(weights), "the transformer's weights"));
   changeable_["transformer"] = weights_.back().get();
   transformer_.emplace(config, *weights_.back());
@@ -73,6 +75,7 @@ void Pipeline::load_transformer(std::unique_ptr<Weights> weights, const Transfor
 void Pipeline::load_controlnet(std::unique_ptr<Weights> weights, const ControlNetConfig& config) {
   ZRT_TURN;
   const Transformer& transformer = need(transformer_, "transformer");
+  turn_block_matrices(*weights);
   weights = upload(std::move(weights), "the ControlNet's weights");
   // Kept only if they fit: every request that wants them tries again.
   controlnet_.emplace(config, *weights, transformer);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <numeric>
 #include <stdexcept>
+#include <string_view>
 
 #include "kernels/norm.h"
 #include "zimage_rt/check.h"
@@ -15,6 +16,12 @@ constexpr int kFrequencies = 128;
 constexpr int kTimestepMiddle = 1024;
 constexpr float kQkNormEps = 1e-5f;
 constexpr float kFinalNormEps = 1e-6f;
+
+// A block's matrices.
+constexpr char kQkv[] = "attention.qkv.weight";
+constexpr char kOut[] = "attention.to_out.0.weight";
+constexpr char kGateUp[] = "feed_forward.w13.weight";
+constexpr char kDown[] = "feed_forward.w2.weight";
 
 void copy(void* target, const void* source, std::size_t bytes, cudaStream_t stream) {
   ZRT_CUDA(cudaMemcpyAsync(target, source, bytes, cudaMemcpyDeviceToDevice, stream));
@@ -59,12 +66,23 @@ BlockWeights block_weights(const TransformerConfig& config, const BlockShape& sh
     return config.qk_norm ? weights.get(layer + name, {shape.head_dim}, DType::kFloat32).f32()
                           : nullptr;
   };
-  return {matrix("attention.qkv.weight", shape.dim, shape.qkv_width()),
+  return {matrix(kQkv, shape.dim, shape.qkv_width()),
           norm("attention.norm_q.weight"),
           norm("attention.norm_k.weight"),
-          matrix("attention.to_out.0.weight", shape.dim, shape.dim),
-          matrix("feed_forward.w13.weight", shape.dim, 2 * shape.hidden),
-          matrix("feed_forward.w2.weight", shape.hidden, shape.dim)};
+          matrix(kOut, shape.dim, shape.dim),
+          matrix(kGateUp, shape.dim, 2 * shape.hidden),
+          matrix(kDown, shape.hidden, shape.dim),
+          weights.turned(layer + kQkv)};
+}
+
+void turn_block_matrices(Weights& weights) {
+  weights.turn([](const std::string& name) {
+    for (const std::string_view matrix : {kQkv, kOut, kGateUp, kDown})
+      if (name.size() > matrix.size() &&
+          std::string_view(name).substr(name.size() - matrix.size()) == matrix)
+        return true;
+    return false;
+  });
 }
 
 Transformer::Transformer(const TransformerConfig& config, const Weights& weights)

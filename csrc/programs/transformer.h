@@ -48,6 +48,9 @@ std::vector<RopeAxis> rope_axes(const TransformerConfig& config, const Weights& 
 BlockWeights block_weights(const TransformerConfig& config, const BlockShape& shape,
                            const Weights& weights, const std::string& layer);
 
+// Has the device hold every such matrix turned. Before the weights are uploaded.
+void turn_block_matrices(Weights& weights);
+
 // prompt_embeds [tokens, cap_feat_dim] → context [padded_rows(tokens), dim], once a prompt.
 class ContextRefiner {
  public:

@@ -11,6 +11,7 @@
 #include <thread>
 
 #include "kernels/low_rank.h"
+#include "kernels/turn.h"
 #include "zimage_rt/check.h"
 
 namespace zimage_rt {
@@ -20,6 +21,8 @@ constexpr std::size_t kAlignment = 256;  // what cudaMalloc gives, and vector lo
 constexpr std::size_t kChunk = std::size_t{8} << 20;
 // Of a group: at its beginning and its end the bus waits for one chunk.
 constexpr std::size_t kGroupChunk = std::size_t{2} << 20;
+// Of turned matrices, on their way: the bus waits at the end of each such piece.
+constexpr std::size_t kStaging = std::size_t{512} << 20;
 // One thread copies from the page cache at 5 to 10 GB/s; the bus takes 50.
 constexpr unsigned kReaders = 8;
 
@@ -107,12 +110,29 @@ std::size_t Weights::bytes_with(const std::vector<LowRank>& changes) const {
   return shared_bytes_ + largest;
 }
 
+void Weights::turn(const std::function<bool(const std::string&)>& which) {
+  std::size_t all = 0, largest = 0;
+  for (auto& [name, place] : entries_) {
+    place.turned = place.entry.dtype != DType::kFloat32 && place.entry.shape.size() == 2 &&
+                   !place.entry.host && which(name);
+    if (!place.turned) continue;
+    all += aligned(place.bytes);
+    largest = std::max(largest, aligned(place.bytes));
+  }
+  staging_bytes_ = std::min(all, std::max(largest, kStaging));
+}
+
+bool Weights::turned(const std::string& name) const {
+  const auto found = entries_.find(name);
+  return found != entries_.end() && found->second.turned;
+}
+
 void Weights::upload(const std::string& purpose) {
   DeviceBuffer buffer(bytes_, purpose.c_str());
-  std::vector<Uploader::Part> parts;
+  std::vector<const Place*> places;
   for (const auto& [name, place] : entries_)
-    if (!place.entry.host && place.group < 0) parts.push_back(part(place, buffer.data()));
-  copy(parts);
+    if (!place.entry.host && place.group < 0) places.push_back(&place);
+  copy(std::move(places), buffer.data());
   device_ = std::move(buffer);
   changed_.clear();
 }
@@ -121,9 +141,41 @@ Uploader::Part Weights::part(const Place& place, std::byte* device) const {
   return {map_ + place.entry.offset, device + place.device_offset, place.bytes};
 }
 
-void Weights::copy(const std::vector<Uploader::Part>& parts) const {
+// Tensors from the file to their places on the device; turned ones by way of memory of their own.
+void Weights::copy(std::vector<const Place*> places, std::byte* device) const {
+  // In the file's order, as disks like it.
+  std::sort(places.begin(), places.end(), [](const Place* a, const Place* b) {
+    return a->entry.offset < b->entry.offset;
+  });
+  std::vector<Uploader::Part> parts;
+  std::vector<const Place*> turned;
+  for (const Place* const place : places)
+    if (place->turned)
+      turned.push_back(place);
+    else
+      parts.push_back(part(*place, device));
   if (uploader_) return uploader_->copy(parts);
-  Uploader(kChunk, std::min(readers(), Uploader::count(parts, kChunk))).copy(parts);
+  Uploader uploader(kChunk, readers());
+  uploader.copy(parts);
+  if (turned.empty()) return;
+  const DeviceBuffer staging(staging_bytes_, "turning matrices");
+  const Stream stream;
+  for (auto next = turned.begin(); next != turned.end();) {
+    std::vector<std::pair<const Place*, const std::byte*>> staged;
+    std::size_t used = 0;
+    parts.clear();
+    for (; next != turned.end() && used + (*next)->bytes <= staging.bytes(); ++next) {
+      std::byte* const to = staging.data() + used;
+      parts.push_back({map_ + (*next)->entry.offset, to, (*next)->bytes});
+      staged.emplace_back(*next, to);
+      used += aligned((*next)->bytes);
+    }
+    uploader.copy(parts);
+    for (const auto& [place, from] : staged)
+      zimage_rt::turn(from, device + place->device_offset, static_cast<int>(place->entry.shape[0]),
+                      static_cast<int>(place->entry.shape[1]), stream.get());
+    stream.synchronize();
+  }
 }
 
 const Weights::Place& Weights::place_of(const LowRank& change) const {
@@ -149,9 +201,9 @@ void Weights::change(const std::vector<LowRank>& changes, cudaStream_t stream) {
     floats += down_count(change) + up_count(change);
   }
   DeviceBuffer factors((floats + 1) * sizeof(float), "the LoRAs");
-  std::vector<Uploader::Part> parts;
-  for (const std::string& name : changed_) parts.push_back(part(entries_.at(name), device_.data()));
-  copy(parts);
+  std::vector<const Place*> places;
+  for (const std::string& name : changed_) places.push_back(&entries_.at(name));
+  copy(std::move(places), device_.data());
   changed_.clear();
 
   auto* next = reinterpret_cast<float*>(factors.data());
@@ -175,10 +227,26 @@ void Weights::change(const std::vector<LowRank>& changes, cudaStream_t stream) {
 
 void Weights::update(const Place& place, const LowRank& change, const float* down, const float* up,
                      std::byte* device, int* overflow, cudaStream_t stream) const {
-  low_rank_update(
-      {device + place.device_offset, place.entry.dtype, change.rows, place.entry.shape[1],
-       change.first_column, change.columns, change.rank, down, up, overflow},
-      stream);
+  LowRankUpdate args{};
+  args.matrix = device + place.device_offset;
+  args.type = place.entry.dtype;
+  args.rank = change.rank;
+  args.overflow = overflow;
+  if (place.turned) {
+    // The transpose of downᵀ @ up is upᵀ @ down, and the columns are rows.
+    args.matrix = static_cast<std::byte*>(args.matrix) +
+                  static_cast<std::size_t>(change.first_column) * change.rows *
+                      size_of(place.entry.dtype);
+    args.rows = change.columns, args.columns = change.rows;
+    args.stride = change.rows;
+    args.down = up, args.up = down;
+  } else {
+    args.rows = change.rows, args.columns = change.columns;
+    args.stride = place.entry.shape[1];
+    args.first_column = change.first_column;
+    args.down = down, args.up = up;
+  }
+  low_rank_update(args, stream);
 }
 
 void Weights::check_range(const int* overflow, cudaStream_t stream) const {
@@ -220,7 +288,7 @@ void Weights::bring(int group, const std::vector<const Place*>& places,
     }
   // What lies there may still be read.
   ZRT_CUDA(cudaStreamSynchronize(stream));
-  copy(parts);
+  uploader_->copy(parts);
   for (const Factors& factors : found)
     update(*factors.kept.place, factors.kept.change, factors.down, factors.up, device,
            reinterpret_cast<int*>(device), stream);

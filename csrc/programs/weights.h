@@ -57,6 +57,11 @@ class Weights {
   // with it those of no group (a negative number). Before anything is uploaded.
   void stream(const std::function<int(const std::string&)>& group_of);
   bool streams() const { return !groups_.empty(); }
+  // From now on the device holds these matrices, [in, out] in the file, as [out, in]: what products
+  // are faster with at the power limit (benchmarks/LOG.md). Before anything is uploaded; not of
+  // streamed weights.
+  void turn(const std::function<bool(const std::string&)>& which);
+  bool turned(const std::string& name) const;
   // Brings a group, with its changes, when what the stream does is done: until the next group comes
   // its tensors are what get() says, and no other group's. Uploaded weights alone.
   void bring(int group, cudaStream_t stream);
@@ -76,10 +81,13 @@ class Weights {
   bool uploaded() const { return device_.data() != nullptr; }
   // Of the device's memory, while uploaded.
   std::size_t bytes() const { return bytes_; }
+  // What upload() and change() take beside it for as long as they run, for matrices to be turned.
+  std::size_t staging_bytes() const { return staging_bytes_; }
   // The same for streamed weights with these changes instead of theirs. Throws WeightError.
   std::size_t bytes_with(const std::vector<LowRank>& changes) const;
 
-  // The tensor where it lies now: on the device, or in the mapped file for host entries.
+  // The tensor where it lies now: on the device, or in the mapped file for host entries. `shape` is
+  // the file's, also where the device holds it turned.
   // Throws WeightError if it is missing or has another shape or dtype.
   TensorView get(const std::string& name, std::initializer_list<std::int64_t> shape,
                  DType dtype) const;
@@ -93,6 +101,7 @@ class Weights {
     std::size_t bytes;
     std::size_t device_offset;
     int group = -1;  // none
+    bool turned = false;
   };
   // Of streamed weights: tensors that are on the device together. Behind them lie the factors of
   // their changes.
@@ -110,7 +119,7 @@ class Weights {
 
   const Place& place_of(const LowRank& change) const;
   Uploader::Part part(const Place& place, std::byte* device) const;
-  void copy(const std::vector<Uploader::Part>& parts) const;
+  void copy(std::vector<const Place*> places, std::byte* device) const;
   void update(const Place& place, const LowRank& change, const float* down, const float* up,
               std::byte* device, int* overflow, cudaStream_t stream) const;
   void check_range(const int* overflow, cudaStream_t stream) const;
@@ -123,6 +132,7 @@ class Weights {
   const std::byte* map_ = nullptr;
   std::size_t map_bytes_ = 0;
   std::size_t bytes_ = 0;
+  std::size_t staging_bytes_ = 0;
   DType storage_ = DType::kFloat32;
   DeviceBuffer device_;
   std::set<std::string> changed_;  // since the last upload

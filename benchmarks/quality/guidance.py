@@ -1,0 +1,191 @@
+"""What guidance and negative prompts do to a model's pictures, above all the base model's.
+
+    python -m zimage_rt.benchmarks.quality.guidance --bundle engines/nano-base --prompts 200 --svg guidance.svg
+
+First the judge's figures over guidance scales, on the first held-out prompts of one drawing and of pairs.
+
+Then what a negative prompt removes. It cannot remove what a prompt determines, so it is asked where the model is free: a
+picture is looked at, what it shows is named in the negative prompt, and it is drawn again from the same seed. `subject`
+takes the single drawings that came out as another subject than was said; `colour` and `style` take prompts that name
+nothing but a subject. Any change of the negative prompt changes the path, so a control names something else instead.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from zimage_rt.benchmarks.quality.__main__ import kind_of, read_prompts
+from zimage_rt.benchmarks.quality.edits import STYLE_PHRASES, names_of
+from zimage_rt.benchmarks.quality.judge import DATA, Atlas, Judge, summarise
+from zimage_rt.benchmarks.systems.base import System, load_system
+
+from zimage_rt.manifest import read_manifest
+
+SCALES = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0)
+KINDS = ("single", "pair")
+# Of the judge's figures, those that these prompts have; their names on the plot.
+CURVES = {"subject": "subject, single", "subject_pair": "half of a pair", "style": "style", "colour": "colour"}
+INK = {"subject": "#3b6ea8", "subject_pair": "#c1622d", "style": "#5b9a4c", "colour": "#777777"}
+
+Prompt = dict[str, Any]
+
+
+def chosen_prompts(folder: Path, count: int, kinds: tuple[str, ...] = KINDS) -> list[Prompt]:
+    """The first prompts of these kinds: 256 × 256, in phrasings that training knows."""
+    return [p for p in read_prompts(10**9, folder / "prompts.jsonl") if kind_of(p) in kinds][:count]
+
+
+def measure_scales(system: System, judge: Judge, prompts: list[Prompt], steps: int) -> dict[float, dict[str, float]]:
+    """The judge's figures at each of `SCALES`."""
+    captions, seeds = [p["caption"] for p in prompts], [p["seed"] for p in prompts]
+    figures = {}
+    for scale in SCALES:
+        pictures = system.generate(captions, seeds, num_inference_steps=steps, guidance_scale=scale)
+        scored = [(p, judge.score(picture, p["scene"])) for p, picture in zip(prompts, pictures, strict=True)]
+        figures[scale] = {name: value for name, value in summarise(scored).items() if name in (*CURVES, "places")}
+        line = "  ".join(f"{name} {100 * value:6.2f} %" for name, value in figures[scale].items())
+        typer.echo(f"guidance {scale:g}  {line}")
+    return figures
+
+
+def look(judge: Judge, picture: np.ndarray, scene: dict[str, Any]) -> dict[str, str]:
+    """What a picture of one drawing shows: `subject` (its code), `colour` and `style`."""
+    atlas, colour = judge.atlas, judge.background(picture)
+    table = judge.distances(picture, colour, *atlas.places(scene)[0], atlas.sizes["single"][scene["size"]])
+    style, subject = np.unravel_index(table.argmin(), table.shape)
+    return {"subject": atlas.hexcodes[subject], "colour": colour, "style": atlas.styles[style]}
+
+
+def say(what: str, value: str, scene: dict[str, Any], names: dict[str, str]) -> str:
+    """A negative prompt: a subject as the scene would have it, or a background or a style alone."""
+    if what == "subject":
+        return f"{names[value]}, {scene['colour']} background, {STYLE_PHRASES[scene['style']]}"
+    return f"{value} background" if what == "colour" else STYLE_PHRASES[value]
+
+
+def measure_negative(
+    system: System, judge: Judge, prompts: list[Prompt], what: str, names: dict[str, str], steps: int, scale: float
+) -> dict[str, float]:
+    """How often what was seen is seen again with it in the negative prompt, and with something else in it.
+
+    Args:
+        system: what draws.
+        judge: what looks.
+        prompts: of one drawing.
+        what: `subject`, `colour` or `style`.
+        names: of the subjects.
+        steps: function evaluations.
+        scale: of the guidance.
+    """
+    atlas = judge.atlas
+    choices = {"subject": atlas.hexcodes, "colour": list(atlas.colours), "style": atlas.styles}[what]
+
+    def draw(said: list[tuple[Prompt, str]]) -> list[dict[str, str]]:
+        # One request each: a system has one negative prompt for all prompts of a call.
+        seen = []
+        for prompt, negative in said:
+            text = prompt["caption"] if what == "subject" else names[prompt["scene"]["subjects"][0]]
+            options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": scale}
+            (picture,) = system.generate([text], [prompt["seed"]], negative_prompt=negative, **options)
+            seen.append(look(judge, picture, prompt["scene"]))
+        return seen
+
+    first = [found[what] for found in draw([(prompt, "") for prompt in prompts])]
+    cases = [
+        (prompt, found)
+        for prompt, found in zip(prompts, first, strict=True)
+        if what != "subject" or found != prompt["scene"]["subjects"][0]
+    ]
+    figures = {"drawn": float(len(prompts)), "cases": float(len(cases))}
+    if not cases:
+        return figures
+    others = []
+    for prompt, found in cases:
+        spared = {found, prompt["scene"]["subjects"][0]}
+        others.append(random.Random(f"{what}-{prompt['seed']}").choice([c for c in choices if c not in spared]))
+    named = draw([(p, say(what, found, p["scene"], names)) for p, found in cases])
+    control = draw([(p, say(what, other, p["scene"], names)) for (p, _), other in zip(cases, others, strict=True)])
+    for name, seen in (("named", named), ("control", control)):
+        again = [now[what] == found for (_, found), now in zip(cases, seen, strict=True)]
+        right = [now["subject"] == p["scene"]["subjects"][0] for (p, _), now in zip(cases, seen, strict=True)]
+        figures |= {f"seen again, {name}": float(np.mean(again)), f"subject right, {name}": float(np.mean(right))}
+    return figures
+
+
+def draw_svg(figures: dict[float, dict[str, float]], title: str) -> str:
+    """The curves as an SVG: guidance across, percent up."""
+    width, height, margin = 460, 260, 36
+    inner_w, inner_h = width - 2 * margin - 90, height - 2 * margin
+    text = 'font-family="sans-serif" font-size="10" fill="#555"'
+
+    def place(scale: float, share: float) -> tuple[float, float]:
+        return margin + scale / max(figures) * inner_w, margin + (1 - share) * inner_h
+
+    parts = [f'<text x="{margin}" y="20" font-family="sans-serif" font-size="12" fill="#222">{title}</text>']
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        x, y = place(0, share)
+        parts.append(f'<line x1="{x}" y1="{y}" x2="{x + inner_w}" y2="{y}" stroke="#ddd"/>')
+        parts.append(f'<text x="{x - 4}" y="{y + 4}" text-anchor="end" {text}>{100 * share:.0f} %</text>')
+    for scale in figures:
+        x, y = place(scale, 0)
+        parts.append(f'<text x="{x:.1f}" y="{y + 14}" text-anchor="middle" {text}>{scale:g}</text>')
+    for row, (name, label) in enumerate(CURVES.items()):
+        points = [place(scale, found[name]) for scale, found in figures.items() if name in found]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{INK[name]}" stroke-width="1.5"/>')
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{INK[name]}"/>' for x, y in points]
+        x, y = margin + inner_w + 12, margin + 14 * row + 10
+        parts.append(f'<text x="{x}" y="{y}" font-family="sans-serif" font-size="10" fill="{INK[name]}">{label}</text>')
+    body = "\n".join(parts)
+    return f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}">\n{body}\n</svg>\n'
+
+
+def main(
+    bundle: Annotated[Path, typer.Option(help="A bundle of zimage-nano-base.")],
+    count: Annotated[int, typer.Option("--prompts", help="How many, of one drawing and of pairs.")] = 200,
+    backend: Annotated[str, typer.Option(help="Which backend draws.")] = "onnxruntime",
+    steps: Annotated[int | None, typer.Option(help="Function evaluations; the bundle's own if not given.")] = None,
+    negative_scale: Annotated[float, typer.Option(help="Guidance where negative prompts are measured.")] = 4.0,
+    data: Annotated[Path, typer.Option(help="The judge's data.")] = DATA,
+    svg: Annotated[Path | None, typer.Option(help="Draw the curves here.")] = None,
+    output: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+) -> None:
+    """Print the figures at each guidance scale, then what negative prompts remove."""
+    manifest = read_manifest(bundle)
+    evaluations = steps or manifest.pipeline.num_inference_steps
+    system, judge, names = (
+        load_system("zimage_rt", bundle=str(bundle), backend=backend),
+        Judge(Atlas.load(data)),
+        names_of(data),
+    )
+    prompts = chosen_prompts(data, count)
+    scales = measure_scales(system, judge, prompts, evaluations)
+    negative = {}
+    for what in ("subject", "colour", "style"):
+        singles = chosen_prompts(data, count, ("single",))
+        negative[what] = measure_negative(system, judge, singles, what, names, evaluations, negative_scale)
+        counts = "{cases:.0f} of {drawn:.0f} drawn".format(**negative[what])
+        shares = (f"{k} {100 * v:.2f} %" for k, v in negative[what].items() if k not in ("drawn", "cases"))
+        typer.echo(f"negative {what}: {counts}; {', '.join(shares)}")
+    if svg is not None:
+        svg.write_text(draw_svg(scales, f"{manifest.name}, {evaluations} evaluations, {len(prompts)} prompts"), "utf-8")
+    if output is not None:
+        report = {
+            "bundle": manifest.name,
+            "backend": backend,
+            "num_inference_steps": evaluations,
+            "prompts": len(prompts),
+            "scales": scales,
+            "negative_scale": negative_scale,
+            "negative": negative,
+        }
+        output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

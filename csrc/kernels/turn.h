@@ -1,0 +1,10 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+namespace zimage_rt {
+
+// out [columns, rows] = inᵀ of in [rows, columns], numbers of two bytes. The two may not overlap.
+void turn(const void* in, void* out, int rows, int columns, cudaStream_t stream);
+
+}  // namespace zimage_rt
