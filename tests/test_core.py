@@ -115,3 +115,24 @@ def test_loop_stops_when_told_and_passes_errors_on() -> None:
 
     with pytest.raises(KeyError, match="from Python"):
         _core.sample(fail, steps, latents, none, 0.0)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_paste_keeps_bytes_where_the_mask_is_0(soft):
+    rng = np.random.default_rng()
+    drawn = rng.integers(0, 256, (2, 9, 31, 3), dtype=np.uint8)
+    original = rng.integers(0, 256, (9, 31, 3), dtype=np.uint8)
+    mask = rng.integers(0, 256, (9, 31), dtype=np.uint8) if soft else np.repeat(rng.integers(0, 2, (9, 1)) * 255, 31, 1)
+    mask = mask.astype(np.uint8)
+    mask[0, :5], mask[8, 26:] = 0, 255
+    out = _core.paste(drawn, original, mask)
+    weight = mask[:, :, None] / 255
+    assert (out == np.rint(drawn * weight + original * (1 - weight))).all()
+    assert (out[:, mask == 0] == original[mask == 0]).all()
+    assert (out[:, mask == 255] == drawn[:, mask == 255]).all()
+
+
+def test_paste_refuses_other_sizes():
+    drawn, mask = np.zeros((1, 4, 4, 3), np.uint8), np.zeros((4, 5), np.uint8)
+    with pytest.raises(ValueError, match="sizes"):
+        _core.paste(drawn, drawn[0], mask)

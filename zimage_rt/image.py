@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import _core
 from .errors import RequestError
 
 if TYPE_CHECKING:
@@ -130,10 +131,4 @@ def resize_latents(latents: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def paste(drawn: np.ndarray, original: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Drawn pictures uint8 `[batch, height, width, 3]` over the original: where the mask is 0, its very bytes."""
-    mixed = np.where((mask > 0)[None, :, :, None], drawn, original[None])
-    # Arithmetic for the edge alone: in whole pictures it would take longer than decoding them.
-    soft = (mask > 0) & (mask < 255)
-    if soft.any():
-        weight = mask[soft][:, None] / np.float32(255)
-        mixed[:, soft] = np.rint(drawn[:, soft] * weight + original[soft] * (1 - weight)).astype(np.uint8)
-    return mixed
+    return _core.paste(drawn, original, mask)

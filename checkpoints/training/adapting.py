@@ -81,7 +81,8 @@ class Adapting:
         own = torch.rand((), generator=self.generator).item() < self.args.own_path
         passed = int(torch.randint(1, EVALUATIONS, (), generator=self.generator))
         noise = torch.randn_like(clean)
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        # Without the cache: weights cast while gradients are off must not serve where they are on.
+        with torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False):
             with torch.no_grad():
                 features = self.base.encoder(batch.tokens)
             if own:

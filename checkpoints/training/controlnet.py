@@ -129,7 +129,9 @@ def write_corpus(path: Path, count: int) -> None:
     for i, ids in enumerate(lines):
         tokens[i, 0, : len(ids)] = ids
     lengths = np.array([[len(ids)] for ids in lines], np.uint8)
-    np.savez(path, scenes=np.array(rows, np.int16), tokens=tokens, lengths=lengths)
+    temporary = path.with_suffix(".part.npz")
+    np.savez(temporary, scenes=np.array(rows, np.int16), tokens=tokens, lengths=lengths)
+    temporary.rename(path)
 
 
 def widened_control(latents: Tensor) -> Tensor:
@@ -186,7 +188,8 @@ def main() -> None:
     for module in (net, base.transformer):
         module.to(base.device)
     corpus = arguments.work / "controlnet-corpus.npz"
-    write_corpus(corpus, arguments.captions)
+    if not corpus.exists():
+        write_corpus(corpus, arguments.captions)
     data, renderer = Data(corpus, base.device), Silhouettes(arguments.atlas, base.device)
     composer = ShiftedComposer(Renderer(arguments.atlas, base.device), base.tiny.encoder)
     silhouettes = ControlComposer(renderer, base.tiny.encoder)

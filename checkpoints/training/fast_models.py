@@ -116,11 +116,16 @@ _compiled: dict[type[nn.Module], Callable[..., Tensor]] = {}
 def compile_blocks(dynamic: bool) -> None:
     """Compile what the blocks do, for all of them at once.
 
-    Canvases, captions and batches differ in length: with ``dynamic`` one graph serves all of them.
+    Canvases, captions and batches differ in length: with ``dynamic`` one graph serves all of them. Sizes
+    that happen to agree (256 tokens, and 256 numbers that say the timestep) must not be taken for one size, nor a norm's
+    epsilon for something that changes: both would compile every graph twice.
     """
     import torch._dynamo
+    import torch.fx.experimental._config
 
     torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.specialize_float = True
+    torch.fx.experimental._config.use_duck_shape = False
     for kind in (Block, TextLayer):
         _compiled[kind] = torch.compile(kind.forward, dynamic=dynamic)
 

@@ -38,6 +38,7 @@ class Heads(nn.Module):
         self.sizes += [len(spelling.GLYPHS) + 1] * spelling.MOST_LETTERS
         self.norm = nn.LayerNorm(TAIL * architecture.TEXT_WIDTH)
         self.linear = nn.Linear(TAIL * architecture.TEXT_WIDTH, sum(self.sizes))
+        self.register_buffer("none", torch.tensor(self.sizes) - 1, persistent=False)  # the last class
 
     def forward(self, features: Tensor, lengths: Tensor) -> list[Tensor]:
         index = lengths[:, None] - TAIL + torch.arange(TAIL, device=features.device)
@@ -46,9 +47,8 @@ class Heads(nn.Module):
 
     def targets(self, scenes: Tensor) -> Tensor:
         """Return class numbers [batch, 12]; "none" is the last class."""
-        size = torch.tensor(self.sizes, device=scenes.device)
         read = torch.cat([scenes[:, :5], scenes[:, 6:]], dim=1).long()  # a caption tells no canvas
-        return torch.where(read < 0, size - 1, read)
+        return torch.where(read < 0, self.none, read)
 
 
 def head_loss(logits: list[Tensor], targets: Tensor) -> Tensor:
@@ -63,8 +63,9 @@ class Data:
     def __init__(self, corpus: Path, device: torch.device) -> None:
         arrays = np.load(corpus)
         self.scenes = torch.from_numpy(arrays["scenes"]).to(device)
-        self.variants = arrays["tokens"].shape[1]
-        self.tokens = torch.from_numpy(arrays["tokens"].view(np.int16)).flatten(0, 1).to(device)
+        tokens = arrays["tokens"]  # read anew each time it is asked for
+        self.variants = tokens.shape[1]
+        self.tokens = torch.from_numpy(tokens.view(np.int16)).flatten(0, 1).to(device)
         self.lengths = torch.from_numpy(arrays["lengths"]).flatten().to(device)
         short = self.lengths <= CAPTION_LENGTHS[0]
         canvas = self.scenes[:, 5].repeat_interleave(self.variants)

@@ -187,7 +187,7 @@ class Trainer:
                 if count % 100 == 0 or count <= 2:
                     print("joint", json.dumps(point), flush=True)
                 clock.look()
-                if not torch.isfinite(flow + aside):
+                if not torch.isfinite(flow + aside) or not self.finite():
                     gentle = self.start_again(gentle)
                     optimiser = Optimiser(list(self.modules.values()), self.args.lr, self.args.muon_lr)
                     average = Average(list(self.modules.values()), self.args.ema, young=False)
@@ -198,6 +198,12 @@ class Trainer:
         self.save(average, decoder)
         print(f"joint: {count} steps, {self.samples} samples, {self.seconds:.0f} s", flush=True)
 
+    @torch.no_grad()
+    def finite(self) -> bool:
+        """Tell whether all weights are: one bad gradient must not reach what is saved."""
+        weights = [p for m in self.modules.values() for p in m.parameters()]
+        return bool(torch.stack(torch._foreach_norm(weights)).isfinite().all())
+
     def start_again(self, gentle: float) -> float:
         """After a loss that is not finite: go back to what was saved, at half the rates."""
         if gentle < 0.2:
@@ -206,7 +212,9 @@ class Trainer:
         seconds, samples = self.seconds, self.samples
         if not self.resume():
             self.load_text()
-            self.transformer.initialise()
+            fresh = FastTransformer()
+            fresh.initialise()  # it leaves alone what a new model has anyway: norms, biases
+            self.transformer.load_state_dict(fresh.state_dict())
         self.seconds, self.samples = seconds, samples
         return gentle / 2
 

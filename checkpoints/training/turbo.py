@@ -54,10 +54,11 @@ class Turbo:
         self.encoder, self.student = FastTextEncoder().to(self.device), FastTransformer().to(self.device)
         self.encoder.load_state_dict(widened(state["text_encoder"]))
         self.student.load_state_dict(widened(state["transformer"]))
-        self.encoder.requires_grad_(False)
-        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        # No gradient is ever asked of it, but to say so would compile every graph once more.
+        self.teacher = copy.deepcopy(self.student)
         self.seconds, self.curve, self.batch = 0.0, [], arguments.batch
         self.generator = torch.Generator().manual_seed(31)
+        self.sigmas = torch.tensor(schedule()[:-1], device=self.device)
         if arguments.resume and (arguments.work / "turbo.pt").exists():
             state = torch.load(arguments.work / "turbo.pt", map_location=self.device)
             self.student.load_state_dict(widened(state["transformer"]))
@@ -66,14 +67,14 @@ class Turbo:
             fast_models.compile_blocks(dynamic=arguments.compile == "blocks")
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        """Without its cache: weights cast while gradients are off must not serve where they are on."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, cache_enabled=False)
 
     @torch.no_grad()
     def on_line(self, clean: Tensor, features: Tensor, lengths: Tensor, empty: Tensor, canvas: tuple[int, int]):
         """Return states between picture and noise, their sigmas, and the mixed answers."""
         noise = torch.randn_like(clean)
-        sigmas = torch.tensor(schedule()[:-1], device=self.device)
-        sigma = sigmas[torch.randint(EVALUATIONS, (len(clean),), device=self.device)]
+        sigma = self.sigmas[torch.randint(EVALUATIONS, (len(clean),), device=self.device)]
         level = sigma[:, None, None]
         noisy = (1 - level) * clean + level * noise
         said = self.teacher(noisy, 1 - sigma, features, lengths, canvas).float()
@@ -103,7 +104,8 @@ class Turbo:
             with self.autocast():
                 with torch.no_grad():
                     features = self.encoder(tokens)
-                    empty = self.encoder(data.empty_row()[None])
+                    with fast_models.eager():  # a batch of one would be another graph
+                        empty = self.encoder(data.empty_row()[None])
                 if own:
                     noisy, sigma, target = self.on_path(clean, features, lengths, size)
                 else:

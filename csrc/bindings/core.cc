@@ -11,6 +11,7 @@
 
 #include "bindings/sampler_steps.h"
 #include "zimage_rt/guidance.h"
+#include "zimage_rt/paste.h"
 #include "zimage_rt/rng.h"
 #include "zimage_rt/sampler.h"
 #include "zimage_rt/schedule.h"
@@ -21,6 +22,7 @@ namespace zrt = zimage_rt;
 namespace {
 
 using FloatArray = py::array_t<float, py::array::c_style>;
+using PixelArray = py::array_t<std::uint8_t, py::array::c_style>;
 using zrt::sampler_steps;
 
 // A numpy view of memory that C++ owns. The capsule keeps numpy from copying; it frees nothing.
@@ -117,6 +119,24 @@ FloatArray guide(const FloatArray& positive, const FloatArray& negative, float s
   return out;
 }
 
+// drawn [batch, height, width, 3], original [height, width, 3], mask [height, width].
+PixelArray paste(const PixelArray& drawn, const PixelArray& original, const PixelArray& mask) {
+  if (drawn.ndim() != 4 || mask.ndim() != 2 || drawn.shape(1) != mask.shape(0) ||
+      drawn.shape(2) != mask.shape(1) || drawn.shape(3) != 3 ||
+      shape_of(original) != std::vector<py::ssize_t>{mask.shape(0), mask.shape(1), 3})
+    throw std::invalid_argument(
+        "drawn [batch, height, width, 3], original [height, width, 3] and mask [height, width]: "
+        "their sizes do not belong together");
+  PixelArray out(shape_of(drawn));
+  const auto pixels = static_cast<std::size_t>(mask.size()), size = 3 * pixels;
+  const std::uint8_t* const from = drawn.data();
+  std::uint8_t* const to = out.mutable_data();
+  const py::gil_scoped_release release;
+  for (std::size_t b = 0; b < static_cast<std::size_t>(drawn.shape(0)); ++b)
+    zrt::paste(from + b * size, original.data(), mask.data(), pixels, to + b * size);
+  return out;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -126,6 +146,7 @@ PYBIND11_MODULE(_core, m) {
         py::arg("shift"));
   m.def("apply_guidance", &guide, py::arg("positive"), py::arg("negative"), py::arg("scale"),
         py::arg("normalization"));
+  m.def("paste", &paste, py::arg("drawn"), py::arg("original"), py::arg("mask"));
   m.def("sample", &sample, py::arg("predict"), py::arg("steps"), py::arg("latents").noconvert(),
         py::arg("guidance_scales"), py::arg("cfg_normalization"), py::kw_only(),
         py::arg("mask") = py::none(), py::arg("image") = py::none(), py::arg("noise") = py::none(),
