@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from zimage_rt.benchmarks.quality.judge import DATA, Atlas, Judge, canvas_name, summarise
+from zimage_rt.benchmarks.quality.judge import DATA, canvas_name, summarise
+from zimage_rt.benchmarks.quality.judges import judges
 from zimage_rt.benchmarks.systems.base import SYSTEMS, load_system
 
 CHUNK = 16
@@ -61,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--vae", choices=["tiny", "full"], default="tiny")
     parser.add_argument("--steps", type=int, default=8, help="function evaluations")
     parser.add_argument("--guidance-scale", type=float, default=0.0)
+    parser.add_argument("--processes", type=int, help="that judge; as many as cores if left out")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--save", type=Path, help="write the pictures into this folder")
     arguments = parser.parse_args(argv)
@@ -70,31 +72,32 @@ def main(argv: list[str] | None = None) -> int:
     # A system draws one size at a time.
     prompts.sort(key=lambda p: canvas_name(p["scene"]))
     options = {k: getattr(arguments, k) for k in ("checkpoint", "bundle", "backend")}
-    system, judge = load_system(arguments.system, **options), Judge(Atlas.load(arguments.data))
+    system = load_system(arguments.system, **options)
     if arguments.save:
         arguments.save.mkdir(parents=True, exist_ok=True)
-    judged: list[tuple[dict[str, Any], dict[str, list[bool]]]] = []
-    drawing, start = 0.0, time.time()
-    while len(judged) < len(prompts):
-        i = len(judged)
-        scene = prompts[i]["scene"]
-        part = [p for p in prompts[i : i + CHUNK] if canvas_name(p["scene"]) == canvas_name(scene)]
-        before = time.time()
-        images = system.generate(
-            [p["caption"] for p in part],
-            [p["seed"] for p in part],
-            height=scene.get("height", 256),
-            width=scene.get("width", 256),
-            num_inference_steps=arguments.steps,
-            guidance_scale=arguments.guidance_scale,
-            vae=arguments.vae,
-        )
-        drawing += time.time() - before
-        for number, (prompt, image) in enumerate(zip(part, images, strict=True), start=i):
-            judged.append((prompt, judge.score(image, prompt["scene"])))
-            if arguments.save:
-                Image.fromarray(image).save(arguments.save / f"{number:04d}.png")
-        print(f"\r{len(judged)} / {len(prompts)}", end="", file=sys.stderr, flush=True)
+    drawn, drawing, start = 0, 0.0, time.time()
+    with judges(arguments.data, arguments.processes) as judging:
+        while drawn < len(prompts):
+            scene = prompts[drawn]["scene"]
+            part = [p for p in prompts[drawn : drawn + CHUNK] if canvas_name(p["scene"]) == canvas_name(scene)]
+            before = time.time()
+            images = system.generate(
+                [p["caption"] for p in part],
+                [p["seed"] for p in part],
+                height=scene.get("height", 256),
+                width=scene.get("width", 256),
+                num_inference_steps=arguments.steps,
+                guidance_scale=arguments.guidance_scale,
+                vae=arguments.vae,
+            )
+            drawing += time.time() - before
+            for number, (prompt, image) in enumerate(zip(part, images, strict=True), start=drawn):
+                judging.give(image, prompt["scene"])
+                if arguments.save:
+                    Image.fromarray(image).save(arguments.save / f"{number:04d}.png")
+            drawn += len(part)
+            print(f"\r{drawn} / {len(prompts)}", end="", file=sys.stderr, flush=True)
+        judged = list(zip(prompts, judging.answers(), strict=True))
     print(file=sys.stderr)
     figures = summarise(judged)
     for name, value in figures.items():
