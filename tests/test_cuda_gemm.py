@@ -13,6 +13,7 @@ cuda = require_gpu()
 
 HALVES = ("float16", "bfloat16")
 # Whole tiles, one over and one under them; odd and even numbers of tiles along both sides.
+CLUSTERS = ("tall", "wide", "square")
 SHAPES = [(1, 64, 128), (127, 64, 256), (129, 200, 640), (256, 384, 1152), (300, 3840, 512), (385, 128, 768)]
 
 
@@ -59,19 +60,22 @@ def test_gemm(kernels, rng, dtype, m, k, n, biased, turned):
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(("m", "k", "n"), [*SHAPES, (17, 72, 64), (130, 40, 320)])
 @pytest.mark.parametrize("turned", [True, False])
-def test_gemm_scaled(fused, rng, dtype, m, k, n, turned):
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_gemm_scaled(fused, rng, dtype, m, k, n, turned, cluster):
     a, weight, product = operands(rng, dtype, m, k, n, turned)
-    assert relative_error(fused.gemm_scaled(a, weight, 2.0**-3, turned), product * 2.0**-3) < TOLERANCE[dtype]
+    out = fused.gemm_scaled(a, weight, 2.0**-3, turned, cluster)
+    assert relative_error(out, product * 2.0**-3) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(("m", "k", "n"), SHAPES)
 @pytest.mark.parametrize("turned", [True, False])
-def test_gemm_swiglu(fused, rng, dtype, m, k, n, turned):
+@pytest.mark.parametrize("cluster", ["any", "square"])
+def test_gemm_swiglu(fused, rng, dtype, m, k, n, turned, cluster):
     a, weight, product = operands(rng, dtype, m, k, n, turned)
     gate, up = np.split(product * 1.0, 2, axis=1)
     reference = gate / (1 + np.exp(-gate)) * up * 2.0**-4
-    assert relative_error(fused.gemm_swiglu(a, weight, 2.0**-4, turned), reference) < TOLERANCE[dtype]
+    assert relative_error(fused.gemm_swiglu(a, weight, 2.0**-4, turned, cluster), reference) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -79,13 +83,13 @@ def test_gemm_swiglu(fused, rng, dtype, m, k, n, turned):
     ("m", "k", "heads", "kv_heads"), [(1, 64, 1, 1), (129, 200, 3, 3), (300, 384, 4, 2), (385, 128, 2, 1)]
 )
 @pytest.mark.parametrize("normed", [True, False])
-@pytest.mark.parametrize("turned", [True, False])
-def test_gemm_qk_norm_rope(fused, rng, dtype, m, k, heads, kv_heads, normed, turned):
+@pytest.mark.parametrize(("turned", "cluster"), [(True, "any"), (False, "any"), (True, "square")])
+def test_gemm_qk_norm_rope(fused, rng, dtype, m, k, heads, kv_heads, normed, turned, cluster):
     a, weight, product = operands(rng, dtype, m, k, (heads + 2 * kv_heads) * 128, turned)
     angles = rng.uniform(0, 7, (m, 64))
     cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
     q_weight, k_weight = (f32(rng, 128), f32(rng, 128)) if normed else (None, None)
-    out = fused.gemm_qk_norm_rope(a, weight, q_weight, k_weight, cos, sin, heads, kv_heads, 1e-5, turned)
+    out = fused.gemm_qk_norm_rope(a, weight, q_weight, k_weight, cos, sin, heads, kv_heads, 1e-5, turned, cluster)
     reference = product.reshape(m, -1, 128).copy()
     for head in range(heads + kv_heads):
         x = reference[:, head]
@@ -96,11 +100,12 @@ def test_gemm_qk_norm_rope(fused, rng, dtype, m, k, heads, kv_heads, normed, tur
     assert relative_error(out, reference.reshape(m, -1)) < TOLERANCE[dtype]
 
 
-def test_fused_products_are_the_same_every_time(fused, rng):
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_fused_products_are_the_same_every_time(fused, rng, cluster):
     a, weight, _ = operands(rng, "bfloat16", 1000, 768, 2048)
-    first = fused.gemm_swiglu(a, weight, 1.0)
+    first = fused.gemm_swiglu(a, weight, 1.0, cluster=cluster)
     for _ in range(3):
-        assert (fused.gemm_swiglu(a, weight, 1.0) == first).all()
+        assert (fused.gemm_swiglu(a, weight, 1.0, cluster=cluster) == first).all()
 
 
 def test_fused_products_refuse_odd_sizes(fused, rng):

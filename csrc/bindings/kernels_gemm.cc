@@ -25,13 +25,23 @@ Gemm& library_gemm(const std::string& library) {
   return *gemm;
 }
 
+ClusterShape cluster_named(const std::string& name) {
+  if (name == "tall") return ClusterShape::kTall;
+  if (name == "wide") return ClusterShape::kWide;
+  if (name == "square") return ClusterShape::kSquare;
+  if (name == "any") return ClusterShape::kAny;
+  throw std::invalid_argument("cluster: expected any, tall, wide or square, got " + name);
+}
+
 // a [m, k] and a weight [k, n], or [n, k] where it is turned.
 struct Operands {
   DeviceArray a, weight;
   bool turned;
+  ClusterShape cluster;
 
-  Operands(const py::array& left, const py::array& right, bool is_turned)
-      : a(left), weight(right), turned(is_turned) {}
+  Operands(const py::array& left, const py::array& right, bool is_turned,
+           const std::string& cluster_name = "any")
+      : a(left), weight(right), turned(is_turned), cluster(cluster_named(cluster_name)) {}
   int m() const { return rows_of(a); }
   int n() const { return turned ? rows_of(weight) : columns_of(weight); }
   int k() const { return columns_of(a); }
@@ -55,7 +65,7 @@ struct Operands {
       return buffer;
     }();
     return {a.data(), weight.data(), out.data(),       a.dtype(), m(),
-            n(),      k(),           workspace.data(), turned};
+            n(),      k(),           workspace.data(), turned,    cluster};
   }
 };
 
@@ -73,15 +83,17 @@ py::array run_gemm(const std::string& library, const py::array& a, const py::arr
   return out.download();
 }
 
-py::array run_gemm_scaled(const py::array& a, const py::array& weight, float alpha, bool turned) {
-  const Operands in(a, weight, turned);
+py::array run_gemm_scaled(const py::array& a, const py::array& weight, float alpha, bool turned,
+                          const std::string& cluster) {
+  const Operands in(a, weight, turned, cluster);
   const DeviceArray out = in.output(in.n(), in.a.dtype());
   gemm_scaled(in.fused(out), alpha, nullptr);
   return out.download();
 }
 
-py::array run_gemm_swiglu(const py::array& a, const py::array& weight, float scale, bool turned) {
-  const Operands in(a, weight, turned);
+py::array run_gemm_swiglu(const py::array& a, const py::array& weight, float scale, bool turned,
+                          const std::string& cluster) {
+  const Operands in(a, weight, turned, cluster);
   const DeviceArray out = in.output(in.n() / 2, in.a.dtype());
   gemm_swiglu(in.fused(out), scale, nullptr);
   return out.download();
@@ -91,8 +103,8 @@ py::array run_gemm_qk_norm_rope(const py::array& a, const py::array& weight,
                                 const std::optional<py::array>& q_weight,
                                 const std::optional<py::array>& k_weight, const py::array& cos,
                                 const py::array& sin, int q_heads, int k_heads, float eps,
-                                bool turned) {
-  const Operands in(a, weight, turned);
+                                bool turned, const std::string& cluster) {
+  const Operands in(a, weight, turned, cluster);
   const DeviceArray c(cos), s(sin), out = in.output(in.n(), in.a.dtype());
   std::optional<DeviceArray> q, k;
   if (q_weight) q.emplace(*q_weight);
@@ -110,8 +122,9 @@ py::array run_gemm_qk_norm_rope(const py::array& a, const py::array& weight,
 std::map<std::string, std::vector<float>> time_gemm(const std::string& library, const py::array& a,
                                                     const py::array& weight,
                                                     const std::string& what, int heads, int repeats,
-                                                    int burst, bool turned) {
-  const Operands in(a, weight, turned);
+                                                    int burst, bool turned,
+                                                    const std::string& cluster) {
+  const Operands in(a, weight, turned, cluster);
   const int rows = in.m(), columns = in.n();
   const DType type = in.a.dtype();
   const DeviceArray wide = in.output(columns, type), hidden = in.output(columns / 2, type);
@@ -167,16 +180,19 @@ std::map<std::string, std::vector<float>> time_gemm(const std::string& library, 
 
 void bind_gemm(py::module_& m) {
   const auto turned = py::arg("turned") = false;
+  const auto cluster = py::arg("cluster") = "any";
   m.def("gemm", &run_gemm, py::arg("library"), py::arg("a"), py::arg("weight"), py::arg("bias"),
         py::arg("alpha"), py::arg("out_type"), turned);
   m.def("fused_gemm_runs_here", &fused_gemm_runs_here);
-  m.def("gemm_scaled", &run_gemm_scaled, py::arg("a"), py::arg("weight"), py::arg("alpha"), turned);
-  m.def("gemm_swiglu", &run_gemm_swiglu, py::arg("a"), py::arg("weight"), py::arg("scale"), turned);
+  m.def("gemm_scaled", &run_gemm_scaled, py::arg("a"), py::arg("weight"), py::arg("alpha"), turned,
+        cluster);
+  m.def("gemm_swiglu", &run_gemm_swiglu, py::arg("a"), py::arg("weight"), py::arg("scale"), turned,
+        cluster);
   m.def("gemm_qk_norm_rope", &run_gemm_qk_norm_rope, py::arg("a"), py::arg("weight"),
         py::arg("q_weight"), py::arg("k_weight"), py::arg("cos"), py::arg("sin"),
-        py::arg("q_heads"), py::arg("k_heads"), py::arg("eps"), turned);
+        py::arg("q_heads"), py::arg("k_heads"), py::arg("eps"), turned, cluster);
   m.def("time_gemm", &time_gemm, py::arg("library"), py::arg("a"), py::arg("weight"),
-        py::arg("what"), py::arg("heads"), py::arg("repeats"), py::arg("burst"), turned);
+        py::arg("what"), py::arg("heads"), py::arg("repeats"), py::arg("burst"), turned, cluster);
 }
 
 }  // namespace zimage_rt

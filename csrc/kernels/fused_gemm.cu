@@ -18,7 +18,7 @@ namespace {
 using namespace fused_gemm_detail;
 
 // A block makes 128 x 256 of the product: one warpgroup feeds shared memory, two multiply 64 rows
-// each. Two blocks are a cluster that shares the tiles of the matrix they have in common.
+// each. Two or four blocks are a cluster that shares the tiles of the matrices they have in common.
 constexpr int kRows = 128, kColumns = 256, kDepth = 64;
 constexpr int kBox = 64;  // numbers side by side in shared memory: 128 bytes, the widest swizzle
 constexpr int kBoxBytes = kBox * kBox * 2;
@@ -31,7 +31,6 @@ constexpr int kStages = 4;
 constexpr int kBandRows = 16;
 constexpr int kMultipliers = kRows / 64;
 constexpr int kThreads = 128 * (1 + kMultipliers);
-constexpr int kCluster = 2;
 // Flags of up to 1024 blocks, before the sums of cut tiles.
 constexpr std::size_t kFlagBytes = 1024 * kMultipliers * sizeof(unsigned);
 // The swizzle repeats every 1024 bytes: stages must lie on them.
@@ -92,11 +91,11 @@ class Share {
   int step_, tile_, at_, end_;
 };
 
-// kPairRows: the blocks of a cluster stand above one another and share the weight's tile; otherwise
-// they stand side by side and share that of `a`. Tiles are walked down the rows first, so that the
-// weight is read once and `a` stays in the cache.
-template <typename T, typename Epilogue, bool kPairRows, bool kTurned>
-__global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
+// A cluster is kTall blocks above one another, which share the weight's tile, times kWide side by
+// side, which share that of `a`: each brings its part of a shared tile for all of them. Tiles are
+// walked down the rows first, so that the weight is read once and `a` stays in the cache.
+template <typename T, typename Epilogue, int kTall, int kWide, bool kTurned>
+__global__ void __cluster_dims__(kTall* kWide, 1, 1) __launch_bounds__(kThreads, 1)
     fused_gemm_kernel(const __grid_constant__ CUtensorMap a_map,
                       const __grid_constant__ CUtensorMap b_map, const Problem problem,
                       const Epilogue epilogue) {
@@ -104,12 +103,16 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
   extern __shared__ std::byte shared[];
   const std::uint32_t stages = (shared_address(shared) + 1023) & ~1023u;
   const std::uint32_t full = stages + kStages * kStageBytes, empty = full + kStages * 8;
-  const std::uint32_t rank = cluster_rank();
+  constexpr int kCluster = kTall * kWide;
+  // Blocks that bring something here, and to which this one brings something: itself, those above
+  // and below and those beside it.
+  constexpr int kPartners = kTall + kWide - 1;
+  const int rank = static_cast<int>(cluster_rank()), above = rank / kWide, beside = rank % kWide;
   const int group = threadIdx.x / 128;
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
       barrier_init(full + 8 * i, 1);
-      barrier_init(empty + 8 * i, kCluster * kMultipliers);
+      barrier_init(empty + 8 * i, kPartners * kMultipliers);
     }
     fence_barrier_init();
     prefetch_map(&a_map);
@@ -124,9 +127,8 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
     const int height = min(problem.band, problem.row_steps - band * problem.band);
     const int step = tile - band * problem.band * problem.column_steps;
     const int row_step = band * problem.band + step % height, column_step = step / height;
-    row = kRows * (kPairRows ? kCluster * row_step + static_cast<int>(rank) : row_step);
-    column =
-        problem.step * (kPairRows ? column_step : kCluster * column_step + static_cast<int>(rank));
+    row = kRows * (kTall * row_step + above);
+    column = problem.step * (kWide * column_step + beside);
   };
   Share share(problem, cluster, clusters);
   Piece piece;
@@ -134,7 +136,9 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
   if (group == 0) {
     give_registers<40>();
     if (threadIdx.x == 0) {
-      constexpr std::uint16_t kBoth = (1 << kCluster) - 1;
+      std::uint16_t whole_row = 0, whole_column = 0;  // of the cluster, as masks
+      for (int i = 0; i < kWide; ++i) whole_row |= 1u << (above * kWide + i);
+      for (int i = 0; i < kTall; ++i) whole_column |= 1u << (i * kWide + beside);
       std::uint32_t stage = 0, parity = 1;
       while (share.next(piece)) {
         int row, column;
@@ -151,17 +155,19 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
           const std::uint32_t a = stages + stage * kStageBytes, b = a + kABoxes * kBoxBytes;
           barrier_expect(barrier, kStageBytes);
           int x, y, z;
-          if (kPairRows) {
+          if (kWide == 1)
             copy_box(a, &a_map, k * kDepth, row, 0, barrier);
-            half_at(rank, k, x, y, z);
-            copy_box_to(b + rank * kHalfBytes, &b_map, x, y, z, barrier, kBoth);
-          } else {
-            copy_box_to(a + rank * kBoxBytes, &a_map, k * kDepth, row + rank * kBox, 0, barrier,
-                        kBoth);
-            for (int half = 0; half < 2; ++half) {
-              half_at(half, k, x, y, z);
-              copy_box(b + half * kHalfBytes, &b_map, x, y, z, barrier);
-            }
+          else
+            copy_box_to(a + beside * kBoxBytes, &a_map, k * kDepth, row + beside * kBox, 0, barrier,
+                        whole_row);
+          for (int half = 0; half < 2; ++half) {
+            if (kTall == 2 && half != above) continue;
+            half_at(half, k, x, y, z);
+            const std::uint32_t to = b + half * kHalfBytes;
+            if (kTall == 1)
+              copy_box(to, &b_map, x, y, z, barrier);
+            else
+              copy_box_to(to, &b_map, x, y, z, barrier, whole_column);
           }
           if (++stage == kStages) stage = 0, parity ^= 1;
         }
@@ -178,7 +184,11 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
     float sums[128];
     std::uint32_t stage = 0, parity = 0;
     const auto release = [&](std::uint32_t which) {
-      if (in_group < kCluster) barrier_arrive_at(empty + 8 * which, in_group);
+      if (in_group >= kPartners) return;
+      const int other = in_group - kWide;  // of the rows that are not this block's
+      const int partner =
+          in_group < kWide ? above * kWide + in_group : (other + (other >= above)) * kWide + beside;
+      barrier_arrive_at(empty + 8 * which, partner);
     };
     const auto slot = [&](int of) { return (kCluster * of + rank) * kMultipliers + group - 1; };
     const auto partials = [&](int of) {
@@ -286,9 +296,10 @@ CUtensorMap tensor_map(const void* data, DType type, int rows, int columns, int 
 
 // How many clusters of a kernel run at once on the current device. Cut tiles wait for one another:
 // no cluster may be left for later.
-template <typename T, bool kPairRows, bool kTurned, typename Epilogue>
+template <typename T, int kTall, int kWide, bool kTurned, typename Epilogue>
 int resident_clusters() {
-  const auto kernel = fused_gemm_kernel<T, Epilogue, kPairRows, kTurned>;
+  constexpr int kCluster = kTall * kWide;
+  const auto kernel = fused_gemm_kernel<T, Epilogue, kTall, kWide, kTurned>;
   static std::array<std::atomic<int>, 64> known{};
   int device = 0;
   ZRT_CUDA(cudaGetDevice(&device));
@@ -314,18 +325,17 @@ int resident_clusters() {
   return clusters.load();
 }
 
-template <typename T, bool kPairRows, bool kTurned, typename Epilogue>
+template <typename T, int kTall, int kWide, bool kTurned, typename Epilogue>
 void launch(const FusedGemm& args, Problem problem, const Epilogue& epilogue, cudaStream_t stream) {
-  const auto kernel = fused_gemm_kernel<T, Epilogue, kPairRows, kTurned>;
-  problem.row_steps = kPairRows ? ceil_div(problem.row_tiles, kCluster) : problem.row_tiles;
-  problem.column_steps =
-      kPairRows ? problem.column_tiles : ceil_div(problem.column_tiles, kCluster);
-  const int rows_at_once = kPairRows ? kBandRows / kCluster : kBandRows;
+  const auto kernel = fused_gemm_kernel<T, Epilogue, kTall, kWide, kTurned>;
+  problem.row_steps = ceil_div(problem.row_tiles, kTall);
+  problem.column_steps = ceil_div(problem.column_tiles, kWide);
+  const int rows_at_once = kBandRows / kTall;
   problem.band = ceil_div(problem.row_steps,
                           std::max(1, (problem.row_steps + rows_at_once / 2) / rows_at_once));
   const int tiles = problem.row_steps * problem.column_steps;
-  const int clusters =
-      std::min(tiles * problem.depth_tiles, resident_clusters<T, kPairRows, kTurned, Epilogue>());
+  const int clusters = std::min(tiles * problem.depth_tiles,
+                                resident_clusters<T, kTall, kWide, kTurned, Epilogue>());
   // Whole rounds are dealt out whole, but the last of them: it is cut with what remains.
   problem.whole_tiles =
       tiles % clusters == 0 ? tiles : std::max(0, tiles / clusters - 1) * clusters;
@@ -333,12 +343,19 @@ void launch(const FusedGemm& args, Problem problem, const Epilogue& epilogue, cu
   problem.flags = static_cast<unsigned*>(args.workspace);
   problem.partials =
       reinterpret_cast<float4*>(static_cast<std::byte*>(args.workspace) + kFlagBytes);
-  kernel<<<clusters * kCluster, kThreads, kSharedBytes, stream>>>(
-      tensor_map(args.a, args.type, args.m, args.k, kPairRows ? kRows : kBox, 1),
+  kernel<<<clusters * kTall * kWide, kThreads, kSharedBytes, stream>>>(
+      tensor_map(args.a, args.type, args.m, args.k, kWide == 1 ? kRows : kBox, 1),
       kTurned ? tensor_map(args.weight, args.type, args.n, args.k, kColumns / 2, 1)
               : tensor_map(args.weight, args.type, args.k, args.n, kDepth, kBBoxes / 2),
       problem, epilogue);
   ZRT_LAUNCHED();
+}
+
+// Where a side has an odd number of tiles, pairs along it leave half a cluster idle.
+ClusterShape best_cluster(const Problem& problem) {
+  const int tall = ceil_div(problem.row_tiles, 2) * problem.column_tiles;
+  const int wide = problem.row_tiles * ceil_div(problem.column_tiles, 2);
+  return tall <= wide ? ClusterShape::kTall : ClusterShape::kWide;
 }
 
 // `second`: see Problem; `step`: new columns a tile.
@@ -356,20 +373,23 @@ void dispatch(const FusedGemm& args, int second, int step, int columns, const Ep
   problem.column_tiles = ceil_div(columns, step);
   problem.second = second;
   problem.step = step;
-  // Where a side has an odd number of tiles, pairs along it leave half a cluster idle.
-  const int by_rows = ceil_div(problem.row_tiles, kCluster) * problem.column_tiles;
-  const int by_columns = problem.row_tiles * ceil_div(problem.column_tiles, kCluster);
-  const auto go = [&](auto pair_rows) {
-    constexpr bool kPairRows = decltype(pair_rows)::value;
+  const auto go = [&](auto tall, auto wide) {
+    constexpr int kTall = decltype(tall)::value, kWide = decltype(wide)::value;
     if (args.turned)
-      launch<T, kPairRows, true>(args, problem, epilogue, stream);
+      launch<T, kTall, kWide, true>(args, problem, epilogue, stream);
     else
-      launch<T, kPairRows, false>(args, problem, epilogue, stream);
+      launch<T, kTall, kWide, false>(args, problem, epilogue, stream);
   };
-  if (by_rows <= by_columns)
-    go(std::true_type{});
-  else
-    go(std::false_type{});
+  const std::integral_constant<int, 1> one;
+  const std::integral_constant<int, 2> two;
+  switch (args.cluster == ClusterShape::kAny ? best_cluster(problem) : args.cluster) {
+    case ClusterShape::kTall:
+      return go(two, one);
+    case ClusterShape::kWide:
+      return go(one, two);
+    default:
+      return go(two, two);
+  }
 }
 
 }  // namespace
@@ -389,7 +409,7 @@ bool fused_gemm_runs_here() {
   if (major != 9 || minor != 0) return false;
   cudaFuncAttributes attributes;
   ZRT_CUDA(
-      cudaFuncGetAttributes(&attributes, fused_gemm_kernel<__half, Scaled<__half>, true, false>));
+      cudaFuncGetAttributes(&attributes, fused_gemm_kernel<__half, Scaled<__half>, 2, 1, false>));
   return attributes.binaryVersion == 90;
 }
 

@@ -17,6 +17,9 @@ bool fused_gemm_runs_here();
 // Of the workspace that products on one stream share; zeros before the first of them.
 std::size_t fused_gemm_workspace_bytes();
 
+// How the blocks that share tiles stand: two above one another, two side by side, or four.
+enum class ClusterShape { kAny, kTall, kWide, kSquare };
+
 // a [m, k] · weight [k, n], both row-major; a turned weight lies as [n, k].
 struct FusedGemm {
   const void* a;
@@ -28,6 +31,7 @@ struct FusedGemm {
   int k;  // a multiple of 8
   void* workspace;
   bool turned;
+  ClusterShape cluster = ClusterShape::kAny;  // any: the fastest known
 };
 
 // out [m, n] = alpha * product.

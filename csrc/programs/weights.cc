@@ -144,9 +144,8 @@ Uploader::Part Weights::part(const Place& place, std::byte* device) const {
 // Tensors from the file to their places on the device; turned ones by way of memory of their own.
 void Weights::copy(std::vector<const Place*> places, std::byte* device) const {
   // In the file's order, as disks like it.
-  std::sort(places.begin(), places.end(), [](const Place* a, const Place* b) {
-    return a->entry.offset < b->entry.offset;
-  });
+  std::sort(places.begin(), places.end(),
+            [](const Place* a, const Place* b) { return a->entry.offset < b->entry.offset; });
   std::vector<Uploader::Part> parts;
   std::vector<const Place*> turned;
   for (const Place* const place : places)
@@ -234,9 +233,9 @@ void Weights::update(const Place& place, const LowRank& change, const float* dow
   args.overflow = overflow;
   if (place.turned) {
     // The transpose of downᵀ @ up is upᵀ @ down, and the columns are rows.
-    args.matrix = static_cast<std::byte*>(args.matrix) +
-                  static_cast<std::size_t>(change.first_column) * change.rows *
-                      size_of(place.entry.dtype);
+    args.matrix =
+        static_cast<std::byte*>(args.matrix) +
+        static_cast<std::size_t>(change.first_column) * change.rows * size_of(place.entry.dtype);
     args.rows = change.columns, args.columns = change.rows;
     args.stride = change.rows;
     args.down = up, args.up = down;

@@ -18,8 +18,8 @@ void paste(const std::uint8_t* drawn, const std::uint8_t* original, const std::u
       continue;
     }
     for (std::size_t i = first; i < last; ++i)
-      out[i] = static_cast<std::uint8_t>(
-          (drawn[i] * weight + original[i] * (255 - weight) + 127) / 255);
+      out[i] =
+          static_cast<std::uint8_t>((drawn[i] * weight + original[i] * (255 - weight) + 127) / 255);
   }
 }
 
