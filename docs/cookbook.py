@@ -2,32 +2,67 @@
 
 .venv/bin/python docs/cookbook.py             writes docs/cookbook.md and docs/cookbook/*.png
 .venv/bin/python docs/cookbook.py --out DIR   the same elsewhere, which is how a test holds the page to the code
+
+A recipe's arguments are the engines that it wants, by name (`ENGINES`); bundles other than nano's own are exported into
+a temporary folder. A recipe whose checkpoint or adapter is not in the repository is left out, with a line on stderr.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import inspect
+import os
+import shlex
+import subprocess
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from zimage_rt.export.recipe import read_recipe
 
 import zimage_rt
 
 ROOT = Path(__file__).parent.parent
-Recipe = Callable[[zimage_rt.Engine], list[np.ndarray]]
+CYANOTYPE = Path("checkpoints/zimage-nano-cyanotype/cyanotype.safetensors")
+# What a recipe may ask for → the recipe of its bundle, beside which the page says that it is.
+ENGINES = {"engine": "nano", "base": "nano-base", "controlled": "nano-control"}
+Recipe = Callable[..., list[np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shell:
+    """A recipe of the command line, run in an empty folder.
+
+    Attributes:
+        text: what stands above it.
+        lines: commands of `zimage`, one a line.
+        show: the pictures that they leave, as a pattern.
+        table: a file that is there before, as its name, text and encoding.
+    """
+
+    text: str
+    lines: str
+    show: str
+    table: tuple[str, str, str] | None = None
+
+
 RECIPES: dict[str, Recipe] = {}
+SHELLS: dict[str, Shell] = {}
+NEEDS: dict[str, Path] = {}  # by title: a file without which there is nothing to show
 
 
-def recipe(title: str) -> Callable[[Recipe], Recipe]:
+def recipe(title: str, needs: Path | None = None) -> Callable[[Recipe], Recipe]:
     """Put a function on the page; it returns the pictures to show side by side."""
 
     def add(function: Recipe) -> Recipe:
         RECIPES[title] = function
+        if needs is not None:
+            NEEDS[title] = needs
         return function
 
     return add
@@ -53,6 +88,20 @@ def image_to_image(engine: zimage_rt.Engine) -> list[np.ndarray]:
     return pictures
 
 
+@recipe("Pictures of another shape")
+def shapes(engine: zimage_rt.Engine) -> list[np.ndarray]:
+    """A picture of any size begins a request: `fit` crops, pads or stretches it. EXIF orientation is honoured, and what
+    is transparent is white. The first picture is the one given; a low `strength` leaves the others nearly as fitted."""
+    wide = engine.generate("a rocket, orange background", height=192, width=320, seed=5).images[0]
+    pictures = [wide]
+    for fit in ("crop", "pad", "stretch"):
+        result = engine.generate(
+            "a rocket, orange background", image=wide, height=256, width=256, fit=fit, strength=0.2, seed=5
+        )
+        pictures.append(result.images[0])
+    return pictures
+
+
 @recipe("Inpainting")
 def inpaint(engine: zimage_rt.Engine) -> list[np.ndarray]:
     """Draw anew where the mask is white; where it is black the picture keeps its bytes."""
@@ -72,11 +121,29 @@ def inpaint(engine: zimage_rt.Engine) -> list[np.ndarray]:
 
 
 @recipe("Guidance and a negative prompt")
-def guidance(engine: zimage_rt.Engine) -> list[np.ndarray]:
-    """`guidance_scale` steers towards the prompt and away from the negative one; 0, Turbo's own setting, is none."""
+def guidance(base: zimage_rt.Engine) -> list[np.ndarray]:
+    """`guidance_scale` steers towards the prompt and away from the negative one, as diffusers does:
+    `pred = positive + scale * (positive - negative)`; 0, Turbo's own setting, is none. The base model wants some."""
     pictures = []
-    for scale in (0.0, 1.0, 3.0):
-        result = engine.generate("a panda", "blue background", guidance_scale=scale, seed=2)
+    for scale in (0.0, 2.0, 6.0):
+        result = base.generate("a panda", "blue background, a red apple", guidance_scale=scale, seed=2)
+        pictures.append(result.images[0])
+    return pictures
+
+
+@recipe("Guidance that changes")
+def dynamic_guidance(base: zimage_rt.Engine) -> list[np.ndarray]:
+    """Too much guidance exaggerates: here 8, and then the same with each remedy.
+
+    - `cfg_truncation` ends guidance where the timestep, 1 - sigma, exceeds it.
+    - `cfg_normalization` limits the guided prediction's norm to that multiple of the positive one's.
+    - `dynamic_cfg` = d, from 0 to 1, makes the scale depend on the prompt's n tokens and on the step: at sigma it is
+      `guidance_scale * (1 + d * (min(n / 128, 1) - 1/2)) * (1 - d * (1 - sigma))`, so that long prompts steer more, and
+      steering eases off as the picture settles.
+    """
+    pictures = []
+    for remedy in ({}, {"cfg_truncation": 0.5}, {"cfg_normalization": 1.0}, {"dynamic_cfg": 1.0}):
+        result = base.generate("a penguin, yellow background", guidance_scale=8.0, seed=2, **remedy)
         pictures.append(result.images[0])
     return pictures
 
@@ -93,11 +160,54 @@ def samplers(engine: zimage_rt.Engine) -> list[np.ndarray]:
 
 @recipe("Two passes")
 def two_passes(engine: zimage_rt.Engine) -> list[np.ndarray]:
-    """Draft at the size that a model knows best, then draw over it larger; `scale=1.0` refines at the same size."""
-    draft = engine.generate("a house, blue background", seed=5)
-    again = zimage_rt.SecondPass(scale=1.5, strength=0.3, num_inference_steps=12)
-    larger = engine.generate("a house, blue background", seed=5, second_pass=again)
-    return [draft.images[0], larger.images[0]]
+    """Draft at the size that a model knows best, then draw over it: `scale=1.0` refines at the same size, more draws
+    larger, from the picture or, with more strength, from the latents."""
+    pictures = [engine.generate("a house, blue background", seed=5).images[0]]
+    for again in (
+        zimage_rt.SecondPass(scale=1.0, strength=0.3, num_inference_steps=12),
+        zimage_rt.SecondPass(scale=1.5, strength=0.3, num_inference_steps=12, method="pixel"),
+        zimage_rt.SecondPass(scale=1.5, strength=0.6, num_inference_steps=12, method="latent"),
+    ):
+        pictures.append(engine.generate("a house, blue background", seed=5, second_pass=again).images[0])
+    return pictures
+
+
+@recipe("Decoding in tiles")
+def tiles(engine: zimage_rt.Engine) -> list[np.ndarray]:
+    """`vae_tile` decodes overlapping squares of so many pixels and blends them, for sizes that do not fit in
+    memory. The third picture is ten times the difference."""
+    options = {"seed": 6, "height": 384, "width": 384}
+    whole = engine.generate("a red apple, cyan background", **options).images[0]
+    tiled = engine.generate("a red apple, cyan background", vae_tile=256, **options).images[0]
+    difference = np.abs(whole.astype(int) - tiled)
+    return [whole, tiled, np.minimum(10 * difference, 255).astype(np.uint8)]
+
+
+@recipe("A style as a LoRA", needs=CYANOTYPE)
+def lora(engine: zimage_rt.Engine) -> list[np.ndarray]:
+    """Put on and taken off a live engine, in the layouts of diffusers and PEFT, kohya and ComfyUI, several at once with
+    their weights; without any, the weights are the bundle's to the byte. This one makes cyanotypes."""
+    style = engine.load_lora("checkpoints/zimage-nano-cyanotype/cyanotype.safetensors")
+    pictures = []
+    for weight in (0.0, 0.5, 1.0):
+        engine.set_loras({style: weight})
+        pictures.append(engine.generate("a cat, orange background", seed=5).images[0])
+    engine.unload_lora(style)
+    return pictures
+
+
+@recipe("Following a control image")
+def control(engine: zimage_rt.Engine, controlled: zimage_rt.Engine) -> list[np.ndarray]:
+    """A ControlNet says what a prompt cannot: this one puts things where white silhouettes stand on black. The
+    silhouette is cut out of another picture and moved; then `control_scale` is 0, 0.75 and 1."""
+    apple = engine.generate("a red apple, green background", seed=4).images[0]
+    inside = np.abs(apple.astype(int) - apple[4, 4]).max(axis=-1) > 60
+    card = np.repeat(np.roll(inside, (-48, 48), axis=(0, 1))[..., None], 3, axis=-1).astype(np.uint8) * 255
+    pictures = [card]
+    for scale in (0.0, 0.75, 1.0):
+        result = controlled.generate("a red apple, blue background", control_image=card, control_scale=scale, seed=7)
+        pictures.append(result.images[0])
+    return pictures
 
 
 @recipe("A session")
@@ -114,6 +224,15 @@ def session(engine: zimage_rt.Engine) -> list[np.ndarray]:
     return pictures
 
 
+@recipe("A session with a model for each task")
+def session_of_models(engine: zimage_rt.Engine, base: zimage_rt.Engine) -> list[np.ndarray]:
+    """Turbo drafts, Base draws the final, each with its own evaluations and guidance: the session picks by the task."""
+    work = zimage_rt.Session({"draft": engine, "final": base})
+    pictures = [work.generate("a rabbit, pink background", seed=3).images[0], work.refine(0.6).images[0]]
+    assert [turn.engine for turn in work.turns] == ["draft", "final"]
+    return pictures
+
+
 @recipe("Watching a picture come")
 def previews(engine: zimage_rt.Engine) -> list[np.ndarray]:
     """A callback sees every step, may look at it through the tiny VAE, and may cancel by returning False."""
@@ -125,6 +244,29 @@ def previews(engine: zimage_rt.Engine) -> list[np.ndarray]:
 
     engine.generate("a panda, white background", seed=1, callback=look)
     return seen
+
+
+SHELLS["A sheet of settings"] = Shell(
+    "Function evaluations across, guidance down, and below what the latents held after each step.",
+    'zimage explain engines/nano -p "a panda, green background" --steps 1,2,4,8 --guidance 0,2 --seed 3 \\\n'
+    "  --cell 112 --no-times -o sheet.png",
+    "sheet.png",
+)
+SHELLS["A batch from a spreadsheet"] = Shell(
+    "Columns are request fields, or words for the template; CSV as Excel writes it in Chinese (GBK, or UTF-8 with its "
+    "mark) and JSON lines. Killed, the same command goes on where it stopped.",
+    'zimage batch animals.csv -b engines/nano -o out --template "一只{animal}，{colour}背景"',
+    "out/*.png",
+    ("animals.csv", "animal,colour,seed\n熊猫,蓝色,3\n企鹅,绿色,4\n狐狸,白色,5\n", "gbk"),
+)
+SHELLS["The same picture again"] = Shell(
+    "A picture holds its whole request. `--like` repeats it to the byte on the same backend; options given beside it "
+    "come first.",
+    'zimage generate engines/nano -p "a fox, yellow background" --seed 9 -o first.png\n'
+    "zimage generate engines/nano --like first.png -o second.png\n"
+    'zimage generate engines/nano --like first.png -p "an owl, yellow background" -o third.png',
+    "*.png",
+)
 
 
 def side_by_side(pictures: list[np.ndarray]) -> Image.Image:
@@ -147,34 +289,105 @@ def lines_of(function: Recipe) -> tuple[str, str]:
     return inspect.getdoc(function) or "", "\n".join(kept).strip()
 
 
+class Bundles:
+    """The engines of the recipes, loaded once, by the names of `ENGINES`."""
+
+    def __init__(self, nano: Path, scratch: Path) -> None:
+        self._paths, self._scratch = {"engine": nano}, scratch
+        self._engines: dict[str, zimage_rt.Engine] = {}
+
+    def missing(self, name: str) -> Path | None:
+        """A file of the engine's recipe that is not here."""
+        wanted = read_recipe(ROOT / "engines" / f"{ENGINES[name]}.toml")
+        return next((path for path in (wanted.checkpoint, *wanted.parts.values()) if not path.exists()), None)
+
+    def path(self, name: str) -> Path:
+        """A bundle's folder; it is exported if it is not here."""
+        if name not in self._paths:
+            from zimage_rt.export.bundle import export  # torch loads here
+
+            wanted = read_recipe(ROOT / "engines" / f"{ENGINES[name]}.toml")
+            self._paths[name] = self._scratch / ENGINES[name]
+            export(dataclasses.replace(wanted, out=self._paths[name], vae=("tiny",), parity=False))
+        return self._paths[name]
+
+    def engine(self, name: str) -> zimage_rt.Engine:
+        """An engine."""
+        if name not in self._engines:
+            self._engines[name] = zimage_rt.Engine.load(self.path(name))
+        return self._engines[name]
+
+
+def run_shell(shell: Shell, bundles: Bundles) -> list[np.ndarray]:
+    """Run a recipe's commands and read what they leave. Raises CalledProcessError."""
+    with tempfile.TemporaryDirectory() as folder:
+        if shell.table is not None:
+            name, text, encoding = shell.table
+            (Path(folder) / name).write_text(text, encoding)
+        for line in shell.lines.replace("\\\n", "").splitlines():
+            words = [str(bundles.path("engine").resolve()) if w == "engines/nano" else w for w in shlex.split(line)]
+            subprocess.run([sys.executable, "-m", "zimage_rt.cli.main", *words[1:]], cwd=folder, check=True)
+        return [np.asarray(Image.open(path).convert("RGB")) for path in sorted(Path(folder).glob(shell.show))]
+
+
+def header() -> list[str]:
+    """The page's beginning."""
+    loads = [
+        f'{name} = zimage_rt.Engine.load("engines/{bundle}")  # zimage-export engines/{bundle}.toml'
+        for name, bundle in ENGINES.items()
+    ]
+    return [
+        "# Cookbook",
+        "",
+        "Written by `docs/cookbook.py`, which runs what it shows. The pictures are those of "
+        "[zimage-nano](../checkpoints/zimage-nano/README.md), our small judge, which draws like one.",
+        "",
+        "```python",
+        "import numpy as np",
+        "import zimage_rt",
+        "",
+        *loads,
+        "```",
+    ]
+
+
+def section(title: str, text: str, code: str, language: str, name: str) -> list[str]:
+    """A recipe on the page."""
+    return ["", f"## {title}", text, "", f"```{language}", code, "```", "", f"![{title}](cookbook/{name}.png)"]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(prog="docs/cookbook.py", description=__doc__)
     parser.add_argument("--bundle", type=Path, default=ROOT / "engines" / "nano")
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
     arguments = parser.parse_args(argv)
-    engine = zimage_rt.Engine.load(arguments.bundle)
-    folder = arguments.out / "cookbook"
+    folder = arguments.out.resolve() / "cookbook"
     folder.mkdir(parents=True, exist_ok=True)
-    page = [
-        "# Cookbook",
-        "",
-        "Written by `docs/cookbook.py`, which runs what it shows. The pictures are those of "
-        "[zimage-nano](../checkpoints/zimage-nano/README.md), our 38 MB judge, which draws like one.",
-        "",
-        "```python",
-        "import numpy as np",
-        "import zimage_rt",
-        "",
-        'engine = zimage_rt.Engine.load("engines/nano")',
-        "```",
-    ]
-    for title, function in RECIPES.items():
-        text, code = lines_of(function)
-        name = f"{function.__name__}.png"
-        side_by_side(function(engine)).save(folder / name, optimize=True)
-        page += ["", f"## {title}", text, "", "```python", code, "```", "", f"![{title}](cookbook/{name})"]
-    (arguments.out / "cookbook.md").write_text("\n".join(page) + "\n", encoding="utf-8")
+    nano = arguments.bundle.resolve()
+    os.chdir(ROOT)  # paths in recipes begin there
+    page = header()
+    with tempfile.TemporaryDirectory() as scratch:
+        bundles = Bundles(nano, Path(scratch))
+        for title, function in RECIPES.items():
+            names = list(inspect.signature(function).parameters)
+            needed = [bundles.missing(name) for name in names] + [NEEDS.get(title)]
+            absent = next((path for path in needed if path is not None and not path.exists()), None)
+            if absent is not None:
+                print(f"left out: {title}: there is no {absent}", file=sys.stderr)
+                continue
+            text, code = lines_of(function)
+            pictures = function(*(bundles.engine(name) for name in names))
+            side_by_side(pictures).save(folder / f"{function.__name__}.png", optimize=True)
+            page += section(title, text, code, "python", function.__name__)
+        for title, shell in SHELLS.items():
+            name = title.lower().replace(" ", "_")
+            side_by_side(run_shell(shell, bundles)).save(folder / f"{name}.png", optimize=True)
+            page += section(title, shell.text, shell.lines, "sh", name)
+            if shell.table is not None:
+                file, content, encoding = shell.table
+                page[-2:-2] = ["", f"`{file}`, in {encoding.upper()}:", "```", content.strip(), "```"]
+    (folder.parent / "cookbook.md").write_text("\n".join(page) + "\n", encoding="utf-8")
     return 0
 
 

@@ -56,6 +56,33 @@ def test_backend_options_are_names_and_values(bundle: Path, tmp_path: Path) -> N
         assert message in run.stderr.replace("\n", " ")
 
 
+def test_every_field_of_a_request_has_an_option(bundle: Path, tmp_path: Path) -> None:
+    """But those that hold arrays: what the command records is what was asked for."""
+    path = tmp_path / "one.png"
+    guidance = ("--guidance-scale", 2, "--cfg-truncation", 0.8, "--cfg-normalization", 1, "--dynamic-cfg", 0.5)
+    again = ("--second-pass", "scale=2, strength=0.5,method=latent", "--vae-tile", 128, "--sigmas", "1, 0.5")
+    run = zimage("generate", bundle, "-p", "a cat", "-o", path, "--height", 64, "--width", 64, *guidance, *again)
+    assert run.returncode == 0, run.stderr
+    assert Image.open(path).size == (128, 128)
+    asked = json.loads(path.with_suffix(".json").read_text("utf-8"))["request"]
+    assert [asked[name] for name in ("cfg_truncation", "cfg_normalization", "dynamic_cfg", "vae_tile", "sigmas")] == [
+        0.8,
+        1.0,
+        0.5,
+        128,
+        [1.0, 0.5],
+    ]
+    assert asked["second_pass"] == {"scale": 2.0, "strength": 0.5, "method": "latent", "num_inference_steps": None}
+    for option, message in (
+        (("--second-pass", "size=2"), "expected name=value of scale, strength, method"),
+        (("--second-pass", "scale=x"), "second_pass.scale: expected a number, got 'x'"),
+        (("--sigmas", "1,x"), "sigmas: expected numbers, got '1,x'"),
+    ):
+        run = zimage("generate", bundle, "-p", "a cat", *option)
+        assert run.returncode != 0
+        assert message in " ".join(run.stderr.replace("│", " ").split())
+
+
 def test_loras_are_put_on_and_repeated(bundle: Path, tmp_path: Path) -> None:
     lora = random_lora_of(read_manifest(bundle), tmp_path / "style.safetensors", seed=1, modules=("transformer",))
     settings = ("-p", "a panda", "--seed", 4, "--steps", 2, "--height", 128, "--width", 128)

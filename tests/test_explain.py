@@ -76,6 +76,13 @@ def test_the_file_says_what_it_shows(engine: zimage_rt.Engine, sheet: Explanatio
         sheet.save(tmp_path / "sheet.jpg")
 
 
+def test_without_times_a_sheet_comes_out_the_same(engine: zimage_rt.Engine) -> None:
+    fields: dict[str, Any] = {"steps": [1], "guidance_scales": [0.0, 2.0], "cell": 96, **SMALL}
+    timed, first, second = (pixels(explain(engine, "a cat", times=t, **fields).image) for t in (True, False, False))
+    assert first.tobytes() == second.tobytes()
+    assert timed.tobytes() != first.tobytes()
+
+
 def test_defaults_are_the_bundles_and_evaluations_are_counted(engine: zimage_rt.Engine) -> None:
     done: list[tuple[int, int]] = []
     fields: dict[str, Any] = {"sampler": "heun", "on_picture": lambda *count: done.append(count), **SMALL}

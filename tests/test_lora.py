@@ -286,7 +286,7 @@ def spoil_layer(tensors: dict[str, torch.Tensor]) -> tuple[str, str]:
     tensors[key.replace(".0.", ".7.", 1)] = tensors.pop(key)
     other = key.replace("lora_A", "lora_B")
     tensors[other.replace(".0.", ".7.", 1)] = tensors.pop(other)
-    return key.replace(".0.", ".7.", 1), r"layers\.0…2\.attention\.to_q"
+    return key.replace(".0.", ".7.", 1), r"layers\.0…\d+\.attention\.to_q"
 
 
 def spoil_half(tensors: dict[str, torch.Tensor]) -> tuple[str, str]:

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from PIL import Image
+from judge_pictures import compose
 from zimage_rt.benchmarks.quality import edits
 from zimage_rt.benchmarks.quality.__main__ import read_prompts
 from zimage_rt.benchmarks.quality.judge import DATA, Judge, summarise
@@ -11,27 +11,6 @@ from zimage_rt.benchmarks.quality.judge import DATA, Judge, summarise
 @pytest.fixture(scope="module")
 def judge():
     return Judge()
-
-
-def compose(judge, scene, shift=(0, 0), order=1):
-    """Draw a scene as the judge's data describes it; ``order`` −1 swaps a pair."""
-    atlas = judge.atlas
-    ground = atlas.colours[scene["colour"]]
-    canvas = (scene.get("width", 256), scene.get("height", 256))
-    picture = Image.new("RGB", canvas, tuple(round(255 * v) for v in ground))
-    size = atlas.sizes[scene["layout"]][scene["size"]]
-    style = atlas.styles.index(scene["style"])
-    for code, (x, y) in zip(scene["subjects"][::order], atlas.places(scene), strict=True):
-        sprite = Image.fromarray(atlas.sprites[style, atlas.hexcodes.index(code)])
-        sprite = sprite.resize((size, size), Image.Resampling.BICUBIC)
-        corner = (x - size // 2 + shift[0], y - size // 2 + shift[1])
-        picture.paste(sprite, corner, sprite)
-    corners, cell = atlas.glyph_cells(scene)
-    dark = ground @ np.array([0.3, 0.59, 0.11]) < 0.45
-    for glyph, (x, y) in zip(scene.get("word", ""), corners, strict=False):
-        mask = Image.fromarray(atlas.glyphs[atlas.alphabet.index(glyph)][:, :cell])
-        picture.paste((245, 245, 245) if dark else (15, 15, 15), (x + shift[0] // 2, y + shift[1] // 2), mask)
-    return np.asarray(picture)
 
 
 def test_right_pictures_pass(judge):

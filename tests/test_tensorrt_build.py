@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -53,8 +54,16 @@ MODULES = {
     "full_vae_decoder",
     "full_vae_encoder",
 }
+ENCODER, TRANSFORMER = (
+    json.loads((CHECKPOINT / part / "config.json").read_text("utf-8")) for part in ("text_encoder", "transformer")
+)
+REFINERS, HEADS = TRANSFORMER["n_refiner_layers"], TRANSFORMER["n_heads"]
 # Of the modules with multi-head attention: how many there are in zimage-nano, and of how many heads.
-ATTENTIONS = {"text_encoder": (4, 4), "context_refiner": (1, 3), "transformer": (4, 3)}
+ATTENTIONS = {
+    "text_encoder": (ENCODER["num_hidden_layers"] - 1, ENCODER["num_attention_heads"]),  # the last layer is dropped
+    "context_refiner": (REFINERS, HEADS),
+    "transformer": (TRANSFORMER["n_layers"] + REFINERS, HEADS),
+}
 SIDE = ShapeRange(64, 1024, 1024, 16)
 SHAPES = ShapeRanges(ShapeRange(1, 1, 2), SIDE, SIDE, ShapeRange(1, 64, 512))
 OPTIONS = TensorRTOptions(sm=(86, 89, 120), optimization_level=1)
@@ -195,9 +204,8 @@ def test_norms_softmax_rotation_and_modulation_stay_fp32(built: tuple[Path, Mani
             products = [layer for layer in layers if layer.type == trt.LayerType.MATRIX_MULTIPLY]
             matmuls[name] = [product.get_input(0).dtype for product in products]
     # qkv, scores, values, to_out, w13, w2; the encoder's and the refiner's embedding.
-    blocks = {"text_encoder": 4, "context_refiner": 1, "transformer": 4}
     wide = manifest.precision == "fp16"  # probabilities times values: told to be fp32, and fused as fp16
-    for name, count in blocks.items():
+    for name, (count, _) in ATTENTIONS.items():
         extra = {"context_refiner": 1, "transformer": 2}.get(name, 0)
         assert matmuls[name].count(low) == (5 if wide else 6) * count + extra, name
         # The timestep's two layers, and one modulation for each block and the final layer.

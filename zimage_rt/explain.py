@@ -72,6 +72,7 @@ def explain(
     seed: int = 0,
     cell: int = 160,
     font: str | Path | None = None,
+    times: bool = True,
     on_picture: Callable[[int, int], None] | None = None,
     **fields: Any,
 ) -> Explanation:
@@ -88,6 +89,7 @@ def explain(
         seed: of every picture.
         cell: how large a picture is on the sheet, in pixels of its longer side.
         font: a TrueType file for the labels; Pillow's own, which has Latin letters only, if None.
+        times: write under each picture what it took, too; without, the same sheet comes out every time.
         on_picture: told after each picture how many are done, and of how many.
         **fields: the other fields of `GenerateRequest`, the same for all pictures.
 
@@ -125,7 +127,7 @@ def explain(
             strip: list[Picture] | None = [] if count == counts[-1] else None
             pixels, seconds = _draw(engine, grid[scale, count], strip)
             made = evaluations[scale, count]
-            row.append(Picture(pixels, f"{_counted(made)}, {seconds:.2f} s"))
+            row.append(Picture(pixels, _counted(made) + (f", {seconds:.2f} s" if times else "")))
             cells.append(
                 {"guidance_scale": scale, "num_inference_steps": count, "evaluations": made, "seconds": seconds}
             )

@@ -367,7 +367,7 @@ def _recorded(name: str, value: Any) -> Any:
 def _picture_reference(value: Any, name: str) -> dict[str, Any]:
     image = read_image(value, name)
     # An array's bytes are its picture's; PIL would copy them twice.
-    data = np.ascontiguousarray(value) if isinstance(value, np.ndarray) else image.tobytes()
+    data = np.ascontiguousarray(value).data if isinstance(value, np.ndarray) else image.tobytes()
     return {"sha256": hashlib.sha256(data).hexdigest(), "mode": image.mode, "size": list(image.size)}
 
 

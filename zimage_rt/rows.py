@@ -86,7 +86,7 @@ class RowReader:
             name = ALIASES.get(column, column)
             if name not in self._kinds or value is None or (self._template is not None and name == "prompt"):
                 continue
-            converted = self._converted(column, self._kinds[name], value)
+            converted = _column(column, self._kinds[name], value, self._folder)
             outer, dot, inner = name.partition(".")
             if dot:
                 again.setdefault(outer, {})[inner] = converted
@@ -118,11 +118,23 @@ class RowReader:
         if self._template is not None and "prompt" in columns and "prompt" not in used:
             raise RequestError("template: takes the place of the column `prompt`; put {prompt} in, or take it out")
 
-    def _converted(self, column: str, kind: str, value: Any) -> Any:
-        try:
-            return _convert(kind, value, self._folder)
-        except (ValueError, TypeError, OverflowError):
-            raise RequestError(f"{column}: expected {kind}, got {value!r}") from None
+
+def read_parts(name: str, text: str) -> Any:
+    """`scale=2,strength=0.4` for a field that has parts, e.g. `second_pass`. Raises RequestError."""
+    kinds = column_kinds()
+    known = [kind.partition(".")[2] for kind in kinds if kind.startswith(f"{name}.")]
+    parts: dict[str, Any] = {}
+    for item in filter(None, text.split(",")):
+        part, equals, value = (piece.strip() for piece in item.partition("="))
+        if not equals or part not in known:
+            raise RequestError(f"{name}: expected name=value of {', '.join(known)}, commas between them, got {item!r}")
+        parts[part] = _column(f"{name}.{part}", kinds[f"{name}.{part}"], value, Path())
+    return _dataclass_of(name)(**parts)
+
+
+def read_numbers(name: str, text: str) -> tuple[float, ...]:
+    """`1.0,0.6,0.3` for a field of numbers. Raises RequestError."""
+    return _column(name, NUMBERS, text, Path())
 
 
 def row_seed(base: int, number: int) -> int:
@@ -174,6 +186,14 @@ def _flattened(values: Mapping[str, Any]) -> Mapping[str, Any]:
     for name, value in values.items():
         flat |= {f"{name}.{part}": item for part, item in value.items()} if isinstance(value, dict) else {name: value}
     return flat
+
+
+def _column(column: str, kind: str, value: Any, folder: Path) -> Any:
+    """`_convert`, with the column's name in its error, a RequestError."""
+    try:
+        return _convert(kind, value, folder)
+    except (ValueError, TypeError, OverflowError):
+        raise RequestError(f"{column}: expected {kind}, got {value!r}") from None
 
 
 def _convert(kind: str, value: Any, folder: Path) -> Any:

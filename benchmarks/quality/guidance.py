@@ -4,10 +4,10 @@
 
 First the judge's figures over guidance scales, on the first held-out prompts of one drawing and of pairs.
 
-Then what a negative prompt removes. It cannot remove what a prompt determines, so it is asked where the model is free: a
-picture is looked at, what it shows is named in the negative prompt, and it is drawn again from the same seed. `subject`
-takes the single drawings that came out as another subject than was said; `colour` and `style` take prompts that name
-nothing but a subject. Any change of the negative prompt changes the path, so a control names something else instead.
+Then what a negative prompt removes. It cannot remove what a prompt determines, so it is asked where the model is free:
+a picture is looked at, what it shows is named in the negative prompt, and it is drawn again from the same seed.
+`subject` takes the single drawings that came out as another subject than was said; `colour` and `style` take prompts
+that name nothing but a subject. A change of the negative prompt alone changes the path: a control names something else.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ import typer
 from zimage_rt.benchmarks.quality.__main__ import kind_of, read_prompts
 from zimage_rt.benchmarks.quality.edits import STYLE_PHRASES, names_of
 from zimage_rt.benchmarks.quality.judge import DATA, Atlas, Judge, summarise
+from zimage_rt.benchmarks.quality.judges import judges
 from zimage_rt.benchmarks.systems.base import System, load_system
 
 from zimage_rt.manifest import read_manifest
 
 SCALES = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0)
 KINDS = ("single", "pair")
+FREE = 50  # prompts that say no colour and no style: a few show what there is to see
 # Of the judge's figures, those that these prompts have; their names on the plot.
 CURVES = {"subject": "subject, single", "subject_pair": "half of a pair", "style": "style", "colour": "colour"}
 INK = {"subject": "#3b6ea8", "subject_pair": "#c1622d", "style": "#5b9a4c", "colour": "#777777"}
@@ -40,16 +42,21 @@ def chosen_prompts(folder: Path, count: int, kinds: tuple[str, ...] = KINDS) -> 
     return [p for p in read_prompts(10**9, folder / "prompts.jsonl") if kind_of(p) in kinds][:count]
 
 
-def measure_scales(system: System, judge: Judge, prompts: list[Prompt], steps: int) -> dict[float, dict[str, float]]:
+def measure_scales(
+    system: System, folder: Path, prompts: list[Prompt], steps: int, processes: int | None = None
+) -> dict[float, dict[str, float]]:
     """The judge's figures at each of `SCALES`."""
     captions, seeds = [p["caption"] for p in prompts], [p["seed"] for p in prompts]
+    with judges(folder, processes) as judging:
+        for scale in SCALES:
+            pictures = system.generate(captions, seeds, num_inference_steps=steps, guidance_scale=scale)
+            for prompt, picture in zip(prompts, pictures, strict=True):
+                judging.give(picture, prompt["scene"])
+        answers = iter(judging.answers())
     figures = {}
     for scale in SCALES:
-        pictures = system.generate(captions, seeds, num_inference_steps=steps, guidance_scale=scale)
-        scored = [(p, judge.score(picture, p["scene"])) for p, picture in zip(prompts, pictures, strict=True)]
-        figures[scale] = {name: value for name, value in summarise(scored).items() if name in (*CURVES, "places")}
-        line = "  ".join(f"{name} {100 * value:6.2f} %" for name, value in figures[scale].items())
-        typer.echo(f"guidance {scale:g}  {line}")
+        found = summarise([(prompt, next(answers)) for prompt in prompts])
+        figures[scale] = {name: value for name, value in found.items() if name in (*CURVES, "places")}
     return figures
 
 
@@ -86,14 +93,15 @@ def measure_negative(
     choices = {"subject": atlas.hexcodes, "colour": list(atlas.colours), "style": atlas.styles}[what]
 
     def draw(said: list[tuple[Prompt, str]]) -> list[dict[str, str]]:
-        # One request each: a system has one negative prompt for all prompts of a call.
-        seen = []
-        for prompt, negative in said:
-            text = prompt["caption"] if what == "subject" else names[prompt["scene"]["subjects"][0]]
+        seen: dict[int, dict[str, str]] = {}
+        for negative in sorted({negative for _, negative in said}):  # a system takes one for all prompts of a call
+            numbers = [i for i, (_, own) in enumerate(said) if own == negative]
+            part = [said[i][0] for i in numbers]
+            texts = [p["caption"] if what == "subject" else names[p["scene"]["subjects"][0]] for p in part]
             options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": scale}
-            (picture,) = system.generate([text], [prompt["seed"]], negative_prompt=negative, **options)
-            seen.append(look(judge, picture, prompt["scene"]))
-        return seen
+            pictures = system.generate(texts, [p["seed"] for p in part], negative_prompt=negative, **options)
+            seen |= {i: look(judge, picture, p["scene"]) for i, p, picture in zip(numbers, part, pictures, strict=True)}
+        return [seen[i] for i in range(len(said))]
 
     first = [found[what] for found in draw([(prompt, "") for prompt in prompts])]
     cases = [
@@ -152,22 +160,21 @@ def main(
     steps: Annotated[int | None, typer.Option(help="Function evaluations; the bundle's own if not given.")] = None,
     negative_scale: Annotated[float, typer.Option(help="Guidance where negative prompts are measured.")] = 4.0,
     data: Annotated[Path, typer.Option(help="The judge's data.")] = DATA,
+    processes: Annotated[int | None, typer.Option(help="That judge; as many as cores if not given.")] = None,
     svg: Annotated[Path | None, typer.Option(help="Draw the curves here.")] = None,
     output: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
 ) -> None:
     """Print the figures at each guidance scale, then what negative prompts remove."""
     manifest = read_manifest(bundle)
     evaluations = steps or manifest.pipeline.num_inference_steps
-    system, judge, names = (
-        load_system("zimage_rt", bundle=str(bundle), backend=backend),
-        Judge(Atlas.load(data)),
-        names_of(data),
-    )
-    prompts = chosen_prompts(data, count)
-    scales = measure_scales(system, judge, prompts, evaluations)
+    system, prompts = load_system("zimage_rt", bundle=str(bundle), backend=backend), chosen_prompts(data, count)
+    scales = measure_scales(system, data, prompts, evaluations, processes)
+    for scale, figures in scales.items():
+        typer.echo(f"guidance {scale:g}  " + "  ".join(f"{name} {100 * v:6.2f} %" for name, v in figures.items()))
+    judge, names = Judge(Atlas.load(data)), names_of(data)
     negative = {}
     for what in ("subject", "colour", "style"):
-        singles = chosen_prompts(data, count, ("single",))
+        singles = chosen_prompts(data, count if what == "subject" else min(count, FREE), ("single",))
         negative[what] = measure_negative(system, judge, singles, what, names, evaluations, negative_scale)
         counts = "{cases:.0f} of {drawn:.0f} drawn".format(**negative[what])
         shares = (f"{k} {100 * v:.2f} %" for k, v in negative[what].items() if k not in ("drawn", "cases"))

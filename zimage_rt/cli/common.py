@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ from rich.console import Console
 from ..engine import Engine
 from ..errors import RequestError
 from ..request import GenerateRequest
+from ..rows import read_numbers, read_parts
 
 stderr = Console(stderr=True)
 
@@ -26,6 +28,21 @@ Height = Annotated[int | None, typer.Option(help="Pixels.")]
 Width = Annotated[int | None, typer.Option(help="Pixels.")]
 Sampler = Annotated[str, typer.Option(help="euler, heun or dpmpp_2m.")]
 Schedule = Annotated[str, typer.Option(help="simple, normal, karras, exponential or beta.")]
+# Parsed as they are read: what follows takes options for the request's fields.
+Sigmas = Annotated[
+    Any,
+    typer.Option(
+        parser=partial(read_numbers, "sigmas"), metavar="1.0,0.6,…", help="A schedule of your own, without the last 0."
+    ),
+]
+AgainOver = Annotated[
+    Any,
+    typer.Option(
+        parser=partial(read_parts, "second_pass"),
+        metavar="scale=2,strength=0.4,…",
+        help="Draw again over the result: scale (1 refines), strength, method (pixel, latent), num_inference_steps.",
+    ),
+]
 Loras = Annotated[list[str] | None, typer.Option("--lora", help="A LoRA's file, or file=weight; repeat for several.")]
 Backend = Annotated[str, typer.Option(help="What runs the bundle.")]
 BackendOptions = Annotated[

@@ -47,6 +47,7 @@ def explain(
     schedule: Schedule = "simple",
     cell: Annotated[int, typer.Option(help="How large a picture is on the sheet, in pixels.")] = 160,
     font: Annotated[Path | None, typer.Option(help="A TrueType file for the labels, e.g. for Chinese.")] = None,
+    times: Annotated[bool, typer.Option(help="Write under each picture what it took.")] = True,
     lora: Loras = None,
     backend: Backend = "onnxruntime",
     backend_option: BackendOptions = None,
@@ -72,6 +73,7 @@ def explain(
             seed=seed,
             cell=cell,
             font=font,
+            times=times,
             on_picture=lambda done, total: progress.update(task, completed=done, total=total),
             **fields,
         )
