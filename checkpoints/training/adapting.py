@@ -69,6 +69,7 @@ class Adapting:
         self.args, self.base, self.adapter, self.model, self.draw = arguments, base, adapter, model, draw
         self.batch = arguments.batch
         self.generator = torch.Generator().manual_seed(41)
+        self.sigmas = torch.tensor(schedule()[:-1], device=base.device)
 
     def step(self) -> Tensor:
         """Draw a batch and leave its gradients behind; return the loss.
@@ -90,9 +91,7 @@ class Adapting:
                 sigma = torch.full((len(clean),), schedule()[passed], device=device)
                 target = (clean - noisy) / sigma[:, None, None]
             else:
-                sigma = torch.tensor(schedule()[:-1], device=device)[
-                    torch.randint(EVALUATIONS, (len(clean),), device=device)
-                ]
+                sigma = self.sigmas[torch.randint(EVALUATIONS, (len(clean),), device=device)]
                 noisy, target = torch.lerp(clean, noise, sigma[:, None, None]), clean - noise
             output = model(noisy, 1 - sigma, features, batch.lengths, batch.size)
         error = (output.float() - target).square().mean(2)

@@ -79,9 +79,7 @@ class FastControlNet(nn.Module):
         batch, caption = len(patches), features.shape[1]
         columns, rows = canvas[0] // TOKEN, canvas[1] // TOKEN
         pads = -rows * columns % ROW_MULTIPLE
-        seen = rows * columns + pads
-        cos, sin = base._rope(rows, columns, caption, patches.device)
-        image, text = (cos[:seen], sin[:seen]), (cos[seen:], sin[seen:])
+        (cos, sin), image, text = base._rope(rows, columns, caption, patches.device)
         t = base.t_embedder(t * base.t_scale)
         x, c = base.all_x_embedder["2-1"](patches), self.control_all_x_embedder["2-1"](control)
         if pads:

@@ -116,9 +116,9 @@ _compiled: dict[type[nn.Module], Callable[..., Tensor]] = {}
 def compile_blocks(dynamic: bool) -> None:
     """Compile what the blocks do, for all of them at once.
 
-    Canvases, captions and batches differ in length: with ``dynamic`` one graph serves all of them. Sizes
-    that happen to agree (256 tokens, and 256 numbers that say the timestep) must not be taken for one size, nor a norm's
-    epsilon for something that changes: both would compile every graph twice.
+    Canvases, captions and batches differ in length: with ``dynamic`` one graph serves all of them.
+    Sizes that happen to agree (256 tokens, and 256 numbers that say the timestep) must not be taken
+    for one size, nor a norm's epsilon for something that changes: both would compile graphs twice.
     """
     import torch._dynamo
     import torch.fx.experimental._config
@@ -188,7 +188,7 @@ class FastTransformer(nn.Module):
         self.x_pad_token = nn.Parameter(torch.zeros(1, dim))
         self.cap_pad_token = nn.Parameter(torch.zeros(1, dim))
         self.layers = nn.ModuleList([Block(dim, True) for _ in range(c["n_layers"])])
-        self._tables: dict[tuple[int, int, int, torch.device], tuple[Tensor, Tensor]] = {}
+        self._tables: dict[tuple[int, int, int, torch.device], tuple[tuple[Tensor, Tensor], ...]] = {}
 
     def initialise(self) -> None:
         """Start near the identity: quiet gates, and an output of zero."""
@@ -209,8 +209,8 @@ class FastTransformer(nn.Module):
         nn.init.normal_(self.cap_pad_token, std=0.5)
         nn.init.normal_(self.x_pad_token, std=0.5)
 
-    def _rope(self, rows: int, columns: int, caption: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return cos and sin [image + pad + caption, 1, 64]: the image's rows first, then its pads."""
+    def _rope(self, rows: int, columns: int, caption: int, device: torch.device) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Return cos and sin [image + pad + caption, 1, 64], then those of image and pad, then the caption's."""
         key = (rows, columns, caption, device)
         if key not in self._tables:
             y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
@@ -225,7 +225,11 @@ class FastTransformer(nn.Module):
                 for i, d in enumerate(self.axes)
             ]
             table = torch.cat(angles, dim=1).unsqueeze(1)
-            self._tables[key] = (table.cos().float().to(device), table.sin().float().to(device))
+            cos, sin = (x.float().to(device) for x in (table.cos(), table.sin()))
+            seen = len(image) + len(pad)
+            # Copies: a view of the whole would be another graph.
+            parts = [(cos[a:b].clone(), sin[a:b].clone()) for a, b in ((0, seen), (seen, len(ids)))]
+            self._tables[key] = ((cos, sin), *parts)
         return self._tables[key]
 
     def forward(
@@ -248,8 +252,7 @@ class FastTransformer(nn.Module):
         columns, rows = canvas[0] // TOKEN, canvas[1] // TOKEN
         pads = -rows * columns % ROW_MULTIPLE
         seen = rows * columns + pads
-        cos, sin = self._rope(rows, columns, caption, patches.device)
-        image, text = (cos[:seen], sin[:seen]), (cos[seen:], sin[seen:])
+        (cos, sin), image, text = self._rope(rows, columns, caption, patches.device)
         if keep is not None:
             places = torch.arange(seen - pads, seen, device=keep.device).expand(batch, -1)
             keep = torch.cat([keep, places], dim=1)
@@ -259,6 +262,8 @@ class FastTransformer(nn.Module):
         x = self.all_x_embedder["2-1"](patches)
         if pads:
             x = torch.cat([x, self.x_pad_token.to(x.dtype).expand(batch, pads, -1)], dim=1)
+        elif compiling():
+            x = x.clone()  # what a linear layer returns is a view, which would be another graph
         for block in self.noise_refiner:
             x = run_block(block, x, *image, t)
         context = self.cap_embedder(features)

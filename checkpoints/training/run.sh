@@ -14,7 +14,7 @@ trial)
     work=state-trial device=cpu compile=none
     # Without these, glibc hands every large tensor back to the system, which takes longer than the arithmetic.
     export MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=200000000000
-    export NANO_SUBJECTS=4
+    export NANO_SUBJECTS=12  # with fewer, no pair may have all that is the judge's
     scenes=4000 variants=3
     vaes="--seconds 10 --batch 2 --crop 64 --measure 16" decoders="$vaes"
     text="--seconds 10 --batch 16" joint="--seconds 10 --batch 2" turbo="--seconds 10 --batch 2" judge="--each 2 --batch 2"
