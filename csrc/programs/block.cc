@@ -11,7 +11,7 @@ namespace zimage_rt {
 namespace {
 
 // With fewer rows cuBLASLt's smaller tiles are faster (benchmarks/LOG.md).
-constexpr int kFusedRows = 1024;
+constexpr int kFusedRows = 2048;
 
 const std::byte* at(const void* data, std::size_t elements, DType type) {
   return static_cast<const std::byte*>(data) + elements * size_of(type);
