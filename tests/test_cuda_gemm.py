@@ -12,8 +12,8 @@ pytestmark = pytest.mark.gpu
 cuda = require_gpu()
 
 HALVES = ("float16", "bfloat16")
-# Whole tiles, one over and one under them; odd and even numbers of tiles along both sides.
 CLUSTERS = ("tall", "wide", "square")
+# Whole tiles, one over and one under them; odd and even numbers of tiles along both sides.
 SHAPES = [(1, 64, 128), (127, 64, 256), (129, 200, 640), (256, 384, 1152), (300, 3840, 512), (385, 128, 768)]
 
 

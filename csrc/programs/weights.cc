@@ -143,18 +143,22 @@ Uploader::Part Weights::part(const Place& place, std::byte* device) const {
 
 // Tensors from the file to their places on the device; turned ones by way of memory of their own.
 void Weights::copy(std::vector<const Place*> places, std::byte* device) const {
-  // In the file's order, as disks like it.
+  // Together in memory are neighbours of the file, as disks like it.
   std::sort(places.begin(), places.end(),
             [](const Place* a, const Place* b) { return a->entry.offset < b->entry.offset; });
   std::vector<Uploader::Part> parts;
+  std::size_t chunks = 0;
   std::vector<const Place*> turned;
-  for (const Place* const place : places)
+  for (const Place* const place : places) {
+    chunks += Uploader::count({part(*place, device)}, kChunk);
     if (place->turned)
       turned.push_back(place);
     else
       parts.push_back(part(*place, device));
+  }
   if (uploader_) return uploader_->copy(parts);
-  Uploader uploader(kChunk, readers());
+  // No more threads, each with page-locked memory, than there are chunks.
+  Uploader uploader(kChunk, std::min(readers(), chunks));
   uploader.copy(parts);
   if (turned.empty()) return;
   const DeviceBuffer staging(staging_bytes_, "turning matrices");
