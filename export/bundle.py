@@ -34,7 +34,7 @@ from .modules import ModulePlan, plan_modules
 from .parity import ReferenceCache, measure
 from .recipe import ExportRecipe
 from .tokenizer import chat_template, tokenizer_file
-from .trace import trace
+from .trace import trace, trace_once
 
 # Above this many weights a component's reference in fp32 and a module of it do not fit in a 24 GB machine together.
 WHOLE_PARITY_ELEMENTS = 1_000_000_000
@@ -196,7 +196,7 @@ def _module(plan: ModulePlan, job: _Job) -> ModuleSpec:
 
 def _write_graph(plan: ModulePlan, folder: Path, simplify: Simplify, suffix: str = ".onnx") -> Path:
     """Trace a module whose weights are written already, its base's too, and write its graph beside them."""
-    model = trace(plan.meta_module(), plan.inputs, plan.outputs, plan.multiples)
+    model = trace_once(plan.graph_key(), lambda: trace(plan.meta_module(), plan.inputs, plan.outputs, plan.multiples))
     for part in (plan,) if plan.base is None else (plan, plan.base):
         _, stored = weights.layout(part.meta_module(), part.shared())
         weights.attach(model, f"{part.name}.safetensors", folder, stored)

@@ -79,6 +79,16 @@ class ModulePlan:
         with torch.device("meta"):
             return self.build()
 
+    def graph_key(self) -> str:
+        """All that the module's graph depends on: architecture and precision of what it is made of, and its border."""
+        parts = (self,) if self.base is None else (self, self.base)
+        made_of = [
+            (part.name, part.precision, sorted(part.config.items()), sorted(part.component.config.items()))
+            for part in parts
+        ]
+        shapes = [(name, tensor.shape, tensor.dtype) for name, tensor in self.meta_module().state_dict().items()]
+        return repr((made_of, self.inputs, self.outputs, sorted(self.multiples.items()), shapes))
+
     def shared(self) -> frozenset[str]:
         """The tensors that lie in the base's weight file, not in its own."""
         return frozenset() if self.base is None else frozenset(self.base.meta_module().state_dict())

@@ -54,6 +54,14 @@ def test_bundle_is_complete_and_every_module_equals_its_reference(small_bundle: 
         assert max(case.relative_error for case in module.parity.cases) < 2e-5
 
 
+def test_a_second_export_of_a_process_has_the_same_graphs(small_bundle: Path, small_checkpoint: Path, tmp_path: Path):
+    export(recipe(small_checkpoint, tmp_path / "again", parity=False))
+    graphs = sorted(small_bundle.glob("*.onnx"))
+    assert graphs
+    for graph in graphs:
+        assert graph.read_bytes() == (tmp_path / "again" / graph.name).read_bytes(), graph.name
+
+
 def test_pipeline_numbers_come_from_the_checkpoint(small_bundle: Path):
     pipeline = read_manifest(small_bundle).pipeline
     assert pipeline.shift == 2.5
