@@ -3,7 +3,7 @@
     python -m zimage_rt.benchmarks.feature_cost engines/nano
     python -m zimage_rt.benchmarks.feature_cost /tmp/random-bf16 --backend cuda --size 1024
 
-Plain generation and every feature take turns in one run, all with the same evaluations of the schedule: what an image
+Every feature is timed right after a plain picture, all with the same evaluations of the schedule: what an image
 or a mask would leave out of it is kept by a strength of 1.
 """
 
@@ -12,6 +12,8 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,8 +50,31 @@ def features(size: int, controlled: bool) -> dict[str, dict[str, Any]]:
     return found
 
 
-def measure(engine: zimage_rt.Engine, size: int, evaluations: int, rounds: int) -> dict[str, float]:
-    """Median seconds of each feature, taking turns; the first turn, which captures and tunes, is thrown away."""
+@dataclass(frozen=True)
+class Cost:
+    """What a feature took: medians over the rounds.
+
+    Attributes:
+        seconds: of one request.
+        plain_seconds: of the plain requests just before.
+        ratio: of each pair.
+        stages: seconds of the engine's own timings, by name, and `rest`, what is in none of them.
+    """
+
+    seconds: float
+    plain_seconds: float
+    ratio: float
+    stages: dict[str, float]
+
+
+def stages_of(result: zimage_rt.GenerateResult, seconds: float) -> dict[str, float]:
+    """The engine's timings without their sum, and what is in none of them."""
+    stages = {name: value for name, value in result.timings.items() if name != "total"}
+    return {**stages, "rest": seconds - sum(stages.values())}
+
+
+def measure(engine: zimage_rt.Engine, size: int, evaluations: int, rounds: int) -> dict[str, Cost]:
+    """Each feature's cost. The first two turns, which capture and tune, are thrown away."""
     common: dict[str, Any] = {
         "height": size,
         "width": size,
@@ -61,14 +86,31 @@ def measure(engine: zimage_rt.Engine, size: int, evaluations: int, rounds: int) 
         name: partial(engine.generate, PROMPT, **common, **fields)
         for name, fields in features(size, "controlnet" in engine.manifest.modules).items()
     }
-    times: dict[str, list[float]] = {name: [] for name in runs}
+
+    def timed(run: Callable[[], zimage_rt.GenerateResult]) -> tuple[float, dict[str, float]]:
+        start = time.perf_counter()
+        result = run()
+        seconds = time.perf_counter() - start
+        return seconds, stages_of(result, seconds)
+
+    pairs: dict[str, list[tuple[float, float, dict[str, float]]]] = {name: [] for name in runs}
     for turn in range(rounds + 2):
         for name, run in runs.items():
-            start = time.perf_counter()
-            run()
+            # A GPU's clock follows what it has just done: the rival is the run before, not one a minute ago.
+            plain, _ = timed(runs["plain"])
+            seconds, stages = timed(run)
             if turn >= 2:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+                pairs[name].append((plain, seconds, stages))
+    median = statistics.median
+    return {
+        name: Cost(
+            seconds=median(seconds for _, seconds, _ in found),
+            plain_seconds=median(plain for plain, _, _ in found),
+            ratio=median(seconds / plain for plain, seconds, _ in found),
+            stages={stage: median(stages[stage] for _, _, stages in found) for stage in found[0][2]},
+        )
+        for name, found in pairs.items()
+    }
 
 
 def main(
@@ -81,12 +123,14 @@ def main(
 ) -> None:
     """Print each feature's seconds and its ratio to plain generation."""
     engine = zimage_rt.Engine.load(bundle, backend=backend, verify=False)
-    seconds = measure(engine, size, evaluations, rounds)
+    costs = measure(engine, size, evaluations, rounds)
     typer.echo(f"{bundle}, {backend}, {size}x{size}, {evaluations} evaluations, {rounds} rounds")
-    for name, value in seconds.items():
-        typer.echo(f"  {name}: {value:.4f} s, {value / seconds['plain']:.3f} of plain")
+    for name, cost in costs.items():
+        stages = ", ".join(f"{stage} {1e3 * value:.1f}" for stage, value in cost.stages.items())
+        typer.echo(f"  {name}: {cost.seconds:.4f} s, {cost.ratio:.3f} of plain ({stages} ms)")
     if output is not None:
-        figures = {"backend": backend, "size": size, "evaluations": evaluations, "seconds": seconds}
+        found = {name: asdict(cost) for name, cost in costs.items()}
+        figures = {"backend": backend, "size": size, "evaluations": evaluations, "rounds": rounds, "features": found}
         output.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 

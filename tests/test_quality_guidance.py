@@ -60,6 +60,14 @@ def test_figures_at_each_scale_are_the_judges(judge: Judge) -> None:
     assert first > last  # higher on the page is more
 
 
+def test_unseen_phrasings_have_curves_of_their_own(judge: Judge) -> None:
+    prompts = guidance.chosen_prompts(DATA, 4, (f"{guidance.UNSEEN}single",))
+    assert all(p["unseen"] for p in prompts)
+    figures = guidance.measure_scales(Stubborn(judge, prompts), DATA, prompts, 1, processes=1)
+    assert figures[0.0]["subject"] == 0
+    assert figures[6.0]["subject"] == 1
+
+
 def test_what_a_negative_prompt_names_is_looked_for_again(judge: Judge) -> None:
     prompts = guidance.chosen_prompts(DATA, 4, ("single",))
     figures = guidance.measure_negative(Stubborn(judge, prompts), judge, prompts, "subject", NAMES, 1, 2.0)

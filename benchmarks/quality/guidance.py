@@ -2,7 +2,8 @@
 
     python -m zimage_rt.benchmarks.quality.guidance --bundle engines/nano-base --prompts 200 --svg guidance.svg
 
-First the judge's figures over guidance scales, on the first held-out prompts of one drawing and of pairs.
+First the judge's figures over guidance scales, on the first held-out prompts of one drawing and of pairs; with
+`--unseen`, in phrasings that training never saw.
 
 Then what a negative prompt removes. It cannot remove what a prompt determines, so it is asked where the model is free:
 a picture is looked at, what it shows is named in the negative prompt, and it is drawn again from the same seed.
@@ -29,6 +30,7 @@ from zimage_rt.manifest import read_manifest
 
 SCALES = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0)
 KINDS = ("single", "pair")
+UNSEEN = "unseen_"  # before the names of the figures, and of the kinds, that are in phrasings never trained
 FREE = 50  # prompts that say no colour and no style: a few show what there is to see
 # Of the judge's figures, those that these prompts have; their names on the plot.
 CURVES = {"subject": "subject, single", "subject_pair": "half of a pair", "style": "style", "colour": "colour"}
@@ -38,7 +40,7 @@ Prompt = dict[str, Any]
 
 
 def chosen_prompts(folder: Path, count: int, kinds: tuple[str, ...] = KINDS) -> list[Prompt]:
-    """The first prompts of these kinds: 256 × 256, in phrasings that training knows."""
+    """The first prompts of these kinds: 256 × 256; those of `KINDS` in phrasings that training knows."""
     return [p for p in read_prompts(10**9, folder / "prompts.jsonl") if kind_of(p) in kinds][:count]
 
 
@@ -56,7 +58,8 @@ def measure_scales(
     figures = {}
     for scale in SCALES:
         found = summarise([(prompt, next(answers)) for prompt in prompts])
-        figures[scale] = {name: value for name, value in found.items() if name in (*CURVES, "places")}
+        known = {name.removeprefix(UNSEEN): value for name, value in found.items()}
+        figures[scale] = {name: value for name, value in known.items() if name in (*CURVES, "places")}
     return figures
 
 
@@ -155,7 +158,8 @@ def draw_svg(figures: dict[float, dict[str, float]], title: str) -> str:
 
 def main(
     bundle: Annotated[Path, typer.Option(help="A bundle of zimage-nano-base.")],
-    count: Annotated[int, typer.Option("--prompts", help="How many, of one drawing and of pairs.")] = 200,
+    count: Annotated[int, typer.Option("--prompts", help="How many, of all the kinds together.")] = 200,
+    unseen: Annotated[bool, typer.Option("--unseen", help="Curves of phrasings that were never trained.")] = False,
     backend: Annotated[str, typer.Option(help="Which backend draws.")] = "onnxruntime",
     steps: Annotated[int | None, typer.Option(help="Function evaluations; the bundle's own if not given.")] = None,
     negative_scale: Annotated[float, typer.Option(help="Guidance where negative prompts are measured.")] = 4.0,
@@ -167,7 +171,8 @@ def main(
     """Print the figures at each guidance scale, then what negative prompts remove."""
     manifest = read_manifest(bundle)
     evaluations = steps or manifest.pipeline.num_inference_steps
-    system, prompts = load_system("zimage_rt", bundle=str(bundle), backend=backend), chosen_prompts(data, count)
+    kinds = tuple(UNSEEN + kind for kind in KINDS) if unseen else KINDS
+    system, prompts = load_system("zimage_rt", bundle=str(bundle), backend=backend), chosen_prompts(data, count, kinds)
     scales = measure_scales(system, data, prompts, evaluations, processes)
     for scale, figures in scales.items():
         typer.echo(f"guidance {scale:g}  " + "  ".join(f"{name} {100 * v:6.2f} %" for name, v in figures.items()))
@@ -180,12 +185,14 @@ def main(
         shares = (f"{k} {100 * v:.2f} %" for k, v in negative[what].items() if k not in ("drawn", "cases"))
         typer.echo(f"negative {what}: {counts}; {', '.join(shares)}")
     if svg is not None:
-        svg.write_text(draw_svg(scales, f"{manifest.name}, {evaluations} evaluations, {len(prompts)} prompts"), "utf-8")
+        asked = f"{len(prompts)} prompts{' in unseen phrasings' if unseen else ''}"
+        svg.write_text(draw_svg(scales, f"{manifest.name}, {evaluations} evaluations, {asked}"), "utf-8")
     if output is not None:
         report = {
             "bundle": manifest.name,
             "backend": backend,
             "num_inference_steps": evaluations,
+            "kinds": kinds,
             "prompts": len(prompts),
             "scales": scales,
             "negative_scale": negative_scale,
