@@ -25,7 +25,7 @@ from zimage_rt.manifest import (
     write_manifest,
 )
 
-from . import weights
+from . import graph_cache, weights
 from .builders import builder_for
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import ExportError
@@ -34,7 +34,7 @@ from .modules import ModulePlan, plan_modules
 from .parity import ReferenceCache, measure
 from .recipe import ExportRecipe
 from .tokenizer import chat_template, tokenizer_file
-from .trace import trace, trace_once
+from .trace import trace
 
 # Above this many weights a component's reference in fp32 and a module of it do not fit in a 24 GB machine together.
 WHOLE_PARITY_ELEMENTS = 1_000_000_000
@@ -196,7 +196,9 @@ def _module(plan: ModulePlan, job: _Job) -> ModuleSpec:
 
 def _write_graph(plan: ModulePlan, folder: Path, simplify: Simplify, suffix: str = ".onnx") -> Path:
     """Trace a module whose weights are written already, its base's too, and write its graph beside them."""
-    model = trace_once(plan.graph_key(), lambda: trace(plan.meta_module(), plan.inputs, plan.outputs, plan.multiples))
+    model = graph_cache.cached(
+        plan.graph_key(), lambda: trace(plan.meta_module(), plan.inputs, plan.outputs, plan.multiples)
+    )
     for part in (plan,) if plan.base is None else (plan, plan.base):
         _, stored = weights.layout(part.meta_module(), part.shared())
         weights.attach(model, f"{part.name}.safetensors", folder, stored)

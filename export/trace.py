@@ -6,8 +6,7 @@ import contextlib
 import logging
 import os
 import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import onnx_ir as ir
 import torch
@@ -19,7 +18,6 @@ from zimage_rt.manifest import TensorSpec
 from .errors import ExportError
 
 OPSET = 20
-KEPT = 32  # graphs of this process; one of the 6 B transformer takes some 20 MB
 
 # One size a symbol for tracing. All differ, so that torch cannot take two for the same; none is 0 or 1, which it
 # would bake in.
@@ -106,26 +104,3 @@ def trace(
             value.name = spec.name
             value.shape = ir.Shape(spec.dims)
     return model
-
-
-_kept: OrderedDict[str, ir.Model] = OrderedDict()
-
-
-def trace_once(key: str, trace_it: Callable[[], ir.Model]) -> ir.Model:
-    """A graph from an earlier export of this process, or else a new one.
-
-    Most of an export is tracing, and what is traced has no weights: several fine-tunes of a model share their graphs.
-
-    Args:
-        key: says all that the graph depends on.
-        trace_it: calls `trace`.
-
-    Returns:
-        A copy of its own, to be changed.
-    """
-    if key not in _kept:
-        _kept[key] = trace_it()
-    _kept.move_to_end(key)
-    while len(_kept) > KEPT:
-        _kept.popitem(last=False)
-    return _kept[key].clone()
