@@ -30,7 +30,7 @@ demo: bundle
 	  -p "一只 penguin，绿色背景"
 
 test: bundle
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

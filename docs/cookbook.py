@@ -123,10 +123,11 @@ def inpaint(engine: zimage_rt.Engine) -> list[np.ndarray]:
 @recipe("Guidance and a negative prompt")
 def guidance(base: zimage_rt.Engine) -> list[np.ndarray]:
     """`guidance_scale` steers towards the prompt and away from the negative one, as diffusers does:
-    `pred = positive + scale * (positive - negative)`; 0, Turbo's own setting, is none. The base model wants some."""
+    `pred = positive + scale * (positive - negative)`; 0, Turbo's own setting, is none. Base models want some: ours, which
+    draws what it is told without, bears a little, and exaggerates with much."""
     pictures = []
     for scale in (0.0, 2.0, 6.0):
-        result = base.generate("a panda", "blue background, a red apple", guidance_scale=scale, seed=2)
+        result = base.generate("a panda, purple background", "white background", guidance_scale=scale, seed=2)
         pictures.append(result.images[0])
     return pictures
 
@@ -191,7 +192,7 @@ def lora(engine: zimage_rt.Engine) -> list[np.ndarray]:
     pictures = []
     for weight in (0.0, 0.5, 1.0):
         engine.set_loras({style: weight})
-        pictures.append(engine.generate("a cat, orange background", seed=5).images[0])
+        pictures.append(engine.generate("a panda, green background", seed=5).images[0])
     engine.unload_lora(style)
     return pictures
 
@@ -340,7 +341,7 @@ def header() -> list[str]:
         "# Cookbook",
         "",
         "Written by `docs/cookbook.py`, which runs what it shows. The pictures are those of "
-        "[zimage-nano](../checkpoints/zimage-nano/README.md), our small judge, which draws like one.",
+        "[zimage-nano](../checkpoints/zimage-nano/README.md), our small judge.",
         "",
         "```python",
         "import numpy as np",

@@ -24,7 +24,7 @@ from zimage_rt.manifest import read_manifest
 pytestmark = pytest.mark.gpu
 require_gpu()
 
-# By the version of the Fun-Union ControlNets: `add_control_noise_refiner`, and after which of nano's three layers the
+# By the version of the Fun-Union ControlNets: `add_control_noise_refiner`, and after which of nano's five layers the
 # control layers stand.
 KINDS: dict[str, tuple[str | None, list[int]]] = {
     "1": (None, [0]),

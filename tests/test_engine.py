@@ -28,14 +28,14 @@ def max_difference(first: np.ndarray, second: np.ndarray) -> int:
 
 
 def test_pictures_show_what_the_prompts_say(engine: zimage_rt.Engine) -> None:
-    prompts = [prompt for prompt in read_prompts(60) if not prompt["unseen"]][:24]
+    prompts = [prompt for prompt in read_prompts(60) if not prompt["unseen"]][:16]
     judge, judged = Judge(), []
     for prompt in prompts:
         image = engine.generate(prompt["caption"], seed=prompt["seed"]).images[0]
         judged.append((prompt, judge.score(image, prompt["scene"])))
     figures = summarise(judged)
-    assert figures["colour"] >= 0.98
-    assert figures["subject"] >= 0.35
+    for name in ("colour", "places", "subject", "subject_pair", "subject_word", "style", "glyphs"):
+        assert figures[name] >= 0.95, name
 
 
 def test_same_request_same_bytes(engine: zimage_rt.Engine) -> None:

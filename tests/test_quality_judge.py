@@ -83,11 +83,12 @@ def test_prompts_are_the_same_every_time():
     assert {p["language"] for p in prompts} == {"zh", "en", "mixed"}
 
 
-def test_edits_keep_the_other_half(engine):
-    """The real engine on the first cases; which subject it draws is the checkpoint's affair."""
+def test_edits_draw_the_new_and_keep_the_other_half(engine):
+    """The real engine on the first cases."""
     figures = edits.measure(engine, DATA, 3)
+    assert figures["new on the left"] == 1
     assert figures["bytes kept"] == 1
-    assert figures["right after"] == figures["right before"]
+    assert figures["right after"] == figures["right before"] == 1
 
 
 def test_edits_are_of_subjects_that_were_not_there():

@@ -18,13 +18,15 @@ PROMPT = "a red apple, green background"
 
 @pytest.mark.parametrize("method", ["pixel", "latent"])
 def test_a_draft_is_drawn_again_at_twice_its_size(engine: zimage_rt.Engine, method: str) -> None:
-    draft = engine.generate(PROMPT, seed=4, height=128, width=192).images[0]
-    result = engine.generate(PROMPT, seed=4, height=128, width=192, second_pass=SecondPass(2.0, 0.4, method))
+    options: dict[str, Any] = {"seed": 4, "height": 128, "width": 192}
+    # Barely: with more strength nano, whose drawings have one size, draws them at that size.
+    result = engine.generate(PROMPT, second_pass=SecondPass(2.0, 0.1, method), **options)
     assert result.images.shape == (1, 256, 384, 3)
     assert set(result.timings) == {"encode_prompt", "denoise", "upscale", "decode", "total"}
-    # The same picture, larger: what the halves' mean colours show.
-    smaller = result.images[0].reshape(128, 2, 192, 2, 3).mean(axis=(1, 3))
-    assert np.abs(smaller.mean(axis=(0, 1)) - draft.mean(axis=(0, 1))).max() < 25
+    smaller = result.images[0].reshape(128, 2, 192, 2, 3).mean(axis=(1, 3)).astype(np.uint8)
+    same, other = (engine.generate(p, **options).images[0] for p in (PROMPT, "a house, green background"))
+    assert psnr(smaller, same) > 15
+    assert psnr(smaller, same) > psnr(smaller, other) + 3
 
 
 def test_the_second_pass_is_image_to_image_over_the_first(engine: zimage_rt.Engine) -> None:

@@ -7,8 +7,8 @@ case "${1:-}" in
 gpu)
     work=state device=cuda compile=blocks
     scenes=800000 variants=6
-    vaes="--seconds 240" decoders="--seconds 120"
-    text="--seconds 80 --batch 4096" joint="--seconds 900" turbo="--seconds 150" judge="--each 200"
+    vaes="--seconds 170" decoders="--seconds 400"
+    text="--seconds 70 --batch 4096" joint="--seconds 800" turbo="--seconds 150" judge="--each 200"
     ;;
 trial)
     work=state-trial device=cpu compile=none
