@@ -123,8 +123,8 @@ def inpaint(engine: zimage_rt.Engine) -> list[np.ndarray]:
 @recipe("Guidance and a negative prompt")
 def guidance(base: zimage_rt.Engine) -> list[np.ndarray]:
     """`guidance_scale` steers towards the prompt and away from the negative one, as diffusers does:
-    `pred = positive + scale * (positive - negative)`; 0, Turbo's own setting, is none. Base models want some: ours, which
-    draws what it is told without, bears a little, and exaggerates with much."""
+    `pred = positive + scale * (positive - negative)`; 0, Turbo's own setting, is none. Base models want some: ours,
+    which draws what it is told without, bears a little, and exaggerates with much."""
     pictures = []
     for scale in (0.0, 2.0, 6.0):
         result = base.generate("a panda, purple background", "white background", guidance_scale=scale, seed=2)
