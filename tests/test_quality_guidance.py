@@ -10,7 +10,7 @@ import pytest
 from judge_pictures import compose
 from zimage_rt.benchmarks.quality import guidance
 from zimage_rt.benchmarks.quality.edits import names_of
-from zimage_rt.benchmarks.quality.judge import DATA, Judge
+from zimage_rt.benchmarks.quality.judge import DATA, UNSEEN, Judge
 
 NAMES = names_of(DATA)
 
@@ -61,7 +61,7 @@ def test_figures_at_each_scale_are_the_judges(judge: Judge) -> None:
 
 
 def test_unseen_phrasings_have_curves_of_their_own(judge: Judge) -> None:
-    prompts = guidance.chosen_prompts(DATA, 4, (f"{guidance.UNSEEN}single",))
+    prompts = guidance.chosen_prompts(DATA, 4, (f"{UNSEEN}single",))
     assert all(p["unseen"] for p in prompts)
     figures = guidance.measure_scales(Stubborn(judge, prompts), DATA, prompts, 1, processes=1)
     assert figures[0.0]["subject"] == 0

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from zimage_rt.benchmarks.quality.judge import DATA, canvas_name, summarise
+from zimage_rt.benchmarks.quality.judge import DATA, UNSEEN, canvas_name, summarise
 from zimage_rt.benchmarks.quality.judges import judges
 from zimage_rt.benchmarks.systems.base import SYSTEMS, load_system
 
@@ -32,7 +32,7 @@ def kind_of(prompt: dict[str, Any]) -> str:
     """Return what line of the figures a prompt is for, e.g. ``single``, ``unseen_pair``, ``single_192x320``."""
     layout = {"left_right": "pair", "top_bottom": "pair"}.get(prompt["scene"]["layout"], prompt["scene"]["layout"])
     canvas = canvas_name(prompt["scene"])
-    name = f"unseen_{layout}" if prompt["unseen"] else layout
+    name = f"{UNSEEN}{layout}" if prompt["unseen"] else layout
     return name if canvas == "256x256" else f"{name}_{canvas}"
 
 

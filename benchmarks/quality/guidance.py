@@ -22,7 +22,7 @@ import numpy as np
 import typer
 from zimage_rt.benchmarks.quality.__main__ import kind_of, read_prompts
 from zimage_rt.benchmarks.quality.edits import STYLE_PHRASES, names_of
-from zimage_rt.benchmarks.quality.judge import DATA, Atlas, Judge, summarise
+from zimage_rt.benchmarks.quality.judge import DATA, UNSEEN, Atlas, Judge, summarise
 from zimage_rt.benchmarks.quality.judges import judges
 from zimage_rt.benchmarks.systems.base import System, load_system
 
@@ -30,7 +30,6 @@ from zimage_rt.manifest import read_manifest
 
 SCALES = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0)
 KINDS = ("single", "pair")
-UNSEEN = "unseen_"  # before the names of the figures, and of the kinds, that are in phrasings never trained
 FREE = 50  # prompts that say no colour and no style: a few show what there is to see
 # Of the judge's figures, those that these prompts have; their names on the plot.
 CURVES = {"subject": "subject, single", "subject_pair": "half of a pair", "style": "style", "colour": "colour"}

@@ -31,6 +31,7 @@ COMPARE = 28  # pixels a side at which drawings are compared
 REACH = 16  # pixels of the 256 × 256 canvas by which a drawing may be off its place
 SCALES = (0.93, 1.0, 1.07)
 GLYPH_REACH = 6  # pixels by which a glyph may be off its cell
+UNSEEN = "unseen_"  # before the names of figures, and of kinds of prompts, in phrasings never trained
 _CANVAS = "256x256"
 
 
@@ -261,7 +262,7 @@ def summarise(
             if canvas != _CANVAS:
                 names = [f"{name}_{canvas}"]
             elif prompt.get("unseen"):
-                names = [f"unseen_{name}", f"unseen_{name}_{prompt['language']}"]
+                names = [f"{UNSEEN}{name}", f"{UNSEEN}{name}_{prompt['language']}"]
             else:
                 names = [name, f"{name}_{prompt['language']}"]
             for key in names:
@@ -269,7 +270,7 @@ def summarise(
     order = ("colour", "places", "subject", "subject_pair", "subject_word", "style", "glyphs")
 
     def rank(name: str) -> tuple[bool, bool, int, str]:
-        base = name.removeprefix("unseen_")
+        base = name.removeprefix(UNSEEN)
         known = [i for i, o in enumerate(order) if base == o or base.startswith(f"{o}_")]
         return ("x" in name.rpartition("_")[2], base != name, known[-1] if known else len(order), name)
 
