@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from cuda_reference import TOLERANCE, cast, relative_error, require_gpu, to_float
 
-from zimage_rt.image import to_uint8
+from zimage_rt.image import to_signed, to_uint8
 
 pytestmark = pytest.mark.gpu
 cuda = require_gpu()
@@ -222,3 +222,11 @@ def test_image_to_pixels(kernels: Any, dtype: str, size: tuple[int, int]) -> Non
     out = kernels.image_to_pixels(image, dtype)
     expected = (image + np.float32(1)) / 2
     np.testing.assert_array_equal(to_float(out), to_float(cast(pad16(expected.transpose(0, 2, 3, 1)), dtype)))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bytes_to_pixels_is_image_to_pixels(kernels: Any, dtype: str, size: tuple[int, int]) -> None:
+    images = np.random.default_rng().integers(0, 256, (2, *size, 3), np.uint8)
+    out, expected = kernels.bytes_to_pixels(images, dtype), kernels.image_to_pixels(to_signed(images), dtype)
+    assert out.tobytes() == expected.tobytes()

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ from .backends.base import Backend, Control, Inpaint, OnStep, SampleJob
 from .backends.registry import load_backend
 from .errors import BundleMismatch, Cancelled
 from .guidance import guidance_scales
-from .image import latent_mask, paste, resize_images, resize_latents, to_signed
+from .image import latent_mask, paste, resize_images, resize_latents
 from .lora import LoraSet
 from .manifest import Manifest, check_file, read_manifest
-from .metadata import describe
+from .metadata import describe, recorded_fields
 from .request import (
     Callback,
     GenerateRequest,
@@ -62,6 +63,7 @@ class Engine:
         self._verify, self._verified = verify, set[str]()
         self._contexts: OrderedDict[str, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
+        self._recorder = ThreadPoolExecutor(1, "zimage-record")  # hashes what pictures begin with while they are drawn
         self._check(manifest.tokenizer)
         self._tokenizer = PromptTokenizer(bundle, manifest)
         self.pipeline = backend.open(bundle, manifest, self._check_module)
@@ -130,6 +132,7 @@ class Engine:
     def _run(self, request: GenerateRequest, resolved: ResolvedRequest, callback: Callback | None) -> GenerateResult:
         timings: dict[str, float] = {}
         with _timed(timings, "total"):
+            fields = self._recorder.submit(recorded_fields, request, resolved, self.manifest)
             with _timed(timings, "encode_prompt"):
                 contexts = [self.encode_prompt(prompt) for prompt in resolved.prompts]
                 negatives: list[np.ndarray] = []
@@ -153,7 +156,7 @@ class Engine:
                 images = draw(latents, resolved.sigmas, inpaint, control, 0)
             if resolved.image is not None and resolved.mask is not None:
                 images = paste(images, resolved.image, resolved.mask)
-        records = describe(self, request, resolved, timings)
+        records = describe(self, fields.result(), resolved, timings)
         return GenerateResult(images, resolved.seeds, timings, self.bundle_id, latents, records)
 
     def _draw(
@@ -218,7 +221,7 @@ class Engine:
         if picture is None or request.control_scale == 0:
             return None
         with _timed(timings, "encode_control"):
-            encoded = self.pipeline.encode_image(to_signed(picture[None]), request.vae)
+            encoded = self.pipeline.encode_image(picture[None], request.vae)
             channels = self.manifest.module("controlnet").config["control_in_dim"]
             latents = np.zeros((len(request.seeds), channels, *encoded.shape[2:]), np.float32)
             latents[:, : encoded.shape[1]] = encoded
@@ -233,10 +236,7 @@ class Engine:
         if again.method == "latent":
             larger = resize_latents(latents, *size)
         else:
-            pixels = to_signed(resize_images(images, again.height, again.width))
-            # One at a time, as decoding: a batch would only multiply the activations' memory.
-            encoded = [self.pipeline.encode_image(pixels[i : i + 1], request.vae) for i in range(len(pixels))]
-            larger = np.concatenate(encoded)
+            larger = self.pipeline.encode_image(resize_images(images, again.height, again.width), request.vae)
         noise = prepare_noise(request.seeds, (pipeline.latent_channels, *size))
         return add_noise(larger, noise, again.sigmas[0])
 
@@ -272,7 +272,7 @@ class Engine:
         if request.image_latents is not None:
             image = request.image_latents
         elif request.image is not None:
-            encoded = self.pipeline.encode_image(to_signed(request.image[None]), request.vae)
+            encoded = self.pipeline.encode_image(request.image[None], request.vae)
             image = np.repeat(encoded, len(noise), axis=0)
         else:
             return noise, None

@@ -61,7 +61,7 @@ def flatten(image: Image, background: str = "white") -> Image:
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def fit_image(image: Image, width: int, height: int, fit: str) -> Image:
@@ -85,7 +85,9 @@ def read_mask(value: Any, width: int, height: int, fit: str, feather: float) -> 
     """
     from PIL import ImageFilter
 
-    image = fit_image(flatten(read_image(value, "mask"), "black").convert("L"), width, height, fit)
+    image = read_image(value, "mask")
+    grey = image if image.mode == "L" and "transparency" not in image.info else flatten(image, "black").convert("L")
+    image = fit_image(grey, width, height, fit)
     image = image.point([0 if level < 128 else 255 for level in range(256)])
     if feather > 0:
         image = image.filter(ImageFilter.GaussianBlur(feather))

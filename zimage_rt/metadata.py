@@ -23,7 +23,7 @@ import numpy as np
 from .errors import MetadataError, RequestError
 from .files import write_whole
 from .image import read_image
-from .manifest import hash_file
+from .manifest import Manifest, hash_file
 from .request import GenerateRequest, ResolvedRequest
 
 if TYPE_CHECKING:
@@ -107,18 +107,22 @@ class PictureRecord:
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=1, allow_nan=False)
 
 
-def describe(
-    engine: Engine, request: GenerateRequest, resolved: ResolvedRequest, timings: Mapping[str, float]
-) -> tuple[PictureRecord, ...]:
-    """One record for each picture of a request that the engine has just drawn."""
-    manifest = engine.manifest
-    loras = [{"name": name, "weight": weight, "path": str(path)} for name, weight, path in engine.loras_on]
+def recorded_fields(request: GenerateRequest, resolved: ResolvedRequest, manifest: Manifest) -> dict[str, Any]:
+    """The fields of a request as its records hold them; its pictures are hashed, which takes a while."""
     fields = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
     fields |= {name: value for name, value in vars(resolved).items() if name in fields and _is_plain(value)}
     if request.num_inference_steps is None:
         steps = manifest.pipeline.num_inference_steps
         fields["num_inference_steps"] = steps if request.sigmas is None else len(request.sigmas)
-    fields = {name: _recorded(name, value) for name, value in fields.items()}
+    return {name: _recorded(name, value) for name, value in fields.items()}
+
+
+def describe(
+    engine: Engine, fields: Mapping[str, Any], resolved: ResolvedRequest, timings: Mapping[str, float]
+) -> tuple[PictureRecord, ...]:
+    """One record for each picture of a request that the engine has just drawn, with its `recorded_fields`."""
+    manifest = engine.manifest
+    loras = [{"name": name, "weight": weight, "path": str(path)} for name, weight, path in engine.loras_on]
     together = {
         "prompts": list(resolved.prompts),
         "negative_prompts": list(resolved.negative_prompts),
@@ -132,8 +136,8 @@ def describe(
             bundle_id=engine.bundle_id,
             bundle_name=manifest.name,
             precision=manifest.precision,
-            request=fields
-            | {
+            request={
+                **fields,
                 "prompt": resolved.prompts[i],
                 "negative_prompt": resolved.negative_prompts[i],
                 "seed": resolved.seeds[i],
@@ -168,7 +172,7 @@ def _hash_once(path: Path, size: int, modified: int) -> str:
 
 def pixels_sha256(pixels: np.ndarray) -> str:
     """SHA-256 (hex) of a picture's bytes."""
-    return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest()
 
 
 def save_picture(

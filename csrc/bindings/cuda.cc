@@ -232,17 +232,38 @@ PixelArray decode_pixels(Pipeline& self, const FloatArray& latents) {
   return out;
 }
 
-FloatArray encode_image(Pipeline& self, const FloatArray& image, int channels, int factor) {
+// Latents of a picture whose axes of height, width and channels are these.
+template <typename Array, typename Encode>
+FloatArray encode_with(const Array& image, int height_axis, int width_axis, int channel_axis,
+                       int channels, int factor, Encode&& encode) {
   expect_dims(image, 4, "image");
-  const int batch = size_at(image, 0), height = size_at(image, 2), width = size_at(image, 3);
-  if (size_at(image, 1) != 3 || height % factor != 0 || width % factor != 0)
-    throw std::invalid_argument("image: expected [batch, 3, height, width], multiples of " +
+  const int batch = size_at(image, 0);
+  const int height = size_at(image, height_axis), width = size_at(image, width_axis);
+  if (size_at(image, channel_axis) != 3 || height % factor != 0 || width % factor != 0)
+    throw std::invalid_argument("image: expected 3 channels, height and width multiples of " +
                                 std::to_string(factor));
   FloatArray out({batch, channels, height / factor, width / factor});
-  const float* in = image.data();
+  const auto* in = image.data();
   float* data = out.mutable_data();
-  released([&] { self.encode_image(in, batch, height, width, data); });
+  released([&] { encode(in, batch, height, width, data); });
   return out;
+}
+
+// image [batch, 3, height, width] in [-1, 1].
+FloatArray encode_image(Pipeline& self, const FloatArray& image, int channels, int factor) {
+  return encode_with(image, 2, 3, 1, channels, factor,
+                     [&](const float* in, int batch, int height, int width, float* out) {
+                       self.encode_image(in, batch, height, width, out);
+                     });
+}
+
+// image uint8 [batch, height, width, 3].
+FloatArray encode_pixels(Pipeline& self, const py::array_t<std::uint8_t, py::array::c_style>& image,
+                         int channels, int factor) {
+  return encode_with(image, 1, 2, 3, channels, factor,
+                     [&](const std::uint8_t* in, int batch, int height, int width, float* out) {
+                       self.encode_pixels(in, batch, height, width, out);
+                     });
 }
 
 // A numpy view of memory that C++ owns; the capsule frees nothing.
@@ -444,6 +465,8 @@ PYBIND11_MODULE(_cuda, m) {
       .def("decode", &decode, py::arg("latents"))
       .def("decode_pixels", &decode_pixels, py::arg("latents"))
       .def("encode_image", &encode_image, py::arg("image"), py::arg("latent_channels"),
+           py::arg("factor"))
+      .def("encode_pixels", &encode_pixels, py::arg("image"), py::arg("latent_channels"),
            py::arg("factor"))
       .def("sample", &sample_job, py::kw_only(), py::arg("latents").noconvert(),
            py::arg("contexts"), py::arg("negatives"), py::arg("steps"), py::arg("guidance_scales"),

@@ -148,6 +148,17 @@ py::array image(const py::array& planes, const std::string& dtype) {
                    [](const PlanesToPixels& args) { image_to_pixels(args, nullptr); });
 }
 
+py::array bytes(const py::array_t<std::uint8_t, py::array::c_style>& image,
+                const std::string& dtype) {
+  require_dims(image, 4, "image: expected [batch, height, width, channels]");
+  const DeviceBuffer input(static_cast<std::size_t>(image.nbytes()), "test array");
+  ZRT_CUDA(cudaMemcpy(input.data(), image.data(), input.bytes(), cudaMemcpyHostToDevice));
+  const DeviceArray out({image.shape(0), image.shape(1), image.shape(2), 16}, half_type(dtype));
+  bytes_to_pixels(reinterpret_cast<const std::uint8_t*>(input.data()), out.data(), out.dtype(),
+                  static_cast<int>(image.shape(3)), image.size() / image.shape(3), nullptr);
+  return out.download();
+}
+
 }  // namespace
 
 void bind_conv(py::module_& m) {
@@ -159,6 +170,7 @@ void bind_conv(py::module_& m) {
   m.def("latents_to_pixels", &latents, py::arg("latents"), py::arg("scaling_factor"),
         py::arg("shift_factor"), py::arg("dtype"));
   m.def("image_to_pixels", &image, py::arg("image"), py::arg("dtype"));
+  m.def("bytes_to_pixels", &bytes, py::arg("image"), py::arg("dtype"));
 }
 
 }  // namespace zimage_rt

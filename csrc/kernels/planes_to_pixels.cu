@@ -20,6 +20,18 @@ struct Image {
   __device__ float operator()(float value) const { return (value + 1.0f) * 0.5f; }
 };
 
+// A whole pixel of the first convolution's input; channels that are not there are zero.
+template <typename T, typename Channel>
+__device__ void store_pixel(T* target, int channels, Channel channel) {
+#pragma unroll
+  for (int first = 0; first < kPixelChannels; first += 8) {
+    float values[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) values[i] = first + i < channels ? channel(first + i) : 0.0f;
+    store8(target + first, values);
+  }
+}
+
 // A thread a pixel: neighbours in a warp read neighbours of a plane and write 32 bytes each.
 template <typename T, typename Map>
 __global__ void planes_to_pixels_kernel(const float* input, T* output, int channels,
@@ -27,30 +39,41 @@ __global__ void planes_to_pixels_kernel(const float* input, T* output, int chann
   const std::int64_t pixel = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (pixel >= pixels) return;
   const float* source = input + pixel / plane * channels * plane + pixel % plane;
-  T* target = output + pixel * kPixelChannels;
-#pragma unroll
-  for (int first = 0; first < kPixelChannels; first += 8) {
-    float values[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      values[i] = first + i < channels ? map(source[(first + i) * plane]) : 0.0f;
-    store8(target + first, values);
-  }
+  store_pixel(output + pixel * kPixelChannels, channels,
+              [&](int i) { return map(source[i * plane]); });
+}
+
+template <typename T>
+__global__ void bytes_to_pixels_kernel(const std::uint8_t* input, T* output, int channels,
+                                       std::int64_t pixels) {
+  const std::int64_t pixel = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (pixel >= pixels) return;
+  const std::uint8_t* source = input + pixel * channels;
+  // By way of [-1, 1], as image_to_pixels is given it: the same bits.
+  store_pixel(output + pixel * kPixelChannels, channels,
+              [&](int i) { return Image{}(source[i] / 127.5f - 1.0f); });
+}
+
+void check_channels(int channels) {
+  if (channels < 1 || channels > kPixelChannels)
+    throw std::invalid_argument("planes_to_pixels: expected 1 to 16 channels, got " +
+                                std::to_string(channels));
+}
+
+constexpr int kThreads = 128;
+unsigned blocks_for(std::int64_t pixels) {
+  return static_cast<unsigned>((pixels + kThreads - 1) / kThreads);
 }
 
 template <typename Map>
 void launch(const PlanesToPixels& args, Map map, cudaStream_t stream) {
-  if (args.channels < 1 || args.channels > kPixelChannels)
-    throw std::invalid_argument("planes_to_pixels: expected 1 to 16 channels, got " +
-                                std::to_string(args.channels));
+  check_channels(args.channels);
   const std::int64_t plane = static_cast<std::int64_t>(args.height) * args.width;
   const std::int64_t pixels = args.batch * plane;
   if (pixels == 0) return;
-  constexpr int kThreads = 128;
-  const auto blocks = static_cast<unsigned>((pixels + kThreads - 1) / kThreads);
   for_half_type(args.dtype, [&](auto type) {
     using T = decltype(type);
-    planes_to_pixels_kernel<T><<<blocks, kThreads, 0, stream>>>(
+    planes_to_pixels_kernel<T><<<blocks_for(pixels), kThreads, 0, stream>>>(
         args.input, static_cast<T*>(args.output), args.channels, plane, pixels, map);
     ZRT_LAUNCHED();
   });
@@ -65,6 +88,18 @@ void latents_to_pixels(const PlanesToPixels& args, float scaling_factor, float s
 
 void image_to_pixels(const PlanesToPixels& args, cudaStream_t stream) {
   launch(args, Image{}, stream);
+}
+
+void bytes_to_pixels(const std::uint8_t* input, void* output, DType dtype, int channels,
+                     std::int64_t pixels, cudaStream_t stream) {
+  check_channels(channels);
+  if (pixels == 0) return;
+  for_half_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    bytes_to_pixels_kernel<T><<<blocks_for(pixels), kThreads, 0, stream>>>(
+        input, static_cast<T*>(output), channels, pixels);
+    ZRT_LAUNCHED();
+  });
 }
 
 }  // namespace zimage_rt

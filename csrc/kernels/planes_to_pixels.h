@@ -2,6 +2,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstdint>
+
 #include "zimage_rt/dtype.h"
 
 namespace zimage_rt {
@@ -21,5 +23,10 @@ void latents_to_pixels(const PlanesToPixels& args, float scaling_factor, float s
 
 // Encoder: (image + 1) / 2.
 void image_to_pixels(const PlanesToPixels& args, cudaStream_t stream);
+
+// The same from a picture's bytes [pixels, channels]: bit for bit what image_to_pixels makes of
+// byte / 127.5 - 1.
+void bytes_to_pixels(const std::uint8_t* input, void* output, DType dtype, int channels,
+                     std::int64_t pixels, cudaStream_t stream);
 
 }  // namespace zimage_rt

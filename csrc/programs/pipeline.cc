@@ -270,21 +270,41 @@ void Pipeline::decode_pixels(const float* latents, int batch, int latent_height,
       });
 }
 
-void Pipeline::encode_image(const float* image, int batch, int height, int width, float* latents) {
-  ZRT_TURN;
+// Encodes values of T: `run` is given the picture, the latents and a workspace on the device.
+template <typename T, typename Run>
+void Pipeline::encode_from(const T* source, int batch, int height, int width, float* latents,
+                           Run&& run) {
   const TinyVaeEncoder& encoder = need(vae_encoder_, "tiny_vae_encoder");
-  const std::size_t count = static_cast<std::size_t>(batch) * 3 * height * width;
+  const std::size_t in = static_cast<std::size_t>(batch) * 3 * height * width;
   const std::size_t out =
       static_cast<std::size_t>(batch) * latent_channels_ * height * width / area(encoder);
   const std::size_t work = encoder.workspace_bytes(batch, height, width);
-  Arena size(nullptr);
-  size.take<float>(count), size.take<float>(out), size.take(work);
-  Arena memory = arena(side_memory_, size.used(), "encoding an image");
-  float* const in_at = memory.take<float>(count);
+  Arena measure(nullptr);
+  measure.take<T>(in), measure.take<float>(out), measure.take(work);
+  Arena memory = arena(side_memory_, measure.used(), "encoding an image");
+  T* const in_at = memory.take<T>(in);
   float* const out_at = memory.take<float>(out);
-  upload_to(in_at, image, count, stream_.get());
-  encoder.encode(in_at, out_at, batch, height, width, memory.take(work), stream_.get());
+  upload_to(in_at, source, in, stream_.get());
+  run(encoder, in_at, out_at, memory.take(work));
   read_back(latents, out_at, out * sizeof(float));
+}
+
+void Pipeline::encode_image(const float* image, int batch, int height, int width, float* latents) {
+  ZRT_TURN;
+  encode_from(image, batch, height, width, latents,
+              [&](const TinyVaeEncoder& encoder, const float* in, float* out, std::byte* work) {
+                encoder.encode(in, out, batch, height, width, work, stream_.get());
+              });
+}
+
+void Pipeline::encode_pixels(const std::uint8_t* pixels, int batch, int height, int width,
+                             float* latents) {
+  ZRT_TURN;
+  encode_from(
+      pixels, batch, height, width, latents,
+      [&](const TinyVaeEncoder& encoder, const std::uint8_t* in, float* out, std::byte* work) {
+        encoder.encode_uint8(in, out, batch, height, width, work, stream_.get());
+      });
 }
 
 MemoryUse Pipeline::memory() {

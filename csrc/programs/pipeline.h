@@ -104,6 +104,8 @@ class Pipeline {
   void decode_pixels(const float* latents, int batch, int latent_height, int latent_width,
                      std::uint8_t* pixels);
   void encode_image(const float* image, int batch, int height, int width, float* latents);
+  // The same from a picture [batch, height, width, 3].
+  void encode_pixels(const std::uint8_t* pixels, int batch, int height, int width, float* latents);
 
   // Text encoder and context refiner in one: context [padded_rows(tokens), dim].
   void context(const std::int64_t* input_ids, int tokens, float* context);
@@ -135,6 +137,8 @@ class Pipeline {
   template <typename T, typename Run>
   void decode_to(const float* latents, int batch, int latent_height, int latent_width, T* target,
                  Run&& run);
+  template <typename T, typename Run>
+  void encode_from(const T* source, int batch, int height, int width, float* latents, Run&& run);
   void read_back(void* target, const void* source, std::size_t bytes);
   std::vector<float> time(int repeats, const std::function<void()>& work);
 

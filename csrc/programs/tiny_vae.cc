@@ -217,25 +217,19 @@ std::size_t TinyVaeEncoder::workspace_bytes(int /*batch*/, int latent_height,
   return kBuffers * buffer_bytes(latent_height, latent_width, factor());
 }
 
-void TinyVaeEncoder::encode(const float* image, float* latents, int batch, int height, int width,
-                            std::byte* workspace, cudaStream_t stream) const {
+template <typename Read>
+void TinyVaeEncoder::encode_with(Read&& read, float* latents, int batch, int height, int width,
+                                 std::byte* workspace, cudaStream_t stream) const {
   if (height % factor() != 0 || width % factor() != 0)
     throw std::invalid_argument("image: expected sizes that are multiples of " +
                                 std::to_string(factor()) + ", got " + std::to_string(height) +
                                 " x " + std::to_string(width));
   const int latent_height = height / factor(), latent_width = width / factor();
   const std::size_t bytes = buffer_bytes(latent_height, latent_width, factor());
-  const std::size_t image_count = static_cast<std::size_t>(config_.image_channels) * height * width;
   const std::size_t latent_count =
       static_cast<std::size_t>(config_.latent_channels) * latent_height * latent_width;
   for (int i = 0; i < batch; ++i) {
-    PlanesToPixels input;
-    input.input = image + i * image_count;
-    input.output = workspace + bytes;
-    input.dtype = layers_.storage();
-    input.channels = config_.image_channels;
-    input.height = height, input.width = width;
-    image_to_pixels(input, stream);
+    read(i, workspace + bytes);
     Conv3x3 last;
     last.output = latents + i * latent_count;
     last.kind = Conv3x3Output::kFloat;
@@ -244,6 +238,30 @@ void TinyVaeEncoder::encode(const float* image, float* latents, int batch, int h
     last.shift = -config_.shift_factor * config_.scaling_factor;
     layers_.run(workspace, bytes, height, width, last, stream);
   }
+}
+
+void TinyVaeEncoder::encode(const float* image, float* latents, int batch, int height, int width,
+                            std::byte* workspace, cudaStream_t stream) const {
+  const auto read = [&](int i, std::byte* target) {
+    PlanesToPixels input;
+    input.input = image + static_cast<std::int64_t>(i) * config_.image_channels * height * width;
+    input.output = target;
+    input.dtype = layers_.storage();
+    input.channels = config_.image_channels;
+    input.height = height, input.width = width;
+    image_to_pixels(input, stream);
+  };
+  encode_with(read, latents, batch, height, width, workspace, stream);
+}
+
+void TinyVaeEncoder::encode_uint8(const std::uint8_t* pixels, float* latents, int batch, int height,
+                                  int width, std::byte* workspace, cudaStream_t stream) const {
+  const std::int64_t area = static_cast<std::int64_t>(height) * width;
+  const auto read = [&](int i, std::byte* target) {
+    bytes_to_pixels(pixels + i * area * config_.image_channels, target, layers_.storage(),
+                    config_.image_channels, area, stream);
+  };
+  encode_with(read, latents, batch, height, width, workspace, stream);
 }
 
 }  // namespace zimage_rt

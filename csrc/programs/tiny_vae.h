@@ -94,8 +94,15 @@ class TinyVaeEncoder {
   // -> latents fp32 [batch, latent_channels, height / factor, width / factor].
   void encode(const float* image, float* latents, int batch, int height, int width,
               std::byte* workspace, cudaStream_t stream) const;
+  // The same from pixels uint8 [batch, height, width, 3].
+  void encode_uint8(const std::uint8_t* pixels, float* latents, int batch, int height, int width,
+                    std::byte* workspace, cudaStream_t stream) const;
 
  private:
+  // `read` makes the i-th picture the first convolution's input.
+  template <typename Read>
+  void encode_with(Read&& read, float* latents, int batch, int height, int width,
+                   std::byte* workspace, cudaStream_t stream) const;
   TinyVaeConfig config_;
   TinyVaeLayers layers_;
 };

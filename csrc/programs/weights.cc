@@ -21,8 +21,9 @@ constexpr std::size_t kAlignment = 256;  // what cudaMalloc gives, and vector lo
 constexpr std::size_t kChunk = std::size_t{8} << 20;
 // Of a group: at its beginning and its end the bus waits for one chunk.
 constexpr std::size_t kGroupChunk = std::size_t{2} << 20;
-// Of turned matrices, on their way: the bus waits at the end of each such piece.
-constexpr std::size_t kStaging = std::size_t{512} << 20;
+// Of turned matrices, on their way: while one such piece is turned, the next one comes.
+constexpr std::size_t kPiece = std::size_t{256} << 20;
+constexpr std::size_t kPieces = 2;
 // One thread copies from the page cache at 5 to 10 GB/s; the bus takes 50.
 constexpr unsigned kReaders = 8;
 
@@ -119,7 +120,12 @@ void Weights::turn(const std::function<bool(const std::string&)>& which) {
     all += aligned(place.bytes);
     largest = std::max(largest, aligned(place.bytes));
   }
-  staging_bytes_ = std::min(all, std::max(largest, kStaging));
+  turned_bytes_ = all;
+  piece_bytes_ = std::min(all, std::max(largest, kPiece));
+}
+
+std::size_t Weights::staging_bytes() const {
+  return turned_bytes_ > piece_bytes_ ? kPieces * piece_bytes_ : piece_bytes_;
 }
 
 bool Weights::turned(const std::string& name) const {
@@ -161,24 +167,28 @@ void Weights::copy(std::vector<const Place*> places, std::byte* device) const {
   Uploader uploader(kChunk, std::min(readers(), chunks));
   uploader.copy(parts);
   if (turned.empty()) return;
-  const DeviceBuffer staging(staging_bytes_, "turning matrices");
+  const DeviceBuffer staging(staging_bytes(), "turning matrices");
   const Stream stream;
-  for (auto next = turned.begin(); next != turned.end();) {
+  const Event emptied[kPieces];
+  std::size_t piece = 0;
+  for (auto next = turned.begin(); next != turned.end(); piece = (piece + 1) % kPieces) {
     std::vector<std::pair<const Place*, const std::byte*>> staged;
+    std::byte* const memory = staging.data() + piece * piece_bytes_;
     std::size_t used = 0;
     parts.clear();
-    for (; next != turned.end() && used + (*next)->bytes <= staging.bytes(); ++next) {
-      std::byte* const to = staging.data() + used;
-      parts.push_back({map_ + (*next)->entry.offset, to, (*next)->bytes});
-      staged.emplace_back(*next, to);
+    for (; next != turned.end() && used + (*next)->bytes <= piece_bytes_; ++next) {
+      parts.push_back({map_ + (*next)->entry.offset, memory + used, (*next)->bytes});
+      staged.emplace_back(*next, memory + used);
       used += aligned((*next)->bytes);
     }
+    ZRT_CUDA(cudaEventSynchronize(emptied[piece].get()));
     uploader.copy(parts);
     for (const auto& [place, from] : staged)
       zimage_rt::turn(from, device + place->device_offset, static_cast<int>(place->entry.shape[0]),
                       static_cast<int>(place->entry.shape[1]), stream.get());
-    stream.synchronize();
+    ZRT_CUDA(cudaEventRecord(emptied[piece].get(), stream.get()));
   }
+  stream.synchronize();
 }
 
 const Weights::Place& Weights::place_of(const LowRank& change) const {

@@ -82,7 +82,7 @@ class Weights {
   // Of the device's memory, while uploaded.
   std::size_t bytes() const { return bytes_; }
   // What upload() and change() take beside it for as long as they run, for matrices to be turned.
-  std::size_t staging_bytes() const { return staging_bytes_; }
+  std::size_t staging_bytes() const;
   // The same for streamed weights with these changes instead of theirs. Throws WeightError.
   std::size_t bytes_with(const std::vector<LowRank>& changes) const;
 
@@ -132,7 +132,8 @@ class Weights {
   const std::byte* map_ = nullptr;
   std::size_t map_bytes_ = 0;
   std::size_t bytes_ = 0;
-  std::size_t staging_bytes_ = 0;
+  std::size_t turned_bytes_ = 0;  // of all matrices that are turned
+  std::size_t piece_bytes_ = 0;   // of those that are on their way together
   DType storage_ = DType::kFloat32;
   DeviceBuffer device_;
   std::set<std::string> changed_;  // since the last upload

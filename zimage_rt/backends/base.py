@@ -161,8 +161,8 @@ class Pipeline(Protocol):
         """The sampler loop; False where `on_step` stopped it."""
         ...
 
-    def encode_image(self, image: np.ndarray, vae: str) -> np.ndarray:
-        """float32 `[batch, 3, height, width]` in [-1, 1] → latents."""
+    def encode_image(self, images: np.ndarray, vae: str) -> np.ndarray:
+        """Pictures uint8 `[batch, height, width, 3]` to latents."""
         ...
 
     def decode(self, latents: np.ndarray, vae: str) -> np.ndarray:

@@ -221,9 +221,12 @@ class CudaPipeline:
         # What the device took, between events; the rest of the wall time is copies and waiting for other threads.
         return images, {"denoise": denoise, "decode": decoding}
 
-    def encode_image(self, image: np.ndarray, vae: str) -> np.ndarray:
+    def encode_image(self, images: np.ndarray, vae: str) -> np.ndarray:
         """See `Pipeline`."""
-        return self.module(f"{vae}_vae_encoder")({"image": image})["latents"]
+        name = f"{vae}_vae_encoder"
+        self.load([name])
+        with _errors("encoding an image"):
+            return self.native.encode_pixels(images, **_encoder_sizes(self._manifest.module(name)))
 
     def decode(self, latents: np.ndarray, vae: str) -> np.ndarray:
         """See `Pipeline`."""
@@ -280,9 +283,17 @@ class CudaModule:
             elif self._name == "tiny_vae_decoder":
                 value = native.decode(inputs["latents"])
             else:
-                factor = 2 ** (len(config["encoder_block_out_channels"]) - 1)
-                value = native.encode_image(inputs["image"], config["latent_channels"], factor)
+                value = native.encode_image(inputs["image"], **_encoder_sizes(self._spec))
         return {self._spec.outputs[0].name: value}
+
+
+def _encoder_sizes(spec: ModuleSpec) -> dict[str, int]:
+    """Of a VAE's encoder: channels of its latents, and the pixels of one of them in each direction."""
+    config = spec.config
+    return {
+        "latent_channels": config["latent_channels"],
+        "factor": 2 ** (len(config["encoder_block_out_channels"]) - 1),
+    }
 
 
 def _tensors(path: Path) -> list[tuple[str, str, list[int], int, bool]]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from .. import _core
 from ..errors import RequestError, ZImageError
-from ..image import to_uint8
+from ..image import to_signed, to_uint8
 from .base import CheckModule, Control, LowRank, Module, SampleJob
 
 # Loads a module by name with changed weights.
@@ -101,19 +101,15 @@ class ModulePipeline:
             **kept,
         )
 
-    def encode_image(self, image: np.ndarray, vae: str) -> np.ndarray:
+    def encode_image(self, images: np.ndarray, vae: str) -> np.ndarray:
         """See `Pipeline`."""
-        return self.module(f"{vae}_vae_encoder")({"image": image})["latents"]
+        encoder = self.module(f"{vae}_vae_encoder")
+        return _one_by_one(lambda image: encoder({"image": to_signed(image)})["latents"], images)
 
     def decode(self, latents: np.ndarray, vae: str) -> np.ndarray:
         """See `Pipeline`."""
         decoder = self.module(f"{vae}_vae_decoder")
-        # One at a time: a batch would only multiply the activations' memory.
-        images = [
-            to_uint8(decoder({"latents": np.ascontiguousarray(latents[i : i + 1])})["image"])
-            for i in range(len(latents))
-        ]
-        return np.concatenate(images)
+        return _one_by_one(lambda one: to_uint8(decoder({"latents": np.ascontiguousarray(one)})["image"]), latents)
 
     def generate(self, job: SampleJob, vae: str) -> tuple[np.ndarray, dict[str, float]] | None:
         """See `Pipeline`."""
@@ -171,6 +167,11 @@ def check_finite(noise_pred: np.ndarray) -> None:
             "the transformer gave numbers that are not finite: the bundle's precision "
             "overflows with this checkpoint; export it in bf16 or fp32"
         )
+
+
+def _one_by_one(run: Callable[[np.ndarray], np.ndarray], batch: np.ndarray) -> np.ndarray:
+    """A VAE's half over a batch: together they would only multiply the activations' memory."""
+    return np.concatenate([run(batch[i : i + 1]) for i in range(len(batch))])
 
 
 def _group_by_length(contexts: Sequence[np.ndarray]) -> list[tuple[list[int], np.ndarray]]:
