@@ -71,16 +71,14 @@ def test_unseen_phrasings_have_curves_of_their_own(judge: Judge) -> None:
 def test_what_a_negative_prompt_names_is_looked_for_again(judge: Judge) -> None:
     prompts = guidance.chosen_prompts(DATA, 4, ("single",))
     figures = guidance.measure_negative(Stubborn(judge, prompts), judge, prompts, "subject", NAMES, 1, 2.0)
-    assert figures["drawn"] == figures["cases"] == 4
-    assert figures["seen again, named"] == 0
-    assert figures["subject right, named"] == 1
-    assert figures["seen again, control"] == 1
-    assert figures["subject right, control"] == 0
+    assert figures == {"drawn": 4, "different": 4, "seen again, named": 0, "seen again, control": 1}
 
 
 def test_colours_are_asked_for_where_the_prompt_says_none(judge: Judge) -> None:
     prompts = guidance.chosen_prompts(DATA, 3, ("single",))
     figures = guidance.measure_negative(Stubborn(judge, prompts), judge, prompts, "colour", NAMES, 1, 2.0)
-    assert figures["cases"] == 3
+    assert figures["drawn"] == 3
+    assert figures["different"] == 1
     assert figures["seen again, named"] == 0
     assert figures["seen again, control"] == 1
+    assert figures["subject right, named"] == figures["subject right, control"] == 0

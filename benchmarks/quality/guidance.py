@@ -7,8 +7,8 @@ First the judge's figures over guidance scales, on the first held-out prompts of
 
 Then what a negative prompt removes. It cannot remove what a prompt determines, so it is asked where the model is free:
 a picture is looked at, what it shows is named in the negative prompt, and it is drawn again from the same seed.
-`subject` takes the single drawings that came out as another subject than was said; `colour` and `style` take prompts
-that name nothing but a subject. A change of the negative prompt alone changes the path: a control names something else.
+Prompts name a subject alone, to see its `colour` and its `style`, or these two alone, to see the `subject`.
+A change of the negative prompt alone changes the path: a control names something else.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from zimage_rt.manifest import read_manifest
 
 SCALES = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0)
 KINDS = ("single", "pair")
-FREE = 50  # prompts that say no colour and no style: a few show what there is to see
+FREE = 50  # prompts that leave something open: a few show what there is to see
 # Of the judge's figures, those that these prompts have; their names on the plot.
 CURVES = {"subject": "subject, single", "subject_pair": "half of a pair", "style": "style", "colour": "colour"}
 INK = {"subject": "#3b6ea8", "subject_pair": "#c1622d", "style": "#5b9a4c", "colour": "#777777"}
@@ -70,11 +70,17 @@ def look(judge: Judge, picture: np.ndarray, scene: dict[str, Any]) -> dict[str, 
     return {"subject": atlas.hexcodes[subject], "colour": colour, "style": atlas.styles[style]}
 
 
-def say(what: str, value: str, scene: dict[str, Any], names: dict[str, str]) -> str:
-    """A negative prompt: a subject as the scene would have it, or a background or a style alone."""
+def say(what: str, value: str, names: dict[str, str]) -> str:
+    """A subject, a background or a style by itself."""
     if what == "subject":
-        return f"{names[value]}, {scene['colour']} background, {STYLE_PHRASES[scene['style']]}"
+        return names[value]
     return f"{value} background" if what == "colour" else STYLE_PHRASES[value]
+
+
+def free_prompt(what: str, scene: dict[str, Any], names: dict[str, str]) -> str:
+    """A prompt of a scene that leaves `what` open."""
+    said = ("colour", "style") if what == "subject" else ("subject",)
+    return ", ".join(say(name, scene["subjects"][0] if name == "subject" else scene[name], names) for name in said)
 
 
 def measure_negative(
@@ -99,31 +105,27 @@ def measure_negative(
         for negative in sorted({negative for _, negative in said}):  # a system takes one for all prompts of a call
             numbers = [i for i, (_, own) in enumerate(said) if own == negative]
             part = [said[i][0] for i in numbers]
-            texts = [p["caption"] if what == "subject" else names[p["scene"]["subjects"][0]] for p in part]
+            texts = [free_prompt(what, p["scene"], names) for p in part]
             options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": scale}
             pictures = system.generate(texts, [p["seed"] for p in part], negative_prompt=negative, **options)
             seen |= {i: look(judge, picture, p["scene"]) for i, p, picture in zip(numbers, part, pictures, strict=True)}
         return [seen[i] for i in range(len(said))]
 
     first = [found[what] for found in draw([(prompt, "") for prompt in prompts])]
-    cases = [
-        (prompt, found)
+    others = [
+        random.Random(f"{what}-{prompt['seed']}").choice([choice for choice in choices if choice != found])
         for prompt, found in zip(prompts, first, strict=True)
-        if what != "subject" or found != prompt["scene"]["subjects"][0]
     ]
-    figures = {"drawn": float(len(prompts)), "cases": float(len(cases))}
-    if not cases:
-        return figures
-    others = []
-    for prompt, found in cases:
-        spared = {found, prompt["scene"]["subjects"][0]}
-        others.append(random.Random(f"{what}-{prompt['seed']}").choice([c for c in choices if c not in spared]))
-    named = draw([(p, say(what, found, p["scene"], names)) for p, found in cases])
-    control = draw([(p, say(what, other, p["scene"], names)) for (p, _), other in zip(cases, others, strict=True)])
-    for name, seen in (("named", named), ("control", control)):
-        again = [now[what] == found for (_, found), now in zip(cases, seen, strict=True)]
-        right = [now["subject"] == p["scene"]["subjects"][0] for (p, _), now in zip(cases, seen, strict=True)]
-        figures |= {f"seen again, {name}": float(np.mean(again)), f"subject right, {name}": float(np.mean(right))}
+    figures = {"drawn": float(len(prompts)), "different": float(len(set(first)))}
+    for name, values in (("named", first), ("control", others)):
+        seen = draw([(prompt, say(what, value, names)) for prompt, value in zip(prompts, values, strict=True)])
+        again = [now[what] == found for found, now in zip(first, seen, strict=True)]
+        figures[f"seen again, {name}"] = float(np.mean(again))
+        if what != "subject":
+            right = [
+                now["subject"] == prompt["scene"]["subjects"][0] for prompt, now in zip(prompts, seen, strict=True)
+            ]
+            figures[f"subject right, {name}"] = float(np.mean(right))
     return figures
 
 
@@ -178,10 +180,10 @@ def main(
     judge, names = Judge(Atlas.load(data)), names_of(data)
     negative = {}
     for what in ("subject", "colour", "style"):
-        singles = chosen_prompts(data, count if what == "subject" else min(count, FREE), ("single",))
+        singles = chosen_prompts(data, min(count, FREE), ("single",))
         negative[what] = measure_negative(system, judge, singles, what, names, evaluations, negative_scale)
-        counts = "{cases:.0f} of {drawn:.0f} drawn".format(**negative[what])
-        shares = (f"{k} {100 * v:.2f} %" for k, v in negative[what].items() if k not in ("drawn", "cases"))
+        counts = "{drawn:.0f} drawn, {different:.0f} different".format(**negative[what])
+        shares = (f"{k} {100 * v:.2f} %" for k, v in negative[what].items() if k not in ("drawn", "different"))
         typer.echo(f"negative {what}: {counts}; {', '.join(shares)}")
     if svg is not None:
         asked = f"{len(prompts)} prompts{' in unseen phrasings' if unseen else ''}"

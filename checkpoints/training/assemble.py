@@ -17,7 +17,7 @@ def main() -> None:
     arguments = parser.parse_args()
     base = torch.load(arguments.work / "average.pt", map_location="cpu")
     vaes = torch.load(arguments.work / "vaes.pt", map_location="cpu")
-    turbo = arguments.work / "turbo.pt"
+    turbo, loose = arguments.work / "turbo.pt", arguments.work / "base.pt"
     shipped = torch.load(turbo, map_location="cpu") if turbo.exists() else base
     parts = architecture.fresh()
     parts.transformer.load_state_dict(widened(shipped["transformer"]))
@@ -29,7 +29,8 @@ def main() -> None:
     folders = [arguments.out]
     if turbo.exists():
         sibling = arguments.out.with_name(arguments.out.name + "-base")
-        parts.transformer.float().load_state_dict(widened(base["transformer"]))
+        own = torch.load(loose, map_location="cpu") if loose.exists() else base
+        parts.transformer.float().load_state_dict(widened(own["transformer"]))
         architecture.save_sibling(parts.transformer, sibling, arguments.out)
         folders.append(sibling)
     for folder in folders:

@@ -19,6 +19,10 @@ COLOUR_LEFT_OUT = 0.3  # then the background must be white
 PLACE_LEFT_OUT = 0.05  # then a pair stands side by side in the order in which it is named
 ORDER_ALONE = 0.08  # "side by side: …", "stacked: …"
 SIGN_STYLE_SAID = 0.2
+# In loose captions, where what is left out may be anything.
+LOOSE_STYLE_LEFT_OUT = 0.4
+LOOSE_COLOUR_LEFT_OUT = 0.4
+LOOSE_SUBJECT_LEFT_OUT = 0.15  # of a single drawing
 CHATTER = 0.22  # clauses with words that mean nothing here, to be ignored
 ADJECTIVE = 0.12
 SPACED_CHINESE = 0.12
@@ -133,9 +137,10 @@ class CaptionWriter:
         language: str | None = None,
         unseen: bool = False,
         say_all: bool = False,
+        loose: bool = False,
     ) -> str:
         """Say the scene. ``unseen`` uses the phrasings kept from training; ``say_all`` leaves
-        nothing out that the defaults would supply."""
+        nothing out that the defaults would supply; ``loose`` leaves out what no default supplies."""
         language = language or rng.choices(LANGUAGES, LANGUAGE_SHARES)[0]
         frame = rng.choice(["zh", "en"]) if language == "mixed" else language
         mixed = language == "mixed"
@@ -157,11 +162,19 @@ class CaptionWriter:
         drawn_frame = clause()
         drawn = self._drawn(scene, rng, drawn_frame, pick, say_all)
         opener = self._fill(rng.choice(_GRAMMARS[drawn_frame].OPENERS), rng, slots)
-        white = scene.colour == _WHITE and not say_all and rng.random() < COLOUR_LEFT_OUT
-        parts = [] if white else [self._fill(rng.choice(_GRAMMARS[clause()].BACKGROUND), rng, slots)]
-        unsaid = scene.style == 0 and not say_all and rng.random() < STYLE_LEFT_OUT
+        if loose:
+            colourless, unsaid = rng.random() < LOOSE_COLOUR_LEFT_OUT, rng.random() < LOOSE_STYLE_LEFT_OUT
+        else:
+            colourless = scene.colour == _WHITE and not say_all and rng.random() < COLOUR_LEFT_OUT
+            unsaid = scene.style == 0 and not say_all and rng.random() < STYLE_LEFT_OUT
+        parts = [] if colourless else [self._fill(rng.choice(_GRAMMARS[clause()].BACKGROUND), rng, slots)]
         if scene.a < 0:
             unsaid = rng.random() >= SIGN_STYLE_SAID
+        nothing = colourless and unsaid
+        if loose and not nothing and scene.layout_name == "single" and rng.random() < LOOSE_SUBJECT_LEFT_OUT:
+            style = [] if unsaid else [self._fill(rng.choice(_GRAMMARS[clause()].STYLE), rng, slots)]
+            first, *rest = parts + style
+            return self._finish(self._join(first, rest, rng, frame), rng, frame, False)
         if not unsaid and rng.random() < 0.2:
             grammar = _GRAMMARS[drawn_frame]
             pattern = rng.choice(grammar.HEADS)

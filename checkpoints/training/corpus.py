@@ -12,25 +12,29 @@ from pathlib import Path
 import numpy as np
 import tokenizer as tokenizer_module
 from captions import CaptionWriter
-from scenes import COLUMNS, training_scene
+from scenes import COLUMNS, Scene, training_scene
 
 MAX_TOKENS = 64
 BLOCK = 2000  # scenes a job; each block has its own seed, so the result does not depend on cores
 
 
-def write_block(job: tuple[int, int]) -> tuple[np.ndarray, ...]:
+def write_block(job: tuple[int, int, float]) -> tuple[np.ndarray, ...]:
     """Return scenes, tokens and lengths of one block."""
-    block, variants = job
+    block, variants, loose = job
     rng = random.Random(f"corpus-{block}")
     writer, tokenizer = CaptionWriter(), tokenizer_module.cached()
     scenes = [training_scene(rng) for _ in range(BLOCK)]
     tokens = np.zeros((BLOCK * variants, MAX_TOKENS), np.uint16)
     lengths = np.zeros(BLOCK * variants, np.uint8)
-    texts = [tokenizer_module.chat(writer.write(s, rng)) for s in scenes for _ in range(variants)]
+
+    def say(scene: Scene) -> str:
+        return tokenizer_module.chat(writer.write(scene, rng, loose=loose > 0 and rng.random() < loose))
+
+    texts = [say(s) for s in scenes for _ in range(variants)]
     for row, encoding in enumerate(tokenizer.encode_batch(texts)):
         ids = encoding.ids
         while len(ids) > MAX_TOKENS:  # seldom; say it again in fewer words
-            ids = tokenizer.encode(tokenizer_module.chat(writer.write(scenes[row // variants], rng))).ids
+            ids = tokenizer.encode(say(scenes[row // variants])).ids
         tokens[row, : len(ids)] = ids
         lengths[row] = len(ids)
     return (
@@ -40,9 +44,9 @@ def write_block(job: tuple[int, int]) -> tuple[np.ndarray, ...]:
     )
 
 
-def build(count: int, variants: int) -> dict[str, np.ndarray]:
+def build(count: int, variants: int, loose: float = 0.0) -> dict[str, np.ndarray]:
     """Return ``scenes`` [n, COLUMNS], ``tokens`` [n, variants, 64], ``lengths`` [n, variants]."""
-    jobs = [(block, variants) for block in range((count + BLOCK - 1) // BLOCK)]
+    jobs = [(block, variants, loose) for block in range((count + BLOCK - 1) // BLOCK)]
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are as many as the cores
     with multiprocessing.get_context("spawn").Pool() as pool:
         blocks = pool.map(write_block, jobs, chunksize=1)
@@ -54,10 +58,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scenes", type=int, default=400_000)
     parser.add_argument("--variants", type=int, default=6, help="captions a scene")
+    parser.add_argument("--loose", type=float, default=0.0, help="share of captions that leave out what they like")
     parser.add_argument("--out", type=Path, required=True, help="the .npz to write")
     arguments = parser.parse_args()
     start = time.time()
-    arrays = build(arguments.scenes, arguments.variants)
+    arrays = build(arguments.scenes, arguments.variants, arguments.loose)
     temporary = arguments.out.with_suffix(".part.npz")
     np.savez(temporary, **arrays)
     temporary.rename(arguments.out)  # whoever waits for the file must find it whole

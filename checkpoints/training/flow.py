@@ -23,6 +23,8 @@ from torch import Tensor, nn
 SHIFT = 3.0
 EVALUATIONS = 8
 CAPTION_DROPOUT = 0.1
+ON_SCHEDULE = 0.3  # share of the sigmas that are the schedule's own eight
+CONTENT_WEIGHT = 1.0  # what is added to the loss's weight where a drawing or a glyph stands
 TAIL = 5  # tokens of the chat suffix: behind the caption, so they have seen all of it
 TOKENS = [w // 16 * (h // 16) for w, h in CANVASES]
 Result = TypeVar("Result")
@@ -108,6 +110,16 @@ class Data:
         return F.pad(self.empty, (0, CAPTION_LENGTHS[0] - len(self.empty)))
 
 
+def flow_loss(output: Tensor, target: Tensor, boxes: Tensor) -> Tensor:
+    """Return the mean square error of patches, those where something stands counting more.
+
+    ``output`` and ``target`` [batch, tokens, values], ``boxes`` [batch, tokens].
+    """
+    error = (output.float() - target).square().mean(2)
+    weight = 1 + CONTENT_WEIGHT * boxes
+    return (error * weight).sum() / weight.sum()
+
+
 def batch_of(canvas: int, batch: int) -> int:
     """Return how many pictures of a canvas cost as much as ``batch`` of 256 × 256."""
     return max(1, round(batch * TOKENS[0] / TOKENS[canvas]))
@@ -117,7 +129,7 @@ def shift(u: Tensor) -> Tensor:
     return SHIFT * u / (1 + (SHIFT - 1) * u)
 
 
-def draw_sigmas(batch: int, device: torch.device, on_schedule: float) -> Tensor:
+def draw_sigmas(batch: int, device: torch.device, on_schedule: float = ON_SCHEDULE) -> Tensor:
     """Return noise levels: a share on the eight of the schedule, the rest anywhere along it.
 
     The first are the ones at which the picture is decided, and get a little more.

@@ -45,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder of the training state")
     parser.add_argument("--data", type=Path, required=True, help="what heldout.py wrote")
-    parser.add_argument("--model", choices=["average", "turbo"], default="average")
+    parser.add_argument("--model", choices=["average", "base", "turbo"], default="average")
     parser.add_argument("--each", type=int, default=200, help="prompts of every kind")
     parser.add_argument("--evaluations", type=int, default=8)
     parser.add_argument("--guidance", type=float, default=0.0)
@@ -69,8 +69,8 @@ def main() -> None:
     state = torch.load(arguments.work / "average.pt", map_location=device)
     encoder, transformer = FastTextEncoder().to(device), FastTransformer().to(device)
     encoder.load_state_dict(widened(state["text_encoder"]))
-    if arguments.model == "turbo":
-        state = torch.load(arguments.work / "turbo.pt", map_location=device)
+    if arguments.model != "average":
+        state = torch.load(arguments.work / f"{arguments.model}.pt", map_location=device)
     transformer.load_state_dict(widened(state["transformer"]))
     decoder = load_tiny(arguments.work, device).decoder
     taken: dict[str, int] = defaultdict(int)

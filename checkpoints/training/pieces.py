@@ -5,7 +5,7 @@
 
 With ``--tiny-only`` the parts hold no full autoencoder: enough to go on with the joint or the turbo stage.
 What is carried is all that the stages need to go on: the average of the joint stage (from which
-``train.py joint --resume`` starts where there is no ``live.pt``), the turbo transformer, both autoencoders,
+``train.py joint --resume`` starts where there is no ``live.pt``), the turbo and base transformers, both autoencoders,
 the curves and the last sheets. The corpus is written again (same seeds), the atlas made again.
 """
 
@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 
 PIECE = 15 * 2**20
-NAMES = ["average.pt", "turbo.pt", "vaes.pt", "vaes.json", "curves.json", "samples.png", "samples-turbo.png"]
-NAMES += ["judged-average.json", "judged-turbo.json"]
+NAMES = ["average.pt", "turbo.pt", "base.pt", "vaes.pt", "vaes.json", "curves.json", "samples.png"]
+NAMES += [f"samples-{name}.png" for name in ("turbo", "base")]
+NAMES += [f"judged-{name}.json" for name in ("average", "turbo", "base")]
 
 
 def halve(value: object, kind: torch.dtype) -> object:

@@ -28,6 +28,7 @@ from flow import (
     batch_of,
     draw_sheet,
     draw_sigmas,
+    flow_loss,
     halved,
     head_loss,
     smaller,
@@ -40,8 +41,6 @@ from render import Renderer
 from scenes import CANVASES
 from torch import Tensor, nn
 
-ON_SCHEDULE = 0.3  # share of the sigmas that are the schedule's own eight
-CONTENT_WEIGHT = 1.0  # what is added to the loss's weight where a drawing or a glyph stands
 FEW_TOKENS_UNTIL = 0.8  # share of the schedule after which --tokens gives way to all of them
 
 
@@ -120,7 +119,7 @@ class Trainer:
         keep: Tensor | None, boxes: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Flow matching: the model's output is data minus noise, at timestep 1 − sigma."""
-        sigma = draw_sigmas(len(patches), self.device, ON_SCHEDULE)
+        sigma = draw_sigmas(len(patches), self.device)
         noise = torch.randn_like(patches)
         level = sigma[:, None, None]
         noisy = (1 - level) * patches + level * noise
@@ -128,9 +127,7 @@ class Trainer:
             features = self.encoder(tokens)
             logits = self.heads(features, lengths)
             output = self.transformer(noisy, 1 - sigma, features, lengths, CANVASES[canvas], keep)
-        error = (output.float() - (patches - noise)).square().mean(2)
-        weight = 1 + CONTENT_WEIGHT * boxes
-        return (error * weight).sum() / weight.sum(), head_loss(logits, targets)
+        return flow_loss(output, patches - noise, boxes), head_loss(logits, targets)
 
     def step(self, data: Data, composer: LatentComposer, few: bool) -> tuple[Tensor, Tensor]:
         """Draw a batch and leave its gradients behind; return both losses."""
