@@ -18,7 +18,7 @@ from zimage_rt.benchmarks.fidelity import psnr
 import zimage_rt
 from zimage_rt.backends.base import Module
 from zimage_rt.backends.registry import load_backend
-from zimage_rt.errors import Cancelled, OutOfMemory
+from zimage_rt.errors import BundleMismatch, Cancelled, OutOfMemory
 from zimage_rt.manifest import read_manifest
 
 pytestmark = pytest.mark.gpu
@@ -33,6 +33,7 @@ KINDS: dict[str, tuple[str | None, list[int]]] = {
 }
 PROMPT = "a panda on a blue background"
 LONGER = "a cat on the left and a house on the right, purple background, drawn as children draw them, with a pencil"
+SIZES = {"dim": 384, "n_heads": 3, "n_kv_heads": 3}  # of the single evaluations, as small as the kernels compute
 TOLERANCE = {"bf16": 2e-2, "fp16": 4e-3}  # of a whole evaluation against fp32
 DECIBELS = {"bf16": 30, "fp16": 38}
 
@@ -110,9 +111,7 @@ def deep(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     from export_checkpoints import copy_with
 
     torch.manual_seed(1)
-    transformer = diffusers.ZImageTransformer2DModel(
-        dim=256, n_heads=2, n_kv_heads=2, n_layers=5, n_refiner_layers=3, cap_feat_dim=64
-    )
+    transformer = diffusers.ZImageTransformer2DModel(**SIZES, n_layers=5, n_refiner_layers=3, cap_feat_dim=64)
     for name, parameter in transformer.named_parameters():
         if "pad_token" in name or name.endswith(("norm1.weight", "norm2.weight", "bias")):
             parameter.data.normal_(0.2, 0.3)
@@ -171,13 +170,14 @@ def test_an_evaluation_is_that_of_torch(kind, precision, deep, tmp_path):
     net = make_controlnet(
         tmp_path / "net",
         refiner,
-        **{"dim": 256, "n_heads": 2, "n_kv_heads": 2, "n_refiner_layers": 3},
+        **SIZES,
+        n_refiner_layers=3,
         control_layers_places=[0, 1, 3],
         control_refiner_layers_places=places,
     )
     pipeline = on_cuda(deep, net, tmp_path / "bundle", precision)
     for batch, height, width, rows in ((1, 10, 14, 32), (3, 26, 34, 64), (1, 64, 72, 96)):
-        inputs = evaluation(16 if refiner is None else 33, 256, batch, height, width, rows)
+        inputs = evaluation(16 if refiner is None else 33, SIZES["dim"], batch, height, width, rows)
         plain = pipeline.module("transformer")({name: inputs[name] for name in ("latents", "timestep", "context")})
         wanted = in_torch(deep, net, inputs)
         ours = pipeline.module("controlnet")(inputs)["noise_pred"]
@@ -185,6 +185,15 @@ def test_an_evaluation_is_that_of_torch(kind, precision, deep, tmp_path):
         assert relative_error(plain["noise_pred"], wanted) > 5 * TOLERANCE[precision]  # the hints are no rounding error
         silent = pipeline.module("controlnet")({**inputs, "control_scale": np.zeros(batch, np.float32)})
         assert relative_error(silent["noise_pred"], plain["noise_pred"]) < TOLERANCE[precision] / 4
+
+
+def test_a_transformer_that_no_kernel_computes_is_refused_when_it_is_loaded(small_checkpoint, tmp_path):
+    from controlnet_files import make_controlnet
+
+    sizes = {"dim": 256, "n_heads": 2, "n_kv_heads": 2}  # int(256 / 3 * 8) = 682 wide between w1 and w2
+    pipeline = on_cuda(small_checkpoint, make_controlnet(tmp_path / "net", None, **sizes), tmp_path / "bundle", "bf16")
+    with pytest.raises(BundleMismatch, match=r"loading transformer: .* multiple of 8, got 682"):
+        pipeline.load(["transformer"])
 
 
 def test_a_control_stream_beyond_fp16_draws_what_fp32_does(deep, tmp_path):
@@ -195,7 +204,9 @@ def test_a_control_stream_beyond_fp16_draws_what_fp32_does(deep, tmp_path):
     net = make_controlnet(
         tmp_path / "net",
         "control_noise_refiner",
-        **{"dim": 256, "n_heads": 2, "n_kv_heads": 2, "n_refiner_layers": 2, "control_layers_places": [0, 2]},
+        **SIZES,
+        n_refiner_layers=2,
+        control_layers_places=[0, 2],
     )
 
     def loud(name: str) -> float:
@@ -203,7 +214,7 @@ def test_a_control_stream_beyond_fp16_draws_what_fp32_does(deep, tmp_path):
         return 2.0**19 if begins else 2.0**-8 if "_proj.weight" in name else 1.0
 
     save_file({name: tensor * loud(name) for name, tensor in tensors_of(net).items()}, net / WEIGHTS)
-    inputs = evaluation(33, 256, 1, 26, 34, 64)
+    inputs = evaluation(33, SIZES["dim"], 1, 26, 34, 64)
     ours = on_cuda(deep, net, tmp_path / "bundle", "fp16").module("controlnet")(inputs)["noise_pred"]
     assert relative_error(ours, in_torch(deep, net, inputs)) < 2e-2
 

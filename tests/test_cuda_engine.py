@@ -186,8 +186,8 @@ def test_a_lora_is_that_of_onnxruntime_and_leaves_the_same_bytes(cuda, reference
     other = random_lora_of(cuda.manifest, tmp_path / "other.safetensors", seed=2, modules=("transformer",))
     before = dict(module_outputs(cuda))
     for engine in (cuda, reference):
-        engine.load_lora(path, weight=0.8)
-        engine.load_lora(other, weight=-0.5)
+        engine.load_lora(path, weight=1.6)
+        engine.load_lora(other, weight=-1.0)
     expected, ours = dict(module_outputs(reference)), dict(module_outputs(cuda))
     for name, value in ours.items():
         assert relative_error(value, before[name]) > 0.05, name

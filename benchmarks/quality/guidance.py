@@ -31,6 +31,10 @@ from zimage_rt.manifest import read_manifest
 SCALES = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0)
 KINDS = ("single", "pair")
 FREE = 50  # prompts that leave something open: a few show what there is to see
+# What a prompt says that leaves a subject, a colour or a style open, and the negative prompt that names one. A style is
+# how a subject is drawn: it is named with it.
+FREE_PROMPTS = {"subject": ("colour", "style"), "colour": ("subject",), "style": ("subject",)}
+NAMING = {"subject": ("subject",), "colour": ("colour",), "style": ("subject", "style")}
 # Of the judge's figures, those that these prompts have; their names on the plot.
 CURVES = {"subject": "subject, single", "subject_pair": "half of a pair", "style": "style", "colour": "colour"}
 INK = {"subject": "#3b6ea8", "subject_pair": "#c1622d", "style": "#5b9a4c", "colour": "#777777"}
@@ -70,17 +74,19 @@ def look(judge: Judge, picture: np.ndarray, scene: dict[str, Any]) -> dict[str, 
     return {"subject": atlas.hexcodes[subject], "colour": colour, "style": atlas.styles[style]}
 
 
-def say(what: str, value: str, names: dict[str, str]) -> str:
-    """A subject, a background or a style by itself."""
-    if what == "subject":
-        return names[value]
-    return f"{value} background" if what == "colour" else STYLE_PHRASES[value]
+def say(scene: dict[str, Any], names: dict[str, str], *said: str) -> str:
+    """A prompt of the `subject`, the `colour` and the `style` of a scene, or of some of them."""
+    phrases = {
+        "subject": names[scene["subjects"][0]],
+        "colour": f"{scene['colour']} background",
+        "style": STYLE_PHRASES[scene["style"]],
+    }
+    return ", ".join(phrases[what] for what in said)
 
 
-def free_prompt(what: str, scene: dict[str, Any], names: dict[str, str]) -> str:
-    """A prompt of a scene that leaves `what` open."""
-    said = ("colour", "style") if what == "subject" else ("subject",)
-    return ", ".join(say(name, scene["subjects"][0] if name == "subject" else scene[name], names) for name in said)
+def with_value(scene: dict[str, Any], what: str, value: str) -> dict[str, Any]:
+    """The scene with another subject, colour or style."""
+    return {**scene, **({"subjects": [value]} if what == "subject" else {what: value})}
 
 
 def measure_negative(
@@ -105,7 +111,7 @@ def measure_negative(
         for negative in sorted({negative for _, negative in said}):  # a system takes one for all prompts of a call
             numbers = [i for i, (_, own) in enumerate(said) if own == negative]
             part = [said[i][0] for i in numbers]
-            texts = [free_prompt(what, p["scene"], names) for p in part]
+            texts = [say(p["scene"], names, *FREE_PROMPTS[what]) for p in part]
             options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": scale}
             pictures = system.generate(texts, [p["seed"] for p in part], negative_prompt=negative, **options)
             seen |= {i: look(judge, picture, p["scene"]) for i, p, picture in zip(numbers, part, pictures, strict=True)}
@@ -118,7 +124,10 @@ def measure_negative(
     ]
     figures = {"drawn": float(len(prompts)), "different": float(len(set(first)))}
     for name, values in (("named", first), ("control", others)):
-        seen = draw([(prompt, say(what, value, names)) for prompt, value in zip(prompts, values, strict=True)])
+        said = [
+            say(with_value(p["scene"], what, v), names, *NAMING[what]) for p, v in zip(prompts, values, strict=True)
+        ]
+        seen = draw(list(zip(prompts, said, strict=True)))
         again = [now[what] == found for found, now in zip(first, seen, strict=True)]
         figures[f"seen again, {name}"] = float(np.mean(again))
         if what != "subject":
@@ -179,7 +188,7 @@ def main(
         typer.echo(f"guidance {scale:g}  " + "  ".join(f"{name} {100 * v:6.2f} %" for name, v in figures.items()))
     judge, names = Judge(Atlas.load(data)), names_of(data)
     negative = {}
-    for what in ("subject", "colour", "style"):
+    for what in FREE_PROMPTS:
         singles = chosen_prompts(data, min(count, FREE), ("single",))
         negative[what] = measure_negative(system, judge, singles, what, names, evaluations, negative_scale)
         counts = "{drawn:.0f} drawn, {different:.0f} different".format(**negative[what])

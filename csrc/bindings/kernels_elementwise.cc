@@ -108,7 +108,7 @@ py::tuple run_low_rank_update(const py::array& matrix, const py::array& down, co
 py::array run_turn(const py::array& matrix) {
   const DeviceArray in(matrix);
   const DeviceArray out({matrix.shape(1), matrix.shape(0)}, in.dtype());
-  turn(in.data(), out.data(), rows_of(in), columns_of(in), nullptr);
+  turn(in.data(), out.data(), rows_of(in), columns_of(in), rows_of(in), nullptr);
   return out.download();
 }
 

@@ -10,7 +10,8 @@ namespace {
 constexpr int kTile = 64;
 constexpr int kRowsAtOnce = 4;  // rows of a tile that a block reads or writes together
 
-__global__ void turn_kernel(const std::uint16_t* in, std::uint16_t* out, int rows, int columns) {
+__global__ void turn_kernel(const std::uint16_t* in, std::uint16_t* out, int rows, int columns,
+                            int out_stride) {
   // Two numbers more than a tile is wide: a column's neighbours lie in different banks.
   __shared__ std::uint16_t tile[kTile][kTile + 2];
   const int x = threadIdx.x % kTile, y = threadIdx.x / kTile;
@@ -21,17 +22,18 @@ __global__ void turn_kernel(const std::uint16_t* in, std::uint16_t* out, int row
   __syncthreads();
   for (int i = y; i < kTile; i += kRowsAtOnce)
     if (first_column + i < columns && first_row + x < rows)
-      out[static_cast<std::size_t>(first_column + i) * rows + first_row + x] = tile[x][i];
+      out[static_cast<std::size_t>(first_column + i) * out_stride + first_row + x] = tile[x][i];
 }
 
 }  // namespace
 
-void turn(const void* in, void* out, int rows, int columns, cudaStream_t stream) {
+void turn(const void* in, void* out, int rows, int columns, int out_stride, cudaStream_t stream) {
   if (rows == 0 || columns == 0) return;
   const dim3 blocks(static_cast<unsigned>(ceil_div(columns, kTile)),
                     static_cast<unsigned>(ceil_div(rows, kTile)));
-  turn_kernel<<<blocks, kTile * kRowsAtOnce, 0, stream>>>(
-      static_cast<const std::uint16_t*>(in), static_cast<std::uint16_t*>(out), rows, columns);
+  turn_kernel<<<blocks, kTile * kRowsAtOnce, 0, stream>>>(static_cast<const std::uint16_t*>(in),
+                                                          static_cast<std::uint16_t*>(out), rows,
+                                                          columns, out_stride);
   ZRT_LAUNCHED();
 }
 

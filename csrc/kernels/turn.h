@@ -4,7 +4,8 @@
 
 namespace zimage_rt {
 
-// out [columns, rows] = inᵀ of in [rows, columns], numbers of two bytes. The two may not overlap.
-void turn(const void* in, void* out, int rows, int columns, cudaStream_t stream);
+// out [columns, rows] = inᵀ of in [rows, columns], numbers of two bytes; rows of `out` begin
+// `out_stride` numbers after one another. The two may not overlap.
+void turn(const void* in, void* out, int rows, int columns, int out_stride, cudaStream_t stream);
 
 }  // namespace zimage_rt

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <numeric>
 #include <stdexcept>
+#include <string>
 #include <string_view>
 
 #include "kernels/norm.h"
@@ -38,6 +39,11 @@ std::vector<std::string> layer_names(const TransformerConfig& config) {
 }  // namespace
 
 BlockShape TransformerConfig::block_shape(DType type) const {
+  if (hidden_dim % 8 != 0)  // kernels read eight numbers at once
+    throw std::invalid_argument(
+        "transformer: expected a hidden size of the feed-forward layers that is a multiple of 8, "
+        "got " +
+        std::to_string(hidden_dim));
   return {dim,        n_heads, n_heads, dim / n_heads,   hidden_dim, norm_eps,
           kQkNormEps, false,   type,    attention_scale, gate_scale, up_scale};
 }

@@ -6,14 +6,21 @@
 #include <optional>
 #include <utility>
 
+#include "kernels/turn.h"
 #include "zimage_rt/check.h"
 #include "zimage_rt/device.h"
 
 namespace zimage_rt {
 namespace {
 
+constexpr int kTurnedRows =
+    64;  // a multiple of which is turned together: whole tiles of the kernel
+constexpr std::size_t kNumberBytes = 2;
+
+}  // namespace
+
 // What one thread copies with.
-class Lane {
+class Uploader::Lane {
  public:
   explicit Lane(std::size_t chunk) : buffers_{PinnedBuffer(chunk), PinnedBuffer(chunk)} {}
   Lane(const Lane&) = delete;
@@ -22,32 +29,65 @@ class Lane {
   ~Lane() { cudaStreamSynchronize(stream_.get()); }
 
   // Copies chunks that it takes from a shared list, two buffers deep.
-  void copy(const std::vector<Uploader::Part>& chunks, std::atomic<std::size_t>& next) {
+  void copy(const std::vector<Chunk>& chunks, std::atomic<std::size_t>& next) {
     for (std::size_t turn = 0;; ++turn) {
       const std::size_t i = next.fetch_add(1);
       if (i >= chunks.size()) break;
-      PinnedBuffer& buffer = buffers_[turn % 2];
       ZRT_CUDA(cudaEventSynchronize(copied_[turn % 2].get()));
-      std::memcpy(buffer.data(), chunks[i].source, chunks[i].bytes);
-      ZRT_CUDA(cudaMemcpyAsync(chunks[i].target, buffer.data(), chunks[i].bytes,
-                               cudaMemcpyHostToDevice, stream_.get()));
+      send(chunks[i], turn % 2);
       ZRT_CUDA(cudaEventRecord(copied_[turn % 2].get(), stream_.get()));
     }
     stream_.synchronize();
   }
 
  private:
+  void send(const Chunk& chunk, std::size_t buffer) {
+    const Part& part = chunk.part;
+    if (part.bytes > buffers_[buffer].bytes()) buffers_[buffer] = PinnedBuffer(part.bytes);
+    std::byte* const from = buffers_[buffer].data();
+    std::byte* target = part.target;
+    if (part.columns > 0) {
+      if (part.bytes > turning_[buffer].bytes())
+        turning_[buffer] =
+            DeviceBuffer(std::max(part.bytes, buffers_[buffer].bytes()), "turning matrices");
+      target = turning_[buffer].data();
+    }
+    std::memcpy(from, part.source, part.bytes);
+    ZRT_CUDA(cudaMemcpyAsync(target, from, part.bytes, cudaMemcpyHostToDevice, stream_.get()));
+    if (part.columns > 0)
+      turn(target, part.target, part.rows, part.columns, chunk.stride, stream_.get());
+  }
+
   Stream stream_;
   PinnedBuffer buffers_[2];
+  DeviceBuffer turning_[2];
   Event copied_[2];
 };
 
-}  // namespace
+std::vector<Uploader::Chunk> Uploader::split(const std::vector<Part>& parts, std::size_t chunk) {
+  std::vector<Chunk> chunks;
+  for (const Part& part : parts) {
+    if (part.columns == 0) {
+      for (std::size_t at = 0; at < part.bytes; at += chunk)
+        chunks.push_back({{part.source + at, part.target + at, std::min(chunk, part.bytes - at)}});
+      continue;
+    }
+    const std::size_t row = static_cast<std::size_t>(part.columns) * kNumberBytes;
+    const int fitting = std::max(1, static_cast<int>(chunk / row));
+    const int step = fitting < kTurnedRows ? fitting : fitting / kTurnedRows * kTurnedRows;
+    for (int first = 0; first < part.rows; first += step) {
+      const int rows = std::min(step, part.rows - first);
+      chunks.push_back({{part.source + static_cast<std::size_t>(first) * row,
+                         part.target + static_cast<std::size_t>(first) * kNumberBytes,
+                         static_cast<std::size_t>(rows) * row, rows, part.columns},
+                        part.rows});
+    }
+  }
+  return chunks;
+}
 
 std::size_t Uploader::count(const std::vector<Part>& parts, std::size_t chunk) {
-  std::size_t chunks = 0;
-  for (const Part& part : parts) chunks += (part.bytes + chunk - 1) / chunk;
-  return chunks;
+  return split(parts, chunk).size();
 }
 
 Uploader::Uploader(std::size_t chunk, std::size_t threads) : chunk_(chunk) {
@@ -75,15 +115,11 @@ void Uploader::end() {
 
 void Uploader::copy(const std::vector<Part>& parts) {
   std::unique_lock<std::mutex> lock(mutex_);
-  chunks_.clear();
-  chunks_.reserve(count(parts, chunk_));
-  for (const Part& part : parts)
-    for (std::size_t at = 0; at < part.bytes; at += chunk_)
-      chunks_.push_back({part.source + at, part.target + at, std::min(chunk_, part.bytes - at)});
+  chunks_ = split(parts, chunk_);
   if (chunks_.empty()) return;
   // In the file's order, as disks like it.
-  std::sort(chunks_.begin(), chunks_.end(), [](const Part& a, const Part& b) {
-    return std::less<const std::byte*>()(a.source, b.source);
+  std::sort(chunks_.begin(), chunks_.end(), [](const Chunk& a, const Chunk& b) {
+    return std::less<const std::byte*>()(a.part.source, b.part.source);
   });
   next_ = 0;
   busy_ = threads_.size();

@@ -18,12 +18,15 @@ class Uploader {
     const std::byte* source;
     std::byte* target;
     std::size_t bytes;
+    // Of a matrix of 16-bit numbers that the device is to have turned; without, it stays as it is.
+    int rows = 0, columns = 0;
   };
   // How many chunks these parts are copied in.
   static std::size_t count(const std::vector<Part>& parts, std::size_t chunk);
 
-  // For the current device. A copy is of `chunk` bytes at most; a thread has two buffers of them,
-  // which it makes at the first call of copy().
+  // For the current device. A copy is of `chunk` bytes at most, or of one row of a matrix that is
+  // turned; a thread has two buffers of them, which it makes at the first call of copy(). Matrices
+  // are turned by way of as much memory on the device.
   Uploader(std::size_t chunk, std::size_t threads);
   Uploader(const Uploader&) = delete;
   Uploader& operator=(const Uploader&) = delete;
@@ -37,11 +40,20 @@ class Uploader {
   void read(int device);  // a thread's life
   void end();
 
+  // A piece of a part; of a matrix that is turned some of its rows, which become columns of
+  // `stride`.
+  struct Chunk {
+    Part part;
+    int stride = 0;
+  };
+  static std::vector<Chunk> split(const std::vector<Part>& parts, std::size_t chunk);
+  class Lane;
+
   const std::size_t chunk_;
   std::mutex mutex_;
   std::condition_variable called_, done_;
   // What follows is written under the lock; while threads are busy, the chunks stay as they are.
-  std::vector<Part> chunks_;
+  std::vector<Chunk> chunks_;
   std::size_t calls_ = 0;
   std::size_t busy_ = 0;  // threads that have not finished this call
   bool ending_ = false;

@@ -11,19 +11,15 @@
 #include <thread>
 
 #include "kernels/low_rank.h"
-#include "kernels/turn.h"
 #include "zimage_rt/check.h"
 
 namespace zimage_rt {
 namespace {
 
 constexpr std::size_t kAlignment = 256;  // what cudaMalloc gives, and vector loads need
-constexpr std::size_t kChunk = std::size_t{8} << 20;
+constexpr std::size_t kChunk = std::size_t{4} << 20;
 // Of a group: at its beginning and its end the bus waits for one chunk.
 constexpr std::size_t kGroupChunk = std::size_t{2} << 20;
-// Of turned matrices, on their way: while one such piece is turned, the next one comes.
-constexpr std::size_t kPiece = std::size_t{256} << 20;
-constexpr std::size_t kPieces = 2;
 // One thread copies from the page cache at 5 to 10 GB/s; the bus takes 50.
 constexpr unsigned kReaders = 8;
 
@@ -112,21 +108,14 @@ std::size_t Weights::bytes_with(const std::vector<LowRank>& changes) const {
 }
 
 void Weights::turn(const std::function<bool(const std::string&)>& which) {
-  std::size_t all = 0, largest = 0;
   for (auto& [name, place] : entries_) {
     place.turned = place.entry.dtype != DType::kFloat32 && place.entry.shape.size() == 2 &&
                    !place.entry.host && which(name);
-    if (!place.turned) continue;
-    all += aligned(place.bytes);
-    largest = std::max(largest, aligned(place.bytes));
+    turns_ = turns_ || place.turned;
   }
-  turned_bytes_ = all;
-  piece_bytes_ = std::min(all, std::max(largest, kPiece));
 }
 
-std::size_t Weights::staging_bytes() const {
-  return turned_bytes_ > piece_bytes_ ? kPieces * piece_bytes_ : piece_bytes_;
-}
+std::size_t Weights::staging_bytes() const { return turns_ ? 2 * readers() * kChunk : 0; }
 
 bool Weights::turned(const std::string& name) const {
   const auto found = entries_.find(name);
@@ -138,57 +127,27 @@ void Weights::upload(const std::string& purpose) {
   std::vector<const Place*> places;
   for (const auto& [name, place] : entries_)
     if (!place.entry.host && place.group < 0) places.push_back(&place);
-  copy(std::move(places), buffer.data());
+  copy(places, buffer.data());
   device_ = std::move(buffer);
   changed_.clear();
 }
 
 Uploader::Part Weights::part(const Place& place, std::byte* device) const {
-  return {map_ + place.entry.offset, device + place.device_offset, place.bytes};
+  Uploader::Part part{map_ + place.entry.offset, device + place.device_offset, place.bytes};
+  if (place.turned) {
+    part.rows = static_cast<int>(place.entry.shape[0]);
+    part.columns = static_cast<int>(place.entry.shape[1]);
+  }
+  return part;
 }
 
-// Tensors from the file to their places on the device; turned ones by way of memory of their own.
-void Weights::copy(std::vector<const Place*> places, std::byte* device) const {
-  // Together in memory are neighbours of the file, as disks like it.
-  std::sort(places.begin(), places.end(),
-            [](const Place* a, const Place* b) { return a->entry.offset < b->entry.offset; });
+// Tensors from the file to their places on the device, turned where they are to be.
+void Weights::copy(const std::vector<const Place*>& places, std::byte* device) const {
   std::vector<Uploader::Part> parts;
-  std::size_t chunks = 0;
-  std::vector<const Place*> turned;
-  for (const Place* const place : places) {
-    chunks += Uploader::count({part(*place, device)}, kChunk);
-    if (place->turned)
-      turned.push_back(place);
-    else
-      parts.push_back(part(*place, device));
-  }
+  for (const Place* const place : places) parts.push_back(part(*place, device));
   if (uploader_) return uploader_->copy(parts);
   // No more threads, each with page-locked memory, than there are chunks.
-  Uploader uploader(kChunk, std::min(readers(), chunks));
-  uploader.copy(parts);
-  if (turned.empty()) return;
-  const DeviceBuffer staging(staging_bytes(), "turning matrices");
-  const Stream stream;
-  const Event emptied[kPieces];
-  std::size_t piece = 0;
-  for (auto next = turned.begin(); next != turned.end(); piece = (piece + 1) % kPieces) {
-    std::vector<std::pair<const Place*, const std::byte*>> staged;
-    std::byte* const memory = staging.data() + piece * piece_bytes_;
-    std::size_t used = 0;
-    parts.clear();
-    for (; next != turned.end() && used + (*next)->bytes <= piece_bytes_; ++next) {
-      parts.push_back({map_ + (*next)->entry.offset, memory + used, (*next)->bytes});
-      staged.emplace_back(*next, memory + used);
-      used += aligned((*next)->bytes);
-    }
-    ZRT_CUDA(cudaEventSynchronize(emptied[piece].get()));
-    uploader.copy(parts);
-    for (const auto& [place, from] : staged)
-      zimage_rt::turn(from, device + place->device_offset, static_cast<int>(place->entry.shape[0]),
-                      static_cast<int>(place->entry.shape[1]), stream.get());
-    ZRT_CUDA(cudaEventRecord(emptied[piece].get(), stream.get()));
-  }
-  stream.synchronize();
+  Uploader(kChunk, std::min(readers(), Uploader::count(parts, kChunk))).copy(parts);
 }
 
 const Weights::Place& Weights::place_of(const LowRank& change) const {
@@ -216,7 +175,7 @@ void Weights::change(const std::vector<LowRank>& changes, cudaStream_t stream) {
   DeviceBuffer factors((floats + 1) * sizeof(float), "the LoRAs");
   std::vector<const Place*> places;
   for (const std::string& name : changed_) places.push_back(&entries_.at(name));
-  copy(std::move(places), device_.data());
+  copy(places, device_.data());
   changed_.clear();
 
   auto* next = reinterpret_cast<float*>(factors.data());

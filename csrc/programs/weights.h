@@ -119,7 +119,7 @@ class Weights {
 
   const Place& place_of(const LowRank& change) const;
   Uploader::Part part(const Place& place, std::byte* device) const;
-  void copy(std::vector<const Place*> places, std::byte* device) const;
+  void copy(const std::vector<const Place*>& places, std::byte* device) const;
   void update(const Place& place, const LowRank& change, const float* down, const float* up,
               std::byte* device, int* overflow, cudaStream_t stream) const;
   void check_range(const int* overflow, cudaStream_t stream) const;
@@ -132,8 +132,7 @@ class Weights {
   const std::byte* map_ = nullptr;
   std::size_t map_bytes_ = 0;
   std::size_t bytes_ = 0;
-  std::size_t turned_bytes_ = 0;  // of all matrices that are turned
-  std::size_t piece_bytes_ = 0;   // of those that are on their way together
+  bool turns_ = false;  // some matrices
   DType storage_ = DType::kFloat32;
   DeviceBuffer device_;
   std::set<std::string> changed_;  // since the last upload

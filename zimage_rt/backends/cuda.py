@@ -165,7 +165,7 @@ class CudaPipeline:
             self._load(spec.base)
         self._check(name)
         path = self._bundle / spec.weights
-        with _errors(f"loading {name}"):
+        with _errors(f"loading {name}", BundleMismatch):
             self.native.load(name, str(path), _tensors(path), dict(spec.config))
         self._loaded.add(name)
 
@@ -306,8 +306,8 @@ def _tensors(path: Path) -> list[tuple[str, str, list[int], int, bool]]:
 
 
 @contextmanager
-def _errors(doing: str) -> Iterator[None]:
-    """Turn the native module's errors into this package's."""
+def _errors(doing: str, argument: type[ZImageError] = RequestError) -> Iterator[None]:
+    """Turn the native module's errors into this package's; `argument` is whose fault a wrong argument is."""
     try:
         yield
     except _cuda.OutOfMemoryError as error:
@@ -322,4 +322,4 @@ def _errors(doing: str) -> Iterator[None]:
     except _cuda.CudaError as error:
         raise ZImageError(f"{doing}: {error}") from error
     except _cuda.ArgumentError as error:
-        raise RequestError(f"{doing}: {error}") from error
+        raise argument(f"{doing}: {error}") from error
