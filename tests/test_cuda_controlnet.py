@@ -191,7 +191,8 @@ def test_a_transformer_that_no_kernel_computes_is_refused_when_it_is_loaded(smal
     from controlnet_files import make_controlnet
 
     sizes = {"dim": 256, "n_heads": 2, "n_kv_heads": 2}  # int(256 / 3 * 8) = 682 wide between w1 and w2
-    pipeline = on_cuda(small_checkpoint, make_controlnet(tmp_path / "net", None, **sizes), tmp_path / "bundle", "bf16")
+    net = make_controlnet(tmp_path / "net", None, **sizes, control_layers_places=[0])
+    pipeline = on_cuda(small_checkpoint, net, tmp_path / "bundle", "bf16")
     with pytest.raises(BundleMismatch, match=r"loading transformer: .* multiple of 8, got 682"):
         pipeline.load(["transformer"])
 

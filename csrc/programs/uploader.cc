@@ -28,28 +28,28 @@ class Uploader::Lane {
   // After an error copies may still be under way, out of the buffers that go now.
   ~Lane() { cudaStreamSynchronize(stream_.get()); }
 
-  // Copies chunks that it takes from a shared list, two buffers deep.
-  void copy(const std::vector<Chunk>& chunks, std::atomic<std::size_t>& next) {
+  // Copies chunks that it takes from a shared list, two buffers deep. Of those that are turned none
+  // is larger than `turned`.
+  void copy(const std::vector<Chunk>& chunks, std::atomic<std::size_t>& next, std::size_t turned) {
     for (std::size_t turn = 0;; ++turn) {
       const std::size_t i = next.fetch_add(1);
       if (i >= chunks.size()) break;
       ZRT_CUDA(cudaEventSynchronize(copied_[turn % 2].get()));
-      send(chunks[i], turn % 2);
+      send(chunks[i], turn % 2, turned);
       ZRT_CUDA(cudaEventRecord(copied_[turn % 2].get(), stream_.get()));
     }
     stream_.synchronize();
   }
 
  private:
-  void send(const Chunk& chunk, std::size_t buffer) {
+  void send(const Chunk& chunk, std::size_t buffer, std::size_t turned) {
     const Part& part = chunk.part;
     if (part.bytes > buffers_[buffer].bytes()) buffers_[buffer] = PinnedBuffer(part.bytes);
     std::byte* const from = buffers_[buffer].data();
     std::byte* target = part.target;
     if (part.columns > 0) {
       if (part.bytes > turning_[buffer].bytes())
-        turning_[buffer] =
-            DeviceBuffer(std::max(part.bytes, buffers_[buffer].bytes()), "turning matrices");
+        turning_[buffer] = DeviceBuffer(turned, "turning matrices");
       target = turning_[buffer].data();
     }
     std::memcpy(from, part.source, part.bytes);
@@ -86,8 +86,23 @@ std::vector<Uploader::Chunk> Uploader::split(const std::vector<Part>& parts, std
   return chunks;
 }
 
+std::size_t Uploader::largest_turned(const std::vector<Chunk>& chunks) {
+  std::size_t largest = 0;
+  for (const Chunk& chunk : chunks)
+    if (chunk.part.columns > 0) largest = std::max(largest, chunk.part.bytes);
+  return largest;
+}
+
 std::size_t Uploader::count(const std::vector<Part>& parts, std::size_t chunk) {
   return split(parts, chunk).size();
+}
+
+std::size_t Uploader::turning_bytes(const std::vector<Part>& parts, std::size_t chunk,
+                                    std::size_t threads) {
+  const std::vector<Chunk> chunks = split(parts, chunk);
+  const auto turned = std::count_if(chunks.begin(), chunks.end(),
+                                    [](const Chunk& it) { return it.part.columns > 0; });
+  return std::min(2 * threads, static_cast<std::size_t>(turned)) * largest_turned(chunks);
 }
 
 Uploader::Uploader(std::size_t chunk, std::size_t threads) : chunk_(chunk) {
@@ -121,6 +136,7 @@ void Uploader::copy(const std::vector<Part>& parts) {
   std::sort(chunks_.begin(), chunks_.end(), [](const Chunk& a, const Chunk& b) {
     return std::less<const std::byte*>()(a.part.source, b.part.source);
   });
+  turned_ = largest_turned(chunks_);
   next_ = 0;
   busy_ = threads_.size();
   ++calls_;
@@ -144,7 +160,7 @@ void Uploader::read(int device) {
         ZRT_CUDA(cudaSetDevice(device));
         lane.emplace(chunk_);
       }
-      lane->copy(chunks_, next_);
+      lane->copy(chunks_, next_, turned_);
     } catch (...) {
       failure = std::current_exception();
       next_ = chunks_.size();  // the others stop, too

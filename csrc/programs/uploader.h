@@ -24,9 +24,13 @@ class Uploader {
   // How many chunks these parts are copied in.
   static std::size_t count(const std::vector<Part>& parts, std::size_t chunk);
 
+  // Device memory that `threads` of them take at most while they turn these parts' matrices.
+  static std::size_t turning_bytes(const std::vector<Part>& parts, std::size_t chunk,
+                                   std::size_t threads);
+
   // For the current device. A copy is of `chunk` bytes at most, or of one row of a matrix that is
   // turned; a thread has two buffers of them, which it makes at the first call of copy(). Matrices
-  // are turned by way of as much memory on the device.
+  // are turned by way of as many buffers on the device.
   Uploader(std::size_t chunk, std::size_t threads);
   Uploader(const Uploader&) = delete;
   Uploader& operator=(const Uploader&) = delete;
@@ -46,6 +50,7 @@ class Uploader {
     Part part;
     int stride = 0;
   };
+  static std::size_t largest_turned(const std::vector<Chunk>& chunks);
   static std::vector<Chunk> split(const std::vector<Part>& parts, std::size_t chunk);
   class Lane;
 
@@ -54,6 +59,7 @@ class Uploader {
   std::condition_variable called_, done_;
   // What follows is written under the lock; while threads are busy, the chunks stay as they are.
   std::vector<Chunk> chunks_;
+  std::size_t turned_ = 0;  // bytes of the largest that is turned
   std::size_t calls_ = 0;
   std::size_t busy_ = 0;  // threads that have not finished this call
   bool ending_ = false;

@@ -111,11 +111,16 @@ void Weights::turn(const std::function<bool(const std::string&)>& which) {
   for (auto& [name, place] : entries_) {
     place.turned = place.entry.dtype != DType::kFloat32 && place.entry.shape.size() == 2 &&
                    !place.entry.host && which(name);
-    turns_ = turns_ || place.turned;
   }
 }
 
-std::size_t Weights::staging_bytes() const { return turns_ ? 2 * readers() * kChunk : 0; }
+std::size_t Weights::staging_bytes() const {
+  if (streams()) return 0;
+  std::vector<Uploader::Part> parts;  // for their sizes: it does not matter where they go
+  for (const auto& [name, place] : entries_)
+    if (place.turned) parts.push_back(part(place, const_cast<std::byte*>(map_)));
+  return Uploader::turning_bytes(parts, kChunk, readers());
+}
 
 bool Weights::turned(const std::string& name) const {
   const auto found = entries_.find(name);

@@ -132,7 +132,6 @@ class Weights {
   const std::byte* map_ = nullptr;
   std::size_t map_bytes_ = 0;
   std::size_t bytes_ = 0;
-  bool turns_ = false;  // some matrices
   DType storage_ = DType::kFloat32;
   DeviceBuffer device_;
   std::set<std::string> changed_;  // since the last upload
