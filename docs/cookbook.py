@@ -123,11 +123,12 @@ def inpaint(engine: zimage_rt.Engine) -> list[np.ndarray]:
 @recipe("Guidance and a negative prompt")
 def guidance(base: zimage_rt.Engine) -> list[np.ndarray]:
     """`guidance_scale` steers towards the prompt and away from the negative one, as diffusers does:
-    `pred = positive + scale * (positive - negative)`; 0, Turbo's own setting, is none. Base models want some: ours,
-    which draws what it is told without, bears a little, and exaggerates with much."""
+    `pred = positive + scale * (positive - negative)`; 0, Turbo's own setting, is none. Base models want some, because
+    their captions left things out and some were wrong. What a prompt leaves open (here the background: none said, at
+    0 and 2) a negative prompt can exclude; much guidance exaggerates."""
     pictures = []
-    for scale in (0.0, 2.0, 6.0):
-        result = base.generate("a panda, purple background", "white background", guidance_scale=scale, seed=2)
+    for scale, negative in ((0.0, ""), (2.0, ""), (2.0, "white background"), (6.0, "a panda, noto style")):
+        result = base.generate("a panda", negative, guidance_scale=scale, seed=5)
         pictures.append(result.images[0])
     return pictures
 
@@ -227,9 +228,10 @@ def session(engine: zimage_rt.Engine) -> list[np.ndarray]:
 
 @recipe("A session with a model for each task")
 def session_of_models(engine: zimage_rt.Engine, base: zimage_rt.Engine) -> list[np.ndarray]:
-    """Turbo drafts, Base draws the final, each with its own evaluations and guidance: the session picks by the task."""
+    """Turbo drafts, Base draws the final, each with its own evaluations and guidance: the session picks by the task.
+    Base wants to be told the style; what is left out may be anything to it."""
     work = zimage_rt.Session({"draft": engine, "final": base})
-    pictures = [work.generate("a rabbit, pink background", seed=3).images[0], work.refine(0.6).images[0]]
+    pictures = [work.generate("a rabbit, pink background, flat style", seed=3).images[0], work.refine(0.6).images[0]]
     assert [turn.engine for turn in work.turns] == ["draft", "final"]
     return pictures
 
