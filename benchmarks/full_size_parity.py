@@ -6,7 +6,8 @@ The weights are random and loud (`random_checkpoint.loud`): attention is peaked 
 as on the real weights; both are measured in the reference, printed, and required. Modules of the full width with few
 layers are judged at sizes and caption lengths that cover what is served, by the relative error ||out - reference|| /
 ||reference||. Then the whole depth runs once from token ids to pixels; that is reported and not judged, since random
-layers amplify every rounding. Both sides hold the same numbers: the weights are rounded to bf16 before anything else.
+layers amplify every rounding: diffusers in our precision stands beside it, against the same reference in fp32. All
+hold the same numbers: the weights are rounded to bf16 before anything else.
 
 `--backend export` puts the exporter's own torch modules in our place: what the formulas alone cost, also without a GPU.
 """
@@ -267,26 +268,37 @@ class Parity:
         }
         loaded: dict[str, Any] = {}
 
-        def reference(name: str, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-            component = components[name]
-            if component.name not in loaded:
-                loaded.clear()  # one at a time: together they are 41 GB
-                self.free()
-                loaded[component.name] = load_model(component, torch.float32, self.device)
-            with torch.no_grad():
-                function = reference_function(name, loaded[component.name])
-                return function(*(torch.from_numpy(x).to(self.device) for x in inputs.values())).float().cpu().numpy()
+        def in_torch(dtype: torch.dtype) -> dict[str, np.ndarray]:
+            def tensor(name: str, array: np.ndarray) -> Tensor:
+                value = torch.from_numpy(array).to(self.device)
+                # As diffusers' pipeline does: the latents in the model's type, the timestep in fp32.
+                return value.to(dtype) if value.is_floating_point() and name != "timestep" else value
 
-        wanted = chain(reference)
-        loaded.clear()
-        self.free()
+            def run(name: str, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+                component = components[name]
+                if component.name not in loaded:
+                    loaded.clear()  # one at a time: together they are 41 GB
+                    self.free()
+                    loaded[component.name] = load_model(component, dtype, self.device)
+                with torch.no_grad():
+                    function = reference_function(name, loaded[component.name])
+                    return function(*(tensor(name, array) for name, array in inputs.items())).float().cpu().numpy()
+
+            found = chain(run)
+            loaded.clear()
+            self.free()
+            return found
+
+        shape = f"end to end, {8 * side}x{8 * side}, 128 tokens"
+        wanted = in_torch(torch.float32)
         for precision in self.arguments.precisions:
             run = self.runner(checkpoint, precision, "all-layers")
             for name, got in chain(run).items():
-                shape = f"end to end, {8 * side}x{8 * side}, 128 tokens"
                 self.add(name, precision, shape, got, wanted[name], judged=False)
             del run
             self.free()
+            for name, got in in_torch(PRECISIONS[precision].storage).items():
+                self.add(name, precision, f"{shape}, diffusers itself", got, wanted[name], judged=False)
 
     def add(
         self, module: str, precision: str, shape: str, got: np.ndarray, wanted: np.ndarray, *, judged: bool
@@ -306,7 +318,7 @@ class Parity:
             }
         )
         verdict = ("ok" if passed else "WRONG") if judged else "not judged"
-        print(f"{module:<18} {precision:<5} {shape:<40} relative {relative:.2e}  largest {largest:.2e}  {verdict}")
+        print(f"{module:<18} {precision:<5} {shape:<55} relative {relative:.2e}  largest {largest:.2e}  {verdict}")
 
     def failures(self) -> list[str]:
         """What did not hold."""
@@ -334,6 +346,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--layers", type=int, default=1, help="main layers (and text encoder layers) of judged modules")
     parser.add_argument("--refiner-layers", type=int, default=1)
+    parser.add_argument("--skip-modules", action="store_true", help="run the whole depth alone")
     parser.add_argument("--skip-end-to-end", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default=default_device(), help="where the references run")
@@ -348,7 +361,8 @@ def main(argv: list[str] | None = None) -> int:
     parity = Parity(arguments)
     stopped: list[str] = []
     try:
-        parity.judge()
+        if not arguments.skip_modules:
+            parity.judge()
         if not arguments.skip_end_to_end:
             parity.end_to_end()
     except (ZImageError, torch.OutOfMemoryError) as error:
