@@ -48,7 +48,7 @@ def decoder() -> Any:
 
 @pytest.fixture(scope="module")
 def loaded(bundle: Path) -> zimage_rt.Engine:
-    return zimage_rt.Engine.load(bundle, backend_options={"num_threads": 2})
+    return zimage_rt.Engine.load(bundle)
 
 
 @pytest.fixture

@@ -6,6 +6,9 @@ falls to the CPU, for real.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +125,20 @@ def test_a_provider_that_is_not_here_is_refused(bundle: Path, provider: str, ext
 def test_wrong_options_are_refused(bundle: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(zimage_rt.RequestError, match=message):
         load(bundle, **options)
+
+
+ON_ONE_CORE = """
+import os, sys
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import numpy, onnxruntime, zimage_rt
+from pathlib import Path
+before = len(list(Path("/proc/self/task").iterdir()))
+zimage_rt.Engine.load(sys.argv[1], verify=False)
+print(len(list(Path("/proc/self/task").iterdir())) - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux says which cores a process may use")
+def test_threads_are_as_many_as_the_cores_that_this_process_may_use(bundle: Path) -> None:
+    child = subprocess.run([sys.executable, "-c", ON_ONE_CORE, bundle], capture_output=True, text=True, check=True)
+    assert int(child.stdout) == 0  # the caller's own is enough for one core; ONNX Runtime makes one more for each other

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ class OnnxRuntimeBackend:
     """Runs modules with ONNX Runtime, on the CPU or through another of its execution providers.
 
     Args:
-        num_threads: threads inside one operator; None leaves it to ONNX Runtime (one a core).
+        num_threads: threads inside one operator; None means one a core that this process may use.
         provider: `cpu`, `cuda`, `tensorrt` or `nv_tensorrt_rtx`, or ONNX Runtime's own name of another.
         provider_options: the provider's own, e.g. `{"enable_cuda_graph": True}`; ONNX Runtime's documentation has them.
         device: which GPU, from 0.
@@ -59,7 +60,7 @@ class OnnxRuntimeBackend:
             raise RequestError(f"num_threads: expected 1 or more, got {num_threads}")
         if isinstance(allow_cpu, str) or not all(isinstance(name, str) for name in allow_cpu):
             raise RequestError(f"allow_cpu: expected a list of names, got {allow_cpu!r}")
-        self._num_threads = num_threads
+        self._num_threads = num_threads or _cores_allowed()
         self._provider = find_provider(provider)
         self._provider_options = check_options(self._provider, provider_options or {})
         self._device, self._allow_cpu = device, frozenset(allow_cpu)
@@ -155,6 +156,17 @@ class OnnxRuntimeModule:
             _raise_if_out_of_memory(error, f"running {self._name}")
             raise
         return dict(zip(self._outputs, values, strict=True))
+
+
+def _cores_allowed() -> int | None:
+    """How many cores this process may use, where that is not all of them; None leaves the choice to ONNX Runtime.
+
+    It counts the machine's cores and pins a thread to each, also those that a container or `taskset` keeps from us.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return None
+    allowed = len(os.sched_getaffinity(0))
+    return allowed if allowed < (os.cpu_count() or allowed) else None
 
 
 def _values(weights: Mapping[str, np.ndarray]) -> dict[str, ort.OrtValue]:
