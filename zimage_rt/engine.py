@@ -63,7 +63,6 @@ class Engine:
         self._verify, self._verified = verify, set[str]()
         self._contexts: OrderedDict[str, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
-        self._recorder = ThreadPoolExecutor(1, "zimage-record")  # hashes what pictures begin with while they are drawn
         self._check(manifest.tokenizer)
         self._tokenizer = PromptTokenizer(bundle, manifest)
         self.pipeline = backend.open(bundle, manifest, self._check_module)
@@ -130,9 +129,19 @@ class Engine:
             return self._run(request, resolved, callback)
 
     def _run(self, request: GenerateRequest, resolved: ResolvedRequest, callback: Callback | None) -> GenerateResult:
+        # What pictures begin with is hashed while they are drawn. A thread a request: a kept one dies in a fork.
+        with ThreadPoolExecutor(1, "zimage-record") as recorder:
+            fields = recorder.submit(recorded_fields, request, resolved, self.manifest)
+            images, latents, timings = self._pictures(resolved, callback)
+        records = describe(self, fields.result(), resolved, timings)
+        return GenerateResult(images, resolved.seeds, timings, self.bundle_id, latents, records)
+
+    def _pictures(
+        self, resolved: ResolvedRequest, callback: Callback | None
+    ) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
+        """What a request draws, the latents, and the seconds of each stage."""
         timings: dict[str, float] = {}
         with _timed(timings, "total"):
-            fields = self._recorder.submit(recorded_fields, request, resolved, self.manifest)
             with _timed(timings, "encode_prompt"):
                 contexts = [self.encode_prompt(prompt) for prompt in resolved.prompts]
                 negatives: list[np.ndarray] = []
@@ -156,8 +165,7 @@ class Engine:
                 images = draw(latents, resolved.sigmas, inpaint, control, 0)
             if resolved.image is not None and resolved.mask is not None:
                 images = paste(images, resolved.image, resolved.mask)
-        records = describe(self, fields.result(), resolved, timings)
-        return GenerateResult(images, resolved.seeds, timings, self.bundle_id, latents, records)
+        return images, latents, timings
 
     def _draw(
         self,
