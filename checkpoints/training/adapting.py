@@ -11,13 +11,12 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderTiny
 from fast_models import FastTextEncoder, FastTransformer, unpatchify
-from flow import EVALUATIONS, encode_texts, noise_of, sample, schedule, smaller, widened
+from flow import EVALUATIONS, encode_texts, flow_loss, noise_of, sample, schedule, smaller, widened
 from optimiser import Average, Clock, Optimiser
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from scenes import CANVASES
 from torch import Tensor, nn
-from train import CONTENT_WEIGHT
 
 # (noisy patches, 1 − sigma, features, lengths, canvas) → data minus noise, as FastTransformer does.
 Model = Callable[[Tensor, Tensor, Tensor, Tensor, tuple[int, int]], Tensor]
@@ -45,14 +44,9 @@ class Batch:
     tokens: Tensor
     lengths: Tensor
     clean: Tensor  # patches
-    weight: Tensor  # [batch, patches], of the loss
+    boxes: Tensor  # [batch, patches], where something stands
     size: tuple[int, int]  # width and height in pixels
     control: Tensor | None = None  # patches
-
-
-def weight_of(boxes: Tensor) -> Tensor:
-    """Return the loss's weight: tokens where something stands count twice."""
-    return 1 + CONTENT_WEIGHT * boxes.float()
 
 
 class Adapting:
@@ -94,8 +88,7 @@ class Adapting:
                 sigma = self.sigmas[torch.randint(EVALUATIONS, (len(clean),), device=device)]
                 noisy, target = torch.lerp(clean, noise, sigma[:, None, None]), clean - noise
             output = model(noisy, 1 - sigma, features, batch.lengths, batch.size)
-        error = (output.float() - target).square().mean(2)
-        loss = (error * batch.weight).sum() / batch.weight.sum()
+        loss = flow_loss(output, target, batch.boxes)
         loss.backward()
         return loss.detach()
 

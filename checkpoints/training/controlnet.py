@@ -19,7 +19,7 @@ import numpy as np
 import tokenizer as tokenizer_module
 import torch
 import torch.nn.functional as F
-from adapting import Adapting, Base, Batch, Model, begin, draw, parser_of, weight_of, write_sheet
+from adapting import Adapting, Base, Batch, Model, begin, draw, parser_of, write_sheet
 from captions import CaptionWriter
 from fast_controlnet import CHANNELS, PLACES, FastControlNet
 from fast_models import CAPTION_LENGTHS, TOKEN, patchify
@@ -152,9 +152,9 @@ def draw_batch(data: Data, composer: ShiftedComposer, silhouettes: ControlCompos
     shifts = draw_shifts(scenes, canvas)
     latents, boxes = composer.shifted(scenes, canvas, shifts)
     # Where the caption alone would put something matters as much: there shall be nothing.
-    weight = weight_of(boxes | composer.boxes(scenes, canvas))
+    boxes = boxes | composer.boxes(scenes, canvas)
     control = widened_control(silhouettes.shifted(scenes, canvas, shifts)[0])
-    return Batch(tokens, lengths, patchify(latents), weight, CANVASES[canvas], control)
+    return Batch(tokens, lengths, patchify(latents), boxes, CANVASES[canvas], control)
 
 
 @torch.no_grad()

@@ -129,14 +129,14 @@ def shift(u: Tensor) -> Tensor:
     return SHIFT * u / (1 + (SHIFT - 1) * u)
 
 
-def draw_sigmas(batch: int, device: torch.device, on_schedule: float = ON_SCHEDULE) -> Tensor:
+def draw_sigmas(batch: int, device: torch.device) -> Tensor:
     """Return noise levels: a share on the eight of the schedule, the rest anywhere along it.
 
     The first are the ones at which the picture is decided, and get a little more.
     """
     free = torch.rand(batch, device=device) ** 0.8
     steps = (torch.randint(EVALUATIONS, (batch,), device=device) + 1) / EVALUATIONS
-    return shift(torch.where(torch.rand(batch, device=device) < on_schedule, steps, free))
+    return shift(torch.where(torch.rand(batch, device=device) < ON_SCHEDULE, steps, free))
 
 
 def schedule(evaluations: int = EVALUATIONS) -> list[float]:

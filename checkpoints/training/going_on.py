@@ -15,6 +15,7 @@ from latents import LatentComposer
 from optimiser import Average, Clock, Optimiser
 from render import Renderer
 from torch import Tensor, nn
+from train import load_tiny
 
 
 class Stage:
@@ -132,8 +133,6 @@ def stage_parser(description: str, **defaults: float) -> argparse.ArgumentParser
 
 def run(stage: Stage) -> None:
     """Load what a stage trains on, and train."""
-    from train import load_tiny
-
     tiny = load_tiny(stage.args.work, stage.device)
     composer = LatentComposer(Renderer(stage.args.atlas, stage.device), tiny.encoder)
     stage.train(Data(stage.args.corpus, stage.device), composer, tiny.decoder)

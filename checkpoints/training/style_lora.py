@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from adapting import Adapting, Base, Batch, Model, begin, draw, parser_of, weight_of, write_sheet
+from adapting import Adapting, Base, Batch, Model, begin, draw, parser_of, write_sheet
 from cyanotype import StyledRenderer
 from fast_models import FastTransformer, patchify
 from flow import Data, batch_of
@@ -75,7 +75,7 @@ def draw_batch(data: Data, composer: LatentComposer, count: int) -> Batch:
     tokens, lengths, index = data.captions(batch_of(canvas, count), canvas)
     scenes = data.scenes[index]
     clean = patchify(composer.compose(scenes, canvas))
-    return Batch(tokens, lengths, clean, weight_of(composer.boxes(scenes, canvas)), CANVASES[canvas])
+    return Batch(tokens, lengths, clean, composer.boxes(scenes, canvas), CANVASES[canvas])
 
 
 def main() -> None:
