@@ -266,9 +266,10 @@ class Parity:
             "transformer": checkpoint.transformer,
             "tiny_vae_decoder": tiny,
         }
-        loaded: dict[str, Any] = {}
 
         def in_torch(dtype: torch.dtype) -> dict[str, np.ndarray]:
+            loaded: dict[str, Any] = {}
+
             def tensor(name: str, array: np.ndarray) -> Tensor:
                 value = torch.from_numpy(array).to(self.device)
                 # As diffusers' pipeline does: the latents in the model's type, the timestep in fp32.

@@ -371,8 +371,8 @@ def _recorded(name: str, value: Any) -> Any:
 def _picture_reference(value: Any, name: str) -> dict[str, Any]:
     image = read_image(value, name)
     # An array's bytes are its picture's; PIL would copy them twice.
-    data = np.ascontiguousarray(value).data if isinstance(value, np.ndarray) else image.tobytes()
-    return {"sha256": hashlib.sha256(data).hexdigest(), "mode": image.mode, "size": list(image.size)}
+    digest = pixels_sha256(value) if isinstance(value, np.ndarray) else hashlib.sha256(image.tobytes()).hexdigest()
+    return {"sha256": digest, "mode": image.mode, "size": list(image.size)}
 
 
 def _members(hint: Any) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@
 namespace zimage_rt {
 namespace {
 
-constexpr int kTile = 64;
+constexpr int kTile = kTurnTile;
 constexpr int kRowsAtOnce = 4;  // rows of a tile that a block reads or writes together
 
 __global__ void turn_kernel(const std::uint16_t* in, std::uint16_t* out, int rows, int columns,

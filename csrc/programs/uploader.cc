@@ -13,8 +13,6 @@
 namespace zimage_rt {
 namespace {
 
-constexpr int kTurnedRows =
-    64;  // a multiple of which is turned together: whole tiles of the kernel
 constexpr std::size_t kNumberBytes = 2;
 
 }  // namespace
@@ -74,7 +72,8 @@ std::vector<Uploader::Chunk> Uploader::split(const std::vector<Part>& parts, std
     }
     const std::size_t row = static_cast<std::size_t>(part.columns) * kNumberBytes;
     const int fitting = std::max(1, static_cast<int>(chunk / row));
-    const int step = fitting < kTurnedRows ? fitting : fitting / kTurnedRows * kTurnedRows;
+    // Whole tiles of the kernel, where one fits.
+    const int step = fitting < kTurnTile ? fitting : fitting / kTurnTile * kTurnTile;
     for (int first = 0; first < part.rows; first += step) {
       const int rows = std::min(step, part.rows - first);
       chunks.push_back({{part.source + static_cast<std::size_t>(first) * row,
