@@ -24,10 +24,10 @@ bundle: $(BUNDLE)/manifest.json
 
 demo: bundle
 	$(BIN)/zimage generate $(BUNDLE) -o out --seed 1 \
-	  -p "a panda on a blue background" \
-	  -p "白色背景上的一个苹果" \
-	  -p "a cat on the left and a house on the right, purple background" \
-	  -p "一只 penguin，绿色背景"
+	  -p "a butterfly on a pink background" \
+	  -p "一个红灯笼，下面写着“新年快乐”，黄色背景" \
+	  -p "a rocket above a globe, black background" \
+	  -p "左边是 penguin，右边是 snowman，蓝色背景"
 
 test: bundle
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
