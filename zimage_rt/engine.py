@@ -19,9 +19,9 @@ from .backends.registry import load_backend
 from .errors import BundleMismatch, Cancelled
 from .guidance import guidance_scales
 from .image import latent_mask, paste, resize_images, resize_latents
-from .lora import LoraSet
+from .lora import ActiveLora, LoraSet
 from .manifest import Manifest, check_file, read_manifest
-from .metadata import describe, recorded_fields
+from .metadata import make_provenance, make_records, recorded_fields
 from .request import (
     Callback,
     GenerateRequest,
@@ -59,7 +59,8 @@ class Engine:
         self.manifest = manifest
         self.bundle_id = manifest.bundle_id
         self.backend = backend.name
-        self.backend_options = dict(backend_options or {})  # as they were asked for: pictures are recorded with them
+        self.backend_options = dict(backend_options or {})  # as they were asked for: images are recorded with them
+        self._provenance = make_provenance(manifest, self.backend, self.backend_options)
         self._verify, self._verified = verify, set[str]()
         self._contexts: OrderedDict[str, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
@@ -133,7 +134,8 @@ class Engine:
         with ThreadPoolExecutor(1, "zimage-record") as recorder:
             fields = recorder.submit(recorded_fields, request, resolved, self.manifest)
             images, latents, timings = self._pictures(resolved, callback)
-        records = describe(self, fields.result(), resolved, timings)
+        loras = [lora.to_json() for lora in self._loras.active]
+        records = make_records(self._provenance, loras, fields.result(), resolved, timings)
         return GenerateResult(images, resolved.seeds, timings, self.bundle_id, latents, records)
 
     def _pictures(
@@ -303,9 +305,9 @@ class Engine:
         return self._loras.weights
 
     @property
-    def loras_on(self) -> list[tuple[str, float, Path]]:
-        """Name, weight and file of the LoRAs that change pictures now; pictures are recorded with them."""
-        return self._loras.on
+    def active_loras(self) -> list[ActiveLora]:
+        """The LoRAs that change images now; images are recorded with them."""
+        return self._loras.active
 
     def load_lora(self, path: str | Path, weight: float = 1.0, name: str | None = None) -> str:
         """Put a LoRA on, beside those that are; requests that run now end first, later ones are drawn with it.

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -45,9 +46,11 @@ class PlacedLora:
     """A file's layers as the modules hold them: by module, then by (tensor, first column), `down` and `up`.
 
     `down` is float32 `[rank, in_features]`, `up` float32 `[rank, columns]` in the stored order of the columns.
+    `sha256` is that of the file's bytes, as they were read.
     """
 
     modules: Mapping[str, Mapping[tuple[str, int], tuple[np.ndarray, np.ndarray]]]
+    sha256: str = ""
 
 
 class _Names:
@@ -117,7 +120,7 @@ def place(file: LoraFile, manifest: Manifest) -> PlacedLora:
             f"{file.path}: no LoRA for bundle {manifest.name!r}; nothing of it was used:\n  " + "\n  ".join(problems),
             bad,
         )
-    return PlacedLora(modules)
+    return PlacedLora(modules, file.sha256)
 
 
 def _put(
@@ -161,6 +164,26 @@ def combine(loras: Iterable[tuple[PlacedLora, float]], module: str) -> list[LowR
     ]
 
 
+@dataclasses.dataclass(frozen=True)
+class ActiveLora:
+    """A LoRA that changes images now.
+
+    Attributes:
+        name, weight: as `Engine.load_lora` and `Engine.set_loras` know them.
+        path: the file, or PEFT's folder.
+        sha256: hex, of the bytes that were loaded; the file may hold others by now.
+    """
+
+    name: str
+    weight: float
+    path: Path
+    sha256: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As images are recorded with it."""
+        return {**vars(self), "path": str(self.path)}
+
+
 class LoraSet:
     """The LoRAs that an engine has loaded, and their weights. Changes wait for running requests, and hold new ones.
 
@@ -183,9 +206,13 @@ class LoraSet:
         return {name: weight for name, (_, weight) in self._loaded.items()}
 
     @property
-    def on(self) -> list[tuple[str, float, Path]]:
-        """Name, weight and file of those that change pictures now, in the order in which they are summed."""
-        return [(name, weight, self._paths[name]) for name, weight in self.weights.items() if weight != 0]
+    def active(self) -> list[ActiveLora]:
+        """Those that change images now, in the order in which they are summed."""
+        return [
+            ActiveLora(name, weight, self._paths[name], lora.sha256)
+            for name, (lora, weight) in self._loaded.items()
+            if weight != 0
+        ]
 
     def load(self, path: Path, weight: float, name: str | None) -> str:
         """See `Engine.load_lora`."""

@@ -13,6 +13,7 @@ in how they name the two and the layer, and in where the scale stands:
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import re
@@ -71,28 +72,44 @@ class LoraLayer:
 
 @dataclasses.dataclass(frozen=True)
 class LoraFile:
-    """What a file holds: its layers, and what is wrong with it, a line and some keys each."""
+    """What a file holds.
+
+    Attributes:
+        path: the .safetensors file.
+        layers: its layers.
+        problems, bad_keys: what is wrong with it, one line each, and the keys that are meant.
+        sha256: hex, of the very bytes that the layers were read from; empty if nothing was read.
+    """
 
     path: Path
     layers: Sequence[LoraLayer]
     problems: Sequence[str]
     bad_keys: Sequence[str]
+    sha256: str = ""
 
 
 def read_lora(path: Path) -> LoraFile:
     """Read a LoRA file, or PEFT's folder with adapter_model.safetensors; half a layer is among the problems.
 
-    Raises LoraError where it cannot be read or is of another kind.
+    The file is read once, and hashed as it was read: what happens to it afterwards changes neither.
+
+    Raises LoraError if it cannot be read or is of another kind.
     """
     if path.is_dir():
         path = path / "adapter_model.safetensors"
     try:
-        file = TensorFile(path)
+        file, sha256 = TensorFile(path), ""
+        _refuse_other_kinds(path, file)
+        if _sort(file.tensors)[0]:  # not a checkpoint of many GB, which its header gives away
+            content = path.read_bytes()
+            file, sha256 = TensorFile(path, content), hashlib.sha256(content).hexdigest()
+            _refuse_other_kinds(path, file)
     except FileNotFoundError:
         raise LoraError(f"{path}: no such file; expected a LoRA's .safetensors file") from None
+    except LoraError:
+        raise
     except (OSError, ValueError) as error:
         raise LoraError(f"{path}: {error}; expected a LoRA's .safetensors file: fetch it again") from error
-    _refuse_other_kinds(path, file)
     parts, unknown = _sort(file.tensors)
     problems = [f"{key}: expected ….lora_A.weight, ….lora_down.weight, their halves or ….alpha" for key in unknown]
     bad = list(unknown)
@@ -109,7 +126,7 @@ def read_lora(path: Path) -> LoraFile:
             bad += roles.values()
     if not parts and not unknown:
         problems.append("it holds no tensors")
-    return LoraFile(path, layers, problems, bad)
+    return LoraFile(path, layers, problems, bad, sha256)
 
 
 def _sort(keys: Mapping[str, Any]) -> tuple[dict[str, dict[str, str]], list[str]]:

@@ -7,7 +7,6 @@ that other tools show. A file beside it, `<name>.json`, has the same JSON for wh
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import io
 import json
@@ -16,7 +15,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -25,9 +24,6 @@ from .files import write_whole
 from .image import read_image
 from .manifest import Manifest, hash_file
 from .request import GenerateRequest, ResolvedRequest
-
-if TYPE_CHECKING:
-    from .engine import Engine
 
 KEY = "zimage_rt"
 SCHEMA_VERSION = 1
@@ -38,6 +34,18 @@ PICTURES = ("image", "mask", "control_image")
 
 @dataclasses.dataclass(frozen=True)
 class PictureRecord:
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+    """What all images of an engine have in common; see `PictureRecord`. The engine makes it once, when it is loaded."""
+
+    version: str
+    backend: str
+    backend_options: Mapping[str, Any]
+    bundle_id: str
+    bundle_name: str
+    precision: str
+
+
     """How one picture was made.
 
     Attributes:
@@ -48,7 +56,7 @@ class PictureRecord:
             them is `{"path", "sha256"}`, of the file, or `{"sha256", …}`, of the pixels, if it came without a path.
         batch: what it was drawn together with, or None: `index`, `prompts`, `negative_prompts`, `seeds`. A picture
             drawn alone may differ from the same one of a batch by a grey level (see `ModuleDenoiser`).
-        loras: those that were on, in their order: `name`, `weight`, `path`, and, once it is saved, `sha256`.
+        loras: those that were on, in their order: `name`, `weight`, `path`, and `sha256` of what was loaded.
         timings: seconds by stage, of the whole batch.
         pixels_sha256: of the picture's bytes, uint8 `[height, width, 3]`, once it is saved.
     """
@@ -117,12 +125,26 @@ def recorded_fields(request: GenerateRequest, resolved: ResolvedRequest, manifes
     return {name: _recorded(name, value) for name, value in fields.items()}
 
 
-def describe(
-    engine: Engine, fields: Mapping[str, Any], resolved: ResolvedRequest, timings: Mapping[str, float]
+def make_provenance(manifest: Manifest, backend: str, backend_options: Mapping[str, Any]) -> Provenance:
+    """The provenance of the images that a bundle draws on a backend, by the manifest as it was loaded."""
+    return Provenance(
+        version=_version(),
+        backend=backend,
+        backend_options=_recorded("backend_options", backend_options),
+        bundle_id=manifest.bundle_id,
+        bundle_name=manifest.name,
+        precision=manifest.precision,
+    )
+
+
+def make_records(
+    provenance: Provenance,
+    loras: Sequence[Mapping[str, Any]],
+    fields: Mapping[str, Any],
+    resolved: ResolvedRequest,
+    timings: Mapping[str, float],
 ) -> tuple[PictureRecord, ...]:
-    """One record for each picture of a request that the engine has just drawn, with its `recorded_fields`."""
-    manifest = engine.manifest
-    loras = [{"name": name, "weight": weight, "path": str(path)} for name, weight, path in engine.loras_on]
+    """One record for each image of a request, with its `recorded_fields` and the LoRAs it was drawn with."""
     together = {
         "prompts": list(resolved.prompts),
         "negative_prompts": list(resolved.negative_prompts),
@@ -130,12 +152,7 @@ def describe(
     }
     return tuple(
         PictureRecord(
-            version=_version(),
-            backend=engine.backend,
-            backend_options=_recorded("backend_options", engine.backend_options),
-            bundle_id=engine.bundle_id,
-            bundle_name=manifest.name,
-            precision=manifest.precision,
+            **vars(provenance),
             request={
                 **fields,
                 "prompt": resolved.prompts[i],
@@ -151,23 +168,9 @@ def describe(
     )
 
 
-def _lora_sha256(path: Path) -> str:
-    file = _lora_file(path)
-    if not file.is_file():
-        return ""
-    stat = file.stat()
-    return _hash_once(file, stat.st_size, stat.st_mtime_ns)
-
-
 def _lora_file(path: Path) -> Path:
     """The weights of a LoRA that is a file, or PEFT's folder."""
     return path / "adapter_model.safetensors" if path.is_dir() else path
-
-
-@functools.lru_cache(maxsize=64)
-def _hash_once(path: Path, size: int, modified: int) -> str:
-    """Large files are hashed once as long as they do not change."""
-    return hash_file(path).sha256
 
 
 def pixels_sha256(pixels: np.ndarray) -> str:
@@ -190,11 +193,7 @@ def save_picture(
     from PIL.PngImagePlugin import PngInfo
 
     # Here, not when it is drawn: who does not save does not pay for it.
-    record = dataclasses.replace(
-        record,
-        pixels_sha256=pixels_sha256(pixels),
-        loras=[{**lora, "sha256": _lora_sha256(Path(lora["path"]))} for lora in record.loras],
-    )
+    record = dataclasses.replace(record, pixels_sha256=pixels_sha256(pixels))
     text = PngInfo()
     text.add_text("parameters", parameters_text(record))
     text.add_text(KEY, record.to_json())

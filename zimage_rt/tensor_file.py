@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 from collections.abc import Mapping
@@ -17,6 +18,10 @@ _STORED = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 class TensorFile:
     """A safetensors file, mapped: a tensor's bytes are read when they are looked at.
 
+    Args:
+        path: the file.
+        content: its bytes, if they are in memory already; then the file itself is not opened.
+
     Attributes:
         tensors: by name, the header's `dtype`, `shape` and `data_offsets`.
         metadata: the header's own texts.
@@ -27,9 +32,9 @@ class TensorFile:
         OSError: it cannot be read.
     """
 
-    def __init__(self, path: Path) -> None:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+    def __init__(self, path: Path, content: bytes | None = None) -> None:
+        size = path.stat().st_size if content is None else len(content)
+        with path.open("rb") if content is None else io.BytesIO(content) as file:
             start = file.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
             if 8 + length > size:
@@ -44,7 +49,10 @@ class TensorFile:
         if 8 + length + end > size:
             raise ValueError(f"cut short: {size} bytes of {8 + length + end}")
         self.data_start: int = 8 + length
-        self._bytes = np.memmap(path, np.uint8, "r", offset=8 + length) if end else np.empty(0, np.uint8)
+        if content is not None:
+            self._bytes = np.frombuffer(content, np.uint8, offset=8 + length)
+        else:
+            self._bytes = np.memmap(path, np.uint8, "r", offset=8 + length) if end else np.empty(0, np.uint8)
 
     def dtype(self, name: str) -> str:
         """`F32`, `F16`, `BF16`, …"""
