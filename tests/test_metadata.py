@@ -67,6 +67,7 @@ def test_a_picture_and_its_sidecar_hold_the_whole_request(engine: zimage_rt.Engi
     assert (record.backend, record.version) == ("onnxruntime", zimage_rt.__version__)
     assert set(record.timings) == {"encode_prompt", "denoise", "decode", "total"}
     assert record.batch is None
+    assert record.warnings == []
 
 
 def test_default_steps_are_recorded(engine: zimage_rt.Engine) -> None:
@@ -203,6 +204,54 @@ def test_loras_are_recorded_and_put_on_again(engine: zimage_rt.Engine, bundle: P
         record.find_loras()
 
 
+def test_a_lora_is_recorded_as_it_was_loaded(engine: zimage_rt.Engine, tmp_path: Path) -> None:
+    """Not as its file is when the image is drawn or saved."""
+    file = random_lora_of(engine.manifest, tmp_path / "style.safetensors", seed=1)
+    other = random_lora_of(engine.manifest, tmp_path / "other.safetensors", seed=2)
+    loaded = hash_file(file).sha256
+    try:
+        engine.load_lora(file, 0.5)
+        file.write_bytes(other.read_bytes())
+        result = engine.generate("a cat", seed=3, **SMALL)
+        file.unlink()
+        records = [*result.records, read_record(result.save(tmp_path / "cat.png")[0])]
+    finally:
+        for name in list(engine.loras):
+            engine.unload_lora(name)
+    for record in records:
+        assert [dict(lora) for lora in record.loras] == [
+            {"name": "style", "weight": 0.5, "path": str(file), "sha256": loaded}
+        ]
+    assert engine.active_loras == []
+
+
+def test_a_bundle_is_recorded_as_it_was_loaded(bundle: Path, tmp_path: Path) -> None:
+    copied = copy_with(bundle, tmp_path / "copy")
+    engine = zimage_rt.Engine.load(copied)
+    expected = read_manifest(bundle).bundle_id
+    manifest = json.loads((copied / "manifest.json").read_text())
+    (copied / "manifest.json").write_text(json.dumps(manifest | {"name": "zimage-other"}))
+    assert read_manifest(copied).bundle_id != expected
+    record = engine.generate("a cat", seed=3, **SMALL).records[0]
+    assert (record.bundle_id, record.bundle_name) == (expected, "zimage-nano")
+
+
+def test_no_test_links_to_the_bundle(bundle: Path) -> None:
+    """onnx refuses external data that has a second name, and pytest keeps its folders for a while."""
+    assert {path.name: path.stat().st_nlink for path in bundle.iterdir() if path.stat().st_nlink != 1} == {}
+
+
+def test_a_record_of_the_first_schema_is_read(picture: Path, tmp_path: Path) -> None:
+    """It had no `warnings`."""
+    data = json.loads(picture.with_suffix(".json").read_text(encoding="utf-8"))
+    assert data.pop("warnings") == []
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps(data | {"schema_version": 1, "version": "0.1.0"}), encoding="utf-8")
+    record = read_record(old)
+    assert record.warnings == []
+    assert record.to_request() == read_record(picture).to_request()
+
+
 def test_a_failed_write_leaves_what_was_there(
     engine: zimage_rt.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,7 +301,8 @@ def text_changed(**changes: Any) -> Callable[[Path], None]:
         (damaged(lambda content: b""), "expected a PNG, got something else"),
         (lambda path: Image.fromarray(pixels(path)).save(path, "JPEG"), "expected a PNG, got something else"),
         (lambda path: path.unlink(), "there is no such file"),
-        (text_changed(schema_version=2), "expected a record of schema 1, got 2; upgrade zimage_rt"),
+        (text_changed(schema_version=3), "expected a record of schema 2, got 3; upgrade zimage_rt"),
+        (text_changed(warnings=[1]), "damaged: `warnings`"),
         (text_changed(strange=1), "an unknown strange"),
         (
             text_changed(request={"prompt": "a", "teleport": 1}, version="9.0"),

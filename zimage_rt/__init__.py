@@ -16,6 +16,7 @@ from .errors import (
     MetadataError,
     OutOfMemory,
     RequestError,
+    RequestWarning,
     ZImageError,
 )
 from .metadata import PictureRecord, read_record
@@ -37,6 +38,7 @@ __all__ = [
     "OutOfMemory",
     "PictureRecord",
     "RequestError",
+    "RequestWarning",
     "SecondPass",
     "Session",
     "StepInfo",

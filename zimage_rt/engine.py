@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
+import warnings
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ import numpy as np
 
 from .backends.base import Backend, Control, Inpaint, OnStep, SampleJob
 from .backends.registry import load_backend
-from .errors import BundleMismatch, Cancelled
+from .errors import BundleMismatch, Cancelled, RequestWarning
 from .guidance import guidance_scales
 from .image import latent_mask, paste, resize_images, resize_latents
 from .lora import ActiveLora, LoraSet
@@ -119,17 +120,27 @@ class Engine:
             RequestError: a field is impossible; nothing was computed.
             Cancelled: the callback returned False.
             OutOfMemory: it does not fit; the engine keeps working.
+
+        Warns:
+            RequestWarning: a field has no effect; the records' `warnings` say so, too.
         """
         request = make_request(prompt=prompt, negative_prompt=negative_prompt, **fields)
-        return self.run(request, callback=callback)
+        return self._run(request, callback)
 
     def run(self, request: GenerateRequest, *, callback: Callback | None = None) -> GenerateResult:
         """Draw a `GenerateRequest`; see `generate`."""
-        resolved = resolve(request, self.manifest)
-        with self._turns.together():
-            return self._run(request, resolved, callback)
+        return self._run(request, callback)
 
-    def _run(self, request: GenerateRequest, resolved: ResolvedRequest, callback: Callback | None) -> GenerateResult:
+    def _run(self, request: GenerateRequest, callback: Callback | None) -> GenerateResult:
+        resolved = resolve(request, self.manifest)
+        for text in resolved.warnings:
+            warnings.warn(text, RequestWarning, stacklevel=3)  # at whoever called `generate` or `run`
+        with self._turns.together():
+            return self._run_resolved(request, resolved, callback)
+
+    def _run_resolved(
+        self, request: GenerateRequest, resolved: ResolvedRequest, callback: Callback | None
+    ) -> GenerateResult:
         # What pictures begin with is hashed while they are drawn. A thread a request: a kept one dies in a fork.
         with ThreadPoolExecutor(1, "zimage-record") as recorder:
             fields = recorder.submit(recorded_fields, request, resolved, self.manifest)

@@ -37,6 +37,10 @@ class MetadataError(ZImageError):
     """A picture says nothing of how it was made, says it in a damaged way, or names an input that is gone."""
 
 
+class RequestWarning(UserWarning):
+    """A request can be served, but something in it has no effect; images are recorded with these."""
+
+
 class LoraError(ZImageError, ValueError):
     """A LoRA cannot be used with this bundle; nothing was changed.
 

@@ -110,7 +110,13 @@ def explain(
     except TypeError as error:
         raise RequestError(f"{error}; known fields: {', '.join(GenerateRequest.__dataclass_fields__)}") from error
     grid = {
-        (scale, count): dataclasses.replace(base, num_inference_steps=count, guidance_scale=scale)
+        (scale, count): dataclasses.replace(
+            base,
+            num_inference_steps=count,
+            guidance_scale=scale,
+            # Rows without guidance are asked for on purpose: no warning that a negative prompt does nothing there.
+            negative_prompt=base.negative_prompt if scale or not any(scales) else "",
+        )
         for scale in scales
         for count in counts
     }
@@ -137,7 +143,7 @@ def explain(
                 on_picture(len(cells), len(grid))
         rows.append((f"guidance {scale:g}" + (" (none)" if scale == 0 else ""), row))
 
-    data = _settings(engine, grid[scales[0], counts[-1]])
+    data = _settings(engine, grid[scales[-1], counts[-1]])
     sections = [
         Section("Steps across, guidance down", [f"{count} step{'s' * (count > 1)}" for count in counts], rows, cell),
         Section(f"What the latents hold after {_shown(counts[-1])}", None, strips, cell, shrink=True),

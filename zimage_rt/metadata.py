@@ -26,14 +26,14 @@ from .manifest import Manifest, hash_file
 from .request import GenerateRequest, ResolvedRequest
 
 KEY = "zimage_rt"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+# What a record of an older schema lacks, and how it is read: the first had no `warnings`.
+ADDED_FIELDS: Mapping[str, Any] = {"warnings": []}
 
 # Fields that are pictures: recorded by their hash, and by their path if they came as one.
 PICTURES = ("image", "mask", "control_image")
 
 
-@dataclasses.dataclass(frozen=True)
-class PictureRecord:
 @dataclasses.dataclass(frozen=True)
 class Provenance:
     """What all images of an engine have in common; see `PictureRecord`. The engine makes it once, when it is loaded."""
@@ -46,6 +46,8 @@ class Provenance:
     precision: str
 
 
+@dataclasses.dataclass(frozen=True)
+class PictureRecord:
     """How one picture was made.
 
     Attributes:
@@ -58,6 +60,7 @@ class Provenance:
             drawn alone may differ from the same one of a batch by a grey level (see `ModuleDenoiser`).
         loras: those that were on, in their order: `name`, `weight`, `path`, and `sha256` of what was loaded.
         timings: seconds by stage, of the whole batch.
+        warnings: what of the request had no effect, one sentence each.
         pixels_sha256: of the picture's bytes, uint8 `[height, width, 3]`, once it is saved.
     """
 
@@ -71,6 +74,7 @@ class Provenance:
     batch: Mapping[str, Any] | None
     loras: Sequence[Mapping[str, Any]]
     timings: Mapping[str, float]
+    warnings: Sequence[str] = ()
     pixels_sha256: str = ""
     schema_version: int = SCHEMA_VERSION
 
@@ -163,6 +167,7 @@ def make_records(
             batch={"index": i, **together} if len(resolved.seeds) > 1 else None,
             loras=loras,
             timings=timings,
+            warnings=list(resolved.warnings),
         )
         for i in range(len(resolved.seeds))
     )
@@ -298,6 +303,8 @@ def _parse(text: str, path: Path) -> PictureRecord:
     if version > SCHEMA_VERSION:
         raise MetadataError(f"{path}: expected a record of schema {SCHEMA_VERSION}, got {version}; upgrade zimage_rt")
     hints = typing.get_type_hints(PictureRecord)
+    if version < SCHEMA_VERSION:
+        data = {**ADDED_FIELDS, **data}
     missing, unknown = sorted(set(hints) - set(data)), sorted(set(data) - set(hints))
     if missing or unknown:
         what = f"no {missing[0]}" if missing else f"an unknown {unknown[0]}"
@@ -317,6 +324,8 @@ def _parse(text: str, path: Path) -> PictureRecord:
         isinstance(lora, dict) and {"name", "weight", "path", "sha256"} <= lora.keys() for lora in data["loras"]
     ):
         raise MetadataError(f"{path}: its record was damaged: `loras` does not say which they were")
+    if not all(isinstance(text, str) for text in data["warnings"]):
+        raise MetadataError(f"{path}: its record was damaged: `warnings` are not sentences")
     if data["batch"] is not None:
         _check_batch(data["batch"], path)
     return PictureRecord(**data)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +58,8 @@ class SecondPass:
 
     Attributes:
         scale: how much larger, e.g. 2.0; 1.0 refines. The size is rounded to what the bundle serves.
-        strength: how much of the schedule is run again, as in image-to-image.
+        strength: how much of the schedule is run again, as in image-to-image: above 1 - 1/N with N steps, nothing of
+            the first pass is left.
         method: `pixel` decodes, resizes the picture and encodes it; `latent` resizes the latents, which is
             faster and wants more strength.
         num_inference_steps: of the schedule that strength is a part of; None takes the first pass's.
@@ -79,8 +80,8 @@ class GenerateRequest:
 
     Attributes:
         prompt: one prompt, or several for a batch.
-        negative_prompt: what to steer away from; one for all prompts or one each. Used where
-            `guidance_scale` > 0.
+        negative_prompt: what to steer away from; one for all prompts or one each. It needs `guidance_scale` > 0;
+            without, it does nothing, and a RequestWarning says so.
         height, width: pixels.
         num_inference_steps: function evaluations (guided ones count once).
         guidance_scale: 0 means none; `pred = pos + scale * (pos - neg)` as in diffusers.
@@ -99,7 +100,9 @@ class GenerateRequest:
             the bundle serves, is the default of `height` and `width`.
         image_latents: the same as latents, float32 `[batch, 16, height / 8, width / 8]`: what `GenerateResult.latents`
             holds, so that nothing is decoded and encoded again.
-        strength: how much of the schedule is run on `image`: 1 forgets it, 0.3 retouches it.
+        strength: how much of the schedule is run on `image`: 0.3 retouches it, 1 ignores it. So does everything above
+            1 - 1/N with N steps (0.875 with 8), as in diffusers: all steps are run then, from noise alone. A
+            RequestWarning says so where it is less than 1.
         mask: what of `image` to draw anew, white, and what to keep, black; kept pixels are the image's own bytes.
         mask_feather: how soft the mask's edge is, in pixels.
         fit: how an image of another shape is fitted: `crop`, `pad` or `stretch`.
@@ -218,7 +221,7 @@ class ResolvedRequest:
     """A request with every default filled in and every field checked; one entry an image.
 
     `sigmas` are those that are run; `image` and `control_image` are uint8 `[height, width, 3]`, `mask` is uint8
-    `[height, width]`, 255 where to draw.
+    `[height, width]`, 255 where to draw. `warnings` say what of the request has no effect, one sentence each.
     """
 
     prompts: tuple[str, ...]
@@ -241,6 +244,7 @@ class ResolvedRequest:
     control_scale: float
     second_pass: ResolvedSecondPass | None
     vae_tile: int | None
+    warnings: tuple[str, ...] = ()
 
 
 def resolve(request: GenerateRequest, manifest: Manifest) -> ResolvedRequest:
@@ -289,7 +293,7 @@ def resolve(request: GenerateRequest, manifest: Manifest) -> ResolvedRequest:
         raise RequestError(f'{name}: this bundle has no {vae} VAE encoder; export it again with vae = ["{vae}"]')
     factor = defaults.vae_scale_factor
     shape = (batch, defaults.latent_channels, height // factor, width // factor)
-    return ResolvedRequest(
+    resolved = ResolvedRequest(
         prompts=tuple(prompt for prompt in prompts for _ in range(num_images)),
         negative_prompts=tuple(text for text in negatives for _ in range(num_images)),
         seeds=_seeds(request.seed, batch),
@@ -313,6 +317,31 @@ def resolve(request: GenerateRequest, manifest: Manifest) -> ResolvedRequest:
         second_pass=again,
         vae_tile=None if request.vae_tile is None else _tile(request.vae_tile, defaults.size_multiple),
     )
+    return dataclasses.replace(resolved, warnings=tuple(_warnings(request, resolved)))
+
+
+def _warnings(request: GenerateRequest, resolved: ResolvedRequest) -> Iterator[str]:
+    """What of a request has no effect."""
+    if resolved.guidance_scale == 0 and any(text.strip() for text in resolved.negative_prompts):
+        yield "negative_prompt: it does nothing without guidance; ask for a guidance_scale of more than 0"
+    if resolved.image is not None or resolved.image_latents is not None:
+        what = "image" if resolved.mask is None else "image's part that the mask marks"
+        yield from _strength_warning("strength", what, request.strength, resolved.sigmas)
+    if request.second_pass is not None and resolved.second_pass is not None:
+        strength, sigmas = request.second_pass.strength, resolved.second_pass.sigmas
+        yield from _strength_warning("second_pass.strength", "first pass", strength, sigmas)
+
+
+def _strength_warning(name: str, what: str, strength: float, sigmas: np.ndarray) -> Iterator[str]:
+    """Says that a strength of less than 1 begins from noise alone: at the first sigma, if that is 1."""
+    steps = len(sigmas) - 1
+    if strength >= 1 or sigmas[0] < 1:
+        return
+    if steps == 1:
+        asked, instead = "1 step", "more steps"
+    else:
+        asked, instead = f"{steps} steps", f"at most {math.floor((1 - 1 / steps) * 1e4) / 1e4:g}, or more steps"
+    yield f"{name}: {strength:g} of {asked} is all of them, so that the {what} is ignored, as with 1; ask for {instead}"
 
 
 def _tile(value: Any, multiple: int) -> int:

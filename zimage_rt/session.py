@@ -79,7 +79,7 @@ class Session:
         """Draw the current picture anew after another prompt: where `mask` is white, or all of it.
 
         With a mask and `strength` 1 the marked part is drawn from nothing; what is black keeps its bytes. Without a
-        mask choose a lower strength, so that something of the picture stays.
+        mask choose a lower strength, so that something of the image stays: at most 1 - 1/N with N steps.
         """
         now = self.current
         fields = {"seed": now.result.seeds[0], **fields, "strength": strength}

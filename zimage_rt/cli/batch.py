@@ -97,6 +97,7 @@ def _draw(work: Batch, done: int) -> None:
                 result, paths = drawn
                 for path, record in zip(paths, result.records, strict=True):
                     text, seed = record.request["prompt"], record.request["seed"]
-                    line = picture_line(path, text, seed, result.timings, result.bundle_id, row=row.number)
+                    more = {"row": row.number, "warnings": list(record.warnings)}
+                    line = picture_line(path, text, seed, result.timings, result.bundle_id, **more)
                     print(line, flush=True)
             progress.advance(task)

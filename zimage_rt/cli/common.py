@@ -40,7 +40,8 @@ AgainOver = Annotated[
     typer.Option(
         parser=partial(read_parts, "second_pass"),
         metavar="scale=2,strength=0.4,…",
-        help="Draw again over the result: scale (1 refines), strength, method (pixel, latent), num_inference_steps.",
+        help="Draw again over the result: scale (1 refines), strength (as --strength), method (pixel, latent), "
+        "num_inference_steps.",
     ),
 ]
 Loras = Annotated[list[str] | None, typer.Option("--lora", help="A LoRA's file, or file=weight; repeat for several.")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ from rich.table import Table
 from .. import __version__
 from ..backends.registry import probe_backends
 from ..engine import Engine
-from ..errors import ZImageError
+from ..errors import RequestWarning, ZImageError
 from ..manifest import Manifest, check_file, read_manifest
 from ..metadata import read_record
 from ..request import StepInfo
@@ -38,6 +39,7 @@ from .common import (
     load_loras,
     picture_line,
     stderr,
+    warn,
 )
 from .explain import explain
 from .like import kept_alone, requests_of, warn_of_differences
@@ -48,7 +50,14 @@ app.command()(explain)
 
 
 def main() -> None:
-    """The entry point: errors raised on purpose, and those of files, become one line and exit status 1."""
+    """The entry point: errors raised on purpose, and those of files, become one line and exit status 1.
+
+    So do warnings about requests, without the exit status.
+    """
+    show = warnings.showwarning
+    warnings.showwarning = lambda message, category, *where, **more: (
+        warn(str(message)) if issubclass(category, RequestWarning) else show(message, category, *where, **more)
+    )
     try:
         app()
     except (ZImageError, OSError) as error:
@@ -63,7 +72,7 @@ def generate(
     prompt: Annotated[list[str] | None, typer.Option("-p", "--prompt", help="What to draw; repeat it.")] = None,
     like: Annotated[Path | None, typer.Option(help="A picture to draw again; options given here come first.")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="PNG file, or a folder for several.")] = Path("out"),
-    negative_prompt: Annotated[str, typer.Option(help="What to steer away from; needs guidance.")] = "",
+    negative_prompt: Annotated[str, typer.Option(help="What to steer away from; needs --guidance-scale.")] = "",
     height: Height = None,
     width: Width = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Function evaluations.")] = None,
@@ -78,7 +87,9 @@ def generate(
     schedule: Schedule = "simple",
     sigmas: Sigmas = None,
     image: Annotated[Path | None, typer.Option(help="A picture to begin from.")] = None,
-    strength: Annotated[float, typer.Option(help="How far to go from it: 1 forgets it.")] = 0.6,
+    strength: Annotated[
+        float, typer.Option(help="How far to go from it: 1, or more than 1 - 1/steps, ignores it.")
+    ] = 0.6,
     mask: Annotated[Path | None, typer.Option(help="Where to draw anew: white; black is kept.")] = None,
     mask_feather: Annotated[float, typer.Option(help="How soft the mask's edge is, in pixels.")] = 0.0,
     fit: Annotated[str, typer.Option(help="How the picture is fitted: crop, pad or stretch.")] = "crop",
@@ -131,7 +142,8 @@ def generate(
         for path, drawn in zip(paths, result.records, strict=True):
             text, image_seed = drawn.request["prompt"], drawn.request["seed"]
             if as_json:
-                print(picture_line(path, text, image_seed, result.timings, result.bundle_id, **more))
+                told = {"warnings": list(drawn.warnings), **more}
+                print(picture_line(path, text, image_seed, result.timings, result.bundle_id, **told))
             else:
                 stages = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in result.timings.items())
                 print(f"{path}  {text}  (seed {image_seed}; {stages})")

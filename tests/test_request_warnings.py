@@ -1,0 +1,127 @@
+"""What of a request has no effect is said: as a Python warning, in the record, and in one line of the command."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import zimage_rt
+from zimage_rt.metadata import read_record
+from zimage_rt.request import GenerateRequest, SecondPass, resolve
+
+SMALL: dict[str, Any] = {"height": 64, "width": 64}
+RED = np.full((64, 64, 3), (255, 0, 0), np.uint8)
+BLUE = np.full((64, 64, 3), (0, 0, 255), np.uint8)
+
+
+def warned(engine: zimage_rt.Engine, **fields: Any) -> tuple[str, ...]:
+    return resolve(GenerateRequest("a panda", **{**SMALL, **fields}), engine.manifest).warnings
+
+
+@pytest.mark.parametrize(
+    ("fields", "most"),
+    [
+        ({"strength": 0.9, "num_inference_steps": 8}, "0.9 of 8 steps is all of them.*at most 0.875, or more steps"),
+        ({"strength": 0.9}, "of 8 steps"),  # the bundle's own
+        ({"strength": 0.5, "num_inference_steps": 1}, "0.5 of 1 step is all of them.*ask for more steps"),
+        ({"strength": 0.67, "num_inference_steps": 3}, "at most 0.6666, or"),
+        ({"strength": 0.95, "num_inference_steps": 8, "schedule": "karras"}, "at most 0.875"),
+        ({"strength": 0.95, "sigmas": (1.0, 0.6)}, "0.95 of 2 steps is all of them.*at most 0.5"),
+        ({"strength": 0.9, "mask": np.eye(64, dtype=np.uint8) * 255}, "the image's part that the mask marks is"),
+    ],
+)
+def test_a_strength_that_ignores_the_image_is_said(engine: zimage_rt.Engine, fields: dict[str, Any], most: str) -> None:
+    (text,) = warned(engine, image=RED, **fields)
+    assert text.startswith("strength: ")
+    assert re.search(most, text), text
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"strength": 0.875, "num_inference_steps": 8},
+        {"strength": 0.6666, "num_inference_steps": 3},
+        {"strength": 1.0},  # says so itself
+        {"strength": 0.95, "num_inference_steps": 20},
+        {"strength": 0.95, "sigmas": (0.8, 0.4)},  # all of the steps, and yet the image is there
+        {"strength": 0.95, "image": None},  # no image that could be ignored
+    ],
+)
+def test_a_strength_that_keeps_some_of_the_image_is_not(engine: zimage_rt.Engine, fields: dict[str, Any]) -> None:
+    assert warned(engine, **{"image": RED, **fields}) == ()
+
+
+def test_the_image_is_ignored_just_where_it_is_said(engine: zimage_rt.Engine) -> None:
+    """Two images, one result; at the strength that the warning names, two results."""
+    request = GenerateRequest("a panda", image=RED, seed=3, strength=0.9, num_inference_steps=4, **SMALL)
+    with pytest.warns(zimage_rt.RequestWarning, match="at most 0.75, or more steps"):
+        ignored = [engine.run(dataclasses.replace(request, image=image)).images.tobytes() for image in (RED, BLUE)]
+    assert ignored[0] == ignored[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        begun = [
+            engine.run(dataclasses.replace(request, image=image, strength=0.75)).images.tobytes()
+            for image in (RED, BLUE)
+        ]
+    assert begun[0] != begun[1]
+
+
+def test_other_fields_that_do_nothing(engine: zimage_rt.Engine) -> None:
+    (text,) = warned(engine, negative_prompt="text")
+    assert text == "negative_prompt: it does nothing without guidance; ask for a guidance_scale of more than 0"
+    assert warned(engine, negative_prompt="text", guidance_scale=2.0) == ()
+    assert warned(engine, negative_prompt=" ") == ()
+    (text,) = warned(engine, second_pass=SecondPass(scale=1.0, strength=0.9))
+    assert text.startswith("second_pass.strength: 0.9 of 8 steps is all of them, so that the first pass is ignored")
+    assert warned(engine, second_pass=SecondPass(scale=1.0, strength=0.9, num_inference_steps=12)) == ()
+    latents = np.zeros((1, 16, 8, 8), np.float32)
+    assert len(warned(engine, image_latents=latents, strength=0.9, negative_prompt="text")) == 2
+
+
+def test_it_is_told_at_the_callers_line_and_recorded(engine: zimage_rt.Engine, tmp_path: Path) -> None:
+    with pytest.warns(zimage_rt.RequestWarning, match="negative_prompt: it does nothing") as caught:
+        result = engine.generate("a panda", "text", seed=3, num_inference_steps=1, **SMALL)
+        engine.run(GenerateRequest("a panda", "text", seed=3, num_inference_steps=1, **SMALL))
+    assert [Path(entry.filename).name for entry in caught] == [Path(__file__).name] * 2
+    record = read_record(result.save(tmp_path / "panda.png")[0])
+    assert record.warnings == [str(caught[0].message)]
+    assert json.loads((tmp_path / "panda.json").read_text("utf-8"))["warnings"] == record.warnings
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert engine.run(record.to_request()).images.tobytes() == result.images.tobytes()
+
+
+def test_the_command_says_it_in_one_line(bundle: Path, tmp_path: Path) -> None:
+    size = ("--height", "64", "--width", "64", "--steps", "1", "--seed", "3")
+    command = [sys.executable, "-m", "zimage_rt.cli.main", "generate", str(bundle), "--negative-prompt", "text", *size]
+    command += ["-p", "a panda", "-p", "a cat", "-o", str(tmp_path), "--json"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    lines = [line for line in run.stderr.splitlines() if "negative_prompt" in line]
+    assert lines == [
+        "warning: negative_prompt: it does nothing without guidance; ask for a guidance_scale of more than 0"
+    ]
+    assert "RequestWarning" not in run.stderr  # no path and line of ours
+    for line in run.stdout.splitlines():
+        assert json.loads(line)["warnings"] == [lines[0].removeprefix("warning: ")]
+
+
+def test_a_sheet_with_a_row_without_guidance_is_no_mistake(engine: zimage_rt.Engine) -> None:
+    from zimage_rt.explain import explain
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", zimage_rt.RequestWarning)
+        options: dict[str, Any] = {"steps": [1], "negative_prompt": "text", **SMALL}
+        sheet = explain(engine, "a panda", guidance_scales=(0.0, 2.0), **options)
+        assert sheet.data["negative_prompt"] == "text"
+        with pytest.raises(zimage_rt.RequestWarning, match="negative_prompt"):
+            explain(engine, "a panda", guidance_scales=(0.0,), **options)
