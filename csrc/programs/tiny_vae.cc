@@ -104,8 +104,6 @@ constexpr std::size_t kBuffers = 3;
 
 TinyVaeLayers::TinyVaeLayers(std::vector<Layer> layers, const Weights& weights)
     : layers_(std::move(layers)), storage_(weights.storage()) {
-  if (storage_ == DType::kFloat32)
-    throw WeightError("tiny VAE: the cuda backend computes in fp16 or bf16, the bundle holds fp32");
   std::size_t bytes = 0;
   for (Layer& layer : layers_) {
     for (std::size_t i = 0; i < layer.names.size(); ++i) {

@@ -9,9 +9,11 @@
 #include <cerrno>
 #include <cstring>
 #include <thread>
+#include <utility>
 
 #include "kernels/low_rank.h"
 #include "zimage_rt/check.h"
+#include "zimage_rt/dtype.h"
 
 namespace zimage_rt {
 namespace {
@@ -56,12 +58,16 @@ std::size_t up_count(const LowRank& change) {
 Weights::Weights(const std::string& path, std::vector<WeightEntry> entries) : path_(path) {
   for (WeightEntry& entry : entries) {
     const std::size_t bytes = TensorView{nullptr, entry.dtype, entry.shape}.bytes();
-    if (entry.dtype != DType::kFloat32) storage_ = entry.dtype;
+    check_storage(entry);
     Place place{std::move(entry), bytes, bytes_};
     if (!place.entry.host) bytes_ += aligned(bytes);
     const std::string name = place.entry.name;
     entries_.emplace(name, std::move(place));
   }
+  if (storage_ == DType::kFloat32)
+    throw WeightError(path +
+                      ": expected matrices in fp16 or bf16, got fp32 alone; export the "
+                      "bundle again with --precision bf16");
   const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (file < 0) throw std::runtime_error(path + ": " + std::strerror(errno));
   struct stat status{};
@@ -75,6 +81,19 @@ Weights::Weights(const std::string& path, std::vector<WeightEntry> entries) : pa
   if (!whole) throw WeightError(path + ": the file is shorter than its header says");
   if (map == MAP_FAILED) throw std::runtime_error(path + ": " + std::strerror(errno));
   map_ = static_cast<const std::byte*>(map);
+}
+
+// Kernels compute a module in one format: all tensors of 16 bits must share it.
+void Weights::check_storage(const WeightEntry& entry) {
+  if (entry.dtype == DType::kFloat32) return;
+  if (storage_ == DType::kFloat32) {
+    storage_ = entry.dtype;
+    storage_from_ = entry.name;
+  } else if (entry.dtype != storage_) {
+    throw WeightError(path_ + ": tensor " + entry.name + " is " + name_of(entry.dtype) + ", but " +
+                      storage_from_ + " is " + name_of(storage_) +
+                      "; expected one format in a file: export the bundle again");
+  }
 }
 
 Weights::~Weights() {

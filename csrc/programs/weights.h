@@ -14,6 +14,7 @@
 
 #include "programs/uploader.h"
 #include "zimage_rt/device.h"
+#include "zimage_rt/dtype.h"
 #include "zimage_rt/tensor_view.h"
 
 namespace zimage_rt {
@@ -47,7 +48,8 @@ struct RangeError : std::runtime_error {
 // group of tensors after another.
 class Weights {
  public:
-  // Throws std::runtime_error if the file cannot be mapped or is shorter than an entry says.
+  // Throws WeightError if the file is shorter than an entry says, or if its tensors of 16 bits are
+  // not all fp16 or all bf16; std::runtime_error if it cannot be mapped.
   Weights(const std::string& path, std::vector<WeightEntry> entries);
   Weights(const Weights&) = delete;
   Weights& operator=(const Weights&) = delete;
@@ -92,7 +94,7 @@ class Weights {
   TensorView get(const std::string& name, std::initializer_list<std::int64_t> shape,
                  DType dtype) const;
   bool has(const std::string& name) const { return entries_.count(name) != 0; }
-  // The format of the matrices: fp16 or bf16.
+  // The format of all matrices: fp16 or bf16.
   DType storage() const { return storage_; }
 
  private:
@@ -117,6 +119,7 @@ class Weights {
     std::vector<float> up;
   };
 
+  void check_storage(const WeightEntry& entry);
   const Place& place_of(const LowRank& change) const;
   Uploader::Part part(const Place& place, std::byte* device) const;
   void copy(const std::vector<const Place*>& places, std::byte* device) const;
@@ -132,7 +135,8 @@ class Weights {
   const std::byte* map_ = nullptr;
   std::size_t map_bytes_ = 0;
   std::size_t bytes_ = 0;
-  DType storage_ = DType::kFloat32;
+  DType storage_ = DType::kFloat32;  // no tensor of 16 bits was seen yet
+  std::string storage_from_;         // the first one
   DeviceBuffer device_;
   std::set<std::string> changed_;  // since the last upload
 
