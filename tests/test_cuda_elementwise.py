@@ -215,3 +215,11 @@ def test_rope_table(kernels, rng, grid_rows, grid_columns, image_rows, context_r
             for position in ids
         ]
         assert (out == np.asarray(reference, np.float32)).all()
+
+
+@pytest.mark.parametrize("row", [0, 1, 6])
+def test_copy_rows(kernels, rng, row):
+    """Rows that begin at any number, of widths that four numbers at once divide and do not, larger than the grid."""
+    tables = [f32(rng, 7, width) for width in (8, 3, 1, 32 * 4 * 3840 * 2, 3841)]
+    copies = kernels.copy_rows(tables, row)
+    assert [copy.tobytes() for copy in copies] == [table[row].tobytes() for table in tables]

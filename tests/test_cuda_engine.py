@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -132,13 +133,124 @@ def test_a_callback_previews_and_cancels(bf16):
     assert whole.tobytes() == seen.tobytes()  # a preview leaves the loop's memory alone
 
 
-def test_an_error_in_a_callback_comes_out_as_it_is(bf16):
+@pytest.mark.parametrize("step", range(5))
+def test_an_error_in_a_callback_comes_out_as_it_is(bf16, step):
+    options = {"seed": 1, "num_inference_steps": 5}
+    whole = bf16.generate(PROMPTS[0], **options).images
+
     def fail(info):
-        raise ValueError("mine")
+        if info.step == step:
+            raise ValueError("mine")
 
     with pytest.raises(ValueError, match=r"^mine$"):
-        bf16.generate(PROMPTS[0], seed=1, callback=fail)
-    assert bf16.generate(PROMPTS[0], seed=1).images.std() > 1
+        bf16.generate(PROMPTS[0], callback=fail, **options)
+    assert bf16.generate(PROMPTS[0], **options).images.tobytes() == whole.tobytes()
+
+
+@pytest.mark.parametrize("options", [{}, {"guidance_scale": 2.0, "negative_prompt": "text"}, {"sampler": "heun"}])
+@pytest.mark.parametrize("step", range(4))
+def test_a_request_can_be_cancelled_at_each_step(bf16, step, options, monkeypatch):
+    """The step that runs ahead of the callback is dropped: nothing of it is in the latents, or the next request."""
+    options = {"seed": 5, "num_inference_steps": 4, **options}
+    whole = bf16.generate(PROMPTS[0], **options).images
+    seen, jobs = [], []
+    generate = bf16.pipeline.generate
+
+    def stop(info):
+        seen.append(info.latents)
+        return info.step < step
+
+    with monkeypatch.context() as patched:
+        patched.setattr(bf16.pipeline, "generate", lambda job, vae: (jobs.append(job), generate(job, vae))[1])
+        with pytest.raises(Cancelled):
+            bf16.generate(PROMPTS[0], callback=stop, **options)
+    assert len(seen) == step + 1
+    assert jobs[0].latents.tobytes() == seen[-1].tobytes()
+    assert bf16.generate(PROMPTS[0], **options).images.tobytes() == whole.tobytes()
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_latents_are_those_of_the_callbacks_step(bf16, sampler):
+    """While the next step runs: the same as after the loop was stopped there, and at the end the result's."""
+    options = {"seed": 3, "num_inference_steps": 4, "sampler": sampler}
+    seen, first_read = [], []
+
+    def look(info):
+        first_read.append(info.latents)
+        time.sleep(0.05)  # the next step is done in the meantime
+        seen.append(info.latents.copy())
+        assert not info.latents.flags.writeable
+
+    result = bf16.generate(PROMPTS[0], callback=look, **options)
+    assert len(seen) == 4
+    assert [a.tobytes() for a in first_read] == [b.tobytes() for b in seen]
+    assert len({a.tobytes() for a in seen}) == 4
+    assert seen[-1].tobytes() == result.latents.tobytes()
+
+    def read_elsewhere(info):
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(lambda: info.latents).result().tobytes() == seen[info.step].tobytes()
+
+    bf16.generate(PROMPTS[0], callback=read_elsewhere, **options)
+
+
+def test_latents_are_not_read_after_their_callback(bf16):
+    kept = []
+    bf16.generate(PROMPTS[0], seed=1, num_inference_steps=2, callback=kept.append)
+    for info in kept:
+        with pytest.raises(RuntimeError, match="ask for them inside"):
+            info.read_latents()
+
+
+def test_a_request_within_a_callback_is_refused_and_the_outer_one_goes_on(bf16):
+    options = {"num_inference_steps": 3}
+    whole = bf16.generate(PROMPTS[0], seed=1, **options).images
+
+    def nest(info):
+        with pytest.raises(RequestError, match="when the callback has returned"):
+            bf16.generate(PROMPTS[0], seed=2, **options)
+        bf16.encode_prompt(f"a panda number {info.step}")
+
+    assert bf16.generate(PROMPTS[0], seed=1, callback=nest, **options).images.tobytes() == whole.tobytes()
+
+
+def test_a_first_request_with_a_callback_captures_what_later_ones_replay(cuda_bundles):
+    """One graph for a step, whatever the number of steps, and one for the decoder; guided steps have their own."""
+    engine = zimage_rt.Engine.load(cuda_bundles["bf16"], backend="cuda")
+    native = engine.pipeline.native
+    guided = {"guidance_scale": 2.0, "negative_prompt": "text", "num_inference_steps": 6, "seed": 5}
+    truncated = engine.generate(PROMPTS[0], **guided, cfg_truncation=0.6).images  # the largest comes first
+    assert native.graph_count == 3  # a guided step, one of the same request without guidance, the decoder
+    first = engine.generate(PROMPTS[0], seed=5, num_inference_steps=6, callback=lambda info: None).images
+    assert native.graph_count == 4  # a step of one sample
+    assert engine.generate(PROMPTS[0], seed=5, num_inference_steps=6).images.tobytes() == first.tobytes()
+    graphs = engine.pipeline.memory()["graphs"]
+    # 200 steps need larger tables, which no graph knows.
+    for steps in (1, 2, 5, 200):
+        engine.generate(PROMPTS[0], seed=5, num_inference_steps=steps)
+        engine.generate(PROMPTS[0], seed=5, num_inference_steps=steps, callback=lambda info: None)
+    engine.generate(PROMPTS[0], seed=5, sampler="dpmpp_2m", schedule="karras")
+    engine.generate(PROMPTS[0], **guided)
+    assert native.graph_count == 4
+    assert engine.pipeline.memory()["graphs"] == graphs
+    assert engine.generate(PROMPTS[0], seed=5, num_inference_steps=6).images.tobytes() == first.tobytes()
+    again = engine.generate(PROMPTS[0], callback=lambda info: None, **guided, cfg_truncation=0.6).images
+    assert again.tobytes() == truncated.tobytes()
+
+
+def test_the_number_of_graphs_is_bounded(cuda_bundles):
+    engine = zimage_rt.Engine.load(cuda_bundles["bf16"], backend="cuda")
+    engine.generate(PROMPTS[0], seed=1, height=512, width=1040, num_inference_steps=1)  # the largest comes first
+    small = engine.generate(PROMPTS[0], seed=1, height=64, width=64, num_inference_steps=1).images
+    counts = []
+    for width in range(64, 1040, 16):
+        engine.generate(PROMPTS[0], seed=1, height=64, width=width, num_inference_steps=1)
+        counts.append(engine.pipeline.native.graph_count)
+    assert max(counts) == counts[-1] <= 96
+    assert counts[-1] > 90
+    # The first ones are forgotten by now, and captured again.
+    again = engine.generate(PROMPTS[0], seed=1, height=64, width=64, num_inference_steps=1).images
+    assert again.tobytes() == small.tobytes()
 
 
 def test_threads_take_turns_and_nothing_mixes(bf16):

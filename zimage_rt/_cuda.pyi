@@ -65,7 +65,7 @@ class Pipeline:
         control_latents: np.ndarray | None,
         control_scale: float,
         decode: bool,
-        callback: Callable[[int, int, float, float, np.ndarray], bool] | None,
+        callback: Callable[[int, int, float, float, Callable[[], np.ndarray]], bool] | None,
     ) -> tuple | None: ...
     def time_evaluation(
         self, latent_height: int, latent_width: int, context_rows: Sequence[int], repeats: int

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .backends.base import Backend, Control, Inpaint, OnStep, SampleJob
+from .backends.base import Backend, Control, Inpaint, OnStep, ReadLatents, SampleJob
 from .backends.registry import load_backend
 from .errors import BundleMismatch, Cancelled, RequestWarning
 from .guidance import guidance_scales
@@ -113,7 +113,8 @@ class Engine:
         Args:
             prompt: what to draw; a list for a batch.
             negative_prompt: what to steer away from, with `guidance_scale` > 0.
-            callback: called after every step with a StepInfo; return False to cancel.
+            callback: called after every step with a StepInfo; return False to cancel. The next step may have begun by
+                then, so that progress costs no time: it is dropped.
             **fields: height, width, num_inference_steps, guidance_scale, seed, num_images, vae, …
 
         Raises:
@@ -354,8 +355,9 @@ class Engine:
                 self._contexts.clear()
 
     def _on_step(self, callback: Callback, stage: int) -> OnStep:
-        def on_step(step: int, count: int, sigma: float, sigma_next: float, now: np.ndarray) -> bool:
-            info = StepInfo(step, count, sigma, sigma_next, now, lambda: self.decode(now, "tiny"), stage)
+        def on_step(step: int, count: int, sigma: float, sigma_next: float, read: ReadLatents) -> bool:
+            latents = functools.cache(read)  # copied from the device once, and only if the callback asks
+            info = StepInfo(step, count, sigma, sigma_next, latents, lambda: self.decode(latents(), "tiny"), stage)
             return callback(info) is not False
 
         return on_step

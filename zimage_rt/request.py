@@ -34,18 +34,22 @@ class StepInfo:
         step: from 0; `num_steps` of them.
         sigma, sigma_next: noise level before and after the step.
         stage: 0, or 1 in the second pass of a request that has one.
-        latents: float32 `[batch, 16, latent_height, latent_width]`, read-only, valid until the callback returns.
-        preview: call it for uint8 pictures `[batch, height, width, 3]` of what the latents hold
-            now, through the tiny VAE.
+        read_latents: returns `latents`. Call it, like `preview`, before the callback returns.
+        preview: returns uint8 images `[batch, height, width, 3]` of the latents, through the tiny VAE.
     """
 
     step: int
     num_steps: int
     sigma: float
     sigma_next: float
-    latents: np.ndarray
+    read_latents: Callable[[], np.ndarray]
     preview: Callable[[], np.ndarray]
     stage: int = 0
+
+    @property
+    def latents(self) -> np.ndarray:
+        """float32 `[batch, 16, latent_height, latent_width]`, read-only, valid until the callback returns."""
+        return self.read_latents()
 
 
 # Returns False to cancel; anything else, None too, goes on.

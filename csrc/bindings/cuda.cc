@@ -1,18 +1,35 @@
 // _cuda: the CUDA programs for Python. Arguments are checked here, once; the pipeline trusts them.
 
 #include <cuda_profiler_api.h>
-#include <pybind11/functional.h>
+#include <cuda_runtime.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <numeric>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
 #include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
 
 #include "bindings/kernels.h"
 #include "bindings/sampler_steps.h"
+#include "programs/controlnet.h"
 #include "programs/pipeline.h"
+#include "programs/text_encoder.h"
+#include "programs/tiny_vae.h"
+#include "programs/transformer.h"
+#include "programs/weights.h"
 #include "zimage_rt/check.h"
+#include "zimage_rt/dtype.h"
+#include "zimage_rt/guidance.h"
 
 namespace py = pybind11;
 
@@ -112,6 +129,23 @@ TinyVaeConfig tiny_vae_config(const py::dict& config, bool decoder) {
   out.scaling_factor = get<float>(config, "scaling_factor");
   out.shift_factor = get<float>(config, "shift_factor");
   return out;
+}
+
+ModuleConfig module_config(const std::string& module, const py::dict& config) {
+  static const std::map<std::string, ModuleConfig (*)(const py::dict&)> readers = {
+      {"text_encoder", [](const py::dict& it) -> ModuleConfig { return text_encoder_config(it); }},
+      {"context_refiner",
+       [](const py::dict& it) -> ModuleConfig { return transformer_config(it); }},
+      {"transformer", [](const py::dict& it) -> ModuleConfig { return transformer_config(it); }},
+      {"controlnet", [](const py::dict& it) -> ModuleConfig { return controlnet_config(it); }},
+      {"tiny_vae_decoder",
+       [](const py::dict& it) -> ModuleConfig { return tiny_vae_config(it, true); }},
+      {"tiny_vae_encoder",
+       [](const py::dict& it) -> ModuleConfig { return tiny_vae_config(it, false); }},
+  };
+  const auto found = readers.find(module);
+  if (found == readers.end()) throw std::invalid_argument("no program runs the module " + module);
+  return found->second(config);
 }
 
 // Runs `work` without Python's lock.
@@ -266,11 +300,55 @@ FloatArray encode_pixels(Pipeline& self, const py::array_t<std::uint8_t, py::arr
                      });
 }
 
-// A numpy view of memory that C++ owns; the capsule frees nothing.
-FloatArray view(const float* data, const std::vector<py::ssize_t>& shape) {
-  FloatArray array(shape, data, py::capsule(data, [](void*) {}));
-  array.attr("flags").attr("writeable") = false;
-  return array;
+// The latents after a step, for as long as its callback runs; from any thread.
+class StepLatents {
+ public:
+  StepLatents(std::function<void(float*)> read, std::vector<py::ssize_t> shape)
+      : read_(std::move(read)), shape_(std::move(shape)) {}
+
+  // A read-only copy.
+  FloatArray copy() {
+    FloatArray array(shape_);
+    float* const target = array.mutable_data();
+    released([&] {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (!read_)
+        throw std::runtime_error(
+            "latents: asked for when the callback had returned; ask for them inside of it");
+      read_(target);
+    });
+    array.attr("flags").attr("writeable") = false;
+    return array;
+  }
+
+  void end() {
+    released([&] {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      read_ = nullptr;
+    });
+  }
+
+ private:
+  std::mutex mutex_;  // never waited for with Python's lock
+  std::function<void(float*)> read_;
+  const std::vector<py::ssize_t> shape_;
+};
+
+// A Python callback (step, count, sigma, sigma_next, latents) as the loop calls it. `latents` is a
+// function that copies them from the device, so that a callback for progress costs no copy.
+LoopCallback loop_callback(const py::object& callback, const std::vector<py::ssize_t>& shape) {
+  return [&callback, shape](const LoopStep& step) {
+    const py::gil_scoped_acquire gil;
+    const auto latents = std::make_shared<StepLatents>(step.read_latents, shape);
+    struct End {
+      StepLatents& latents;
+      ~End() { latents.end(); }
+    };
+    const End end{*latents};
+    return callback(step.index, step.count, step.sigma, step.sigma_next,
+                    py::cpp_function([latents] { return latents->copy(); }))
+        .cast<bool>();
+  };
 }
 
 // latents change in place. Returns None if the callback stopped the loop, otherwise the pixels (or
@@ -328,14 +406,8 @@ py::object sample_job(Pipeline& self, py::array_t<float> latents,
     job.pixels = pixels.mutable_data();
     result = std::move(pixels);
   }
-  const std::vector<py::ssize_t> shape(latents.shape(), latents.shape() + 4);
   if (!callback.is_none())
-    job.callback = [&](const Step& step) {
-      const py::gil_scoped_acquire gil;
-      return callback(step.index, step.count, step.sigma, step.sigma_next,
-                      view(step.latents, shape))
-          .cast<bool>();
-    };
+    job.callback = loop_callback(callback, {latents.shape(), latents.shape() + 4});
   SampleTimes times;
   bool finished = false;
   released([&] { finished = self.sample(job, times); });
@@ -428,34 +500,15 @@ PYBIND11_MODULE(_cuda, m) {
            py::kw_only(), py::arg("device"), py::arg("cublaslt"), py::arg("cudnn"),
            py::arg("cache_file"), py::arg("memory_limit"), py::arg("keep_text_encoder"),
            py::arg("fused_gemm"))
-      .def("load",
-           [](Pipeline& self, const std::string& module, const std::string& path,
-              const std::vector<TensorTuple>& tensors, const py::dict& config) {
-             auto weights = open_weights(path, tensors);
-             if (module == "text_encoder") {
-               const auto sizes = text_encoder_config(config);
-               released([&] { self.load_text_encoder(std::move(weights), sizes); });
-             } else if (module == "context_refiner") {
-               const auto sizes = transformer_config(config);
-               released([&] { self.load_context_refiner(std::move(weights), sizes); });
-             } else if (module == "transformer") {
-               const auto sizes = transformer_config(config);
-               released([&] { self.load_transformer(std::move(weights), sizes); });
-             } else if (module == "controlnet") {
-               const auto sizes = controlnet_config(config);
-               released([&] { self.load_controlnet(std::move(weights), sizes); });
-             } else if (module == "tiny_vae_decoder" || module == "tiny_vae_encoder") {
-               const auto sizes = tiny_vae_config(config, module == "tiny_vae_decoder");
-               released([&] {
-                 if (module == "tiny_vae_decoder")
-                   self.load_vae_decoder(std::move(weights), sizes);
-                 else
-                   self.load_vae_encoder(std::move(weights), sizes);
-               });
-             } else {
-               throw std::invalid_argument("no program runs the module " + module);
-             }
-           })
+      .def(
+          "load",
+          [](Pipeline& self, const std::string& module, const std::string& path,
+             const std::vector<TensorTuple>& tensors, const py::dict& config) {
+            const ModuleConfig sizes = module_config(module, config);
+            auto weights = open_weights(path, tensors);
+            released([&] { self.load(module, std::move(weights), sizes); });
+          },
+          py::arg("module"), py::arg("path"), py::arg("tensors"), py::arg("config"))
       .def("change", &change, py::arg("module"), py::arg("changes"))
       .def("encode", &encode, py::arg("input_ids"), py::arg("hidden_size"))
       .def("refine", &refine, py::arg("prompt_embeds"))

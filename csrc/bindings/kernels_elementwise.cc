@@ -1,11 +1,20 @@
 // The element-wise kernels and norms over numpy arrays: for their tests only.
 
+#include <cuda_runtime.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <cstddef>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
 #include "bindings/device_array.h"
 #include "bindings/kernels.h"
+#include "kernels/copy_rows.h"
 #include "kernels/low_rank.h"
 #include "kernels/modulation.h"
 #include "kernels/norm.h"
@@ -15,6 +24,8 @@
 #include "kernels/rope_table.h"
 #include "kernels/swiglu.h"
 #include "kernels/turn.h"
+#include "zimage_rt/check.h"
+#include "zimage_rt/dtype.h"
 
 namespace py = pybind11;
 
@@ -186,6 +197,24 @@ py::tuple run_rope_table(const std::vector<py::array>& cos, const std::vector<py
   return py::make_tuple(c.download(), s.download());
 }
 
+// Row `row` of several tables [rows, ...], copied together.
+std::vector<py::array> run_copy_rows(const std::vector<py::array>& tables, int row) {
+  CopyRows args;
+  std::vector<DeviceArray> from, to;
+  for (const py::array& table : tables) {
+    if (args.count == CopyRows::kMost) throw std::invalid_argument("tables: too many");
+    const auto count = static_cast<std::size_t>(table.size() / table.shape(0));
+    from.emplace_back(table);
+    to.emplace_back(std::vector<py::ssize_t>{static_cast<py::ssize_t>(count)}, DType::kFloat32);
+    args.add(from.back().data<float>() + static_cast<std::size_t>(row) * count,
+             to.back().data<float>(), count);
+  }
+  copy_rows(args, nullptr);
+  std::vector<py::array> out;
+  for (const DeviceArray& copied : to) out.push_back(copied.download());
+  return out;
+}
+
 }  // namespace
 
 void bind_elementwise(py::module_& m) {
@@ -202,6 +231,7 @@ void bind_elementwise(py::module_& m) {
   m.def("unpatchify", &run_unpatchify);
   m.def("sampler_update", &run_sampler_update);
   m.def("rope_table", &run_rope_table);
+  m.def("copy_rows", &run_copy_rows);
 }
 
 }  // namespace zimage_rt

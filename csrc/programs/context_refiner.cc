@@ -1,5 +1,11 @@
+#include <cstddef>
+#include <string>
+#include <vector>
+
 #include "kernels/norm.h"
 #include "programs/transformer.h"
+#include "runtime/arena.h"
+#include "zimage_rt/dtype.h"
 
 namespace zimage_rt {
 namespace {
@@ -20,16 +26,26 @@ std::vector<BlockVectors> norms_of(const TransformerConfig& config, const Weight
 }  // namespace
 
 ContextRefiner::ContextRefiner(const TransformerConfig& config, const Weights& weights)
-    : config_(config), weights_(weights), shape_(config.block_shape(weights.storage())) {
+    : config_(config),
+      shape_(config.block_shape(weights.storage())),
+      vectors_(norms_of(config, weights)),
+      tensors_(tensors_of(config, shape_, weights)) {
   for (int i = 0; i < config.n_refiner_layers; ++i)
     blocks_.push_back(
         block_weights(config, shape_, weights, "context_refiner." + std::to_string(i) + "."));
-  vectors_ = norms_of(config, weights);
-  weights.get("cap_embedder.0.weight", {config.cap_feat_dim}, DType::kFloat32);
-  weights.get("cap_embedder.1.weight", {config.cap_feat_dim, config.dim}, shape_.type);
-  weights.get("cap_embedder.1.bias", {config.dim}, DType::kFloat32);
-  weights.get("cap_pad_token", {1, config.dim}, DType::kFloat32);
-  rope_axes(config, weights, 1);
+}
+
+ContextRefiner::Tensors ContextRefiner::tensors_of(const TransformerConfig& config,
+                                                   const BlockShape& shape,
+                                                   const Weights& weights) {
+  const int in = config.cap_feat_dim, dim = config.dim;
+  Tensors out{};
+  out.norm = weights.get("cap_embedder.0.weight", {in}, DType::kFloat32).f32();
+  out.embed = weights.get("cap_embedder.1.weight", {in, dim}, shape.type).data;
+  out.embed_bias = weights.get("cap_embedder.1.bias", {dim}, DType::kFloat32).f32();
+  out.pad = weights.get("cap_pad_token", {1, dim}, DType::kFloat32).f32();
+  out.positions = rope_axes(config, weights, 1)[0];
+  return out;
 }
 
 ContextRefiner::Buffers ContextRefiner::plan(int tokens, Arena& arena) const {
@@ -43,15 +59,13 @@ ContextRefiner::Buffers ContextRefiner::plan(int tokens, Arena& arena) const {
 void ContextRefiner::run(const float* prompt_embeds, int tokens, const Buffers& buffers,
                          const Ops& ops) const {
   const int rows = padded_rows(tokens);
-  rms_norm({prompt_embeds,
-            weights_.get("cap_embedder.0.weight", {config_.cap_feat_dim}, DType::kFloat32).f32(),
-            buffers.normed, shape_.type, tokens, config_.cap_feat_dim, config_.norm_eps},
+  rms_norm({prompt_embeds, tensors_.norm, buffers.normed, shape_.type, tokens, config_.cap_feat_dim,
+            config_.norm_eps},
            ops.stream);
   GemmArgs embed{};
   embed.a = buffers.normed;
-  embed.weight =
-      weights_.get("cap_embedder.1.weight", {config_.cap_feat_dim, config_.dim}, shape_.type).data;
-  embed.bias = weights_.get("cap_embedder.1.bias", {config_.dim}, DType::kFloat32).f32();
+  embed.weight = tensors_.embed;
+  embed.bias = tensors_.embed_bias;
   embed.out = buffers.context;
   embed.type = shape_.type;
   embed.out_type = DType::kFloat32;
@@ -59,11 +73,10 @@ void ContextRefiner::run(const float* prompt_embeds, int tokens, const Buffers& 
   // replaced.
   embed.m = rows, embed.n = config_.dim, embed.k = config_.cap_feat_dim;
   ops.gemm.run(embed, ops.stream);
-  fill_rows(buffers.context, weights_.get("cap_pad_token", {1, config_.dim}, DType::kFloat32).f32(),
-            1, rows, tokens, rows - tokens, config_.dim, ops.stream);
+  fill_rows(buffers.context, tensors_.pad, 1, rows, tokens, rows - tokens, config_.dim, ops.stream);
 
   RopeTable table{};
-  table.axes[0] = rope_axes(config_, weights_, 1)[0];
+  table.axes[0] = tensors_.positions;
   // Of the other axes a caption has the position 0 alone: no rotation.
   for (int i = 1; i < 3; ++i) table.axes[i].size = config_.axes_dims[i] / 2;
   table.grid_rows = table.grid_columns = 1;

@@ -1,9 +1,14 @@
 #include "programs/controlnet.h"
 
+#include <cuda_runtime.h>
+
 #include <algorithm>
+#include <cstddef>
 
 #include "kernels/residual.h"
+#include "runtime/arena.h"
 #include "zimage_rt/check.h"
+#include "zimage_rt/dtype.h"
 
 namespace zimage_rt {
 namespace {
@@ -104,7 +109,7 @@ ControlNet::Buffers ControlNet::plan(const SampleShape& shape, Arena& arena) con
   Buffers buffers{};
   buffers.latents = arena.take<float>(latent_values(shape));
   buffers.scale = arena.take<float>(1);
-  buffers.vectors = arena.take<float>(shape.steps * blocks_.step_vectors());
+  buffers.vectors = arena.take<float>(blocks_.step_vectors());
   buffers.c =
       arena.take<float>(static_cast<std::size_t>(transformer_.rows(shape, samples)) * shape_.dim);
   buffers.image_c = samples == 1 ? buffers.c : arena.take<float>(image_size);
@@ -114,9 +119,9 @@ ControlNet::Buffers ControlNet::plan(const SampleShape& shape, Arena& arena) con
   return buffers;
 }
 
-void ControlNet::prepare(const SampleShape& shape, const Transformer::Buffers& transformer,
-                         const Buffers& buffers, const Ops& ops) const {
-  blocks_.prepare(transformer.embedding, shape.steps, buffers.vectors, ops.stream);
+void ControlNet::prepare_steps(const Transformer::StepTable& transformer, int steps, float* vectors,
+                               const Ops& ops) const {
+  blocks_.prepare(transformer.embedding, steps, vectors, ops.stream);
 }
 
 void ControlNet::evaluate(const Transformer::Evaluation& at, const float* latents,
@@ -191,7 +196,7 @@ void ControlNet::begin(const Transformer::Evaluation& at, const float* seen, flo
 
 void ControlNet::run(int first, int last, const Sequences& sequences, float* c,
                      const Transformer::Evaluation& at, const Buffers& buffers) const {
-  blocks_.run(first, last, at.step, buffers.vectors, c, sequences, at.buffers.block, at.ops);
+  blocks_.run(first, last, buffers.vectors, c, sequences, at.buffers.block, at.ops);
 }
 
 // `out` may be c: the product reads a rounded copy.

@@ -1,9 +1,11 @@
 #pragma once
 
+#include <cstddef>
 #include <string>
 #include <vector>
 
 #include "programs/transformer.h"
+#include "runtime/arena.h"
 
 namespace zimage_rt {
 
@@ -24,14 +26,14 @@ struct ControlNetConfig {
 // made, so that there is never more than one.
 class ControlNet {
  public:
-  // Checks the weights. Throws WeightError. Both the transformer and the weights must stay.
+  // Looks up all weights. Throws WeightError. Both the transformer and the weights must stay.
   ControlNet(const ControlNetConfig& config, const Weights& weights,
              const Transformer& transformer);
 
   struct Buffers {
     float* latents;  // [latent_samples, control_in_dim, h, w]: the control images'
     float* scale;    // [1]: what hints are multiplied by
-    float* vectors;  // [steps, blocks, 4, dim]
+    float* vectors;  // of the step that runs, [blocks, 4, dim]
     float* c;        // like Transformer::Buffers::x
     float* image_c;  // like image_x
     float* seen;     // like image_x, with a memory of its own; null where nothing hints at it
@@ -40,9 +42,11 @@ class ControlNet {
   Buffers plan(const SampleShape& shape, Arena& arena) const;
   std::size_t latent_values(const SampleShape& shape) const;  // of Buffers::latents
 
-  // Behind the transformer's own: reads its timesteps' embedding.
-  void prepare(const SampleShape& shape, const Transformer::Buffers& transformer,
-               const Buffers& buffers, const Ops& ops) const;
+  // Floats of one step's vectors.
+  std::size_t step_vectors() const { return blocks_.step_vectors(); }
+  // vectors [steps, blocks, 4, dim], from the embedding of the transformer's table.
+  void prepare_steps(const Transformer::StepTable& transformer, int steps, float* vectors,
+                     const Ops& ops) const;
   // Like Transformer::evaluate.
   void evaluate(const Transformer::Evaluation& at, const float* latents,
                 const Buffers& buffers) const;

@@ -1,7 +1,13 @@
+#include <cuda_runtime.h>
+
 #include <algorithm>
+#include <cstddef>
+#include <string>
+#include <vector>
 
 #include "programs/transformer.h"
 #include "zimage_rt/check.h"
+#include "zimage_rt/dtype.h"
 
 namespace zimage_rt {
 namespace {
@@ -40,13 +46,12 @@ void ModulatedBlocks::prepare(const float* embedding, int steps, float* vectors,
              stream);
 }
 
-void ModulatedBlocks::run(int first, int last, int step, const float* vectors, float* x,
+void ModulatedBlocks::run(int first, int last, const float* vectors, float* x,
                           const Sequences& sequences, const BlockBuffers& buffers,
                           const Ops& ops) const {
   std::vector<BlockVectors> parts;
   for (int i = first; i < last; ++i) {
-    const float* const v =
-        vectors + step * step_vectors() + static_cast<std::size_t>(i) * 4 * shape_.dim;
+    const float* const v = vectors + static_cast<std::size_t>(i) * 4 * shape_.dim;
     parts.push_back({v, v + shape_.dim, v + 2 * shape_.dim, v + 3 * shape_.dim});
   }
   run_blocks(shape_, {blocks_.begin() + first, blocks_.begin() + last}, parts, x, sequences.rows,

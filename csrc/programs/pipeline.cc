@@ -2,10 +2,18 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <numeric>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <variant>
+#include <vector>
 
 #include "kernels/fused_gemm.h"
+#include "kernels/patches.h"
 #include "programs/pipeline_detail.h"
+#include "zimage_rt/check.h"
 
 namespace zimage_rt {
 namespace {
@@ -28,13 +36,6 @@ Pipeline::Pipeline(const PipelineOptions& options)
 
 Pipeline::~Pipeline() = default;
 
-std::unique_ptr<Weights> Pipeline::upload(std::unique_ptr<Weights> weights,
-                                          const std::string& purpose) {
-  check_limit(weights->bytes() + weights->staging_bytes(), purpose);
-  weights->upload(purpose);
-  return weights;
-}
-
 void Pipeline::check_limit(std::size_t more, const std::string& purpose) {
   if (options_.memory_limit == 0) return;
   const MemoryUse use = memory();
@@ -44,71 +45,91 @@ void Pipeline::check_limit(std::size_t more, const std::string& purpose) {
                            options_.memory_limit - std::min(used, options_.memory_limit));
 }
 
-void Pipeline::load_text_encoder(std::unique_ptr<Weights> weights,
-                                 const TextEncoderConfig& config) {
-  ZRT_TURN;
-  if (!options_.keep_text_encoder) TextEncoder::stream(*weights);
-  weights_.push_back(upload(std::move(weights), kTextEncoderWeights));
-  text_weights_ = weights_.back().get();
-  changeable_["text_encoder"] = text_weights_;
-  text_encoder_.emplace(config, *text_weights_);
-  if (!options_.keep_text_encoder) text_weights_->release();
+const std::map<std::string, Pipeline::ModuleKind>& Pipeline::module_kinds() {
+  static const std::map<std::string, ModuleKind> kinds = {
+      {"text_encoder",
+       {kTextEncoderWeights, true,
+        [](Pipeline& self, Weights& weights) {
+          if (!self.options_.keep_text_encoder) TextEncoder::stream(weights);
+        },
+        [](Pipeline& self, Weights& weights, const ModuleConfig& config) {
+          self.text_encoder_.emplace(std::get<TextEncoderConfig>(config), weights);
+          if (!self.options_.keep_text_encoder) weights.release();
+        }}},
+      {"context_refiner",
+       {"the context refiner's weights", true,
+        [](Pipeline&, Weights& weights) { turn_block_matrices(weights); },
+        [](Pipeline& self, Weights& weights, const ModuleConfig& config) {
+          self.context_refiner_.emplace(std::get<TransformerConfig>(config), weights);
+        }}},
+      {"transformer",
+       {"the transformer's weights", true,
+        [](Pipeline&, Weights& weights) { turn_block_matrices(weights); },
+        [](Pipeline& self, Weights& weights, const ModuleConfig& config) {
+          self.transformer_.emplace(std::get<TransformerConfig>(config), weights);
+        }}},
+      {"controlnet",
+       {"the ControlNet's weights", false,
+        [](Pipeline& self, Weights& weights) {
+          need(self.transformer_, "transformer");
+          turn_block_matrices(weights);
+        },
+        [](Pipeline& self, Weights& weights, const ModuleConfig& config) {
+          self.controlnet_.emplace(std::get<ControlNetConfig>(config), weights, *self.transformer_);
+        }}},
+      {"tiny_vae_decoder",
+       {"the decoder's weights", false, [](Pipeline&, Weights&) {},
+        [](Pipeline& self, Weights& weights, const ModuleConfig& config) {
+          self.vae_decoder_.emplace(std::get<TinyVaeConfig>(config), weights);
+          self.latent_channels_ = std::get<TinyVaeConfig>(config).latent_channels;
+        }}},
+      {"tiny_vae_encoder",
+       {"the encoder's weights", false, [](Pipeline&, Weights&) {},
+        [](Pipeline& self, Weights& weights, const ModuleConfig& config) {
+          self.vae_encoder_.emplace(std::get<TinyVaeConfig>(config), weights);
+          self.latent_channels_ = std::get<TinyVaeConfig>(config).latent_channels;
+        }}},
+  };
+  return kinds;
 }
 
-void Pipeline::load_context_refiner(std::unique_ptr<Weights> weights,
-                                    const TransformerConfig& config) {
+void Pipeline::load(const std::string& module, std::unique_ptr<Weights> weights,
+                    const ModuleConfig& config) {
   ZRT_TURN;
-  turn_block_matrices(*weights);
-  weights_.push_back(upload(std::move(weights), "the context refiner's weights"));
-  changeable_["context_refiner"] = weights_.back().get();
-  context_refiner_.emplace(config, *weights_.back());
-}
-
-void Pipeline::load_transformer(std::unique_ptr<Weights> weights, const TransformerConfig& config) {
-  ZRT_TURN;
-  turn_block_matrices(*weights);
-  weights_.push_back(upload(std::move(weights), "the transformer's weights"));
-  changeable_["transformer"] = weights_.back().get();
-  transformer_.emplace(config, *weights_.back());
-}
-
-void Pipeline::load_controlnet(std::unique_ptr<Weights> weights, const ControlNetConfig& config) {
-  ZRT_TURN;
-  const Transformer& transformer = need(transformer_, "transformer");
-  turn_block_matrices(*weights);
-  weights = upload(std::move(weights), "the ControlNet's weights");
-  // Kept only if they fit: every request that wants them tries again.
-  controlnet_.emplace(config, *weights, transformer);
-  weights_.push_back(std::move(weights));
-}
-
-void Pipeline::load_vae_decoder(std::unique_ptr<Weights> weights, const TinyVaeConfig& config) {
-  ZRT_TURN;
-  weights_.push_back(upload(std::move(weights), "the decoder's weights"));
-  vae_decoder_.emplace(config, *weights_.back());
-  latent_channels_ = config.latent_channels;
-}
-
-void Pipeline::load_vae_encoder(std::unique_ptr<Weights> weights, const TinyVaeConfig& config) {
-  ZRT_TURN;
-  weights_.push_back(upload(std::move(weights), "the encoder's weights"));
-  vae_encoder_.emplace(config, *weights_.back());
-  latent_channels_ = config.latent_channels;
+  const auto found = module_kinds().find(module);
+  if (found == module_kinds().end())
+    throw std::invalid_argument("no program runs the module " + module);
+  if (weights_.count(module) != 0)
+    throw std::invalid_argument(module + " is loaded already; open a new pipeline to replace it");
+  const ModuleKind& kind = found->second;
+  kind.arrange(*this, *weights);
+  check_limit(weights->bytes() + weights->staging_bytes(), kind.weights);
+  weights->upload(kind.weights);
+  // The node is made before the program and kept after it: neither an error of the program nor one
+  // of the map leaves half a module.
+  std::map<std::string, std::unique_ptr<Weights>> loaded;
+  Weights& uploaded = *loaded.emplace(module, std::move(weights)).first->second;
+  kind.construct(*this, uploaded, config);
+  weights_.merge(loaded);
 }
 
 void Pipeline::change(const std::string& module, const std::vector<LowRank>& changes) {
   ZRT_TURN;
-  const auto found = changeable_.find(module);
-  if (found == changeable_.end())
+  const auto found = weights_.find(module);
+  if (found == weights_.end() || !module_kinds().at(module).changeable)
     throw std::invalid_argument("module: expected a loaded one with matrices, got " + module);
+  Weights& weights = *found->second;
   stream_.synchronize();
-  if (found->second->streams())
-    check_limit(found->second->bytes_with(changes), kTextEncoderWeights);
-  found->second->change(changes, stream_.get());
+  if (weights.streams()) check_limit(weights.bytes_with(changes), kTextEncoderWeights);
+  weights.change(changes, stream_.get());
 }
 
 // At least `bytes` of a buffer that grows: what it held, and graphs that point into it, are lost.
 Arena Pipeline::arena(DeviceBuffer& buffer, std::size_t bytes, const char* purpose) {
+  if (&buffer == &loop_memory_ && sampling_)
+    throw std::invalid_argument(std::string(purpose) +
+                                ": not from the callback of a request, which uses the memory; "
+                                "begin it when the callback has returned");
   if (buffer.bytes() < bytes) {
     stream_.synchronize();
     if (&buffer == &loop_memory_) graphs_.clear();
@@ -119,10 +140,11 @@ Arena Pipeline::arena(DeviceBuffer& buffer, std::size_t bytes, const char* purpo
   return Arena(buffer.data());
 }
 
-void Pipeline::read_back(void* target, const void* source, std::size_t bytes) {
+void Pipeline::read_back(void* target, const void* source, std::size_t bytes,
+                         const Stream& stream) {
   if (staging_.bytes() < bytes) staging_ = PinnedBuffer(bytes);
-  ZRT_CUDA(cudaMemcpyAsync(staging_.data(), source, bytes, cudaMemcpyDeviceToHost, stream_.get()));
-  stream_.synchronize();
+  ZRT_CUDA(cudaMemcpyAsync(staging_.data(), source, bytes, cudaMemcpyDeviceToHost, stream.get()));
+  stream.synchronize();
   std::memcpy(target, staging_.data(), bytes);
 }
 
@@ -130,17 +152,18 @@ void Pipeline::read_back(void* target, const void* source, std::size_t bytes) {
 // they are not kept, the memory is given back.
 void Pipeline::with_text_encoder(const std::function<void()>& work) {
   if (options_.keep_text_encoder) return work();
-  check_limit(text_weights_->bytes(), kTextEncoderWeights);
-  text_weights_->upload(kTextEncoderWeights);
+  Weights& weights = *weights_.at("text_encoder");
+  check_limit(weights.bytes(), kTextEncoderWeights);
+  weights.upload(kTextEncoderWeights);
   try {
     work();
     stream_.synchronize();
   } catch (...) {
     cudaStreamSynchronize(stream_.get());
-    text_weights_->release();
+    weights.release();
     throw;
   }
-  text_weights_->release();
+  weights.release();
 }
 
 void Pipeline::encode(const std::int64_t* input_ids, int tokens, float* prompt_embeds) {
@@ -150,8 +173,9 @@ void Pipeline::encode(const std::int64_t* input_ids, int tokens, float* prompt_e
   encoder.plan(tokens, size);
   Arena memory = arena(side_memory_, size.used(), "encoding a prompt");
   const TextEncoder::Buffers at = encoder.plan(tokens, memory);
+  const StreamDrain drain(stream_);
   with_text_encoder([&] { encoder.run(input_ids, tokens, at, ops()); });
-  read_back(prompt_embeds, at.x, sizeof(float) * tokens * encoder.hidden_size());
+  read_back(prompt_embeds, at.x, sizeof(float) * tokens * encoder.hidden_size(), stream_);
   gemm_.save_cache();
 }
 
@@ -165,9 +189,10 @@ void Pipeline::refine(const float* prompt_embeds, int tokens, float* context) {
   Arena memory = arena(side_memory_, size.used(), "refining a prompt");
   float* const embeds = memory.take<float>(count);
   const ContextRefiner::Buffers at = refiner.plan(tokens, memory);
+  const StreamDrain drain(stream_);
   upload_to(embeds, prompt_embeds, count, stream_.get());
   refiner.run(embeds, tokens, at, ops());
-  read_back(context, at.context, sizeof(float) * padded_rows(tokens) * refiner.dim());
+  read_back(context, at.context, sizeof(float) * padded_rows(tokens) * refiner.dim(), stream_);
   gemm_.save_cache();
 }
 
@@ -181,9 +206,10 @@ void Pipeline::context(const std::int64_t* input_ids, int tokens, float* context
   Arena memory = arena(side_memory_, size.used(), "encoding a prompt");
   const TextEncoder::Buffers text = encoder.plan(tokens, memory);
   const ContextRefiner::Buffers at = refiner.plan(tokens, memory);
+  const StreamDrain drain(stream_);
   with_text_encoder([&] { encoder.run(input_ids, tokens, text, ops()); });
   refiner.run(text.x, tokens, at, ops());
-  read_back(context, at.context, sizeof(float) * padded_rows(tokens) * refiner.dim());
+  read_back(context, at.context, sizeof(float) * padded_rows(tokens) * refiner.dim(), stream_);
   gemm_.save_cache();
 }
 
@@ -195,15 +221,19 @@ void Pipeline::evaluate(const float* latents, int latent_height, int latent_widt
   const bool controlled = control.latents != nullptr;
   if (controlled) need(controlnet_, "controlnet");
   const auto samples = static_cast<int>(context_rows.size());
-  const SampleShape shape{samples, latent_height, latent_width, context_rows, 1};
+  const SampleShape shape{samples, latent_height, latent_width, context_rows};
   const PatchGrid grid = transformer.grid(shape);
   const std::size_t count = static_cast<std::size_t>(samples) * grid.values();
   float *in = nullptr, *out = nullptr;
+  Transformer::StepTable table{};
   ControlNet::Buffers beside{};
   const auto plan = [&](Arena& memory) {
     in = memory.take<float>(count);
     out = memory.take<float>(count);
-    const Transformer::Buffers buffers = transformer.plan(shape, memory);
+    table = transformer.plan_steps(1, memory);
+    Transformer::Buffers buffers = transformer.plan(shape, memory);
+    // The only step is the one that runs.
+    buffers.vectors = table.vectors, buffers.scales = table.scales;
     if (controlled) beside = controlnet_->plan(shape, memory);
     return buffers;
   };
@@ -212,28 +242,30 @@ void Pipeline::evaluate(const float* latents, int latent_height, int latent_widt
   Arena memory = arena(loop_memory_, size.used(), "one evaluation");
   const Transformer::Buffers at = plan(memory);
   upload_to(in, latents, count, stream_.get());
-  upload_to(at.timesteps, &timestep, 1, stream_.get());
+  upload_to(table.timesteps, &timestep, 1, stream_.get());
   upload_to(at.contexts, contexts,
             static_cast<std::size_t>(
                 std::accumulate(context_rows.begin(), context_rows.end(), std::int64_t{0})) *
                 transformer.dim(),
             stream_.get());
   const Ops run = ops();
+  transformer.prepare_steps(table, 1, run);
   transformer.prepare(shape, at, run);
   if (controlled) {
     upload_to(beside.latents, control.latents, controlnet_->latent_values(shape), stream_.get());
     upload_to(beside.scale, &control.scale, 1, stream_.get());
-    controlnet_->prepare(shape, at, beside, run);
-    controlnet_->evaluate({shape, samples, 0, at, run}, in, beside);
+    controlnet_->prepare_steps(table, 1, beside.vectors, run);
+    controlnet_->evaluate({shape, samples, at, run}, in, beside);
   } else {
-    transformer.evaluate({shape, samples, 0, at, run}, in);
+    transformer.evaluate({shape, samples, at, run}, in);
   }
   unpatchify(at.predicted, grid, out, samples, stream_.get());
-  read_back(noise_pred, out, count * sizeof(float));
+  read_back(noise_pred, out, count * sizeof(float), stream_);
   gemm_.save_cache();
 }
 
-// Decodes to values of T: `run` is given the latents, the output and a workspace on the device.
+// Decodes to values of T: `run` is given the latents, the output and a workspace on the device, and
+// works on the side stream.
 template <typename T, typename Run>
 void Pipeline::decode_to(const float* latents, int batch, int latent_height, int latent_width,
                          T* target, Run&& run) {
@@ -246,9 +278,10 @@ void Pipeline::decode_to(const float* latents, int batch, int latent_height, int
   Arena memory = arena(side_memory_, measure.used(), "decoding");
   float* const in_at = memory.take<float>(in);
   T* const out_at = memory.take<T>(out);
-  upload_to(in_at, latents, in, stream_.get());
+  const StreamDrain drain(side_stream_);
+  upload_to(in_at, latents, in, side_stream_.get());
   run(decoder, in_at, out_at, memory.take(work));
-  read_back(target, out_at, out * sizeof(T));
+  read_back(target, out_at, out * sizeof(T), side_stream_);
 }
 
 void Pipeline::decode(const float* latents, int batch, int latent_height, int latent_width,
@@ -256,7 +289,7 @@ void Pipeline::decode(const float* latents, int batch, int latent_height, int la
   ZRT_TURN;
   decode_to(latents, batch, latent_height, latent_width, image,
             [&](const TinyVaeDecoder& decoder, const float* in, float* out, std::byte* work) {
-              decoder.decode(in, out, batch, latent_height, latent_width, work, stream_.get());
+              decoder.decode(in, out, batch, latent_height, latent_width, work, side_stream_.get());
             });
 }
 
@@ -266,11 +299,12 @@ void Pipeline::decode_pixels(const float* latents, int batch, int latent_height,
   decode_to(
       latents, batch, latent_height, latent_width, pixels,
       [&](const TinyVaeDecoder& decoder, const float* in, std::uint8_t* out, std::byte* work) {
-        decoder.decode_uint8(in, out, batch, latent_height, latent_width, work, stream_.get());
+        decoder.decode_uint8(in, out, batch, latent_height, latent_width, work, side_stream_.get());
       });
 }
 
-// Encodes values of T: `run` is given the picture, the latents and a workspace on the device.
+// Encodes values of T: `run` is given the image, the latents and a workspace on the device, and
+// works on the side stream.
 template <typename T, typename Run>
 void Pipeline::encode_from(const T* source, int batch, int height, int width, float* latents,
                            Run&& run) {
@@ -284,16 +318,17 @@ void Pipeline::encode_from(const T* source, int batch, int height, int width, fl
   Arena memory = arena(side_memory_, measure.used(), "encoding an image");
   T* const in_at = memory.take<T>(in);
   float* const out_at = memory.take<float>(out);
-  upload_to(in_at, source, in, stream_.get());
+  const StreamDrain drain(side_stream_);
+  upload_to(in_at, source, in, side_stream_.get());
   run(encoder, in_at, out_at, memory.take(work));
-  read_back(latents, out_at, out * sizeof(float));
+  read_back(latents, out_at, out * sizeof(float), side_stream_);
 }
 
 void Pipeline::encode_image(const float* image, int batch, int height, int width, float* latents) {
   ZRT_TURN;
   encode_from(image, batch, height, width, latents,
               [&](const TinyVaeEncoder& encoder, const float* in, float* out, std::byte* work) {
-                encoder.encode(in, out, batch, height, width, work, stream_.get());
+                encoder.encode(in, out, batch, height, width, work, side_stream_.get());
               });
 }
 
@@ -303,17 +338,17 @@ void Pipeline::encode_pixels(const std::uint8_t* pixels, int batch, int height, 
   encode_from(
       pixels, batch, height, width, latents,
       [&](const TinyVaeEncoder& encoder, const std::uint8_t* in, float* out, std::byte* work) {
-        encoder.encode_uint8(in, out, batch, height, width, work, stream_.get());
+        encoder.encode_uint8(in, out, batch, height, width, work, side_stream_.get());
       });
 }
 
 MemoryUse Pipeline::memory() {
   ZRT_TURN;
   MemoryUse use{};
-  for (const auto& weights : weights_)
+  for (const auto& [module, weights] : weights_)
     if (weights->uploaded()) use.weights += weights->bytes();
-  use.workspace = loop_memory_.bytes() + side_memory_.bytes() + gemm_.workspace_bytes() +
-                  fused_workspace_.bytes();
+  use.workspace = loop_memory_.bytes() + table_memory_.bytes() + side_memory_.bytes() +
+                  gemm_.workspace_bytes() + fused_workspace_.bytes();
   for (const Graph& graph : graphs_) use.graphs += graph.bytes;
   ZRT_CUDA(cudaMemGetInfo(&use.free, &use.total));
   return use;

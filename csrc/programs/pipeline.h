@@ -8,13 +8,20 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <stdexcept>
 #include <string>
+#include <variant>
 #include <vector>
 
 #include "programs/controlnet.h"
 #include "programs/text_encoder.h"
 #include "programs/tiny_vae.h"
 #include "programs/transformer.h"
+#include "programs/weights.h"
+#include "runtime/arena.h"
+#include "runtime/attention.h"
+#include "runtime/gemm.h"
+#include "zimage_rt/device.h"
 #include "zimage_rt/guidance.h"
 #include "zimage_rt/sampler.h"
 
@@ -38,6 +45,20 @@ struct Control {
   float scale = 0.0f;
 };
 
+// What a callback is told after a step of the schedule.
+struct LoopStep {
+  int index;  // from 0
+  int count;
+  float sigma;       // before the step
+  float sigma_next;  // after it
+  // Copies the latents after this step, [batch, channels, latent_height, latent_width], to host
+  // memory. From any thread, until the callback returns.
+  std::function<void(float* target)> read_latents;
+};
+
+// Returns false to stop the loop.
+using LoopCallback = std::function<bool(const LoopStep&)>;
+
 // One request for the loop. Host pointers; sample i of `latents` belongs to contexts[i], and to
 // negatives[i] where guidance is on.
 struct SampleJob {
@@ -55,8 +76,11 @@ struct SampleJob {
   Control control;        // without latents: the transformer alone
   float* latents;         // [batch, channels, latent_height, latent_width], in and out
   std::uint8_t* pixels;   // [batch, height, width, 3] out; null: not decoded
-  StepCallback callback;  // empty: the whole loop is one graph
+  LoopCallback callback;  // may be empty
 };
+
+using ModuleConfig =
+    std::variant<TextEncoderConfig, TransformerConfig, ControlNetConfig, TinyVaeConfig>;
 
 // Seconds on the device.
 struct SampleTimes {
@@ -79,14 +103,12 @@ class Pipeline {
   static std::unique_ptr<Pipeline> make(const PipelineOptions& options);
   ~Pipeline();
 
-  // Uploads a module's weights. Throws WeightError, OutOfMemoryError.
-  void load_text_encoder(std::unique_ptr<Weights> weights, const TextEncoderConfig& config);
-  void load_context_refiner(std::unique_ptr<Weights> weights, const TransformerConfig& config);
-  void load_transformer(std::unique_ptr<Weights> weights, const TransformerConfig& config);
-  // Beside a transformer that is loaded.
-  void load_controlnet(std::unique_ptr<Weights> weights, const ControlNetConfig& config);
-  void load_vae_decoder(std::unique_ptr<Weights> weights, const TinyVaeConfig& config);
-  void load_vae_encoder(std::unique_ptr<Weights> weights, const TinyVaeConfig& config);
+  // Uploads a module's weights and makes its program, which checks them. After an error the
+  // pipeline is what it was, and the module can be loaded again. A ControlNet needs a transformer
+  // that is loaded. Throws WeightError, OutOfMemoryError, std::invalid_argument for a module that
+  // no program runs, that is loaded already, or whose sizes no kernel computes.
+  void load(const std::string& module, std::unique_ptr<Weights> weights,
+            const ModuleConfig& config);
 
   // Changes a loaded module's weights where they lie, so that captured graphs stay as they are; see
   // Weights::change, also for a text encoder that is not kept. Throws std::invalid_argument for a
@@ -109,7 +131,10 @@ class Pipeline {
 
   // Text encoder and context refiner in one: context [padded_rows(tokens), dim].
   void context(const std::int64_t* input_ids, int tokens, float* context);
-  // The sampler loop, and the decoder if `pixels` is asked for. False: the callback stopped it.
+  // The sampler loop, and the decoder if `pixels` is asked for. A callback is called when its step
+  // is done, while the device already works on the next one: stopping costs that step, and asking
+  // for nothing but progress costs nothing. False: the callback stopped it; the latents are then
+  // those that it was called for.
   bool sample(const SampleJob& job, SampleTimes& times);
 
   // Milliseconds a run, each on the device between two events, on random inputs.
@@ -126,11 +151,14 @@ class Pipeline {
 
  private:
   struct SampleBuffers;
+  struct StepTables;
   struct Graph;
+  struct ModuleKind;
+  enum class Piece { kStep, kGuidedStep, kDecode };  // of a request: what is captured by itself
 
   explicit Pipeline(const PipelineOptions& options);  // on the current device
   Ops ops() { return {gemm_, attention_, stream_.get(), fused_workspace_.data()}; }
-  std::unique_ptr<Weights> upload(std::unique_ptr<Weights> weights, const std::string& purpose);
+  static const std::map<std::string, ModuleKind>& module_kinds();
   void check_limit(std::size_t more, const std::string& purpose);
   Arena arena(DeviceBuffer& buffer, std::size_t bytes, const char* purpose);
   void with_text_encoder(const std::function<void()>& work);
@@ -139,19 +167,25 @@ class Pipeline {
                  Run&& run);
   template <typename T, typename Run>
   void encode_from(const T* source, int batch, int height, int width, float* latents, Run&& run);
-  void read_back(void* target, const void* source, std::size_t bytes);
+  void read_back(void* target, const void* source, std::size_t bytes, const Stream& stream);
   std::vector<float> time(int repeats, const std::function<void()>& work);
 
   SampleBuffers plan(const SampleShape& shape, const SampleJob& job, Arena& arena) const;
-  void load_inputs(const SampleShape& shape, const SampleJob& job, const SampleBuffers& at);
-  void prepare(const SampleShape& shape, const SampleJob& job, const SampleBuffers& at);
-  void step(const SampleShape& shape, const SampleJob& job, int i, const SampleBuffers& at);
-  void decode_samples(const SampleShape& shape, const SampleBuffers& at);
-  void run_all(const SampleShape& shape, const SampleJob& job, const SampleBuffers& at,
-               unsigned event_flags);
-  bool run_steps(const SampleShape& shape, const SampleJob& job, const SampleBuffers& at);
-  void capture(const SampleShape& shape, const SampleJob& job, const SampleBuffers& at,
-               std::vector<int> key);
+  StepTables plan_tables(const SampleShape& shape, const SampleJob& job, Arena& arena) const;
+  void load_inputs(const SampleShape& shape, const SampleJob& job, const SampleBuffers& at,
+                   const StepTables& tables);
+  void prepare(const SampleShape& shape, const SampleJob& job, const SampleBuffers& at,
+               const StepTables& tables);
+  void select_step(const SampleShape& shape, const SampleJob& job, std::size_t row,
+                   const SampleBuffers& at, const StepTables& tables);
+  void evaluate_step(const SampleShape& shape, const SampleJob& job, bool guided,
+                     const SampleBuffers& at);
+  bool run_steps(const SampleShape& shape, const SampleJob& job, const SampleBuffers& at,
+                 const StepTables& tables);
+  void run_piece(const SampleShape& shape, const SampleJob& job, Piece piece,
+                 const std::function<void()>& work);
+  void capture(std::vector<int> key, const std::function<void()>& work);
+  void trim_graphs();
 
   template <typename Module>
   static Module& need(std::optional<Module>& module, const char* name) {
@@ -163,11 +197,10 @@ class Pipeline {
   PipelineOptions options_;
   DeviceBuffer fused_workspace_;
   Stream stream_;
+  Stream side_stream_;  // of the VAE: a preview does not wait for the step that runs
   Gemm gemm_;
   Attention attention_;
-  std::vector<std::unique_ptr<Weights>> weights_;
-  Weights* text_weights_ = nullptr;
-  std::map<std::string, Weights*> changeable_;
+  std::map<std::string, std::unique_ptr<Weights>> weights_;  // of loaded modules
   std::optional<TextEncoder> text_encoder_;
   std::optional<ContextRefiner> context_refiner_;
   std::optional<Transformer> transformer_;
@@ -175,10 +208,13 @@ class Pipeline {
   std::optional<TinyVaeDecoder> vae_decoder_;
   std::optional<TinyVaeEncoder> vae_encoder_;
   int latent_channels_ = 0;
-  DeviceBuffer loop_memory_;  // the sampler loop's; graphs hold its addresses
-  DeviceBuffer side_memory_;  // everything else's: a preview must not touch a loop's
+  DeviceBuffer loop_memory_;   // the sampler loop's; graphs hold its addresses
+  DeviceBuffer table_memory_;  // the loop's that no graph knows
+  DeviceBuffer side_memory_;   // everything else's: a preview must not touch a loop's
   PinnedBuffer staging_;
   Event started_, denoised_, decoded_;
+  Event step_done_[2];       // steps alternate
+  bool sampling_ = false;    // loop_memory_ is in use
   std::list<Graph> graphs_;  // the last used first
 };
 

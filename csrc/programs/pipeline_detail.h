@@ -2,11 +2,19 @@
 
 // What the files of Pipeline share.
 
+#include <cuda_runtime_api.h>
+
 #include <cstddef>
+#include <cstdint>
+#include <mutex>
 #include <vector>
 
+#include "programs/controlnet.h"
 #include "programs/pipeline.h"
+#include "programs/transformer.h"
 #include "zimage_rt/check.h"
+#include "zimage_rt/device.h"
+#include "zimage_rt/sampler.h"
 
 // One thread at a time, on the pipeline's device.
 #define ZRT_TURN                                            \
@@ -15,21 +23,53 @@
 
 namespace zimage_rt {
 
-// Where one request's tensors lie in loop_memory_.
+// Where one request's tensors lie in loop_memory_: what captured kernels read and write.
 struct Pipeline::SampleBuffers {
   float* latents;
   float* kept;
-  SamplerStep* steps;
-  float* scales;  // of guidance, [steps, batch]
+  SamplerStep* step;  // the one that runs
+  float* scales;      // its guidance, [batch]
   float* normalization;
-  float* mask;  // null, like the two behind it, unless a picture is kept
+  float* mask;  // null, like the two behind it, unless an image is kept
   float* image;
   float* noise;
   float* factors;
-  std::uint8_t* pixels;
   Transformer::Buffers transformer;
   ControlNet::Buffers control;  // unset without a control image
-  std::byte* decoder;           // shares the memory of the two above: it runs when they are done
+  // The decoder's, in the memory of the two above: it runs when they are done.
+  std::uint8_t* pixels;
+  std::byte* decoder;
+};
+
+// What no captured kernel uses, in table_memory_: it grows with the number of steps.
+struct Pipeline::StepTables {
+  SamplerStep* steps;
+  float* scales;  // of guidance, [steps, batch]
+  Transformer::StepTable transformer;
+  float* control_vectors;  // [steps, blocks, 4, dim]; null without a control image
+  float* seen[2];          // latents after a step, for its callback; steps alternate
+};
+
+// Waits for a stream at the end of a scope, also when an error ends it: memory that the stream
+// works on is then free for others.
+class StreamDrain {
+ public:
+  explicit StreamDrain(const Stream& stream) : stream_(stream) {}
+  StreamDrain(const StreamDrain&) = delete;
+  StreamDrain& operator=(const StreamDrain&) = delete;
+  ~StreamDrain() { cudaStreamSynchronize(stream_.get()); }
+
+ private:
+  const Stream& stream_;
+};
+
+// How a module is loaded.
+struct Pipeline::ModuleKind {
+  const char* weights;  // what they are called when they do not fit
+  bool changeable;      // see Pipeline::change
+  void (*arrange)(Pipeline& pipeline, Weights& weights);  // before the upload
+  // Makes the program, which refers to the weights; after an error there is none.
+  void (*construct)(Pipeline& pipeline, Weights& weights, const ModuleConfig& config);
 };
 
 struct Pipeline::Graph {

@@ -1,16 +1,28 @@
-// The sampler loop of a pipeline: as it goes, with a callback after each step, or as one CUDA
-// graph.
+// The sampler loop of a pipeline: one captured step, replayed for each row of the sampler's table.
+
+#include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <stdexcept>
+#include <utility>
+#include <vector>
 
+#include "kernels/copy_rows.h"
+#include "kernels/patches.h"
 #include "programs/pipeline_detail.h"
+#include "runtime/arena.h"
+#include "zimage_rt/check.h"
 
 namespace zimage_rt {
 namespace {
 
-// Graphs kept at most, and what they may take together.
-constexpr std::size_t kMaxGraphs = 32;
+// Graphs kept at most, and what they may take together. A request has three of them at most.
+constexpr std::size_t kMaxGraphs = 96;
 constexpr std::size_t kMaxGraphBytes = std::size_t{512} << 20;
+constexpr std::size_t kGraphsOfRequest = 3;
 
 std::size_t free_bytes() {
   std::size_t free = 0, total = 0;
@@ -18,9 +30,21 @@ std::size_t free_bytes() {
   return free;
 }
 
-bool guided_at(const SampleJob& job, int i) {
-  return job.guidance.active(static_cast<std::size_t>(i), job.contexts.size());
+bool guided_at(const SampleJob& job, std::size_t row) {
+  return job.guidance.active(row, job.contexts.size());
 }
+
+// Sets a flag while it lives.
+class Flagged {
+ public:
+  explicit Flagged(bool& flag) : flag_(flag) { flag_ = true; }
+  Flagged(const Flagged&) = delete;
+  Flagged& operator=(const Flagged&) = delete;
+  ~Flagged() { flag_ = false; }
+
+ private:
+  bool& flag_;
+};
 
 }  // namespace
 
@@ -28,39 +52,54 @@ Pipeline::SampleBuffers Pipeline::plan(const SampleShape& shape, const SampleJob
                                        Arena& memory) const {
   const PatchGrid grid = transformer_->grid(shape);
   const auto batch = static_cast<std::size_t>(shape.latent_samples);
+  const std::size_t latents = batch * grid.values();
   SampleBuffers at{};
-  at.latents = memory.take<float>(batch * grid.values());
-  at.kept = memory.take<float>(batch * grid.values());
-  at.steps = memory.take<SamplerStep>(job.steps.size());
-  if (job.mask != nullptr) {
-    at.mask = memory.take<float>(batch * grid.height * grid.width);
-    at.image = memory.take<float>(batch * grid.values());
-    at.noise = memory.take<float>(batch * grid.values());
-  }
-  at.scales = memory.take<float>(job.guidance.scales.size());
+  at.latents = memory.take<float>(latents);
+  at.kept = memory.take<float>(latents);
+  at.step = memory.take<SamplerStep>(1);
+  at.scales = memory.take<float>(batch);
   at.normalization = memory.take<float>(1);
   at.factors = memory.take<float>(batch);
-  std::size_t work = 0;
-  if (job.pixels != nullptr) {
-    at.pixels =
-        memory.take<std::uint8_t>(batch * 3 * grid.height * grid.width * area(*vae_decoder_));
-    work = vae_decoder_->workspace_bytes(shape.latent_samples, grid.height, grid.width);
+  if (job.mask != nullptr) {
+    at.mask = memory.take<float>(batch * grid.height * grid.width);
+    at.image = memory.take<float>(latents);
+    at.noise = memory.take<float>(latents);
   }
   Arena shared = memory;
-  at.decoder = shared.take(work);
+  if (job.pixels != nullptr) {
+    at.pixels =
+        shared.take<std::uint8_t>(batch * 3 * grid.height * grid.width * area(*vae_decoder_));
+    at.decoder =
+        shared.take(vae_decoder_->workspace_bytes(shape.latent_samples, grid.height, grid.width));
+  }
   at.transformer = transformer_->plan(shape, memory);
   if (job.control.latents != nullptr) at.control = controlnet_->plan(shape, memory);
   if (shared.used() > memory.used()) memory = shared;
   return at;
 }
 
-void Pipeline::load_inputs(const SampleShape& shape, const SampleJob& job,
-                           const SampleBuffers& at) {
+Pipeline::StepTables Pipeline::plan_tables(const SampleShape& shape, const SampleJob& job,
+                                           Arena& memory) const {
+  const std::size_t steps = job.steps.size();
+  StepTables tables{};
+  tables.steps = memory.take<SamplerStep>(steps);
+  tables.scales = memory.take<float>(job.guidance.scales.size());
+  tables.transformer = transformer_->plan_steps(static_cast<int>(steps), memory);
+  if (job.control.latents != nullptr)
+    tables.control_vectors = memory.take<float>(steps * controlnet_->step_vectors());
+  for (float*& seen : tables.seen)
+    seen = memory.take<float>(static_cast<std::size_t>(shape.latent_samples) *
+                              transformer_->grid(shape).values());
+  return tables;
+}
+
+void Pipeline::load_inputs(const SampleShape& shape, const SampleJob& job, const SampleBuffers& at,
+                           const StepTables& tables) {
   const cudaStream_t stream = stream_.get();
   const PatchGrid grid = transformer_->grid(shape);
   const auto batch = static_cast<std::size_t>(shape.latent_samples);
   upload_to(at.latents, job.latents, batch * grid.values(), stream);
-  upload_to(at.steps, job.steps.data(), job.steps.size(), stream);
+  upload_to(tables.steps, job.steps.data(), job.steps.size(), stream);
   if (job.mask != nullptr) {
     upload_to(at.mask, job.mask, batch * grid.height * grid.width, stream);
     upload_to(at.image, job.image, batch * grid.values(), stream);
@@ -70,11 +109,11 @@ void Pipeline::load_inputs(const SampleShape& shape, const SampleJob& job,
     upload_to(at.control.latents, job.control.latents, controlnet_->latent_values(shape), stream);
     upload_to(at.control.scale, &job.control.scale, 1, stream);
   }
-  upload_to(at.scales, job.guidance.scales.data(), job.guidance.scales.size(), stream);
+  upload_to(tables.scales, job.guidance.scales.data(), job.guidance.scales.size(), stream);
   upload_to(at.normalization, &job.guidance.normalization, 1, stream);
   std::vector<float> timesteps;
   for (const SamplerStep& row : job.steps) timesteps.push_back(1.0f - row.sigma);
-  upload_to(at.transformer.timesteps, timesteps.data(), timesteps.size(), stream);
+  upload_to(tables.transformer.timesteps, timesteps.data(), timesteps.size(), stream);
   float* target = at.transformer.contexts;
   const auto add = [&](const float* context, int rows) {
     const std::size_t count = static_cast<std::size_t>(rows) * transformer_->dim();
@@ -87,81 +126,94 @@ void Pipeline::load_inputs(const SampleShape& shape, const SampleJob& job,
       add(job.negatives[i], job.negative_rows[i]);
 }
 
-// What every evaluation needs and no latents change.
-void Pipeline::prepare(const SampleShape& shape, const SampleJob& job, const SampleBuffers& at) {
-  transformer_->prepare(shape, at.transformer, ops());
+// What every evaluation needs and no latents change; the tables of all steps.
+void Pipeline::prepare(const SampleShape& shape, const SampleJob& job, const SampleBuffers& at,
+                       const StepTables& tables) {
+  const auto steps = static_cast<int>(job.steps.size());
+  const Ops run = ops();
+  transformer_->prepare_steps(tables.transformer, steps, run);
+  transformer_->prepare(shape, at.transformer, run);
   if (job.control.latents != nullptr)
-    controlnet_->prepare(shape, at.transformer, at.control, ops());
+    controlnet_->prepare_steps(tables.transformer, steps, tables.control_vectors, run);
+}
+
+// Makes a row of the tables the one that evaluate_step() reads.
+void Pipeline::select_step(const SampleShape& shape, const SampleJob& job, std::size_t row,
+                           const SampleBuffers& at, const StepTables& tables) {
+  static_assert(sizeof(SamplerStep) % sizeof(float) == 0);
+  CopyRows rows;
+  const auto add = [&](const float* table, float* current, std::size_t count) {
+    rows.add(table + row * count, current, count);
+  };
+  add(reinterpret_cast<const float*>(tables.steps), reinterpret_cast<float*>(at.step),
+      sizeof(SamplerStep) / sizeof(float));
+  add(tables.scales, at.scales, static_cast<std::size_t>(shape.latent_samples));
+  add(tables.transformer.vectors, at.transformer.vectors, transformer_->step_vectors());
+  add(tables.transformer.scales, at.transformer.scales,
+      static_cast<std::size_t>(transformer_->dim()));
+  if (job.control.latents != nullptr)
+    add(tables.control_vectors, at.control.vectors, controlnet_->step_vectors());
+  copy_rows(rows, stream_.get());
 }
 
 // One evaluation and the update behind it, on the device alone.
-void Pipeline::step(const SampleShape& shape, const SampleJob& job, int i,
-                    const SampleBuffers& at) {
-  const bool guided = guided_at(job, i);
+void Pipeline::evaluate_step(const SampleShape& shape, const SampleJob& job, bool guided,
+                             const SampleBuffers& at) {
   const int samples = guided ? 2 * shape.latent_samples : shape.latent_samples;
   const Ops run = ops();
-  const Transformer::Evaluation evaluation{shape, samples, i, at.transformer, run};
+  const Transformer::Evaluation evaluation{shape, samples, at.transformer, run};
   if (job.control.latents != nullptr)
     controlnet_->evaluate(evaluation, at.latents, at.control);
   else
     transformer_->evaluate(evaluation, at.latents);
-  sampler_update({at.transformer.predicted, transformer_->grid(shape), at.latents, at.kept,
-                  shape.latent_samples, guided, job.guidance.normalization > 0.0f, at.steps, i,
-                  at.scales, at.normalization, at.factors, at.mask, at.image, at.noise},
-                 stream_.get());
+  SamplerUpdate update{};
+  update.patches = at.transformer.predicted;
+  update.grid = transformer_->grid(shape);
+  update.latents = at.latents;
+  update.kept = at.kept;
+  update.samples = shape.latent_samples;
+  update.guided = guided;
+  update.normalized = job.guidance.normalization > 0.0f;
+  update.steps = at.step;
+  update.step = 0;
+  update.scales = at.scales;
+  update.normalization = at.normalization;
+  update.factors = at.factors;
+  update.mask = at.mask;
+  update.image = at.image;
+  update.noise = at.noise;
+  sampler_update(update, stream_.get());
 }
 
-void Pipeline::decode_samples(const SampleShape& shape, const SampleBuffers& at) {
-  vae_decoder_->decode_uint8(at.latents, at.pixels, shape.latent_samples, shape.latent_height,
-                             shape.latent_width, at.decoder, stream_.get());
-}
-
-// The whole request, without a look back at the host; what a graph captures.
-void Pipeline::run_all(const SampleShape& shape, const SampleJob& job, const SampleBuffers& at,
-                       unsigned event_flags) {
-  const auto mark = [&](const Event& event) {
-    ZRT_CUDA(cudaEventRecordWithFlags(event.get(), stream_.get(), event_flags));
-  };
-  mark(started_);
-  prepare(shape, job, at);
-  for (int i = 0; i < shape.steps; ++i) step(shape, job, i, at);
-  mark(denoised_);
-  if (job.pixels != nullptr) decode_samples(shape, at);
-  mark(decoded_);
-}
-
-// The same with a callback after every step of the schedule.
-bool Pipeline::run_steps(const SampleShape& shape, const SampleJob& job, const SampleBuffers& at) {
-  const PatchGrid grid = transformer_->grid(shape);
-  const std::size_t bytes =
-      sizeof(float) * static_cast<std::size_t>(shape.latent_samples) * grid.values();
-  ZRT_CUDA(cudaEventRecord(started_.get(), stream_.get()));
-  prepare(shape, job, at);
-  const int count = count_steps(job.steps);
-  int index = 0;
-  float sigma_before = job.steps.front().sigma;
-  for (int i = 0; i < shape.steps; ++i) {
-    step(shape, job, i, at);
-    const SamplerStep& row = job.steps[static_cast<std::size_t>(i)];
-    if (row.ends == 0.0f) continue;
-    read_back(job.latents, at.latents, bytes);
-    if (!job.callback({index, count, sigma_before, row.sigma_next, job.latents})) return false;
-    sigma_before = row.sigma_next;
-    ++index;
+// Replays a piece of a request. The first time it runs kernel by kernel, which times its matrix
+// products; its graph for the next time is made while the device works.
+void Pipeline::run_piece(const SampleShape& shape, const SampleJob& job, Piece piece,
+                         const std::function<void()>& work) {
+  // All that decides which kernels run, on which addresses: not the number of steps.
+  std::vector<int> key = {static_cast<int>(piece), shape.latent_samples, shape.latent_height,
+                          shape.latent_width, job.mask != nullptr};
+  if (piece != Piece::kDecode) {
+    key.push_back(job.guidance.normalization > 0.0f);
+    key.push_back(job.control.latents != nullptr);
+    key.insert(key.end(), shape.context_rows.begin(), shape.context_rows.end());
   }
-  ZRT_CUDA(cudaEventRecord(denoised_.get(), stream_.get()));
-  if (job.pixels != nullptr) decode_samples(shape, at);
-  ZRT_CUDA(cudaEventRecord(decoded_.get(), stream_.get()));
-  return true;
+  const auto found = std::find_if(graphs_.begin(), graphs_.end(),
+                                  [&](const Graph& graph) { return graph.key == key; });
+  if (found != graphs_.end()) {
+    graphs_.splice(graphs_.begin(), graphs_, found);
+    graphs_.front().exec.launch(stream_.get());
+  } else {
+    work();
+    capture(std::move(key), work);
+  }
 }
 
-void Pipeline::capture(const SampleShape& shape, const SampleJob& job, const SampleBuffers& at,
-                       std::vector<int> key) {
+void Pipeline::capture(std::vector<int> key, const std::function<void()>& work) {
   const std::size_t before = free_bytes();
   ZRT_CUDA(cudaStreamBeginCapture(stream_.get(), cudaStreamCaptureModeThreadLocal));
   cudaGraph_t graph = nullptr;
   try {
-    run_all(shape, job, at, cudaEventRecordExternal);
+    work();
   } catch (...) {
     cudaStreamEndCapture(stream_.get(), &graph);
     if (graph != nullptr) cudaGraphDestroy(graph);
@@ -178,12 +230,78 @@ void Pipeline::capture(const SampleShape& shape, const SampleJob& job, const Sam
   ZRT_CUDA(cudaGraphDestroy(graph));
   const std::size_t after = free_bytes();
   graphs_.push_front({std::move(key), std::move(exec), before > after ? before - after : 0});
+}
+
+// Forgets the graphs that were not used for longest, so that one more request fits. Between
+// requests, when none of them runs.
+void Pipeline::trim_graphs() {
   std::size_t bytes = 0;
   for (const Graph& kept : graphs_) bytes += kept.bytes;
-  while (graphs_.size() > 1 && (graphs_.size() > kMaxGraphs || bytes > kMaxGraphBytes)) {
+  while (graphs_.size() > kMaxGraphs - kGraphsOfRequest ||
+         (graphs_.size() > kGraphsOfRequest && bytes > kMaxGraphBytes)) {
     bytes -= graphs_.back().bytes;
     graphs_.pop_back();
   }
+}
+
+bool Pipeline::run_steps(const SampleShape& shape, const SampleJob& job, const SampleBuffers& at,
+                         const StepTables& tables) {
+  const int count = count_steps(job.steps);
+  const std::size_t bytes = sizeof(float) * static_cast<std::size_t>(shape.latent_samples) *
+                            transformer_->grid(shape).values();
+  std::size_t row = 0;  // the next one of the table
+
+  // Sends a step of the schedule to the device, and behind the last one the decoder.
+  const auto launch = [&](int index) {
+    for (bool ended = false; !ended; ++row) {
+      const bool guided = guided_at(job, row);
+      select_step(shape, job, row, at, tables);
+      run_piece(shape, job, guided ? Piece::kGuidedStep : Piece::kStep,
+                [&] { evaluate_step(shape, job, guided, at); });
+      ended = job.steps[row].ends != 0.0f;
+    }
+    if (job.callback) {
+      // The next step changes the latents while this one's callback may read them.
+      ZRT_CUDA(cudaMemcpyAsync(tables.seen[index % 2], at.latents, bytes, cudaMemcpyDeviceToDevice,
+                               stream_.get()));
+      ZRT_CUDA(cudaEventRecord(step_done_[index % 2].get(), stream_.get()));
+    }
+    if (index + 1 < count) return;
+    ZRT_CUDA(cudaEventRecord(denoised_.get(), stream_.get()));
+    if (job.pixels != nullptr)
+      run_piece(shape, job, Piece::kDecode, [&] {
+        vae_decoder_->decode_uint8(at.latents, at.pixels, shape.latent_samples, shape.latent_height,
+                                   shape.latent_width, at.decoder, stream_.get());
+      });
+    ZRT_CUDA(cudaEventRecord(decoded_.get(), stream_.get()));
+  };
+
+  if (!job.callback) {
+    for (int i = 0; i < count; ++i) launch(i);
+    return true;
+  }
+  launch(0);
+  float sigma = job.steps.front().sigma;
+  std::size_t told = 0;  // rows whose steps callbacks know
+  for (int i = 0; i < count; ++i) {
+    // One step ahead, so that the device does not wait for the callback.
+    if (i + 1 < count) launch(i + 1);
+    ZRT_CUDA(cudaEventSynchronize(step_done_[i % 2].get()));
+    while (job.steps[told].ends == 0.0f) ++told;
+    const float sigma_next = job.steps[told++].sigma_next;
+    const auto read_latents = [&](float* target) {
+      const DeviceGuard guard(options_.device);
+      ZRT_CUDA(cudaMemcpyAsync(target, tables.seen[i % 2], bytes, cudaMemcpyDeviceToHost,
+                               side_stream_.get()));
+      side_stream_.synchronize();
+    };
+    if (!job.callback({i, count, sigma, sigma_next, read_latents})) {
+      read_latents(job.latents);
+      return false;
+    }
+    sigma = sigma_next;
+  }
+  return true;
 }
 
 bool Pipeline::sample(const SampleJob& job, SampleTimes& times) {
@@ -191,8 +309,10 @@ bool Pipeline::sample(const SampleJob& job, SampleTimes& times) {
   const Transformer& transformer = need(transformer_, "transformer");
   if (job.pixels != nullptr) need(vae_decoder_, "tiny_vae_decoder");
   if (job.control.latents != nullptr) need(controlnet_, "controlnet");
+  if (job.steps.empty() || job.steps.back().ends == 0.0f)
+    throw std::invalid_argument("steps: expected a last row that ends a step of the schedule");
   SampleShape shape{static_cast<int>(job.contexts.size()), job.latent_height, job.latent_width,
-                    job.context_rows, static_cast<int>(job.steps.size())};
+                    job.context_rows};
   if (job.guidance.ever())
     shape.context_rows.insert(shape.context_rows.end(), job.negative_rows.begin(),
                               job.negative_rows.end());
@@ -200,38 +320,24 @@ bool Pipeline::sample(const SampleJob& job, SampleTimes& times) {
   plan(shape, job, size);
   Arena memory = arena(loop_memory_, size.used(), "the sampler loop");
   const SampleBuffers at = plan(shape, job, memory);
-  load_inputs(shape, job, at);
+  Arena table_size(nullptr);
+  plan_tables(shape, job, table_size);
+  Arena table_memory = arena(table_memory_, table_size.used(), "the sampler loop's steps");
+  const StepTables tables = plan_tables(shape, job, table_memory);
+  const Flagged sampling(sampling_);
+  const StreamDrain drain(stream_);
+  trim_graphs();
+  load_inputs(shape, job, at, tables);
 
-  if (job.callback) {
-    if (!run_steps(shape, job, at)) {
-      stream_.synchronize();
-      return false;
-    }
-  } else {
-    // All that decides which kernels run, on which addresses.
-    std::vector<int> key = {shape.latent_samples,  shape.latent_height,
-                            shape.latent_width,    shape.steps,
-                            job.pixels != nullptr, job.guidance.normalization > 0.0f,
-                            job.mask != nullptr,   job.control.latents != nullptr};
-    for (int i = 0; i < shape.steps; ++i) key.push_back(guided_at(job, i));
-    key.insert(key.end(), shape.context_rows.begin(), shape.context_rows.end());
-    const auto found = std::find_if(graphs_.begin(), graphs_.end(),
-                                    [&](const Graph& graph) { return graph.key == key; });
-    if (found != graphs_.end()) {
-      graphs_.splice(graphs_.begin(), graphs_, found);
-      graphs_.front().exec.launch(stream_.get());
-    } else {
-      // The first request of a shape runs as it goes, which times its matrix products; the graph
-      // for the next one is made while the device works.
-      run_all(shape, job, at, cudaEventRecordDefault);
-      capture(shape, job, at, std::move(key));
-    }
-  }
+  ZRT_CUDA(cudaEventRecord(started_.get(), stream_.get()));
+  prepare(shape, job, at, tables);
+  if (!run_steps(shape, job, at, tables)) return false;
   const std::size_t batch = job.contexts.size();
   const PatchGrid grid = transformer.grid(shape);
   if (job.pixels != nullptr)
-    read_back(job.pixels, at.pixels, batch * 3 * grid.height * grid.width * area(*vae_decoder_));
-  read_back(job.latents, at.latents, sizeof(float) * batch * grid.values());
+    read_back(job.pixels, at.pixels, batch * 3 * grid.height * grid.width * area(*vae_decoder_),
+              stream_);
+  read_back(job.latents, at.latents, sizeof(float) * batch * grid.values(), stream_);
   times.denoise = denoised_.since(started_) * 1e-3;
   times.decode = decoded_.since(denoised_) * 1e-3;
   gemm_.save_cache();

@@ -1,8 +1,14 @@
 // What benchmarks ask of a pipeline: milliseconds on the device, between two events.
 
+#include <cstddef>
+#include <cstdint>
+#include <functional>
 #include <numeric>
+#include <vector>
 
 #include "programs/pipeline_detail.h"
+#include "runtime/arena.h"
+#include "zimage_rt/check.h"
 #include "zimage_rt/rng.h"
 
 namespace zimage_rt {
@@ -42,24 +48,28 @@ std::vector<float> Pipeline::time_evaluation(int latent_height, int latent_width
   ZRT_TURN;
   const Transformer& transformer = need(transformer_, "transformer");
   const auto samples = static_cast<int>(context_rows.size());
-  const SampleShape shape{samples, latent_height, latent_width, context_rows, 1};
+  const SampleShape shape{samples, latent_height, latent_width, context_rows};
   const std::size_t count = static_cast<std::size_t>(samples) * transformer.grid(shape).values();
   Arena size(nullptr);
   size.take<float>(count);
+  transformer.plan_steps(1, size);
   transformer.plan(shape, size);
   Arena memory = arena(loop_memory_, size.used(), "one evaluation");
   float* const latents = memory.take<float>(count);
-  const Transformer::Buffers at = transformer.plan(shape, memory);
+  const Transformer::StepTable table = transformer.plan_steps(1, memory);
+  Transformer::Buffers at = transformer.plan(shape, memory);
+  at.vectors = table.vectors, at.scales = table.scales;
   const std::size_t rows =
       std::accumulate(context_rows.begin(), context_rows.end(), std::size_t{0});
   const std::vector<float> x = noise(1, count), contexts = noise(2, rows * transformer.dim());
   const float timestep = 0.5f;
   upload_to(latents, x.data(), x.size(), stream_.get());
   upload_to(at.contexts, contexts.data(), contexts.size(), stream_.get());
-  upload_to(at.timesteps, &timestep, 1, stream_.get());
+  upload_to(table.timesteps, &timestep, 1, stream_.get());
   const Ops run = ops();
+  transformer.prepare_steps(table, 1, run);
   transformer.prepare(shape, at, run);
-  return time(repeats, [&] { transformer.evaluate({shape, samples, 0, at, run}, latents); });
+  return time(repeats, [&] { transformer.evaluate({shape, samples, at, run}, latents); });
 }
 
 std::vector<float> Pipeline::time_text_encoder(int tokens, int repeats) {

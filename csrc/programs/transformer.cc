@@ -1,13 +1,18 @@
 #include "programs/transformer.h"
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
 #include <numeric>
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <utility>
 
 #include "kernels/norm.h"
+#include "runtime/arena.h"
 #include "zimage_rt/check.h"
+#include "zimage_rt/dtype.h"
 
 namespace zimage_rt {
 namespace {
@@ -93,12 +98,39 @@ void turn_block_matrices(Weights& weights) {
 
 Transformer::Transformer(const TransformerConfig& config, const Weights& weights)
     : config_(config),
-      weights_(weights),
       shape_(config.block_shape(weights.storage())),
       blocks_(config, weights, layer_names(config), "the transformer's modulation table"),
       axes_(rope_axes(config, weights, 3)),
-      width_(config.adaln_width()),
-      patch_name_(std::to_string(config.patch_size) + "-1") {}
+      tensors_(tensors_of(config, shape_, weights)),
+      width_(config.adaln_width()) {}
+
+Transformer::Tensors Transformer::tensors_of(const TransformerConfig& config,
+                                             const BlockShape& shape, const Weights& weights) {
+  const auto vector = [&](const std::string& name, std::int64_t size) {
+    return weights.get(name, {size}, DType::kFloat32).f32();
+  };
+  const auto matrix = [&](const std::string& name, std::int64_t in, std::int64_t out) {
+    return weights.get(name, {in, out}, shape.type).data;
+  };
+  const int dim = config.dim, width = config.adaln_width();
+  const int features = config.patch_size * config.patch_size * config.in_channels;
+  const std::string patch = std::to_string(config.patch_size) + "-1.";
+  const std::string embedder = "all_x_embedder." + patch, last = "all_final_layer." + patch;
+  Tensors out{};
+  out.frequencies = vector("t_embedder.constants.frequencies", kFrequencies);
+  out.timestep1 = matrix("t_embedder.mlp.0.weight", 2 * kFrequencies, kTimestepMiddle);
+  out.timestep1_bias = vector("t_embedder.mlp.0.bias", kTimestepMiddle);
+  out.timestep2 = matrix("t_embedder.mlp.2.weight", kTimestepMiddle, width);
+  out.timestep2_bias = vector("t_embedder.mlp.2.bias", width);
+  out.embedder = {config.in_channels, matrix(embedder + "weight", features, dim),
+                  vector(embedder + "bias", dim)};
+  out.pad = weights.get("x_pad_token", {1, dim}, DType::kFloat32).f32();
+  out.last_modulation = matrix(last + "adaLN_modulation.1.weight", width, dim);
+  out.last_modulation_bias = vector(last + "adaLN_modulation.1.bias", dim);
+  out.last = matrix(last + "linear.weight", dim, features);
+  out.last_bias = vector(last + "linear.bias", features);
+  return out;
+}
 
 PatchGrid Transformer::grid(const SampleShape& shape) const {
   return {config_.in_channels, shape.latent_height, shape.latent_width, config_.patch_size};
@@ -113,23 +145,18 @@ int Transformer::rows(const SampleShape& shape, int samples) const {
 Transformer::Buffers Transformer::plan(const SampleShape& shape, Arena& arena) const {
   const auto samples = static_cast<int>(shape.context_rows.size());
   const auto all = static_cast<std::size_t>(rows(shape, samples));
-  const auto steps = static_cast<std::size_t>(shape.steps),
-             dim = static_cast<std::size_t>(config_.dim);
+  const auto dim = static_cast<std::size_t>(config_.dim);
   const PatchGrid patches = grid(shape);
   const std::size_t image = static_cast<std::size_t>(samples) * image_rows(shape);
   const std::size_t half = shape_.head_dim / 2;
-  float* const timesteps = arena.take<float>(steps);
   float* const contexts = arena.take<float>((all - image) * dim);
-  float* const embedding = arena.take<float>(steps * width_);
-  float* const vectors = arena.take<float>(steps * blocks_.step_vectors());
-  float* const scales = arena.take<float>(steps * dim);
+  float* const vectors = arena.take<float>(blocks_.step_vectors());
+  float* const scales = arena.take<float>(dim);
   float* const cos = arena.take<float>(all * half);
   float* const sin = arena.take<float>(all * half);
   float* const x = arena.take<float>(all * dim);
   const bool single = samples == 1;
-  return {timesteps,
-          contexts,
-          embedding,
+  return {contexts,
           vectors,
           scales,
           cos,
@@ -143,28 +170,39 @@ Transformer::Buffers Transformer::plan(const SampleShape& shape, Arena& arena) c
           BlockBuffers(shape_, all, arena)};
 }
 
-void Transformer::prepare(const SampleShape& shape, const Buffers& buffers, const Ops& ops) const {
-  const auto vector = [&](const std::string& name, std::int64_t size) {
-    return weights_.get(name, {size}, DType::kFloat32).f32();
-  };
-  const auto matrix = [&](const std::string& name, std::int64_t in, std::int64_t out) {
-    return weights_.get(name, {in, out}, shape_.type).data;
-  };
-  timestep_embedding(
-      {buffers.timesteps, config_.t_scale, vector("t_embedder.constants.frequencies", kFrequencies),
-       kFrequencies, matrix("t_embedder.mlp.0.weight", 2 * kFrequencies, kTimestepMiddle),
-       vector("t_embedder.mlp.0.bias", kTimestepMiddle), kTimestepMiddle,
-       matrix("t_embedder.mlp.2.weight", kTimestepMiddle, width_),
-       vector("t_embedder.mlp.2.bias", width_), width_, shape_.type, buffers.embedding,
-       shape.steps},
-      ops.stream);
-  blocks_.prepare(buffers.embedding, shape.steps, buffers.vectors, ops.stream);
-  const std::string last = "all_final_layer." + patch_name_ + ".adaLN_modulation.1.";
-  final_modulation({buffers.embedding, matrix(last + "weight", width_, config_.dim),
-                    vector(last + "bias", config_.dim), width_, config_.dim, shape_.type,
-                    buffers.scales, shape.steps},
-                   ops.stream);
+Transformer::StepTable Transformer::plan_steps(int steps, Arena& arena) const {
+  const auto count = static_cast<std::size_t>(steps);
+  StepTable table{};
+  table.timesteps = arena.take<float>(count);
+  table.embedding = arena.take<float>(count * width_);
+  table.vectors = arena.take<float>(count * blocks_.step_vectors());
+  table.scales = arena.take<float>(count * config_.dim);
+  return table;
+}
 
+void Transformer::prepare_steps(const StepTable& table, int steps, const Ops& ops) const {
+  TimestepEmbedding embedding{};
+  embedding.timesteps = table.timesteps;
+  embedding.t_scale = config_.t_scale;
+  embedding.frequencies = tensors_.frequencies;
+  embedding.half = kFrequencies;
+  embedding.weight1 = tensors_.timestep1;
+  embedding.bias1 = tensors_.timestep1_bias;
+  embedding.middle = kTimestepMiddle;
+  embedding.weight2 = tensors_.timestep2;
+  embedding.bias2 = tensors_.timestep2_bias;
+  embedding.width = width_;
+  embedding.type = shape_.type;
+  embedding.out = table.embedding;
+  embedding.steps = steps;
+  timestep_embedding(embedding, ops.stream);
+  blocks_.prepare(table.embedding, steps, table.vectors, ops.stream);
+  final_modulation({table.embedding, tensors_.last_modulation, tensors_.last_modulation_bias,
+                    width_, config_.dim, shape_.type, table.scales, steps},
+                   ops.stream);
+}
+
+void Transformer::prepare(const SampleShape& shape, const Buffers& buffers, const Ops& ops) const {
   const PatchGrid patches = grid(shape);
   const int padded = image_rows(shape), half = shape_.head_dim / 2;
   std::size_t row = 0;
@@ -192,14 +230,6 @@ void Transformer::evaluate(const Evaluation& at, const float* latents) const {
   predict(at);
 }
 
-Transformer::Embedder Transformer::embedder() const {
-  const std::string name = "all_x_embedder." + patch_name_ + ".";
-  const int features = config_.patch_size * config_.patch_size * config_.in_channels;
-  return {config_.in_channels,
-          weights_.get(name + "weight", {features, config_.dim}, shape_.type).data,
-          weights_.get(name + "bias", {config_.dim}, DType::kFloat32).f32()};
-}
-
 void Transformer::embed(const Evaluation& at, const Embedder& embedder, const float* latents,
                         void* patches, float* image_x) const {
   PatchGrid cells = grid(at.shape);
@@ -210,8 +240,8 @@ void Transformer::embed(const Evaluation& at, const Embedder& embedder, const fl
   at.ops.gemm.run(biased_gemm(patches, embedder.weight, embedder.bias, image_x, shape_.type,
                               at.samples * padded, dim, cells.features()),
                   at.ops.stream);
-  fill_rows(image_x, weights_.get("x_pad_token", {1, dim}, DType::kFloat32).f32(), at.samples,
-            padded, cells.rows(), padded - cells.rows(), dim, at.ops.stream);
+  fill_rows(image_x, tensors_.pad, at.samples, padded, cells.rows(), padded - cells.rows(), dim,
+            at.ops.stream);
 }
 
 Sequences Transformer::image_sequences(const Evaluation& at) const {
@@ -236,8 +266,8 @@ Sequences Transformer::sequences(const Evaluation& at) const {
 }
 
 void Transformer::refine(const Evaluation& at, int first, int last, float* image_x) const {
-  blocks_.run(first, last, at.step, at.buffers.vectors, image_x, image_sequences(at),
-              at.buffers.block, at.ops);
+  blocks_.run(first, last, at.buffers.vectors, image_x, image_sequences(at), at.buffers.block,
+              at.ops);
 }
 
 void Transformer::join(const Evaluation& at, const float* image_x, float* x) const {
@@ -256,8 +286,8 @@ void Transformer::join(const Evaluation& at, const float* image_x, float* x) con
 
 void Transformer::run_layers(const Evaluation& at, int first, int last) const {
   const int refiners = config_.n_refiner_layers;
-  blocks_.run(refiners + first, refiners + last, at.step, at.buffers.vectors, at.buffers.x,
-              sequences(at), at.buffers.block, at.ops);
+  blocks_.run(refiners + first, refiners + last, at.buffers.vectors, at.buffers.x, sequences(at),
+              at.buffers.block, at.ops);
 }
 
 void Transformer::predict(const Evaluation& at) const {
@@ -267,20 +297,16 @@ void Transformer::predict(const Evaluation& at) const {
   const int dim = config_.dim;
   std::size_t row = 0;
   for (int i = 0; i < at.samples; ++i) {
-    layer_norm({buffers.x + row * dim, buffers.scales + static_cast<std::size_t>(at.step) * dim,
+    layer_norm({buffers.x + row * dim, buffers.scales,
                 static_cast<std::byte*>(buffers.block.normed) +
                     static_cast<std::size_t>(i) * patches.rows() * dim * size_of(shape_.type),
                 shape_.type, patches.rows(), dim, kFinalNormEps},
                at.ops.stream);
     row += static_cast<std::size_t>(image_rows(at.shape) + at.shape.context_rows[i]);
   }
-  const std::string last = "all_final_layer." + patch_name_ + ".linear.";
   at.ops.gemm.run(
-      biased_gemm(buffers.block.normed,
-                  weights_.get(last + "weight", {dim, patches.features()}, shape_.type).data,
-                  weights_.get(last + "bias", {patches.features()}, DType::kFloat32).f32(),
-                  buffers.predicted, shape_.type, at.samples * patches.rows(), patches.features(),
-                  dim),
+      biased_gemm(buffers.block.normed, tensors_.last, tensors_.last_bias, buffers.predicted,
+                  shape_.type, at.samples * patches.rows(), patches.features(), dim),
       at.ops.stream);
 }
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstddef>
 #include <string>
 #include <vector>
 
@@ -8,6 +9,7 @@
 #include "kernels/rope_table.h"
 #include "programs/block.h"
 #include "programs/weights.h"
+#include "runtime/arena.h"
 #include "zimage_rt/device.h"
 
 namespace zimage_rt {
@@ -54,7 +56,7 @@ void turn_block_matrices(Weights& weights);
 // prompt_embeds [tokens, cap_feat_dim] → context [padded_rows(tokens), dim], once a prompt.
 class ContextRefiner {
  public:
-  // Checks the weights. Throws WeightError.
+  // Looks up all weights, which must stay where they are. Throws WeightError.
   ContextRefiner(const TransformerConfig& config, const Weights& weights);
 
   struct Buffers {
@@ -70,21 +72,31 @@ class ContextRefiner {
   int embed_dim() const { return config_.cap_feat_dim; }
 
  private:
+  // The tensors outside of the blocks.
+  struct Tensors {
+    const float* norm;  // [cap_feat_dim]
+    const void* embed;  // [cap_feat_dim, dim]
+    const float* embed_bias;
+    const float* pad;  // [dim]: what a prompt's rows are padded with
+    RopeAxis positions;
+  };
+  static Tensors tensors_of(const TransformerConfig& config, const BlockShape& shape,
+                            const Weights& weights);
+
   TransformerConfig config_;
-  const Weights& weights_;
   BlockShape shape_;
   std::vector<BlockWeights> blocks_;
   std::vector<BlockVectors> vectors_;
+  Tensors tensors_;
 };
 
-// What a loop of evaluations looks like. Of a guided one the negative samples lie behind the
-// positive ones, and read the same latents.
+// The samples of an evaluation. With guidance the negative samples follow the positive ones, and
+// read the same latents.
 struct SampleShape {
   int latent_samples;
   int latent_height;
   int latent_width;
-  std::vector<int> context_rows;  // one a sample, multiples of 32
-  int steps;
+  std::vector<int> context_rows;  // one per sample, multiples of 32
 };
 
 // Rows that pass through blocks together: what attends to what, and where each row stands.
@@ -106,9 +118,9 @@ class ModulatedBlocks {
   std::size_t step_vectors() const { return blocks_.size() * 4 * shape_.dim; }
   // vectors [steps, blocks, 4, dim], from the timesteps' embedding.
   void prepare(const float* embedding, int steps, float* vectors, cudaStream_t stream) const;
-  // Runs x through the blocks from `first` to before `last`, in place.
-  void run(int first, int last, int step, const float* vectors, float* x,
-           const Sequences& sequences, const BlockBuffers& buffers, const Ops& ops) const;
+  // Runs x through the blocks from `first` to before `last`, in place, with one step's vectors.
+  void run(int first, int last, const float* vectors, float* x, const Sequences& sequences,
+           const BlockBuffers& buffers, const Ops& ops) const;
 
  private:
   BlockShape shape_;
@@ -119,16 +131,25 @@ class ModulatedBlocks {
 
 class Transformer {
  public:
-  // Checks the weights. Throws WeightError.
+  // Looks up all weights, which must stay where they are. Throws WeightError.
   Transformer(const TransformerConfig& config, const Weights& weights);
 
-  struct Buffers {
+  // What the timestep decides, for all steps of a loop.
+  struct StepTable {
     float* timesteps;  // [steps], = 1 - sigma
-    float* contexts;   // the samples' rows one after the other, [sum, dim]
     float* embedding;  // [steps, adaLN width]
     float* vectors;    // [steps, blocks, 4, dim]
     float* scales;     // [steps, dim]
-    float* cos;        // [rows, head_dim / 2]
+  };
+  StepTable plan_steps(int steps, Arena& arena) const;
+  // Fills a table from its timesteps.
+  void prepare_steps(const StepTable& table, int steps, const Ops& ops) const;
+
+  struct Buffers {
+    float* contexts;  // the samples' rows one after the other, [sum, dim]
+    float* vectors;   // of the step that runs, [blocks, 4, dim]
+    float* scales;    // of the step that runs, [dim]
+    float* cos;       // [rows, head_dim / 2]
     float* sin;
     float* image_cos;  // the same for the images' rows alone
     float* image_sin;
@@ -140,14 +161,15 @@ class Transformer {
   };
   Buffers plan(const SampleShape& shape, Arena& arena) const;
 
-  // Everything that does not depend on the latents: from buffers.timesteps, for all steps.
+  // What depends on neither the latents nor the step: where each row stands.
   void prepare(const SampleShape& shape, const Buffers& buffers, const Ops& ops) const;
+  std::size_t step_vectors() const { return blocks_.step_vectors(); }
 
-  // One function evaluation, for the first `samples` samples.
+  // One function evaluation, for the first `samples` samples. No kernel's argument depends on the
+  // step, so that a captured evaluation serves all steps.
   struct Evaluation {
     const SampleShape& shape;
     int samples;
-    int step;
     const Buffers& buffers;
     const Ops& ops;
   };
@@ -162,7 +184,7 @@ class Transformer {
     const void* weight;  // [patch * patch * channels, dim]
     const float* bias;
   };
-  Embedder embedder() const;
+  const Embedder& embedder() const { return tensors_.embedder; }
   // latents [latent_samples, channels, h, w] → image_x, by way of `patches`.
   void embed(const Evaluation& at, const Embedder& embedder, const float* latents, void* patches,
              float* image_x) const;
@@ -187,13 +209,29 @@ class Transformer {
   Sequences sequences(const Evaluation& at) const;
 
  private:
+  // The tensors outside of the blocks.
+  struct Tensors {
+    const float* frequencies;  // of the timestep's embedding
+    const void* timestep1;
+    const float* timestep1_bias;
+    const void* timestep2;
+    const float* timestep2_bias;
+    Embedder embedder;
+    const float* pad;  // [dim]: what an image's rows are padded with
+    const void* last_modulation;
+    const float* last_modulation_bias;
+    const void* last;  // [dim, features]
+    const float* last_bias;
+  };
+  static Tensors tensors_of(const TransformerConfig& config, const BlockShape& shape,
+                            const Weights& weights);
+
   TransformerConfig config_;
-  const Weights& weights_;
   BlockShape shape_;
   ModulatedBlocks blocks_;  // noise_refiner, then layers
   std::vector<RopeAxis> axes_;
+  Tensors tensors_;
   int width_;  // of the timestep's embedding
-  std::string patch_name_;
 };
 
 }  // namespace zimage_rt

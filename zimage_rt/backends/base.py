@@ -14,8 +14,12 @@ from ..manifest import Manifest
 # Checks the files of a module by name before they are read; raises BundleMismatch.
 CheckModule = Callable[[str], None]
 
-# (step, count, sigma, sigma_next, latents) after each step; False stops the loop.
-OnStep = Callable[[int, int, float, float, np.ndarray], bool]
+# Reads the latents after a step: float32, read-only. Called inside `on_step` only, by whom needs them: the copy from a
+# device costs time.
+ReadLatents = Callable[[], np.ndarray]
+
+# (step, count, sigma, sigma_next, read_latents) after each step; False stops the loop.
+OnStep = Callable[[int, int, float, float, ReadLatents], bool]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +98,8 @@ class SampleJob:
         cfg_normalization: > 0 limits a guided prediction's norm to that multiple of the positive one's.
         inpaint: what is kept of a picture, or None.
         control: what a ControlNet follows, or None; guided predictions follow it on both sides.
-        on_step: called after each step of the schedule.
+        on_step: called after each step of the schedule. A backend may have begun the next step by then, which a False
+            does not take back.
     """
 
     latents: np.ndarray

@@ -12,7 +12,7 @@ import numpy as np
 from .. import _core
 from ..errors import RequestError, ZImageError
 from ..image import to_signed, to_uint8
-from .base import CheckModule, Control, LowRank, Module, SampleJob
+from .base import CheckModule, Control, LowRank, Module, OnStep, SampleJob
 
 # Loads a module by name with changed weights.
 LoadPatched = Callable[[str, Sequence[LowRank]], Module]
@@ -97,7 +97,7 @@ class ModulePipeline:
             job.latents,
             job.guidance_scales,
             job.cfg_normalization,
-            callback=job.on_step,
+            callback=None if job.on_step is None else _with_latents_here(job.on_step),
             **kept,
         )
 
@@ -119,6 +119,15 @@ class ModulePipeline:
         denoised = time.perf_counter()
         images = self.decode(job.latents, vae)
         return images, {"denoise": denoised - start, "decode": time.perf_counter() - denoised}
+
+
+def _with_latents_here(on_step: OnStep) -> Callable[[int, int, float, float, np.ndarray], bool]:
+    """`on_step` as the loop on the host calls it, with the latents themselves."""
+
+    def callback(step: int, count: int, sigma: float, sigma_next: float, latents: np.ndarray) -> bool:
+        return on_step(step, count, sigma, sigma_next, lambda: latents)
+
+    return callback
 
 
 class ModuleDenoiser:
