@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -349,6 +350,32 @@ def test_too_little_memory_for_it_leaves_plain_pictures(bundles, card):
         with pytest.raises(OutOfMemory):
             draw(tight, card)
     assert draw(tight, None).tobytes() == plain.tobytes()
+
+
+def test_each_of_its_tensors_is_checked_when_it_is_loaded(bundles):
+    """A refused ControlNet leaves nothing on the device; the right weights load behind it."""
+    from zimage_rt import _cuda
+    from zimage_rt.backends.cuda import _tensors
+
+    bundle = bundles("2.1", "bf16")
+    manifest = read_manifest(bundle)
+    pipeline = load_backend("cuda", {}).open(bundle, manifest, lambda name: None)
+    pipeline.load(["transformer"])
+    before = pipeline.memory()
+    spec, path = manifest.module("controlnet"), bundle / "controlnet.safetensors"
+    tensors = _tensors(path)
+    for lost, *_ in tensors:
+        changed = [(f"{name}.gone" if name == lost else name, *rest) for name, *rest in tensors]
+        with pytest.raises(_cuda.WeightError, match=rf"{re.escape(lost)} .*is missing"):
+            pipeline.native.load("controlnet", str(path), changed, dict(spec.config))
+    after = pipeline.memory()
+    assert after["weights"] == before["weights"]
+    assert before["free"] - after["free"] < 4 * path.stat().st_size  # of as many uploads as it has tensors
+    pipeline.load(["controlnet"])
+    inputs = evaluation(33, 384, 1, 8, 8, 32)
+    whole = load_backend("cuda", {}).open(bundle, manifest, lambda name: None)
+    drawn = [one.module("controlnet")(inputs)["noise_pred"].tobytes() for one in (pipeline, whole)]
+    assert drawn[0] == drawn[1]
 
 
 def test_control_latents_of_another_shape_are_refused(following, card):
