@@ -6,8 +6,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstddef>
+#include <cstdint>
 #include <optional>
 #include <stdexcept>
+#include <utility>
+#include <vector>
 
 #include "bindings/sampler_steps.h"
 #include "zimage_rt/guidance.h"
@@ -141,6 +145,8 @@ PixelArray paste(const PixelArray& drawn, const PixelArray& original, const Pixe
 
 PYBIND11_MODULE(_core, m) {
   m.doc() = "The CPU runtime of zimage_rt: noise, schedule, guidance and the sampler loop in C++.";
+  // Why _cuda was not built beside this module; empty where it was.
+  m.attr("cuda_skipped") = ZIMAGE_RT_CUDA_SKIPPED;
   m.def("randn", &randn, py::arg("seed"), py::arg("shape"));
   m.def("flow_match_sigmas", &zrt::flow_match_sigmas, py::arg("num_inference_steps"),
         py::arg("shift"));

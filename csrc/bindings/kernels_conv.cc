@@ -1,16 +1,22 @@
 // The convolution and the kernels that feed it over numpy arrays: for their tests only.
 
+#include <cuda_runtime.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstddef>
+#include <cstdint>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "bindings/device_array.h"
 #include "kernels/conv3x3.h"
 #include "kernels/planes_to_pixels.h"
+#include "zimage_rt/check.h"
+#include "zimage_rt/dtype.h"
 
 namespace py = pybind11;
 
@@ -107,7 +113,7 @@ py::array conv(const py::array& input, const py::array& weight,
     ZRT_CUDA(cudaDeviceSynchronize());
     ZRT_CUDA(
         cudaMemcpy(host.mutable_data(), pixels.data(), pixels.bytes(), cudaMemcpyDeviceToHost));
-    return std::move(host);
+    return host;
   }
   const bool planes = args.kind == Conv3x3Output::kFloat;
   const DeviceArray out =

@@ -6,6 +6,11 @@
 
 #include <functional>
 #include <map>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
 
 #include "bindings/device_array.h"
 #include "bindings/kernels.h"
@@ -13,6 +18,8 @@
 #include "kernels/qk_norm_rope.h"
 #include "kernels/swiglu.h"
 #include "runtime/gemm.h"
+#include "zimage_rt/check.h"
+#include "zimage_rt/dtype.h"
 
 namespace py = pybind11;
 

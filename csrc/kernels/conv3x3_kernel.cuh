@@ -21,6 +21,7 @@
 // shuffle.
 
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 
 #include "kernels/conv3x3.h"

@@ -3,6 +3,9 @@
 // What a fused product does with its sums: takes the 64 x 256 of a warpgroup, as `multiply_add`
 // (kernels/hopper.cuh) leaves them in its threads, and writes what follows from them.
 
+#include <cstddef>
+#include <cstdint>
+
 #include "kernels/fused_gemm.h"
 #include "kernels/numeric.cuh"
 

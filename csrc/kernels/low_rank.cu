@@ -1,4 +1,7 @@
 #include "kernels/low_rank.h"
+
+#include <cstddef>
+
 #include "kernels/numeric.cuh"
 #include "zimage_rt/check.h"
 

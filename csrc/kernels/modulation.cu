@@ -1,4 +1,8 @@
 #include "kernels/modulation.h"
+
+#include <cstddef>
+#include <stdexcept>
+
 #include "kernels/numeric.cuh"
 #include "zimage_rt/check.h"
 

@@ -1,4 +1,7 @@
 #include "kernels/numeric.cuh"
+
+#include <cstddef>
+
 #include "kernels/patches.h"
 #include "zimage_rt/check.h"
 

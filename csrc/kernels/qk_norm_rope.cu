@@ -1,4 +1,8 @@
 #include "kernels/numeric.cuh"
+
+#include <cstddef>
+#include <stdexcept>
+
 #include "kernels/qk_norm_rope.h"
 #include "zimage_rt/check.h"
 

@@ -1,4 +1,7 @@
 #include "kernels/numeric.cuh"
+
+#include <stdexcept>
+
 #include "kernels/residual.h"
 #include "zimage_rt/check.h"
 

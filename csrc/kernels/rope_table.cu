@@ -1,4 +1,8 @@
 #include "kernels/numeric.cuh"
+
+#include <cstddef>
+#include <stdexcept>
+
 #include "kernels/rope_table.h"
 #include "zimage_rt/check.h"
 

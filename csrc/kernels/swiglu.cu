@@ -1,4 +1,9 @@
 #include "kernels/numeric.cuh"
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+
 #include "kernels/swiglu.h"
 #include "zimage_rt/check.h"
 

@@ -1,6 +1,7 @@
 #include "programs/block.h"
 
 #include <algorithm>
+#include <cstdint>
 
 #include "kernels/fused_gemm.h"
 #include "kernels/norm.h"

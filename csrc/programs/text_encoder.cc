@@ -4,13 +4,16 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdio>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 
 #include "kernels/rope_table.h"
+#include "runtime/arena.h"
 #include "zimage_rt/check.h"
+#include "zimage_rt/dtype.h"
 
 namespace zimage_rt {
 namespace {

@@ -5,6 +5,7 @@
 
 #include "programs/block.h"
 #include "programs/weights.h"
+#include "runtime/arena.h"
 #include "zimage_rt/device.h"
 
 namespace zimage_rt {

@@ -6,7 +6,10 @@
 
 #include <array>
 #include <cmath>
+#include <cstddef>
 #include <map>
+#include <unordered_map>
+#include <utility>
 
 #include "kernels/flash_attention.h"
 #include "runtime/library.h"

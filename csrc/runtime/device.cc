@@ -1,5 +1,8 @@
 #include "zimage_rt/device.h"
 
+#include <cstddef>
+#include <string>
+
 #include "zimage_rt/check.h"
 
 namespace zimage_rt {

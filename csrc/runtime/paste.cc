@@ -1,5 +1,7 @@
 #include "zimage_rt/paste.h"
 
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
 
 namespace zimage_rt {

@@ -1,6 +1,8 @@
 #include "zimage_rt/rng.h"
 
 #include <cmath>
+#include <cstddef>
+#include <cstdint>
 #include <random>
 
 namespace zimage_rt {

@@ -1,6 +1,8 @@
 #include "zimage_rt/sampler.h"
 
 #include <algorithm>
+#include <cstddef>
+#include <vector>
 
 namespace zimage_rt {
 namespace {

@@ -1,6 +1,8 @@
 #include "zimage_rt/schedule.h"
 
+#include <cstddef>
 #include <stdexcept>
+#include <vector>
 
 namespace zimage_rt {
 
