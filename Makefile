@@ -1,5 +1,7 @@
-# make demo   pictures from zimage-nano on the CPU       make test    every test
-# make lint   format, lint and type checks               make bundle  the bundle the demo serves
+# make demo    images from zimage-nano on the CPU     make test    every test
+# make cuda    the CUDA backend, built in place       make wheel   one wheel with it, for Python 3.11 to 3.14
+# make bundle  the bundle that the demo serves        make lint    format, lint and type checks
+# make native  the C++ under a second compiler and under sanitizers
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,14 +10,52 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 BUNDLE := engines/nano
 CHECKPOINT := $(shell find checkpoints/zimage-nano -name '*.safetensors' -o -name '*.json')
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f)
+# All GPUs that _cuda runs on. One is faster to compile: make cuda CUDA_ARCHITECTURES=90a-real
+CUDA_ARCHITECTURES ?= 80-real;89-real;90a-real;120
+CMAKE_OPTIONS ?=
+# ccache makes the second build of the same sources a matter of seconds.
+CCACHE := $(shell command -v ccache)
+BUILD_CUDA := ZIMAGE_RT_CUDA=ON ZIMAGE_RT_BUILD=$(CURDIR)/build/cuda \
+  CMAKE_CXX_COMPILER_LAUNCHER=$(CCACHE) CMAKE_CUDA_COMPILER_LAUNCHER=$(CCACHE) \
+  CMAKE_ARGS='"-DZIMAGE_RT_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)" $(CMAKE_OPTIONS)'
 
-.PHONY: demo test lint bundle clean
+.PHONY: demo test lint bundle clean cuda wheel native
 
-$(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+# Once `make cuda` has run, every further installation here builds _cuda, too.
+define install
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q $(TORCH)
-	$(BIN)/pip install -q -e '.[onnxruntime,tensorrt-rtx,cli,export,reference,dev]'
+	$(if $(wildcard $(VENV)/cuda),$(BUILD_CUDA)) $(BIN)/pip install -q $(if $(wildcard $(VENV)/cuda),--no-build-isolation) -e '.[$(1)]'
+endef
+
+# What the demo needs, and what tests and checks need beside it.
+$(VENV)/installed: $(SOURCES)
+	$(call install,onnxruntime$(comma)cli$(comma)export$(comma)reference)
 	touch $@
+
+$(VENV)/dev: $(SOURCES)
+	$(call install,onnxruntime$(comma)tensorrt-rtx$(comma)cli$(comma)export$(comma)reference$(comma)build$(comma)dev)
+	touch $(VENV)/installed $@
+
+comma := ,
+
+cuda: $(VENV)/installed
+	$(BIN)/pip install -q $$($(BIN)/python cmake/requirements.py build cuda cuda-headers nvcc)
+	$(BUILD_CUDA) $(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	touch $(VENV)/cuda
+	$(BIN)/python -c "from zimage_rt import _cuda; print('_cuda is built for', _cuda.architectures)"
+
+wheel:
+	test -x build/wheel/bin/python || $(PYTHON) -m venv build/wheel
+	build/wheel/bin/pip install -q $$($(PYTHON) cmake/requirements.py build cuda-headers nvcc wheel)
+	CMAKE_CXX_COMPILER_LAUNCHER=$(CCACHE) CMAKE_CUDA_COMPILER_LAUNCHER=$(CCACHE) \
+	  build/wheel/bin/python cmake/make_wheel.py --out dist $(WHEEL_OPTIONS)
+
+native: $(VENV)/dev
+	$(BIN)/pip install -q $$($(BIN)/python cmake/requirements.py build wheel)
+	$(BIN)/python cmake/second_compiler.py build/cuda/compile_commands.json
+	tests/sanitizers.sh $(BIN)/python
 
 $(BUNDLE)/manifest.json: $(VENV)/installed engines/nano.toml $(CHECKPOINT) $(shell find export -name '*.py')
 	$(BIN)/zimage-export engines/nano.toml
@@ -29,10 +69,10 @@ demo: bundle
 	  -p "a rocket above a globe, black background" \
 	  -p "左边是 penguin，右边是 snowman，蓝色背景"
 
-test: bundle
+test: $(VENV)/dev bundle
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-lint: $(VENV)/installed
+lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

@@ -1,29 +1,41 @@
-"""Builds the C++ modules with CMake; everything static stands in pyproject.toml."""
+"""Builds the C++ modules with CMake; everything static stands in pyproject.toml.
+
+Environment, read at build time alone: `ZIMAGE_RT_CUDA` is AUTO, ON or OFF; `CMAKE_ARGS` goes to CMake;
+`ZIMAGE_RT_BUILD` is a folder for incremental builds; `ZIMAGE_RT_PYTHONS` and `ZIMAGE_RT_MANYLINUX_LINKER` are set by
+cmake/make_wheel.py.
+"""
 
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pybind11
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+# SOABI=include folder of each Python that one wheel is for, separated by semicolons; empty: the one that runs this.
+PYTHONS = os.environ.get("ZIMAGE_RT_PYTHONS", "")
 
 
 class CMakeBuild(build_ext):
-    """Configure, build and install one CMake component per extension."""
+    """One CMake build makes all modules; setuptools then finds those that came out of it."""
 
-    def build_extension(self, ext: Extension) -> None:
-        """Build one extension into the folder where setuptools expects it."""
-        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = Path(self.build_temp).resolve()
+    def build_extensions(self) -> None:
+        """Configure and build; an extension that CMake left out, which is _cuda alone, is left out here, too."""
+        package = Path(self.get_ext_fullpath("zimage_rt._core")).resolve().parent
+        # Another environment's choices must not stick: without a folder that was asked for, nothing is kept.
+        kept = os.environ.get("ZIMAGE_RT_BUILD")
+        build = Path(kept or self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             "cmake",
+            *([] if kept else ["--fresh"]),
             "-S",
             str(ROOT),
             "-B",
@@ -33,15 +45,34 @@ class CMakeBuild(build_ext):
             "-DCMAKE_BUILD_TYPE=Release",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-DZIMAGE_RT_OUTPUT={output}",
-            # AUTO, ON or OFF; passed at every configure, so that a cached choice never sticks.
+            f"-DZIMAGE_RT_OUTPUT={package}",
+            # Passed at every configure, so that a kept choice is replaced.
             f"-DZIMAGE_RT_CUDA={os.environ.get('ZIMAGE_RT_CUDA', 'AUTO')}",
+            f"-DZIMAGE_RT_PYTHONS={PYTHONS}",
+            f"-DZIMAGE_RT_MANYLINUX_LINKER={os.environ.get('ZIMAGE_RT_MANYLINUX_LINKER', '')}",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
+        for stale in package.glob("_cuda.*.so"):
+            stale.unlink()
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)
+        self.extensions = [ext for ext in self.extensions if Path(self.get_ext_fullpath(ext.name)).exists()]
+
+
+class Wheel(bdist_wheel):
+    """Names every Python that the modules inside are for."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """The tag of one wheel for several Pythons: cp311.cp312-cp311.cp312-platform."""
+        python, abi, platform = super().get_tag()
+        if PYTHONS:
+            # "cpython-311-x86_64-linux-gnu=/usr/include/python3.11" → "cp311"
+            tags = ["cp" + entry.split("-")[1] for entry in PYTHONS.split(";")]
+            python = abi = ".".join(tags)
+        return python, abi, platform
 
 
 setup(
-    ext_modules=[Extension("zimage_rt._core", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
+    ext_modules=[Extension("zimage_rt._core", sources=[]), Extension("zimage_rt._cuda", sources=[])],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
 )

@@ -6,34 +6,61 @@ macro(skip_cuda reason)
     message(FATAL_ERROR "ZIMAGE_RT_CUDA=ON, but ${reason}")
   endif()
   message(STATUS "_cuda is not built: ${reason}")
+  set(ZIMAGE_RT_CUDA_SKIPPED "${reason}")
   return()
 endmacro()
 
+# NVIDIA's wheels, wherever the Python that builds would import them from: also in pip's build environment.
+execute_process(
+  COMMAND ${Python_EXECUTABLE} -c "import os, sys; print(';'.join(p for p in sys.path if os.path.isdir(p)))"
+  OUTPUT_VARIABLE site_packages OUTPUT_STRIP_TRAILING_WHITESPACE)
+set(toolkits ${site_packages})
+list(TRANSFORM toolkits APPEND /nvidia/cu13)
+
 include(CheckLanguage)
+if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
+  find_program(ZIMAGE_RT_NVCC nvcc HINTS ENV CUDA_PATH ENV CUDA_HOME PATH_SUFFIXES bin)
+  if(NOT ZIMAGE_RT_NVCC)
+    list(TRANSFORM toolkits APPEND /bin OUTPUT_VARIABLE programs)
+    find_program(ZIMAGE_RT_NVCC nvcc HINTS ${programs} /usr/local/cuda/bin)
+  endif()
+  if(ZIMAGE_RT_NVCC)
+    set(CMAKE_CUDA_COMPILER ${ZIMAGE_RT_NVCC})
+  endif()
+endif()
+if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
+  skip_cuda("no nvcc was found when it was built")
+endif()
+if(NOT CMAKE_CUDA_HOST_COMPILER)
+  set(CMAKE_CUDA_HOST_COMPILER ${CMAKE_CXX_COMPILER})
+endif()
+set(CMAKE_CUDA_ARCHITECTURES ${ZIMAGE_RT_CUDA_ARCHITECTURES})
 check_language(CUDA)
 if(NOT CMAKE_CUDA_COMPILER)
-  skip_cuda("there is no nvcc")
+  skip_cuda("nvcc did not compile when it was built")
 endif()
-
-# In the toolkit, or in NVIDIA's wheels beside the Python that builds.
-execute_process(COMMAND ${Python_EXECUTABLE} -c "import sysconfig; print(sysconfig.get_path('purelib'))"
-                OUTPUT_VARIABLE site_packages OUTPUT_STRIP_TRAILING_WHITESPACE)
+enable_language(CUDA)
+set(CMAKE_CUDA_STANDARD 17)
 find_package(CUDAToolkit REQUIRED)
-set(hints ${CUDAToolkit_INCLUDE_DIRS} ${site_packages}/nvidia/cu13/include ${site_packages}/nvidia/cudnn/include
-          ${site_packages}/include ${ZIMAGE_RT_CUDA_HEADERS})
+
+list(TRANSFORM toolkits APPEND /include OUTPUT_VARIABLE toolkit_includes)
+list(TRANSFORM site_packages APPEND /nvidia/cudnn/include OUTPUT_VARIABLE cudnn_includes)
+list(TRANSFORM site_packages APPEND /include OUTPUT_VARIABLE frontend_includes)
+set(hints ${CUDAToolkit_INCLUDE_DIRS} ${toolkit_includes} ${cudnn_includes} ${frontend_includes}
+          ${ZIMAGE_RT_CUDA_HEADERS})
 find_path(CUBLASLT_INCLUDE cublasLt.h HINTS ${hints})
 find_path(NVRTC_INCLUDE nvrtc.h HINTS ${hints})
 find_path(CUDNN_INCLUDE cudnn.h HINTS ${hints})
 find_path(CUDNN_FRONTEND_INCLUDE cudnn_frontend.h HINTS ${hints})
 foreach(header CUBLASLT NVRTC CUDNN CUDNN_FRONTEND)
   if(NOT ${header}_INCLUDE)
-    skip_cuda("the headers of ${header} are missing: pip install nvidia-cublas nvidia-cuda-nvrtc nvidia-cudnn-cu13 nvidia-cudnn-frontend")
+    list(APPEND missing ${header})
   endif()
 endforeach()
-
-set(CMAKE_CUDA_ARCHITECTURES ${ZIMAGE_RT_CUDA_ARCHITECTURES})
-enable_language(CUDA)
-set(CMAKE_CUDA_STANDARD 17)
+if(missing)
+  list(JOIN missing ", " missing)
+  skip_cuda("the headers of ${missing} were missing when it was built")
+endif()
 
 file(GLOB kernels CONFIGURE_DEPENDS csrc/kernels/*.cu)
 file(GLOB programs CONFIGURE_DEPENDS csrc/programs/*.cc)
@@ -45,18 +72,16 @@ add_library(zimage_cuda STATIC
   csrc/runtime/gemm.cc
   csrc/runtime/library.cc)
 target_include_directories(zimage_cuda PUBLIC csrc csrc/include)
-target_include_directories(zimage_cuda SYSTEM PRIVATE
+target_include_directories(zimage_cuda SYSTEM PUBLIC
   ${CUBLASLT_INCLUDE} ${NVRTC_INCLUDE} ${CUDNN_INCLUDE} ${CUDNN_FRONTEND_INCLUDE})
 target_link_libraries(zimage_cuda PUBLIC zimage_runtime CUDA::cudart_static ${CMAKE_DL_LIBS})
+list(JOIN ZIMAGE_RT_WARNINGS "," host_warnings)
 target_compile_options(zimage_cuda PRIVATE
-  $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr --extended-lambda>
-  $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wshadow>)
+  $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr --extended-lambda -Xcompiler=${host_warnings}>
+  $<$<AND:$<COMPILE_LANGUAGE:CUDA>,$<BOOL:${ZIMAGE_RT_WERROR}>>:--Werror=all-warnings>
+  $<$<COMPILE_LANGUAGE:CXX>:${ZIMAGE_RT_WARNINGS}>)
 
 file(GLOB kernel_bindings CONFIGURE_DEPENDS csrc/bindings/kernels_*.cc)
-pybind11_add_module(_cuda csrc/bindings/cuda.cc ${kernel_bindings})
-target_link_libraries(_cuda PRIVATE zimage_cuda)
 list(JOIN ZIMAGE_RT_CUDA_ARCHITECTURES "," architectures)  # a semicolon would end the compiler's command
-target_compile_definitions(_cuda PRIVATE ZIMAGE_RT_CUDA_ARCHITECTURES="${architectures}")
-if(ZIMAGE_RT_OUTPUT)
-  set_target_properties(_cuda PROPERTIES LIBRARY_OUTPUT_DIRECTORY ${ZIMAGE_RT_OUTPUT})
-endif()
+add_python_module(_cuda SOURCES csrc/bindings/cuda.cc ${kernel_bindings} LIBRARIES zimage_cuda
+                  DEFINITIONS "ZIMAGE_RT_CUDA_ARCHITECTURES=\"${architectures}\"")

@@ -14,6 +14,7 @@ from typing import Any
 import onnxruntime as ort
 import pytest
 
+from zimage_rt import _core
 from zimage_rt.backends import nvidia_driver, registry
 
 NAMES = [
@@ -65,7 +66,9 @@ def test_without_a_gpu_every_reason_is_said() -> None:
     if importlib.util.find_spec("onnxruntime_ep_nv_tensorrt_rtx") is None:
         assert "pip install 'zimage-rt[onnxruntime-rtx]'" in found["onnxruntime/nv_tensorrt_rtx"]["problem"]
     if importlib.util.find_spec("zimage_rt._cuda") is None:
-        assert "no nvcc was found when it was built" in found["cuda"]["problem"]
+        assert _core.cuda_skipped != ""
+        assert _core.cuda_skipped in found["cuda"]["problem"]
+        assert found["cuda"]["problem"].endswith("ZIMAGE_RT_CUDA=ON pip install '.[cuda]'")
     else:
         assert "no device 0: " in found["cuda"]["problem"]
     if importlib.util.find_spec("tensorrt") is None:

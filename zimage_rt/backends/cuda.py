@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import _core
 from ..errors import BackendUnavailable, BundleMismatch, LoraError, OutOfMemory, RequestError, ZImageError
 from ..manifest import Manifest, ModuleSpec
 from ..tensor_file import TensorFile
@@ -24,8 +25,8 @@ except ImportError as error:
     if importlib.util.find_spec("zimage_rt._cuda") is not None:
         raise
     raise BackendUnavailable(
-        "backend 'cuda': not in this installation: no nvcc was found when it was built; "
-        "with CUDA 13's nvcc on the PATH, build it with: ZIMAGE_RT_CUDA=ON pip install --no-build-isolation ."
+        f"backend 'cuda': not in this installation: {_core.cuda_skipped or 'its module _cuda was removed'}; "
+        "build it in the source folder with: ZIMAGE_RT_CUDA=ON pip install '.[cuda]'"
     ) from error
 
 PROGRAMS = ("text_encoder", "context_refiner", "transformer", "controlnet", "tiny_vae_decoder", "tiny_vae_encoder")
@@ -192,7 +193,7 @@ class CudaPipeline:
         return self._run(job, decode=False) is not None
 
     def generate(self, job: SampleJob, vae: str) -> tuple[np.ndarray, dict[str, float]] | None:
-        """See `Pipeline`. Without a callback the loop and the decoder run as one CUDA graph."""
+        """See `Pipeline`. Each step is one CUDA graph, and `on_step` is called while the next one runs."""
         self.load([f"{vae}_vae_decoder"])
         return self._run(job, decode=True)
 
