@@ -34,7 +34,7 @@ from zimage_rt.export.errors import (  # noqa: E402
     DiskFullError,
     RecipeError,
 )
-from zimage_rt.export.modules import plan_modules  # noqa: E402
+from zimage_rt.export.modules import Blocks, plan_modules  # noqa: E402
 from zimage_rt.export.precision import FP32  # noqa: E402
 from zimage_rt.export.recipe import read_recipe  # noqa: E402
 
@@ -194,16 +194,21 @@ def test_full_disk(small_bundle: Path, small_checkpoint: Path, tmp_path: Path):
         build(small_bundle, small_checkpoint, "context_refiner", small_bundle / "context_refiner.onnx", tmp_path)
 
 
-def test_want_of_memory_has_its_own_error(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("module", ["transformer", "full_vae_decoder"])
+def test_want_of_memory_names_the_module_and_what_helps_it(module: str):
     common = tensorrt_rtx.common
     builder = common._Builder.__new__(common._Builder)
-    builder.name, builder.package = "transformer", tensorrt_rtx.PACKAGE
+    builder.name, builder.package = module, tensorrt_rtx.PACKAGE
+    builder.blocks = Blocks(4, 384, lambda sizes: 0) if module == "transformer" else None
     # The first is what it says under `ulimit -v`; which call meets the limit is chance, so no test sets one.
     for words in ("Unexpected exception std::bad_alloc", "OutOfMemory: requested 12 GB", "Cannot allocate memory"):
         builder.log = type("Log", (), {"errors": [words]})
         error = builder._failure()
         assert isinstance(error, BuildMemoryError)
-        assert "--split transformer=4" in str(error)
+        assert str(error).startswith(f"{module}: ")
+        # A VAE cannot be split; its memory is that of its largest image.
+        assert ("--split transformer=4" in str(error)) == (module == "transformer")
+        assert ("allow smaller ones" in str(error)) == (module == "full_vae_decoder")
 
 
 @needs_rtx

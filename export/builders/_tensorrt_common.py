@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import math
 import re
 import threading
 from collections.abc import Callable, Mapping
@@ -22,10 +23,11 @@ import onnx
 from zimage_rt.manifest import EngineSpec, PipelineSpec, ProfileRange, ShapeRanges, TensorSpec
 
 from ..errors import BuildError, BuilderUnavailable, BuildMemoryError, ExportError, RecipeError
-from ..modules import ModulePlan
+from ..modules import Blocks, ModulePlan
 from ..precision import BF16_NATIVE, FP16_WIDE
 from ..recipe import ExportRecipe
 from ..weights import disk_error
+from ._attention import count_pieces, cut_queries, find_attentions
 from ._split import split
 from ._tensorrt_options import TensorRTOptions
 from .onnxruntime import simplify
@@ -41,6 +43,18 @@ Progress = Callable[[str, str, int, int], None]
 
 # Of a progress bar.
 STEPS = 1000
+
+# The largest head that TensorRT fuses an attention for, in fp16 and bf16; in fp32 it fuses none.
+FUSED_HEAD_SIZE = 256
+# TensorRT-RTX 1.7.1 builds a plan whose tensors may have more elements than this without a word, and leaves them out of
+# the memory that it says an execution takes.
+MOST_ELEMENTS = 2**31 - 1
+
+SMALLER_SHAPES = "allow smaller ones: `max` under [shapes] or [[tensorrt.profiles]] of the recipe"
+
+Shape = tuple[int, ...]
+# Sizes by symbol: least, tuned for, most.
+Limits = tuple[Mapping[str, int], ...]
 
 _DTYPES: Mapping[int, str] = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.INT64: "int64"}
 
@@ -126,13 +140,24 @@ def build(
         firsts = [round(i * plan.blocks.count / count) for i in range(1, count)]
         models = split(model, firsts, tokens, plan.blocks.width)
     ranges = [_sizes(plan, profile, pipeline, tokens) for profile in recipe.tensorrt.profiles or (recipe.shapes,)]
+    names = [plan.name if count == 1 else f"{plan.name}.{part}" for part in range(count)]
+    steps = ["build" if count == 1 else f"build {part + 1}/{count}" for part in range(count)]
+    builders = [
+        _Builder(package, trt, name, functools.partial(_advance, progress, step, plan.name), recipe, plan.blocks)
+        for name, step in zip(names, steps, strict=True)
+    ]
+    for part, builder in enumerate(builders):
+        models[part] = _cut(models[part], [builder.infer(models[part], graph_path, limits[-1]) for limits in ranges])
+        # Parts run with the same batch: each narrows it for all.
+        ranges = [
+            _narrowed(builder.name, limits, _written(models[part], builder.infer(models[part], graph_path, limits[-1])))
+            for limits in ranges
+        ]
     engines = []
-    for part, piece in enumerate(models):
-        name = plan.name if count == 1 else f"{plan.name}.{part}"
-        step = "build" if count == 1 else f"build {part + 1}/{count}"
+    for part, (piece, builder) in enumerate(zip(models, builders, strict=True)):
         inputs = tuple(_spec(value) for value in piece.graph.input)
         spec = EngineSpec(
-            file=f"{name}.engine",
+            file=f"{builder.name}.engine",
             backend=package.name,
             version=trt.__version__,
             compute_capabilities=(),
@@ -148,10 +173,64 @@ def build(
             ),
             stripped=package.stripped,
         )
-        advance = functools.partial(_advance, progress, step, plan.name)
-        builder = _Builder(package, trt, name, advance, recipe)
         engines.append(builder.build(piece, graph_path, folder, spec))
     return tuple(engines)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """What TensorRT infers of one tensor."""
+
+    shape: Shape
+    wide: bool  # fp32
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+def _is_fused(queries: _Tensor) -> bool:
+    return not queries.wide and queries.shape[-1] <= FUSED_HEAD_SIZE
+
+
+def _cut(model: onnx.ModelProto, inferred: list[dict[str, _Tensor]]) -> onnx.ModelProto:
+    """Cut the attentions that no kernel fuses, by the largest of the shapes that they are inferred to have."""
+    counts: dict[str, int] = {}
+    for attention in find_attentions(model.graph):
+        queries = [sizes[attention.queries] for sizes in inferred]
+        scores = [sizes[attention.scores.output[0]] for sizes in inferred]
+        if not _is_fused(queries[0]) and len(queries[0].shape) == 3:
+            counts[attention.queries] = max(count_pieces(*tensor.shape) for tensor in scores)
+    return cut_queries(model, counts)
+
+
+def _written(model: onnx.ModelProto, inferred: Mapping[str, _Tensor]) -> dict[str, _Tensor]:
+    """The tensors that an execution writes to memory: a fused attention's `[…, query, key]` are not among them."""
+    fused = {
+        inferred[attention.scores.output[0]].shape[-2:]
+        for attention in find_attentions(model.graph)
+        if _is_fused(inferred[attention.queries])
+    }
+    return {name: tensor for name, tensor in inferred.items() if tensor.shape[-2:] not in fused}
+
+
+def _narrowed(name: str, limits: Limits, inferred: Mapping[str, _Tensor]) -> Limits:
+    """A profile whose batch keeps every tensor within `MOST_ELEMENTS`; the engine runs a larger one in turns.
+
+    Raises BuildError where one sample is too large.
+    """
+    tensor, largest = max(inferred.items(), key=lambda item: item[1].elements)
+    if largest.elements <= MOST_ELEMENTS:
+        return limits
+    least, opt, most = limits
+    batch = MOST_ELEMENTS * most["batch"] // largest.elements
+    if batch < least["batch"]:
+        sizes = ", ".join(f"{symbol} {size}" for symbol, size in most.items())
+        raise BuildError(
+            f"{name}: at {sizes} one sample's {tensor} has {largest.elements // most['batch']:,} elements, "
+            f"and TensorRT takes {MOST_ELEMENTS:,}; {SMALLER_SHAPES}"
+        )
+    return least, {**opt, "batch": min(opt["batch"], batch)}, {**most, "batch": batch}
 
 
 def _advance(progress: Progress, step: str, module: str, done: int) -> None:
@@ -164,7 +243,7 @@ def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
     return TensorSpec(value.name, _DTYPES[kind.elem_type], dims)
 
 
-def _sizes(plan: ModulePlan, ranges: ShapeRanges, pipeline: PipelineSpec, tokens: str) -> tuple[Mapping[str, int], ...]:
+def _sizes(plan: ModulePlan, ranges: ShapeRanges, pipeline: PipelineSpec, tokens: str) -> Limits:
     """The free sizes of a module and of its borders: least, tuned for, most."""
     symbols = {dim for spec in plan.inputs for dim in spec.dims if isinstance(dim, str)}
     found = {symbol: ranges.of(symbol, pipeline) for symbol in sorted(symbols)}
@@ -185,9 +264,15 @@ class _Builder:
     """One plan in the making."""
 
     def __init__(
-        self, package: Package, trt: ModuleType, name: str, advance: Callable[[int], None], recipe: ExportRecipe
+        self,
+        package: Package,
+        trt: ModuleType,
+        name: str,
+        advance: Callable[[int], None],
+        recipe: ExportRecipe,
+        blocks: Blocks | None,
     ) -> None:
-        self.package, self.trt, self.name = package, trt, name
+        self.package, self.trt, self.name, self.blocks = package, trt, name, blocks
         self.options, self.cache = recipe.tensorrt, recipe.out.with_name(f"{recipe.out.name}.timing-cache")
         self.log, self.stop = _logger(trt), threading.Event()
         self.monitor = _monitor(trt, advance, self.stop)
@@ -195,13 +280,7 @@ class _Builder:
     def build(self, model: onnx.ModelProto, graph_path: Path, folder: Path, spec: EngineSpec) -> EngineSpec:
         """Build a graph whose weights lie beside `graph_path`; returns `spec` with what only the build tells."""
         trt = self.trt
-        builder = trt.Builder(self.log)
-        if builder is None:
-            raise BuilderUnavailable(f"{self.package.name} does not start: {self._words()}")
-        # TensorRT 10 has typed networks on request, 11 has no others.
-        flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-        network = builder.create_network(0 if flag is None else 1 << int(flag))
-        parser = trt.OnnxParser(network, self.log)
+        builder, network, parser = self._start()
         weights = self._parse(parser, model, graph_path)
         config = builder.create_builder_config()
         capabilities = self.package.target(trt, config, self.options)
@@ -217,6 +296,32 @@ class _Builder:
             raise self._failure()
         self._keep_timings(config)
         return dataclasses.replace(spec, compute_capabilities=capabilities, activation_bytes=self.log.activation_bytes)
+
+    def infer(self, model: onnx.ModelProto, graph_path: Path, sizes: Mapping[str, int]) -> dict[str, _Tensor]:
+        """What every tensor of a graph is like at given free sizes, by name, as TensorRT infers it."""
+        trt = self.trt
+        builder, network, parser = self._start()
+        weights = self._parse(parser, model, graph_path)
+        dims = {value.name: _spec(value).dims for value in model.graph.input}
+        for index in range(network.num_inputs):
+            tensor = network.get_input(index)
+            tensor.shape = tuple(_size(sizes, dim) for dim in dims[tensor.name])
+        layers = [network.get_layer(index) for index in range(network.num_layers)]
+        tensors = [layer.get_output(index) for layer in layers for index in range(layer.num_outputs)]
+        found = {tensor.name: _Tensor(tuple(tensor.shape), tensor.dtype == trt.float32) for tensor in tensors}
+        del tensors, layers, network, parser, builder, weights  # in this order: each points into those behind it
+        return found
+
+    def _start(self) -> tuple[Any, Any, Any]:
+        """A builder, an empty network and its parser."""
+        trt = self.trt
+        builder = trt.Builder(self.log)
+        if builder is None:
+            raise BuilderUnavailable(f"{self.package.name} does not start: {self._words()}")
+        # TensorRT 10 has typed networks on request, 11 has no others.
+        flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+        network = builder.create_network(0 if flag is None else 1 << int(flag))
+        return builder, network, trt.OnnxParser(network, self.log)
 
     def _parse(self, parser: Any, model: onnx.ModelProto, graph_path: Path) -> dict[str, np.ndarray]:
         """Show the parser the graph, and its weights where they lie; returns their maps, to be kept until the end."""
@@ -310,9 +415,17 @@ class _Builder:
         return BuildError(f"{self.name}: {self.package.name} cannot build the graph: {words}")
 
     def _no_memory(self, words: str) -> BuildMemoryError:
+        if self.blocks is None:
+            advice = f"it grows with the largest shapes: {SMALLER_SHAPES}"
+        else:
+            module = self.name.partition(".")[0]
+            advice = (
+                "building takes about twice the weights: split the module into more plans "
+                f"(tensorrt.split, --split {module}=4)"
+            )
         return BuildMemoryError(
-            f"{self.name}: not enough memory to build it: {words or 'allocation failed'}; building takes about twice "
-            "the weights: split the module into more plans (tensorrt.split, --split transformer=4)"
+            f"{self.name}: not enough memory to build it: {words or 'allocation failed'}; {advice}, or build where "
+            "there is more memory"
         )
 
 
