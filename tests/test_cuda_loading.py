@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import struct
@@ -94,7 +95,8 @@ def test_a_missing_or_misshapen_tensor_is_refused_when_its_module_is_loaded(cuda
     assert after["weights"] == before["weights"] == 0
     assert after["workspace"] == before["workspace"]
     # More uploads than there are tensors: what stayed of each would add up to much more than one.
-    assert before["free"] - after["free"] < max(file.stat().st_size, 8 << 20)
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # other test processes take memory of the same device
+        assert before["free"] - after["free"] < max(file.stat().st_size, 8 << 20)
 
     pipeline.load([module])
     whole = open_pipeline(bundle, **options)
