@@ -249,7 +249,7 @@ def write_unlabelled(
     """Write the images in shuffled order as sheets of numbered cells, and ``key.tsv`` with what each number is."""
     folder.mkdir(parents=True, exist_ok=True)
     order = list(images)
-    random.Random("unlabelled").shuffle(order)
+    random.Random(str(order)).shuffle(order)  # another set of drawings has another order: one key gives no other away
     key = [
         f"{number}\t{names[subject]}\t{STYLE_WORDS[atlas.styles[style]]}"
         for number, (style, subject) in enumerate(order, 1)
@@ -315,7 +315,9 @@ def main(
         out.write_text(table, "utf-8")
     if sheet is not None:
         rows = closest_rows(atlas, names, findings, images, colour, top)
-        draw_sheet(["The nearest drawings of another name"], [Section("", None, rows, SHEET_CELL)]).save(sheet)
+        draw_sheet(["The nearest drawings of another name"], [Section("", None, rows, SHEET_CELL)]).save(
+            sheet, optimize=True
+        )
 
 
 def atlas_names(folder: Path = DATA) -> list[str]:
