@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -160,3 +163,9 @@ def test_the_registries_say_what_people_choose_from() -> None:
 def test_the_default_schedule_is_comfyuis_where_steps_divide_1000(steps: int) -> None:
     default = schedule_sigmas(DEFAULT_SCHEDULE, steps, SHIFT)
     np.testing.assert_array_equal(schedule_sigmas("simple", steps, SHIFT), default)
+
+
+def test_the_page_lists_what_there_is() -> None:
+    page = Path(__file__).parent.parent / "docs" / "samplers.py"
+    checked = subprocess.run([sys.executable, page, "--check"], capture_output=True, text=True)
+    assert checked.returncode == 0, f"run docs/samplers.py: {checked.stderr}"

@@ -210,7 +210,7 @@ SCHEDULES: dict[str, Schedule] = {
             "former_normal",
             "Normal",
             "zimage_rt 0.1",
-            "`normal` before rounding was ComfyUI's: 1e-7 beside it. For images that were drawn with it.",
+            "`normal` as 0.1 rounded it: 1e-7 beside ComfyUI's. For images that were drawn with it.",
             _former_normal,
         ),
         Schedule(

@@ -18,7 +18,8 @@ namespace zimage_rt {
 // Where one request's tensors lie in loop_memory_.
 struct Pipeline::SampleBuffers {
   float* latents;
-  float* kept;
+  float* kept;        // SamplerStep::kHistory times the latents
+  float* step_noise;  // [draws, *latents], for the rows that take noise
   SamplerStep* steps;
   float* scales;  // of guidance, [steps, batch]
   float* normalization;

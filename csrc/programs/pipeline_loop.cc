@@ -30,7 +30,8 @@ Pipeline::SampleBuffers Pipeline::plan(const SampleShape& shape, const SampleJob
   const auto batch = static_cast<std::size_t>(shape.latent_samples);
   SampleBuffers at{};
   at.latents = memory.take<float>(batch * grid.values());
-  at.kept = memory.take<float>(batch * grid.values());
+  at.kept = memory.take<float>(SamplerStep::kHistory * batch * grid.values());
+  at.step_noise = memory.take<float>(count_draws(job.steps) * batch * grid.values());
   at.steps = memory.take<SamplerStep>(job.steps.size());
   if (job.mask != nullptr) {
     at.mask = memory.take<float>(batch * grid.height * grid.width);
@@ -61,6 +62,9 @@ void Pipeline::load_inputs(const SampleShape& shape, const SampleJob& job,
   const auto batch = static_cast<std::size_t>(shape.latent_samples);
   upload_to(at.latents, job.latents, batch * grid.values(), stream);
   upload_to(at.steps, job.steps.data(), job.steps.size(), stream);
+  if (job.step_noise != nullptr)
+    upload_to(at.step_noise, job.step_noise, count_draws(job.steps) * batch * grid.values(),
+              stream);
   if (job.mask != nullptr) {
     upload_to(at.mask, job.mask, batch * grid.height * grid.width, stream);
     upload_to(at.image, job.image, batch * grid.values(), stream);
@@ -105,9 +109,13 @@ void Pipeline::step(const SampleShape& shape, const SampleJob& job, int i,
     controlnet_->evaluate(evaluation, at.latents, at.control);
   else
     transformer_->evaluate(evaluation, at.latents);
-  sampler_update({at.transformer.predicted, transformer_->grid(shape), at.latents, at.kept,
-                  shape.latent_samples, guided, job.guidance.normalization > 0.0f, at.steps, i,
-                  at.scales, at.normalization, at.factors, at.mask, at.image, at.noise},
+  const PatchGrid grid = transformer_->grid(shape);
+  const std::size_t drawn = count_draws(job.steps, static_cast<std::size_t>(i));
+  const float* const step_noise =
+      at.step_noise + drawn * static_cast<std::size_t>(shape.latent_samples) * grid.values();
+  sampler_update({at.transformer.predicted, grid, at.latents, at.kept, shape.latent_samples, guided,
+                  job.guidance.normalization > 0.0f, at.steps, i, at.scales, at.normalization,
+                  at.factors, step_noise, at.mask, at.image, at.noise},
                  stream_.get());
 }
 
@@ -213,7 +221,10 @@ bool Pipeline::sample(const SampleJob& job, SampleTimes& times) {
                             shape.latent_width,    shape.steps,
                             job.pixels != nullptr, job.guidance.normalization > 0.0f,
                             job.mask != nullptr,   job.control.latents != nullptr};
-    for (int i = 0; i < shape.steps; ++i) key.push_back(guided_at(job, i));
+    for (int i = 0; i < shape.steps; ++i) {
+      key.push_back(guided_at(job, i));
+      key.push_back(job.steps[static_cast<std::size_t>(i)].noise != 0.0f);
+    }
     key.insert(key.end(), shape.context_rows.begin(), shape.context_rows.end());
     const auto found = std::find_if(graphs_.begin(), graphs_.end(),
                                     [&](const Graph& graph) { return graph.key == key; });

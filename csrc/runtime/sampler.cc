@@ -48,10 +48,10 @@ int count_steps(const std::vector<SamplerStep>& steps) {
                                         [](const SamplerStep& step) { return step.ends != 0.0f; }));
 }
 
-std::size_t count_draws(const std::vector<SamplerStep>& steps) {
-  return static_cast<std::size_t>(
-      std::count_if(steps.begin(), steps.end(),
-                    [](const SamplerStep& step) { return step.noise != 0.0f; }));
+std::size_t count_draws(const std::vector<SamplerStep>& steps, std::size_t rows) {
+  const auto last = steps.begin() + static_cast<std::ptrdiff_t>(rows);
+  return static_cast<std::size_t>(std::count_if(
+      steps.begin(), last, [](const SamplerStep& step) { return step.noise != 0.0f; }));
 }
 
 bool sample(Denoiser& denoiser, const std::vector<SamplerStep>& steps, const Guidance& guidance,

@@ -66,9 +66,14 @@ struct Step {
 // Returns false to stop the loop.
 using StepCallback = std::function<bool(const Step&)>;
 
-// How many steps of the schedule a table has, and how many of its rows take noise.
+// How many steps of the schedule a table has.
 int count_steps(const std::vector<SamplerStep>& steps);
-std::size_t count_draws(const std::vector<SamplerStep>& steps);
+
+// How many rows of a table take noise: of the first `rows`, or of all.
+std::size_t count_draws(const std::vector<SamplerStep>& steps, std::size_t rows);
+inline std::size_t count_draws(const std::vector<SamplerStep>& steps) {
+  return count_draws(steps, steps.size());
+}
 
 // Runs the table on `latents` [batch, sample_size], in place, fp32, with a guidance scale for each
 // row and sample. `step_noise` is [count_draws(steps), batch, sample_size], null where that is 0;
