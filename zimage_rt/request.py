@@ -371,9 +371,7 @@ def _warnings(request: GenerateRequest, resolved: ResolvedRequest) -> Iterator[s
         yield from _strength_warning("second_pass.", "first pass", request.second_pass, resolved.second_pass.sigmas)
 
 
-def _strength_warning(
-    prefix: str, what: str, part: GenerateRequest | SecondPass, sigmas: np.ndarray
-) -> Iterator[str]:
+def _strength_warning(prefix: str, what: str, part: GenerateRequest | SecondPass, sigmas: np.ndarray) -> Iterator[str]:
     """Says that a strength or a denoise of less than 1 begins from noise alone: at the first sigma, if that is 1."""
     steps, strength = len(sigmas) - 1, part.strength
     if (strength if part.denoise is None else part.denoise) >= 1 or sigmas[0] < 1:
