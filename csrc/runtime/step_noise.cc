@@ -4,6 +4,8 @@
 #include <array>
 #include <atomic>
 #include <cmath>
+#include <cstddef>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
@@ -12,6 +14,8 @@
 #include <mutex>
 #include <system_error>
 #include <thread>
+#include <utility>
+#include <vector>
 
 #include "zimage_rt/rng.h"
 
@@ -166,8 +170,8 @@ void brownian_noise(const std::vector<std::uint64_t>& seeds, const BrownianRange
   std::sort(points.begin(), points.end());
   points.erase(std::unique(points.begin(), points.end()), points.end());
   const auto index = [&](double end) {
-    return static_cast<std::size_t>(std::distance(
-        points.begin(), std::lower_bound(points.begin(), points.end(), inside(end))));
+    return static_cast<std::size_t>(
+        std::distance(points.begin(), std::lower_bound(points.begin(), points.end(), inside(end))));
   };
   std::vector<float> paths(points.size() * seeds.size() * size);
   in_parallel(points.size() * seeds.size(), [&](std::size_t i) {
