@@ -45,7 +45,7 @@ struct Pipeline::SampleBuffers {
 // What no captured kernel uses, in table_memory_: it grows with the number of steps.
 struct Pipeline::StepTables {
   SamplerStep* steps;
-  float* scales;  // of guidance, [steps, batch]
+  float* scales;      // of guidance, [steps, batch]
   float* step_noise;  // [draws, *latents], for the steps that take noise
   Transformer::StepTable transformer;
   float* control_vectors;  // [steps, blocks, 4, dim]; null without a control image
