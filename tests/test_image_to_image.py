@@ -101,7 +101,7 @@ def test_a_batch_inpaints_each(engine: zimage_rt.Engine, picture: np.ndarray, ri
     assert np.abs(batch.images[1].astype(int) - alone.images[0]).max() <= 1
 
 
-@pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m", "diffusers_dpmpp_2m", "res_multistep", "uni_pc"])
+@pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m", "uni_pc"])
 def test_other_samplers_draw_the_same_thing(engine: zimage_rt.Engine, sampler: str) -> None:
     euler = engine.generate(PROMPT, seed=5, num_inference_steps=50).images[0]
     other = engine.generate(PROMPT, seed=5, num_inference_steps=25, sampler=sampler).images[0]
