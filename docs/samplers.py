@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 
@@ -42,12 +41,11 @@ def tables() -> dict[str, str]:
 def filled(page: str) -> str:
     """The page with its tables as the registries have them now."""
     for name, table in tables().items():
-        marks = f"<!-- {name} -->", f"<!-- end of {name} -->"
-        page, count = re.subn(
-            f"{marks[0]}.*?{marks[1]}", lambda _, t=table, m=marks: f"{m[0]}\n{t}\n{m[1]}", page, flags=re.DOTALL
-        )
-        if count != 1:
-            raise ValueError(f"{PAGE.name}: expected one table between {marks[0]} and {marks[1]}, got {count}")
+        first, last = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        if page.count(first) != 1 or page.count(last) != 1:
+            raise ValueError(f"{PAGE.name}: expected one table between {first} and {last}")
+        before, _, rest = page.partition(first)
+        page = f"{before}{first}\n{table}\n{last}{rest.partition(last)[2]}"
     return page
 
 
