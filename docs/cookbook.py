@@ -152,9 +152,16 @@ def dynamic_guidance(base: zimage_rt.Engine) -> list[np.ndarray]:
 
 @recipe("Samplers and schedules")
 def samplers(engine: zimage_rt.Engine) -> list[np.ndarray]:
-    """ComfyUI's names. Heun evaluates the model twice a step; every sampler is a table for one and the same loop."""
+    """ComfyUI's names give its numbers; those of diffusers begin with `diffusers_` ([samplers.md](samplers.md) has the
+    list). The first is the default, the second the Z-Image template's, the last adds noise in every step."""
     pictures = []
-    for sampler, schedule in (("euler", "simple"), ("heun", "simple"), ("dpmpp_2m", "karras"), ("euler", "beta")):
+    ways = (
+        ("euler", "diffusers_simple"),
+        ("res_multistep", "simple"),
+        ("dpmpp_2m", "karras"),
+        ("euler_ancestral", "beta"),
+    )
+    for sampler, schedule in ways:
         result = engine.generate("a red apple, green background", sampler=sampler, schedule=schedule, seed=4)
         pictures.append(result.images[0])
     return pictures

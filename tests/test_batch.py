@@ -161,6 +161,24 @@ def test_json_values_are_request_fields_too(tmp_path: Path) -> None:
     assert request == zimage_rt.GenerateRequest("a cat", sigmas=(1.0, 0.5), second_pass=SecondPass(2.0), seed=7)
 
 
+def test_flags_and_names_are_columns(tmp_path: Path) -> None:
+    columns = "prompt,truncate_prompt,shift,sampler,fit_size,batch_noise,denoise"
+    text = f"{columns}\na,Yes,2.5,lcm,nearest,comfyui,0.5\nb,0,,,,,\n"
+    first, second = requests(table_of(tmp_path, text))
+    assert (first.truncate_prompt, first.shift, first.sampler) == (True, 2.5, "lcm")
+    assert (first.fit_size, first.batch_noise, first.denoise) == ("nearest", "comfyui", 0.5)
+    assert second.truncate_prompt is False
+    with pytest.raises(RequestError, match="truncate_prompt: expected true or false, got 'maybe'"):
+        requests(table_of(tmp_path, "prompt,truncate_prompt\na,maybe\n"))
+
+
+def test_no_text_goes_with_guidance_or_an_image(tmp_path: Path) -> None:
+    (request,) = requests(table_of(tmp_path, "prompt,guidance_scale\n,1.5\n"))
+    assert request.prompt == ""
+    (request,) = requests(table_of(tmp_path, "prompt,image\n,red.png\n"))
+    assert request.prompt == ""
+
+
 def test_templates_take_columns(tmp_path: Path) -> None:
     table = table_of(tmp_path, "animal,colour,seed\npanda,blue,1\n 猫 ,red,\n")
     prompts = [request.prompt for request in requests(table, "a {animal} on {{a}} {colour} background, {animal}")]

@@ -7,7 +7,7 @@ import pytest
 
 from zimage_rt import _core
 from zimage_rt.guidance import apply_guidance, guidance_scales
-from zimage_rt.samplers import sample_reference, sampler_table
+from zimage_rt.samplers import sample_reference, sampler_table, step_noise
 from zimage_rt.schedule import flow_match_sigmas
 
 
@@ -76,21 +76,23 @@ def smooth(latents: np.ndarray, timestep: float, guided: bool, noise_pred: np.nd
 
 
 @pytest.mark.parametrize("guidance", [(0.0, 1.0, 0.0), (3.5, 1.0, 0.0), (3.5, 0.4, 0.9)])
-@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m"])
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m", "dpmpp_3m_sde", "uni_pc"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_cpp_loop_equals_numpy_loop(guidance: tuple[float, float, float], sampler: str, masked: bool) -> None:
     rng = np.random.default_rng()
     latents, image, noise = rng.standard_normal((3, 2, 16, 4, 6)).astype(np.float32)
     mask = rng.random((2, 1, 4, 6)).astype(np.float32)
-    steps = sampler_table(sampler, flow_match_sigmas(8, 3.0))
+    sigmas = flow_match_sigmas(8, 3.0)
+    steps = sampler_table(sampler, sigmas, 3.0)
+    drawn = step_noise(sampler, sigmas, 3.0, [3, 4], (16, 4, 6), joint=False)
     scale, truncation, normalization = guidance
     scales = guidance_scales(steps[:, 0], scale, truncation, 0.3, [7, 200])
     scales[-2:, 0] = 0  # one sample of a batch may be guided alone
     actual = latents.copy()
     kept = {"mask": mask, "image": image, "noise": noise} if masked else {}
-    assert _core.sample(smooth, steps, actual, scales, normalization, **kept)
+    assert _core.sample(smooth, steps, actual, scales, normalization, step_noise=drawn, **kept)
     inpaint = (mask, image, noise) if masked else None
-    expected = sample_reference(smooth, steps, latents, scales, normalization, inpaint)
+    expected = sample_reference(smooth, steps, latents, scales, normalization, inpaint, drawn)
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -105,7 +107,7 @@ def test_loop_stops_when_told_and_passes_errors_on() -> None:
         seen.append(step)
         return step < 2
 
-    steps = sampler_table("heun", flow_match_sigmas(8, 3.0))
+    steps = sampler_table("heun", flow_match_sigmas(8, 3.0), 3.0)
     none = np.zeros((len(steps), 1), np.float32)
     assert not _core.sample(predict, steps, latents, none, 0.0, callback=stop)
     assert seen == [0, 1, 2]  # steps of the schedule, not the evaluations inside them

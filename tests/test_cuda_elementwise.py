@@ -170,30 +170,32 @@ def test_unpatchify_flips_the_sign(kernels, rng):
 
 
 @pytest.mark.parametrize(("scale", "normalization"), [(0.0, 0.0), (4.0, 0.0), (4.0, 0.5), (4.0, 100.0)])
-@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m"])
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m", "dpmpp_3m_sde", "uni_pc"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_sampler_update_is_the_loop_of_the_cpu(kernels, rng, scale, normalization, sampler, masked):
-    latents, kept, positive, negative, image, noise = (f32(rng, 2, 16, 8, 6) for _ in range(6))
+    latents, positive, negative, image, noise, drawn = (f32(rng, 2, 16, 8, 6) for _ in range(6))
+    kept = f32(rng, 3, 2, 16, 8, 6)
     mask = rng.random((2, 1, 8, 6)).astype(np.float32)
-    steps = sampler_table(sampler, np.asarray(_core.flow_match_sigmas(4, 3.0), np.float32))
+    steps = sampler_table(sampler, np.asarray(_core.flow_match_sigmas(5, 3.0), np.float32), 3.0)
     pred = positive.astype(np.float64)
     if scale > 0:
         pred = _core.apply_guidance(positive, negative, scale, normalization)
     predictions = np.concatenate([positive, negative]) if scale > 0 else positive
     patches = np.ascontiguousarray(patches_of(-predictions))
-    for row, (_, sigma_next, x, v, history, keep_x, keep_v, ends) in enumerate(steps):
+    for row, (_, sigma_next, x, v, *history, noisy, keep_x, keep_v, slot, ends) in enumerate(steps):
         inpaint = [mask, image, noise] if masked else []
         out, out_kept = kernels.sampler_update(
-            patches, latents, kept, 2, steps, row, scale > 0, scale, normalization, inpaint
+            patches, latents, kept, 2, steps, row, scale > 0, scale, normalization, drawn, inpaint
         )
-        expected = x * latents + v * pred + history * kept
+        expected = x * latents + v * pred + np.tensordot(history, kept, 1) + noisy * drawn
         if masked and ends:
             expected = blend_kept(expected, mask, image, noise, sigma_next)
         assert relative_error(out, expected) < TOLERANCE["float32"]
-        if keep_x or keep_v:
-            assert relative_error(out_kept, keep_x * latents + keep_v * pred) < TOLERANCE["float32"]
-        else:
-            assert (out_kept == kept).all()
+        for i in range(3):
+            if (keep_x or keep_v) and i == slot:
+                assert relative_error(out_kept[i], keep_x * latents + keep_v * pred) < TOLERANCE["float32"]
+            else:
+                assert (out_kept[i] == kept[i]).all()
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,10 @@ FEATURES: dict[str, dict[str, Any]] = {
     "heun": {"sampler": "heun", "num_inference_steps": 5},
     "dpmpp_2m, karras": {"sampler": "dpmpp_2m", "schedule": "karras"},
     "dpmpp_2m, beta": {"sampler": "dpmpp_2m", "schedule": "beta"},
+    "res_multistep, simple": {"sampler": "res_multistep", "schedule": "simple"},
+    "euler_ancestral": {"sampler": "euler_ancestral"},
+    "dpmpp_3m_sde, simple": {"sampler": "dpmpp_3m_sde", "schedule": "simple"},
+    "uni_pc, another shift": {"sampler": "uni_pc", "schedule": "simple", "shift": 2.0},
     "own sigmas": {"sigmas": [1.0, 0.8, 0.5, 0.25]},
     "two passes over pixels": {"second_pass": SecondPass(1.5, 0.4, "pixel")},
     "two passes over latents": {"second_pass": SecondPass(1.5, 0.5, "latent")},
@@ -56,7 +60,9 @@ def test_a_feature_is_that_of_onnxruntime(cuda, reference, picture, name):
         assert (ours[:, 128:] == picture[:, 128:]).all()
 
 
-@pytest.mark.parametrize("name", ["inpainting", "truncated guidance", "heun", "dpmpp_2m, karras"])
+@pytest.mark.parametrize(
+    "name", ["inpainting", "truncated guidance", "heun", "dpmpp_2m, karras", "dpmpp_3m_sde, simple"]
+)
 def test_a_feature_gives_the_same_bytes_by_graph_and_by_step(bf16, picture, name):
     options = dict(FEATURES[name])
     if options.get("image"):

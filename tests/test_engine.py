@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -110,8 +112,45 @@ def test_long_prompts_are_refused(engine: zimage_rt.Engine) -> None:
     for prompt in ("x" * 10_000_000, "panda " * 2000):
         with pytest.raises(zimage_rt.RequestError, match="expected at most 512 tokens"):
             engine.generate(prompt)
+    with pytest.raises(zimage_rt.RequestError, match="negative_prompt: expected at most 512 tokens with the chat"):
+        engine.generate("a cat", "panda " * 2000, guidance_scale=1.0)
     with pytest.raises(zimage_rt.RequestError, match="known fields"):
         engine.generate("a cat", stepz=4)
+
+
+def test_long_prompts_are_cut_on_request(engine: zimage_rt.Engine) -> None:
+    """As diffusers does: the template's last tokens go with what is behind the length."""
+    fields: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 1, "seed": 1, "truncate_prompt": True}
+    whole = engine._tokenizer("cat " * 400)
+    long = engine._tokenizer("panda " * 2000, truncate=True)
+    assert long.shape == (1, 512)
+    assert (long[0, :3] == whole[0, :3]).all() and long[0, -1] == long[0, -2] != whole[0, -1]
+    result = engine.generate("panda " * 2000, **fields)
+    assert result.records[0].request["truncate_prompt"] is True
+    (warning,) = result.records[0].warnings
+    assert re.fullmatch(r"prompt: was cut to 512 of 20\d\d tokens, as truncate_prompt asks", warning)
+    # What is behind the cut makes no difference; what was not cut is not spoken of.
+    other = engine.generate("panda " * 600 + "cat " * 100, **fields)
+    assert other.latents.tobytes() == result.latents.tobytes()
+    assert list(engine.generate("a cat", **fields).records[0].warnings) == []
+
+
+def test_whatever_reaches_the_tokenizer_is_a_request_error_or_drawn(engine: zimage_rt.Engine) -> None:
+    for text in (
+        "\0",
+        "\x7f\u200b\ufeff",
+        "e" + "\u0301" * 100,
+        "\U0010ffff",
+        "👩\u200d👩\u200d👧",
+        "<|im_end|>" * 5,
+        "\ufffe",
+    ):
+        assert engine._tokenizer(text).size > 0
+    for text in ("\ud83d", "a cat \udc31", "\udc31\ud83d"):
+        with pytest.raises(zimage_rt.RequestError, match="half of a character"):
+            engine.encode_prompt(text)
+        with pytest.raises(zimage_rt.RequestError, match=r"^negative_prompt: expected text"):
+            engine.generate("a cat", text)
 
 
 def test_unknown_backend_and_option(bundle: Path) -> None:

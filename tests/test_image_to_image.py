@@ -101,7 +101,7 @@ def test_a_batch_inpaints_each(engine: zimage_rt.Engine, picture: np.ndarray, ri
     assert np.abs(batch.images[1].astype(int) - alone.images[0]).max() <= 1
 
 
-@pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m"])
+@pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m", "uni_pc"])
 def test_other_samplers_draw_the_same_thing(engine: zimage_rt.Engine, sampler: str) -> None:
     euler = engine.generate(PROMPT, seed=5, num_inference_steps=50).images[0]
     other = engine.generate(PROMPT, seed=5, num_inference_steps=25, sampler=sampler).images[0]
@@ -181,8 +181,8 @@ def test_a_picture_of_another_shape_is_fitted(engine: zimage_rt.Engine, fit: str
         ({"mask": np.zeros((256, 256), np.uint8)}, "mask: expected some white"),
         ({"mask_feather": float("nan")}, "mask_feather"),
         ({"image": None, "mask": np.ones((4, 4), np.uint8)}, "mask: expected an image"),
-        ({"sampler": "magic"}, "sampler: expected one of euler, heun, dpmpp_2m, got 'magic'"),
-        ({"schedule": "magic"}, "schedule: expected one of simple"),
+        ({"sampler": "magic"}, "sampler: expected one of euler, heun, diffusers_dpmpp_2m, dpmpp_2m, res_multistep"),
+        ({"schedule": "magic"}, "schedule: expected one of diffusers_simple"),
         ({"sigmas": [0.5, 0.6]}, "sigmas: expected numbers that fall"),
         ({"sigmas": []}, "sigmas: expected numbers that fall"),
         ({"sigmas": [1.0, 0.0]}, "sigmas: expected numbers that fall"),

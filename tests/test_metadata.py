@@ -24,6 +24,7 @@ from zimage_rt.files import write_whole
 from zimage_rt.manifest import hash_file, read_manifest
 from zimage_rt.metadata import read_record
 from zimage_rt.request import SecondPass
+from zimage_rt.samplers import FORMER_SAMPLERS, FORMER_SCHEDULES
 
 SMALL: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 2}
 
@@ -94,10 +95,14 @@ def test_other_tools_read_parameters(engine: zimage_rt.Engine, tmp_path: Path) -
         {"guidance_scale": 2.0, "negative_prompt": "text", "cfg_truncation": 0.7, "sampler": "heun"},
         {"sigmas": (1.0, 0.6, 0.25), "num_inference_steps": None},
         {"second_pass": SecondPass(scale=1.5, strength=0.5, method="latent"), "vae": "full"},
+        {"sampler": "dpmpp_2m_sde", "schedule": "karras", "shift": 2.0, "num_inference_steps": 4},
+        {"second_pass": SecondPass(scale=1.0, denoise=0.5, method="latent"), "sampler": "er_sde"},
+        {"height": 70, "fit_size": "nearest", "prompt": "", "guidance_scale": 1.0},
+        {"prompt": "panda " * 600, "truncate_prompt": True},
     ],
 )
 def test_a_record_draws_the_same_bytes(engine: zimage_rt.Engine, tmp_path: Path, fields: dict[str, Any]) -> None:
-    first = engine.generate("a panda", seed=2**63 + 5, **{**SMALL, **fields})
+    first = engine.generate(**{"prompt": "a panda", "seed": 2**63 + 5, **SMALL, **fields})
     request = read_record(first.save(tmp_path / "a.png")[0]).to_request()
     assert engine.run(request).images.tobytes() == first.images.tobytes()
 
@@ -112,6 +117,39 @@ def test_a_picture_of_a_batch_is_drawn_with_its_batch(engine: zimage_rt.Engine, 
     assert again.seeds == (8,)
     alone = record.to_request(seed=8)
     assert (alone.prompt, alone.num_images) == ("一只企鹅", 1)
+
+
+def test_a_batch_of_one_stream_is_drawn_whole(engine: zimage_rt.Engine, tmp_path: Path) -> None:
+    fields: dict[str, Any] = {**SMALL, "batch_noise": "comfyui", "sampler": "euler_ancestral"}
+    result = engine.generate("a panda", seed=5, num_images=3, **fields)
+    record = read_record(result.save(tmp_path)[2])
+    for request in (record.to_request(), record.to_request(vae="tiny")):
+        assert engine.run(request).images[2].tobytes() == result.images[2].tobytes()
+
+
+@pytest.mark.parametrize("steps", [4, 9])
+@pytest.mark.parametrize(("sampler", "schedule"), [("dpmpp_2m", "karras"), ("euler", "simple"), ("heun", "normal")])
+def test_records_of_0_1_mean_diffusers_ways(
+    engine: zimage_rt.Engine, tmp_path: Path, steps: int, sampler: str, schedule: str
+) -> None:
+    """0.1 called diffusers' ways by ComfyUI's names; its records have neither `shift` nor `warnings`."""
+    fields: dict[str, Any] = {
+        **SMALL,
+        "num_inference_steps": steps,
+        "sampler": FORMER_SAMPLERS.get(sampler, sampler),
+        "schedule": FORMER_SCHEDULES.get(schedule, schedule),
+    }
+    drawn = engine.generate("a panda", seed=5, **fields)
+    data = json.loads(drawn.save(tmp_path / "now.png")[0].with_suffix(".json").read_text())
+    for name in ("shift", "denoise", "batch_noise", "fit_size", "truncate_prompt"):
+        del data["request"][name]
+    data["request"] |= {"sampler": sampler, "schedule": schedule}
+    del data["warnings"]
+    former = tmp_path / "former.json"
+    former.write_text(json.dumps({**data, "schema_version": 1}))
+    request = read_record(former).to_request()
+    assert (request.sampler, request.schedule) == (fields["sampler"], fields["schedule"])
+    assert engine.run(request).images.tobytes() == drawn.images.tobytes()
 
 
 def test_inputs_are_recorded_by_path_and_hash(engine: zimage_rt.Engine, tmp_path: Path) -> None:

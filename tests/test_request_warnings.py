@@ -125,3 +125,13 @@ def test_a_sheet_with_a_row_without_guidance_is_no_mistake(engine: zimage_rt.Eng
         assert sheet.data["negative_prompt"] == "text"
         with pytest.raises(zimage_rt.RequestWarning, match="negative_prompt"):
             explain(engine, "a panda", guidance_scales=(0.0,), **options)
+
+
+def test_a_denoise_that_ignores_the_image_is_said(engine: zimage_rt.Engine) -> None:
+    (text,) = warned(engine, image=RED, denoise=0.9, num_inference_steps=8)
+    assert re.search(r"^denoise: .* the image is ignored, as with 1; ask for at most 0\.8888, or more steps$", text)
+    # Strength's own measure says nothing where denoise goes before it.
+    assert warned(engine, image=RED, denoise=0.8888, strength=0.95, num_inference_steps=8) == ()
+    assert warned(engine, image=RED, denoise=1.0, num_inference_steps=8) == ()
+    (text,) = warned(engine, second_pass=SecondPass(1.0, denoise=0.95), num_inference_steps=8)
+    assert text.startswith("second_pass.denoise: ")

@@ -62,6 +62,7 @@ class Pipeline:
         mask: np.ndarray | None,
         image: np.ndarray | None,
         noise: np.ndarray | None,
+        step_noise: np.ndarray | None,
         control_latents: np.ndarray | None,
         control_scale: float,
         decode: bool,

@@ -12,6 +12,7 @@ from .journal import Journal
 from .metadata import save_picture
 from .request import GenerateRequest, GenerateResult, StepInfo, resolve
 from .rows import RowReader, Template
+from .samplers import FORMER_SAMPLERS, FORMER_SCHEDULES
 from .tables import Row, Table
 
 
@@ -66,6 +67,10 @@ class Batch:
             "loras": engine.loras,
             "backend": {"name": engine.backend, "options": engine.backend_options},
         }
+        used = {str(row.values.get(column)) for row in table.rows for column in ("sampler", "schedule")}
+        used |= {str(options.defaults.get(column)) for column in ("sampler", "schedule")}
+        if used & (FORMER_SAMPLERS.keys() | FORMER_SCHEDULES.keys()):
+            header["names"] = "comfyui"  # in 0.1 they were diffusers': a batch begun with those cannot go on with these
         self.journal = Journal(folder, header, restart=restart)
 
     @property

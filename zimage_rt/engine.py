@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import threading
 import time
@@ -34,7 +35,7 @@ from .request import (
     resolve,
 )
 from .rng import prepare_noise
-from .samplers import sampler_table
+from .samplers import sampler_table, step_noise
 from .schedule import add_noise
 from .tiles import decode_tiled
 from .tokenizer import PromptTokenizer
@@ -63,7 +64,7 @@ class Engine:
         self.backend_options = dict(backend_options or {})  # as they were asked for: images are recorded with them
         self._provenance = make_provenance(manifest, self.backend, self.backend_options)
         self._verify, self._verified = verify, set[str]()
-        self._contexts: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._contexts: OrderedDict[tuple[str, bool], np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
         self._check(manifest.tokenizer)
         self._tokenizer = PromptTokenizer(bundle, manifest)
@@ -133,7 +134,7 @@ class Engine:
         return self._run(request, callback)
 
     def _run(self, request: GenerateRequest, callback: Callback | None) -> GenerateResult:
-        resolved = resolve(request, self.manifest)
+        resolved = self._tokenized(resolve(request, self.manifest))
         for text in resolved.warnings:
             warnings.warn(text, RequestWarning, stacklevel=3)  # at whoever called `generate` or `run`
         with self._turns.together():
@@ -157,10 +158,11 @@ class Engine:
         timings: dict[str, float] = {}
         with _timed(timings, "total"):
             with _timed(timings, "encode_prompt"):
-                contexts = [self.encode_prompt(prompt) for prompt in resolved.prompts]
+                encode = functools.partial(self.encode_prompt, truncate=resolved.truncate_prompt)
+                contexts = [encode(prompt) for prompt in resolved.prompts]
                 negatives: list[np.ndarray] = []
                 if resolved.guidance_scale > 0:
-                    negatives = [self.encode_prompt(text) for text in resolved.negative_prompts]
+                    negatives = [encode(text) for text in resolved.negative_prompts]
             draw = functools.partial(self._draw, resolved, contexts, negatives, callback, timings)
             if resolved.image is None and resolved.image_latents is None:
                 latents, inpaint = self.prepare_latents(resolved)
@@ -200,7 +202,15 @@ class Engine:
 
         Adds what it took to `timings`.
         """
-        steps = sampler_table(request.sampler, sigmas)
+        steps = sampler_table(request.sampler, sigmas, request.shift)
+        noise = step_noise(
+            request.sampler,
+            sigmas,
+            request.shift,
+            request.seeds,
+            latents.shape[1:],
+            joint=request.batch_noise == "comfyui",
+        )
         job = SampleJob(
             latents=latents,
             contexts=contexts,
@@ -212,10 +222,14 @@ class Engine:
                 request.cfg_truncation,
                 request.dynamic_cfg,
                 # Only dynamic guidance looks at how long a prompt is.
-                [self._tokenizer(prompt).shape[1] if request.dynamic_cfg else 0 for prompt in request.prompts],
+                [
+                    self._tokenizer(prompt, truncate=request.truncate_prompt).shape[1] if request.dynamic_cfg else 0
+                    for prompt in request.prompts
+                ],
             ),
             cfg_normalization=request.cfg_normalization,
             inpaint=inpaint,
+            step_noise=noise,
             control=control,
             on_step=None if callback is None else self._on_step(callback, stage),
         )
@@ -259,23 +273,41 @@ class Engine:
             larger = resize_latents(latents, *size)
         else:
             larger = self.pipeline.encode_image(resize_images(images, again.height, again.width), request.vae)
-        noise = prepare_noise(request.seeds, (pipeline.latent_channels, *size))
+        noise = self._noise(request, (pipeline.latent_channels, *size))
         return add_noise(larger, noise, again.sigmas[0])
 
-    def encode_prompt(self, prompt: str) -> np.ndarray:
+    @staticmethod
+    def _noise(request: ResolvedRequest, sample_shape: tuple[int, ...]) -> np.ndarray:
+        return prepare_noise(request.seeds, sample_shape, joint=request.batch_noise == "comfyui")
+
+    def _tokenized(self, request: ResolvedRequest) -> ResolvedRequest:
+        """The request, checked for the length of its prompts; its warnings say which of them are cut."""
+        cut: list[str] = []
+        for name, texts in (
+            ("prompt", request.prompts),
+            ("negative_prompt", request.negative_prompts if request.guidance_scale > 0 else ()),
+        ):
+            for text in dict.fromkeys(texts):
+                kept, tokens = self._tokenizer.count(text, name, truncate=request.truncate_prompt)
+                if kept < tokens:
+                    cut.append(f"{name}: was cut to {kept} of {tokens} tokens, as truncate_prompt asks")
+        return dataclasses.replace(request, warnings=(*request.warnings, *cut))
+
+    def encode_prompt(self, prompt: str, *, truncate: bool = False) -> np.ndarray:
         """Text encoder and context refiner: a prompt to its context `[1, context_tokens, dim]`.
 
-        It does not depend on the timestep, so it runs once a prompt and is kept for the next request.
+        It does not depend on the timestep, so it runs once a prompt and is kept for the next request. With `truncate`
+        a prompt that is too long is cut.
         """
         with self._turns.together():
             with self._lock:
-                if prompt in self._contexts:
-                    self._contexts.move_to_end(prompt)
-                    return self._contexts[prompt]
-            context = self.pipeline.context(self._tokenizer(prompt))
+                if (prompt, truncate) in self._contexts:
+                    self._contexts.move_to_end((prompt, truncate))
+                    return self._contexts[prompt, truncate]
+            context = self.pipeline.context(self._tokenizer(prompt, truncate=truncate))
             context.flags.writeable = False
             with self._lock:
-                self._contexts[prompt] = context
+                self._contexts[prompt, truncate] = context
                 while len(self._contexts) > CONTEXT_CACHE_SIZE:
                     self._contexts.popitem(last=False)
             return context
@@ -290,7 +322,7 @@ class Engine:
         pipeline = self.manifest.pipeline
         factor = pipeline.vae_scale_factor
         shape = (pipeline.latent_channels, request.height // factor, request.width // factor)
-        noise = prepare_noise(request.seeds, shape)
+        noise = self._noise(request, shape)
         if request.image_latents is not None:
             image = request.image_latents
         elif request.image is not None:

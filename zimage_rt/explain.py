@@ -186,9 +186,9 @@ def _counted(evaluations: int) -> str:
 def _evaluations(engine: Engine, request: GenerateRequest) -> int:
     """How often the transformer runs; a guided evaluation is a batch of two and counts once. Raises RequestError."""
     resolved = resolve(request, engine.manifest)
-    made = len(sampler_table(resolved.sampler, resolved.sigmas))
+    made = len(sampler_table(resolved.sampler, resolved.sigmas, resolved.shift))
     if resolved.second_pass is not None:
-        made += len(sampler_table(resolved.sampler, resolved.second_pass.sigmas))
+        made += len(sampler_table(resolved.sampler, resolved.second_pass.sigmas, resolved.shift))
     return made
 
 

@@ -13,7 +13,11 @@ from .files import write_whole
 
 JOURNAL_NAME = "journal.jsonl"
 # What people call the parts of a header.
-LABELS = {"table_sha256": "table, by its sha256,", "zimage_batch": "kind of journal"}
+LABELS = {
+    "table_sha256": "table, by its sha256,",
+    "zimage_batch": "kind of journal",
+    "names": "meaning of sampler names",
+}
 SCHEMA_VERSION = 1
 
 

@@ -24,6 +24,8 @@ from .files import write_whole
 from .image import read_image
 from .manifest import Manifest, hash_file
 from .request import GenerateRequest, ResolvedRequest
+from .samplers import FORMER_SAMPLERS, FORMER_SCHEDULES, SAMPLERS
+from .schedule import SCHEDULES
 
 KEY = "zimage_rt"
 SCHEMA_VERSION = 2
@@ -84,14 +86,15 @@ class PictureRecord:
         Args:
             folder: where else to look for input pictures of which the recorded path leads nowhere.
             **overrides: fields to take instead of the recorded ones; without any, a picture of a batch is asked for
-                with all that it was drawn with (`batch["index"]` says which one it is).
+                with all that it was drawn with (`batch["index"]` says which one it is). So it is with some, if its
+                noise is a part of the batch's (`batch_noise`).
 
         Raises:
             MetadataError: an input is gone, was changed, or came without a path; give it in `overrides`.
         """
         hints = typing.get_type_hints(GenerateRequest)
         recorded = dict(self.request)
-        if self.batch is not None and not overrides:
+        if self.batch is not None and (not overrides or recorded.get("batch_noise") == "comfyui"):
             for field, name in (("prompt", "prompts"), ("negative_prompt", "negative_prompts"), ("seed", "seeds")):
                 recorded[field] = self.batch[name]
         fields = {
@@ -219,14 +222,13 @@ def save_picture(
 def parameters_text(record: PictureRecord) -> str:
     """The request as AUTOMATIC1111 writes it into `parameters`, which Civitai and many viewers read."""
     request = record.request
-    samplers = {"euler": "Euler", "heun": "Heun", "dpmpp_2m": "DPM++ 2M"}
     lines = [" ".join([request["prompt"], *(f"<lora:{lora['name']}:{lora['weight']:g}>" for lora in record.loras)])]
     if request["negative_prompt"]:
         lines.append(f"Negative prompt: {request['negative_prompt']}")
     settings: dict[str, Any] = {
         "Steps": request["num_inference_steps"],
-        "Sampler": samplers.get(request["sampler"], request["sampler"]),
-        "Schedule type": request["schedule"].capitalize(),
+        "Sampler": SAMPLERS[request["sampler"]].label,
+        "Schedule type": SCHEDULES[request["schedule"]].label,
         # Theirs is negative + scale * (positive - negative), where 1 is none; ours is diffusers', where 0 is none.
         "CFG scale": f"{1 + request['guidance_scale']:g}",
         "Seed": request["seed"],
@@ -236,14 +238,19 @@ def parameters_text(record: PictureRecord) -> str:
     }
     again = request.get("second_pass")
     if request["image"] is not None:
-        settings["Denoising strength"] = request["strength"]
+        settings["Denoising strength"] = _strength(request)
     elif again is not None:
-        settings["Denoising strength"] = again["strength"]
+        settings["Denoising strength"] = _strength(again)
     if again is not None:
         settings |= {"Hires upscale": again["scale"], "Hires upscaler": again["method"]}
     settings["Version"] = f"zimage_rt {record.version}"
     lines.append(", ".join(f"{name}: {value}" for name, value in settings.items()))
     return "\n".join(lines)
+
+
+def _strength(part: Mapping[str, Any]) -> Any:
+    """Of a request or its second pass; ComfyUI's measure goes before diffusers'."""
+    return part["strength"] if part.get("denoise") is None else part["denoise"]
 
 
 def read_record(path: str | Path) -> PictureRecord:
@@ -328,7 +335,18 @@ def _parse(text: str, path: Path) -> PictureRecord:
         raise MetadataError(f"{path}: its record was damaged: `warnings` are not sentences")
     if data["batch"] is not None:
         _check_batch(data["batch"], path)
-    return PictureRecord(**data)
+    return PictureRecord(**{**data, "request": _with_todays_names(data["request"])})
+
+
+def _with_todays_names(request: Mapping[str, Any]) -> dict[str, Any]:
+    """A recorded request whose sampler and schedule have the names that they have now.
+
+    0.1 called diffusers' ways by ComfyUI's names. Its requests have no `shift`, which all later ones have.
+    """
+    if "shift" in request:
+        return dict(request)
+    names = {"sampler": FORMER_SAMPLERS, "schedule": FORMER_SCHEDULES}
+    return {name: names.get(name, {}).get(value, value) if name in names else value for name, value in request.items()}
 
 
 def _check_batch(batch: Mapping[str, Any], path: Path) -> None:

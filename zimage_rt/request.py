@@ -13,10 +13,11 @@ import numpy as np
 
 from .errors import RequestError
 from .image import FITS, fit_image, flatten, read_image, read_mask
-from .manifest import Manifest
+from .manifest import Manifest, ShapeRange
 from .rng import MAX_SEED
-from .samplers import SAMPLERS
-from .schedule import SCHEDULES, custom_sigmas, first_step
+from .samplers import DEFAULT_SAMPLER, SAMPLERS
+from .schedule import DEFAULT_SCHEDULE, SCHEDULES, custom_sigmas, denoise_sigmas, first_step, schedule_sigmas
+from .tokenizer import check_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
     from .metadata import PictureRecord
 
 VAES = ("tiny", "full")
+# Whose noise an image of a batch gets: that of its own seed, or its part of what the first seed gives for all of them.
+BATCH_NOISE = ("separate", "comfyui")
+# What becomes of a size that no bundle can serve: it is refused, or the nearest that is served is taken.
+FIT_SIZES = ("exact", "nearest")
+# ComfyUI makes a schedule of steps / denoise steps.
+MAX_SCHEDULE = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +74,14 @@ class SecondPass:
         method: `pixel` decodes, resizes the picture and encodes it; `latent` resizes the latents, which is
             faster and wants more strength.
         num_inference_steps: of the schedule that strength is a part of; None takes the first pass's.
+        denoise: ComfyUI's measure, in place of strength: see `GenerateRequest.denoise`.
     """
 
     scale: float = 2.0
     strength: float = 0.4
     method: str = "pixel"
     num_inference_steps: int | None = None
+    denoise: float | None = None
 
 
 SECOND_PASS_METHODS = ("pixel", "latent")
@@ -97,8 +106,8 @@ class GenerateRequest:
         num_images: images for each prompt.
         vae: `tiny` or `full`.
         latents: start from these, float32 `[batch, 16, height / 8, width / 8]`, not from the seed's noise.
-        sampler: `euler`, `heun` (two evaluations a step) or `dpmpp_2m`.
-        schedule: `simple` (Z-Image's own), `normal`, `karras`, `exponential` or `beta`.
+        sampler: a name of `samplers.SAMPLERS`; plain ones give ComfyUI's numbers, `diffusers_…` diffusers'.
+        schedule: a name of `schedule.SCHEDULES`, likewise; the default is Z-Image's own.
         sigmas: a schedule of your own, falling from at most 1, before the checkpoint's shift and without the last 0.
         image: begin from this picture: a `PIL.Image`, a path, or uint8 `[height, width, 3]`. Its size, cut to what
             the bundle serves, is the default of `height` and `width`.
@@ -115,6 +124,15 @@ class GenerateRequest:
         control_scale: how closely: diffusers' `controlnet_conditioning_scale`. 0 draws as if there were none.
         second_pass: draw once more over the result, see `SecondPass`; `height` and `width` are the first pass's.
         vae_tile: decode in tiles of this many pixels, for sizes that do not fit in memory whole.
+        shift: the schedule's timestep shift, more than 0; None takes the bundle's (3.0 for Z-Image-Turbo).
+        denoise: ComfyUI's measure of how far to go from `image`, in place of `strength`: of the schedule of
+            int(num_inference_steps / denoise) steps the last `num_inference_steps` are run, all of them evaluated.
+        batch_noise: `separate`: image i of a batch is drawn from its own seed and can be drawn alone; `comfyui`: all
+            noise of the batch is one stream of the one seed, so that image i > 0 needs the whole batch.
+        fit_size: `exact` refuses a height or width that is no multiple of what the bundle serves; `nearest` takes the
+            nearest that is, the smaller of two.
+        truncate_prompt: cut prompts that are longer than the bundle serves, as diffusers does: the end, with the chat
+            template's last tokens. The record's `warnings` say so.
     """
 
     prompt: str | Sequence[str]
@@ -130,8 +148,8 @@ class GenerateRequest:
     num_images: int = 1
     vae: str | None = None
     latents: np.ndarray | None = None
-    sampler: str = "euler"
-    schedule: str = "simple"
+    sampler: str = DEFAULT_SAMPLER
+    schedule: str = DEFAULT_SCHEDULE
     sigmas: Sequence[float] | None = None
     image: Any = None
     image_latents: np.ndarray | None = None
@@ -143,6 +161,11 @@ class GenerateRequest:
     control_scale: float = 0.75
     second_pass: SecondPass | None = None
     vae_tile: int | None = None
+    shift: float | None = None
+    denoise: float | None = None
+    batch_noise: str = "separate"
+    fit_size: str = "exact"
+    truncate_prompt: bool = False
 
 
 def make_request(**fields: Any) -> GenerateRequest:
@@ -160,7 +183,8 @@ class GenerateResult:
 
     Attributes:
         images: uint8 `[batch, height, width, 3]`.
-        seeds: one an image: asking for it alone with that seed gives the same picture.
+        seeds: one an image: asking for it alone with that seed gives the same picture, unless `batch_noise` was
+            `comfyui`.
         timings: seconds by stage: encode_prompt, denoise, decode, total; encode_image, encode_control and upscale
             where they are.
         bundle_id: which bundle made it.
@@ -248,6 +272,9 @@ class ResolvedRequest:
     control_scale: float
     second_pass: ResolvedSecondPass | None
     vae_tile: int | None
+    shift: float
+    batch_noise: str
+    truncate_prompt: bool
     warnings: tuple[str, ...] = ()
 
 
@@ -257,9 +284,6 @@ def resolve(request: GenerateRequest, manifest: Manifest) -> ResolvedRequest:
     prompts = _texts(request.prompt, "prompt")
     if not prompts:
         raise RequestError("prompt: expected at least one, got an empty list")
-    for prompt in prompts:
-        if not prompt.strip():
-            raise RequestError("prompt: expected some text, got an empty one; say what to draw")
     negatives = _texts(request.negative_prompt, "negative_prompt")
     if len(negatives) not in (1, len(prompts)):
         raise RequestError(f"negative_prompt: expected 1 or {len(prompts)}, one for each prompt, got {len(negatives)}")
@@ -281,6 +305,13 @@ def resolve(request: GenerateRequest, manifest: Manifest) -> ResolvedRequest:
     picture = None if request.image is None else read_image(request.image, "image")
     control = _control_picture(request, manifest)
     begins = picture is not None or request.latents is not None or request.image_latents is not None
+    scale = _number(scale, "guidance_scale")
+    # Beside guidance or an image, no text means no wish of its own, as in diffusers and ComfyUI.
+    if not (begins or control is not None or scale > 0) and not all(prompt.strip() for prompt in prompts):
+        raise RequestError(
+            "prompt: expected some text, got an empty one; say what to draw, or give an image or a guidance_scale of "
+            "more than 0, with which an empty prompt has a meaning"
+        )
     height, width = (_pixels(request, manifest, name, picture if begins else control) for name in ("height", "width"))
     if request.image_latents is not None:
         if picture is not None or request.latents is not None:
@@ -290,22 +321,24 @@ def resolve(request: GenerateRequest, manifest: Manifest) -> ResolvedRequest:
         if request.mask is not None:
             raise RequestError("mask: expected an image, whose pixels are kept; give `image`, not `image_latents`")
     image, mask = _pictures(request, picture, height, width)
-    again = _second_pass(request, manifest, height, width, control)
+    shift = _shift(request, manifest)
+    again = _second_pass(request, manifest, shift, height, width, control)
     encodes = image is not None or (again is not None and again.method == "pixel")
     if (encodes or control is not None) and f"{vae}_vae_encoder" not in manifest.modules:
         name = "image" if encodes else "control_image"
         raise RequestError(f'{name}: this bundle has no {vae} VAE encoder; export it again with vae = ["{vae}"]')
     factor = defaults.vae_scale_factor
     shape = (batch, defaults.latent_channels, height // factor, width // factor)
+    batch_noise = _choice(request.batch_noise, "batch_noise", BATCH_NOISE)
     resolved = ResolvedRequest(
         prompts=tuple(prompt for prompt in prompts for _ in range(num_images)),
         negative_prompts=tuple(text for text in negatives for _ in range(num_images)),
-        seeds=_seeds(request.seed, batch),
+        seeds=_seeds(request.seed, batch, joint=batch_noise == "comfyui"),
         height=height,
         width=width,
         sampler=_choice(request.sampler, "sampler", SAMPLERS),
-        sigmas=_sigmas(request, manifest),
-        guidance_scale=_number(scale, "guidance_scale"),
+        sigmas=_sigmas(request, manifest, shift),
+        guidance_scale=scale,
         cfg_truncation=_number(request.cfg_truncation, "cfg_truncation"),
         cfg_normalization=_number(request.cfg_normalization, "cfg_normalization"),
         dynamic_cfg=_number(request.dynamic_cfg, "dynamic_cfg", 1.0),
@@ -320,6 +353,9 @@ def resolve(request: GenerateRequest, manifest: Manifest) -> ResolvedRequest:
         control_scale=_number(request.control_scale, "control_scale"),
         second_pass=again,
         vae_tile=None if request.vae_tile is None else _tile(request.vae_tile, defaults.size_multiple),
+        shift=shift,
+        batch_noise=batch_noise,
+        truncate_prompt=_flag(request.truncate_prompt, "truncate_prompt"),
     )
     return dataclasses.replace(resolved, warnings=tuple(_warnings(request, resolved)))
 
@@ -330,22 +366,38 @@ def _warnings(request: GenerateRequest, resolved: ResolvedRequest) -> Iterator[s
         yield "negative_prompt: it does nothing without guidance; ask for a guidance_scale of more than 0"
     if resolved.image is not None or resolved.image_latents is not None:
         what = "image" if resolved.mask is None else "image's part that the mask marks"
-        yield from _strength_warning("strength", what, request.strength, resolved.sigmas)
+        yield from _strength_warning("", what, request, resolved.sigmas)
     if request.second_pass is not None and resolved.second_pass is not None:
-        strength, sigmas = request.second_pass.strength, resolved.second_pass.sigmas
-        yield from _strength_warning("second_pass.strength", "first pass", strength, sigmas)
+        yield from _strength_warning("second_pass.", "first pass", request.second_pass, resolved.second_pass.sigmas)
 
 
-def _strength_warning(name: str, what: str, strength: float, sigmas: np.ndarray) -> Iterator[str]:
-    """Says that a strength of less than 1 begins from noise alone: at the first sigma, if that is 1."""
-    steps = len(sigmas) - 1
-    if strength >= 1 or sigmas[0] < 1:
+def _strength_warning(prefix: str, what: str, part: GenerateRequest | SecondPass, sigmas: np.ndarray) -> Iterator[str]:
+    """Says that a strength or a denoise of less than 1 begins from noise alone: at the first sigma, if that is 1."""
+    steps, strength = len(sigmas) - 1, part.strength
+    if (strength if part.denoise is None else part.denoise) >= 1 or sigmas[0] < 1:
         return
+    if part.denoise is not None:
+        most = math.floor(steps / (steps + 1) * 1e4) / 1e4
+        yield (
+            f"{prefix}denoise: the last {steps} of int({steps} / {part.denoise:g}) steps are all of them, so that the "
+            f"{what} is ignored, as with 1; ask for at most {most:g}, or more steps"
+        )
+        return
+    name = f"{prefix}strength"
     if steps == 1:
         asked, instead = "1 step", "more steps"
     else:
         asked, instead = f"{steps} steps", f"at most {math.floor((1 - 1 / steps) * 1e4) / 1e4:g}, or more steps"
     yield f"{name}: {strength:g} of {asked} is all of them, so that the {what} is ignored, as with 1; ask for {instead}"
+
+
+def _shift(request: GenerateRequest, manifest: Manifest) -> float:
+    if request.shift is None:
+        return manifest.pipeline.shift
+    shift = _number(request.shift, "shift", 100.0)
+    if shift == 0:
+        raise RequestError("shift: expected more than 0, at which every sigma is 0, and at most 100")
+    return shift
 
 
 def _tile(value: Any, multiple: int) -> int:
@@ -372,7 +424,7 @@ def _fitted(picture: Image, width: int, height: int, fit: str) -> np.ndarray:
 
 
 def _second_pass(
-    request: GenerateRequest, manifest: Manifest, height: int, width: int, control: Image | None
+    request: GenerateRequest, manifest: Manifest, shift: float, height: int, width: int, control: Image | None
 ) -> ResolvedSecondPass | None:
     again = request.second_pass
     if again is None:
@@ -397,13 +449,14 @@ def _second_pass(
         request,
         image=again,  # it begins with a picture: the first pass's
         strength=again.strength,
+        denoise=again.denoise,
         sigmas=None if own else request.sigmas,
         num_inference_steps=again.num_inference_steps if own else request.num_inference_steps,
     )
     method = _choice(again.method, "second_pass.method", SECOND_PASS_METHODS)
     # From the picture itself: it may be larger than the first pass.
     fitted = None if control is None else _fitted(control, sizes[1], sizes[0], request.fit)
-    return ResolvedSecondPass(sizes[0], sizes[1], method, _sigmas(schedule, manifest), fitted)
+    return ResolvedSecondPass(sizes[0], sizes[1], method, _sigmas(schedule, manifest, shift), fitted)
 
 
 def _choice(value: Any, name: str, known: Iterable[str]) -> str:
@@ -413,15 +466,27 @@ def _choice(value: Any, name: str, known: Iterable[str]) -> str:
     return value
 
 
-def _sigmas(request: GenerateRequest, manifest: Manifest) -> np.ndarray:
+def _sigmas(request: GenerateRequest, manifest: Manifest, shift: float) -> np.ndarray:
     """The sigmas that are run: the whole schedule, or its end where an image is the beginning."""
-    shift = manifest.pipeline.shift
-    schedule = SCHEDULES[_choice(request.schedule, "schedule", SCHEDULES)]
+    schedule = _choice(request.schedule, "schedule", SCHEDULES)
+    spare = SAMPLERS[_choice(request.sampler, "sampler", SAMPLERS)].spare_step
+    begins = request.image is not None or request.image_latents is not None
+    denoise = _denoise(request, begins)
     if request.sigmas is None:
         steps = request.num_inference_steps
         steps = manifest.pipeline.num_inference_steps if steps is None else steps
-        sigmas = schedule(_integer(steps, "num_inference_steps", 1, 1000), shift)
+        steps = _integer(steps, "num_inference_steps", 1, 1000)
+        if denoise is not None:
+            if steps / denoise > MAX_SCHEDULE:
+                raise RequestError(
+                    f"denoise: expected at least {steps / MAX_SCHEDULE:g} with {steps} steps, so that the schedule has "
+                    f"at most {MAX_SCHEDULE}, got {denoise:g}"
+                )
+            return denoise_sigmas(schedule, steps, shift, denoise, spare_step=spare)
+        sigmas = schedule_sigmas(schedule, steps, shift, spare_step=spare)
     else:
+        if denoise is not None and denoise < 1:
+            raise RequestError("denoise: expected none beside `sigmas`, which are run whole; give those to run")
         given = np.asarray(request.sigmas, np.float64)
         falling = given.ndim == 1 and len(given) > 0 and bool((np.diff(given) < 0).all())
         if not falling or not (given[-1] > 0 and given[0] <= 1):
@@ -432,12 +497,23 @@ def _sigmas(request: GenerateRequest, manifest: Manifest) -> np.ndarray:
                 f"got {request.num_inference_steps}"
             )
         sigmas = custom_sigmas(given, shift)
-    if request.image is None and request.image_latents is None:
+    if not begins or denoise is not None:
         return sigmas
     strength = _number(request.strength, "strength", 1.0)
     if strength == 0:
         raise RequestError("strength: expected more than 0, which would change nothing, and at most 1")
     return sigmas[first_step(len(sigmas) - 1, strength) :]
+
+
+def _denoise(request: GenerateRequest, begins: bool) -> float | None:
+    if request.denoise is None:
+        return None
+    denoise = _number(request.denoise, "denoise", 1.0)
+    if denoise == 0:
+        raise RequestError("denoise: expected more than 0, which would change nothing, and at most 1")
+    if denoise < 1 and not begins:
+        raise RequestError("denoise: expected an image to begin with; give `image` or `image_latents`, or denoise 1")
+    return denoise
 
 
 def _pictures(
@@ -462,7 +538,15 @@ def _texts(value: Any, name: str) -> tuple[str, ...]:
     texts = (value,) if isinstance(value, str) else value
     if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
         raise RequestError(f"{name}: expected a string or a list of strings, got {type(value).__name__}")
+    for text in texts:
+        check_text(text, name)
     return tuple(texts)
+
+
+def _flag(value: Any, name: str) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise RequestError(f"{name}: expected True or False, got {value!r}")
+    return bool(value)
 
 
 def _integer(value: Any, name: str, low: int, high: int) -> int:
@@ -493,7 +577,16 @@ def _pixels(request: GenerateRequest, manifest: Manifest, name: str, picture: Im
         # What has another shape is refused with the others' checks.
         shape = (0, 0, *np.shape(request.image_latents)[2:])
         size = shape[2 if name == "height" else 3] * manifest.pipeline.vae_scale_factor if len(shape) == 4 else size
+    near = [] if value is None else _nearest(size, allowed)
+    if _choice(request.fit_size, "fit_size", FIT_SIZES) == "nearest" and near:
+        return near[0]
     if size not in allowed:
+        if near:
+            which = f"are {min(near)} and {max(near)}: choose one" if len(near) > 1 else f"is {near[0]}: choose it"
+            raise RequestError(
+                f"{name}: expected {allowed.min} to {allowed.max} in steps of {allowed.multiple}, got {size}; the "
+                f"nearest {which}, or let fit_size='nearest' take {near[0]}"
+            )
         raise RequestError(
             f"{name}: expected {allowed.min} to {allowed.max} in steps of {allowed.multiple}, "
             f"got {size}; choose a size in that range, or export the bundle with a wider one"
@@ -501,15 +594,27 @@ def _pixels(request: GenerateRequest, manifest: Manifest, name: str, picture: Im
     return size
 
 
-def _seeds(seed: Any, batch: int) -> tuple[int, ...]:
+def _nearest(size: int, allowed: ShapeRange) -> list[int]:
+    """What is served within a step of a size between two steps, the nearest first, of two as near the smaller."""
+    below = size // allowed.multiple * allowed.multiple
+    around = () if size == below else (below, below + allowed.multiple)
+    return sorted((value for value in around if value in allowed), key=lambda value: abs(value - size))
+
+
+def _seeds(seed: Any, batch: int, *, joint: bool) -> tuple[int, ...]:
     if seed is None:
         # 32 bits: what people can copy by hand, and all of a seed that the generator uses.
         seed = secrets.randbits(32)
     if isinstance(seed, Sequence) and not isinstance(seed, str):
         if len(seed) != batch:
             raise RequestError(f"seed: expected one number or {batch} of them, got {len(seed)}")
-        return tuple(_integer(item, "seed", 0, MAX_SEED) for item in seed)
+        seeds = tuple(_integer(item, "seed", 0, MAX_SEED) for item in seed)
+        if joint and len(set(seeds)) > 1:
+            raise RequestError("seed: expected one for all images with batch_noise 'comfyui', got several")
+        return seeds
     first = _integer(seed, "seed", 0, MAX_SEED)
+    if joint:
+        return (first,) * batch
     return tuple((first + i) % (MAX_SEED + 1) for i in range(batch))
 
 

@@ -20,6 +20,7 @@ from .tables import Row, Table
 ALIASES = {"steps": "num_inference_steps"}
 
 TEXT, WHOLE, NUMBER, NUMBERS, FILE = "text", "a whole number", "a number", "numbers", "a path"
+FLAG = "true or false"
 
 
 class Template:
@@ -96,7 +97,7 @@ class RowReader:
             fields[name] = _dataclass_of(name)(**inner_fields)
         if self._template is not None:
             fields["prompt"] = self._template.fill(row.values)
-        if not str(fields.get("prompt", "")).strip():
+        if not str(fields.setdefault("prompt", "")).strip() and not _has_other_wishes(fields):
             raise RequestError("prompt: expected what to draw, got nothing")
         return GenerateRequest(**fields)
 
@@ -146,6 +147,11 @@ def row_seed(base: int, number: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{base}:{number}".encode()).digest()[:4])
 
 
+def _has_other_wishes(fields: Mapping[str, Any]) -> bool:
+    """Whether a request without text may be meant so: it has an image, or guidance, and is checked later."""
+    return bool(fields.get("guidance_scale")) or any(fields.get(name) is not None for name in PICTURES)
+
+
 def column_kinds() -> dict[str, str]:
     """What each request field that a table can hold is, by column; a part of a field of parts is `field.part`."""
     kinds: dict[str, str] = {}
@@ -169,7 +175,7 @@ def _members(hint: Any) -> tuple[Any, ...]:
 
 def _kind(hint: Any) -> str | None:
     members = _members(hint)
-    for member, kind in ((str, TEXT), (int, WHOLE), (float, NUMBER), (Sequence[float], NUMBERS)):
+    for member, kind in ((str, TEXT), (bool, FLAG), (int, WHOLE), (float, NUMBER), (Sequence[float], NUMBERS)):
         if member in members:
             return kind
     return None
@@ -192,7 +198,7 @@ def _column(column: str, kind: str, value: Any, folder: Path) -> Any:
     """`_convert`, with the column's name in its error, a RequestError."""
     try:
         return _convert(kind, value, folder)
-    except (ValueError, TypeError, OverflowError):
+    except (ValueError, TypeError, OverflowError, KeyError):
         raise RequestError(f"{column}: expected {kind}, got {value!r}") from None
 
 
@@ -202,6 +208,9 @@ def _convert(kind: str, value: Any, folder: Path) -> Any:
         if not isinstance(value, str):
             raise TypeError
         return value if kind == TEXT else folder / value.strip()
+    if kind == FLAG:
+        flags = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        return value if isinstance(value, bool) else flags[str(value).strip().lower()]
     if kind == NUMBERS:
         items = value.replace(",", " ").replace(";", " ").split() if isinstance(value, str) else list(value)
         return tuple(_convert(NUMBER, item, folder) for item in items)

@@ -19,6 +19,7 @@
 #include "zimage_rt/rng.h"
 #include "zimage_rt/sampler.h"
 #include "zimage_rt/schedule.h"
+#include "zimage_rt/step_noise.h"
 
 namespace py = pybind11;
 namespace zrt = zimage_rt;
@@ -70,17 +71,51 @@ FloatArray randn(std::uint64_t seed, std::vector<py::ssize_t> shape) {
   return out;
 }
 
-// steps: float32 [evaluations, 8], rows of SamplerStep; mask, image and noise all or none of them.
+// seeds.size() stretches of `shape` for each of `count` draws.
+template <typename Draw>
+FloatArray draw_noise(const std::vector<std::uint64_t>& seeds, std::size_t count,
+                      std::vector<py::ssize_t> shape, Draw&& draw) {
+  if (seeds.empty()) throw std::invalid_argument("seeds: expected one or more");
+  std::size_t size = 1;
+  for (const py::ssize_t axis : shape) size *= static_cast<std::size_t>(axis);
+  shape.insert(shape.begin(),
+               {static_cast<py::ssize_t>(count), static_cast<py::ssize_t>(seeds.size())});
+  FloatArray out(shape);
+  float* const data = out.mutable_data();
+  const py::gil_scoped_release release;
+  draw(size, data);
+  return out;
+}
+
+FloatArray stream_noise(const std::vector<std::uint64_t>& seeds, std::size_t draws,
+                        const std::vector<py::ssize_t>& shape) {
+  return draw_noise(seeds, draws, shape, [&](std::size_t size, float* out) {
+    zrt::stream_noise(seeds, draws, size, out);
+  });
+}
+
+FloatArray brownian_noise(const std::vector<std::uint64_t>& seeds, double low, double high,
+                          const std::vector<std::pair<double, double>>& intervals,
+                          const std::vector<py::ssize_t>& shape) {
+  if (!(low < high)) throw std::invalid_argument("low and high: expected a range");
+  return draw_noise(seeds, intervals.size(), shape, [&](std::size_t size, float* out) {
+    zrt::brownian_noise(seeds, {low, high}, intervals, size, out);
+  });
+}
+
+// steps: float32 [evaluations, 12], rows of SamplerStep; mask, image and noise all or none of them.
 bool sample(py::function predict, const FloatArray& steps, FloatArray latents,
             const FloatArray& guidance_scales, float cfg_normalization,
             const std::optional<FloatArray>& mask, const std::optional<FloatArray>& image,
-            const std::optional<FloatArray>& noise, const py::object& callback) {
+            const std::optional<FloatArray>& noise, const std::optional<FloatArray>& step_noise,
+            const py::object& callback) {
   if (latents.ndim() != 4 || latents.shape(0) < 1)
     throw std::invalid_argument("latents: expected [batch, channels, height, width]");
   const std::vector<py::ssize_t> shape = shape_of(latents);
   const std::vector<zrt::SamplerStep> table = sampler_steps(steps);
   const zrt::Guidance guidance =
       zrt::guidance_of(guidance_scales, cfg_normalization, table.size(), shape[0]);
+  const float* const drawn = zrt::step_noise_of(step_noise, table, latents.size());
   std::optional<zrt::Inpaint> inpaint;
   if (mask) {
     const std::vector<py::ssize_t> wanted = {shape[0], 1, shape[2], shape[3]};
@@ -106,7 +141,7 @@ bool sample(py::function predict, const FloatArray& steps, FloatArray latents,
   }
   PythonDenoiser denoiser(std::move(predict), shape);
   py::gil_scoped_release release;
-  return zrt::sample(denoiser, table, guidance, data, batch, sample_size,
+  return zrt::sample(denoiser, table, guidance, data, batch, sample_size, drawn,
                      inpaint ? &*inpaint : nullptr, step_callback);
 }
 
@@ -148,6 +183,9 @@ PYBIND11_MODULE(_core, m) {
   // Why _cuda was not built beside this module; empty where it was.
   m.attr("cuda_skipped") = ZIMAGE_RT_CUDA_SKIPPED;
   m.def("randn", &randn, py::arg("seed"), py::arg("shape"));
+  m.def("stream_noise", &stream_noise, py::arg("seeds"), py::arg("draws"), py::arg("shape"));
+  m.def("brownian_noise", &brownian_noise, py::arg("seeds"), py::arg("low"), py::arg("high"),
+        py::arg("intervals"), py::arg("shape"));
   m.def("flow_match_sigmas", &zrt::flow_match_sigmas, py::arg("num_inference_steps"),
         py::arg("shift"));
   m.def("apply_guidance", &guide, py::arg("positive"), py::arg("negative"), py::arg("scale"),
@@ -156,5 +194,5 @@ PYBIND11_MODULE(_core, m) {
   m.def("sample", &sample, py::arg("predict"), py::arg("steps"), py::arg("latents").noconvert(),
         py::arg("guidance_scales"), py::arg("cfg_normalization"), py::kw_only(),
         py::arg("mask") = py::none(), py::arg("image") = py::none(), py::arg("noise") = py::none(),
-        py::arg("callback") = py::none());
+        py::arg("step_noise") = py::none(), py::arg("callback") = py::none());
 }

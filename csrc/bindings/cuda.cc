@@ -359,6 +359,7 @@ py::object sample_job(Pipeline& self, py::array_t<float> latents,
                       const FloatArray& guidance_scales, float cfg_normalization,
                       const std::optional<FloatArray>& mask, const std::optional<FloatArray>& image,
                       const std::optional<FloatArray>& noise,
+                      const std::optional<FloatArray>& step_noise,
                       const std::optional<FloatArray>& control_latents, float control_scale,
                       bool decoded, const py::object& callback) {
   expect_dims(latents, 4, "latents");
@@ -383,6 +384,7 @@ py::object sample_job(Pipeline& self, py::array_t<float> latents,
   add(contexts, job.contexts, job.context_rows);
   add(negatives, job.negatives, job.negative_rows);
   job.steps = sampler_steps(steps);
+  job.step_noise = step_noise_of(step_noise, job.steps, latents.size());
   if (mask) {
     if (!image || !noise || mask->size() * latents.shape(1) != latents.size() ||
         image->size() != latents.size() || noise->size() != latents.size())
@@ -524,8 +526,8 @@ PYBIND11_MODULE(_cuda, m) {
       .def("sample", &sample_job, py::kw_only(), py::arg("latents").noconvert(),
            py::arg("contexts"), py::arg("negatives"), py::arg("steps"), py::arg("guidance_scales"),
            py::arg("cfg_normalization"), py::arg("mask"), py::arg("image"), py::arg("noise"),
-           py::arg("control_latents"), py::arg("control_scale"), py::arg("decode"),
-           py::arg("callback"))
+           py::arg("step_noise"), py::arg("control_latents"), py::arg("control_scale"),
+           py::arg("decode"), py::arg("callback"))
       .def("time_evaluation", &Pipeline::time_evaluation, py::arg("latent_height"),
            py::arg("latent_width"), py::arg("context_rows"), py::arg("repeats"),
            py::call_guard<py::gil_scoped_release>())

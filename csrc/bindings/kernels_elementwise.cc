@@ -153,12 +153,15 @@ py::array run_unpatchify(const py::array& patches, int channels, int height, int
   return out.download();
 }
 
-// Returns the latents and what was kept. `inpaint` holds mask, image and noise, or nothing.
+// Returns the latents and what was kept, [3, samples, ...]. `inpaint` holds mask, image and noise,
+// or nothing.
 py::tuple run_sampler_update(const py::array& patches, const py::array& latents,
                              const py::array& kept, int patch, const py::array& steps, int step,
                              bool guided, float scale, float normalization,
-                             const std::vector<py::array>& inpaint) {
-  const DeviceArray pred(patches), x(latents), history(kept), table(steps);
+                             const py::array& step_noise, const std::vector<py::array>& inpaint) {
+  if (kept.size() != SamplerStep::kHistory * latents.size() || step_noise.size() != latents.size())
+    throw std::invalid_argument("kept, step_noise: their sizes do not belong to the latents");
+  const DeviceArray pred(patches), x(latents), history(kept), table(steps), drawn(step_noise);
   py::array_t<float> every({steps.shape(0), latents.shape(0)}), limit(1);
   std::fill_n(every.mutable_data(), every.size(), scale);
   limit.mutable_at(0) = normalization;
@@ -171,7 +174,7 @@ py::tuple run_sampler_update(const py::array& patches, const py::array& latents,
   sampler_update({pred.data<float>(), grid_of(latents, patch), x.data<float>(),
                   history.data<float>(), rows_of(x), guided, normalization > 0.0f,
                   table.data<SamplerStep>(), step, scales.data<float>(), limits.data<float>(),
-                  factors.data<float>(), part(0), part(1), part(2)},
+                  factors.data<float>(), drawn.data<float>(), part(0), part(1), part(2)},
                  nullptr);
   return py::make_tuple(x.download(), history.download());
 }

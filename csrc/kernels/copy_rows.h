@@ -9,7 +9,7 @@ namespace zimage_rt {
 // Several copies of fp32 numbers in one launch: what a step of the sampler loop reads, out of the
 // tables of all steps. `from` may start at any number, `to` is 16-byte aligned.
 struct CopyRows {
-  static constexpr int kMost = 5;
+  static constexpr int kMost = 6;
   struct Part {
     const float* from;
     float* to;

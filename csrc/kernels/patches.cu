@@ -67,9 +67,14 @@ __global__ void sampler_update_kernel(SamplerUpdate args) {
   const std::size_t i = base + inside;
   const float before = args.latents[i];
   float after = combine(step.x, before, step.pred, pred);
-  if (step.history != 0.0f) after = __fadd_rn(after, __fmul_rn(step.history, args.kept[i]));
+  const std::size_t slot = static_cast<std::size_t>(args.samples) * values;
+  for (int k = 0; k < SamplerStep::kHistory; ++k)
+    if (step.history[k] != 0.0f)
+      after = __fadd_rn(after, __fmul_rn(step.history[k], args.kept[k * slot + i]));
+  if (step.noise != 0.0f) after = __fadd_rn(after, __fmul_rn(step.noise, args.step_noise[i]));
   if (step.keep_x != 0.0f || step.keep_pred != 0.0f)
-    args.kept[i] = combine(step.keep_x, before, step.keep_pred, pred);
+    args.kept[static_cast<std::size_t>(step.slot) * slot + i] =
+        combine(step.keep_x, before, step.keep_pred, pred);
   if (args.mask != nullptr && step.ends != 0.0f) {
     const int area = args.grid.height * args.grid.width;
     const float mask = args.mask[static_cast<std::size_t>(blockIdx.y) * area + inside % area];

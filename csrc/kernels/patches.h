@@ -40,7 +40,7 @@ struct SamplerUpdate {
   const float* patches;
   PatchGrid grid;
   float* latents;
-  float* kept;  // like latents; null where no row keeps anything
+  float* kept;  // SamplerStep::kHistory arrays like the latents
   int samples;  // of the latents; the patches have twice as many where guided
   bool guided;
   bool normalized;
@@ -48,7 +48,8 @@ struct SamplerUpdate {
   int step;
   const float* scales;  // of guidance, [steps, samples]
   const float* normalization;
-  float* factors;  // [samples], scratch for normalization
+  float* factors;           // [samples], scratch for normalization
+  const float* step_noise;  // like latents; read where the row takes noise
   // Of an inpainting; mask [samples, 1, height, width] may be null.
   const float* mask;
   const float* image;

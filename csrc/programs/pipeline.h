@@ -73,6 +73,7 @@ struct SampleJob {
   const float* mask = nullptr;  // of an inpainting (zimage_rt/sampler.h), else null
   const float* image = nullptr;
   const float* noise = nullptr;
+  const float* step_noise = nullptr;  // [count_draws(steps), *latents]; null where that is 0
   Control control;        // without latents: the transformer alone
   float* latents;         // [batch, channels, latent_height, latent_width], in and out
   std::uint8_t* pixels;   // [batch, height, width, 3] out; null: not decoded

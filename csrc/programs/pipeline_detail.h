@@ -26,7 +26,8 @@ namespace zimage_rt {
 // Where one request's tensors lie in loop_memory_: what captured kernels read and write.
 struct Pipeline::SampleBuffers {
   float* latents;
-  float* kept;
+  float* kept;        // SamplerStep::kHistory times the latents
+  float* step_noise;  // like the latents: what the step that runs adds
   SamplerStep* step;  // the one that runs
   float* scales;      // its guidance, [batch]
   float* normalization;
@@ -44,7 +45,8 @@ struct Pipeline::SampleBuffers {
 // What no captured kernel uses, in table_memory_: it grows with the number of steps.
 struct Pipeline::StepTables {
   SamplerStep* steps;
-  float* scales;  // of guidance, [steps, batch]
+  float* scales;      // of guidance, [steps, batch]
+  float* step_noise;  // [draws, *latents], for the steps that take noise
   Transformer::StepTable transformer;
   float* control_vectors;  // [steps, blocks, 4, dim]; null without a control image
   float* seen[2];          // latents after a step, for its callback; steps alternate

@@ -55,7 +55,8 @@ Pipeline::SampleBuffers Pipeline::plan(const SampleShape& shape, const SampleJob
   const std::size_t latents = batch * grid.values();
   SampleBuffers at{};
   at.latents = memory.take<float>(latents);
-  at.kept = memory.take<float>(latents);
+  at.kept = memory.take<float>(SamplerStep::kHistory * latents);
+  at.step_noise = memory.take<float>(latents);
   at.step = memory.take<SamplerStep>(1);
   at.scales = memory.take<float>(batch);
   at.normalization = memory.take<float>(1);
@@ -84,12 +85,13 @@ Pipeline::StepTables Pipeline::plan_tables(const SampleShape& shape, const Sampl
   StepTables tables{};
   tables.steps = memory.take<SamplerStep>(steps);
   tables.scales = memory.take<float>(job.guidance.scales.size());
+  const std::size_t latents =
+      static_cast<std::size_t>(shape.latent_samples) * transformer_->grid(shape).values();
+  tables.step_noise = memory.take<float>(count_draws(job.steps) * latents);
   tables.transformer = transformer_->plan_steps(static_cast<int>(steps), memory);
   if (job.control.latents != nullptr)
     tables.control_vectors = memory.take<float>(steps * controlnet_->step_vectors());
-  for (float*& seen : tables.seen)
-    seen = memory.take<float>(static_cast<std::size_t>(shape.latent_samples) *
-                              transformer_->grid(shape).values());
+  for (float*& seen : tables.seen) seen = memory.take<float>(latents);
   return tables;
 }
 
@@ -100,6 +102,9 @@ void Pipeline::load_inputs(const SampleShape& shape, const SampleJob& job, const
   const auto batch = static_cast<std::size_t>(shape.latent_samples);
   upload_to(at.latents, job.latents, batch * grid.values(), stream);
   upload_to(tables.steps, job.steps.data(), job.steps.size(), stream);
+  if (job.step_noise != nullptr)
+    upload_to(tables.step_noise, job.step_noise, count_draws(job.steps) * batch * grid.values(),
+              stream);
   if (job.mask != nullptr) {
     upload_to(at.mask, job.mask, batch * grid.height * grid.width, stream);
     upload_to(at.image, job.image, batch * grid.values(), stream);
@@ -153,6 +158,11 @@ void Pipeline::select_step(const SampleShape& shape, const SampleJob& job, std::
       static_cast<std::size_t>(transformer_->dim()));
   if (job.control.latents != nullptr)
     add(tables.control_vectors, at.control.vectors, controlnet_->step_vectors());
+  if (job.steps[row].noise != 0.0f) {
+    const std::size_t latents =
+        static_cast<std::size_t>(shape.latent_samples) * transformer_->grid(shape).values();
+    rows.add(tables.step_noise + count_draws(job.steps, row) * latents, at.step_noise, latents);
+  }
   copy_rows(rows, stream_.get());
 }
 
@@ -179,6 +189,7 @@ void Pipeline::evaluate_step(const SampleShape& shape, const SampleJob& job, boo
   update.scales = at.scales;
   update.normalization = at.normalization;
   update.factors = at.factors;
+  update.step_noise = at.step_noise;
   update.mask = at.mask;
   update.image = at.image;
   update.noise = at.noise;

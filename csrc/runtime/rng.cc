@@ -47,21 +47,23 @@ void randn_few(std::mt19937& engine, float* out, std::size_t count) {
 
 }  // namespace
 
-void randn(std::uint64_t seed, float* out, std::size_t count) {
-  // torch keeps 64 bits of seed but gives the twister the low 32.
-  std::mt19937 engine(static_cast<std::uint32_t>(seed));
+void NormalStream::draw(float* out, std::size_t count) {
   if (count < 16) {
-    randn_few(engine, out, count);
+    randn_few(engine_, out, count);
     return;
   }
-  for (std::size_t i = 0; i < count; ++i) out[i] = uniform_float(engine);
+  for (std::size_t i = 0; i < count; ++i) out[i] = uniform_float(engine_);
   for (std::size_t i = 0; i + 16 <= count; i += 16) box_muller_16(out + i);
   if (count % 16 != 0) {
     // The last sixteen are drawn anew, over the tail of the last whole block.
     float* tail = out + count - 16;
-    for (int i = 0; i < 16; ++i) tail[i] = uniform_float(engine);
+    for (int i = 0; i < 16; ++i) tail[i] = uniform_float(engine_);
     box_muller_16(tail);
   }
+}
+
+void randn(std::uint64_t seed, float* out, std::size_t count) {
+  NormalStream(seed).draw(out, count);
 }
 
 }  // namespace zimage_rt

@@ -93,10 +93,11 @@ class SampleJob:
         latents: float32 `[batch, channels, latent_height, latent_width]`, the caller's; changed in place.
         contexts: `[1, context_tokens, dim]` each.
         negatives: the same, read where the guidance is on.
-        steps: float32 `[evaluations, 8]`, a table of `samplers.py`.
+        steps: float32 `[evaluations, 12]`, a table of `samplers.py`.
         guidance_scales: float32 `[evaluations, batch]`, from `guidance.py`; 0 is none.
         cfg_normalization: > 0 limits a guided prediction's norm to that multiple of the positive one's.
         inpaint: what is kept of a picture, or None.
+        step_noise: float32 `[draws, *latents.shape]`, from `samplers.py`, for the rows that take some; None without.
         control: what a ControlNet follows, or None; guided predictions follow it on both sides.
         on_step: called after each step of the schedule. A backend may have begun the next step by then, which a False
             does not take back.
@@ -109,6 +110,7 @@ class SampleJob:
     guidance_scales: np.ndarray
     cfg_normalization: float = 0.0
     inpaint: Inpaint | None = None
+    step_noise: np.ndarray | None = None
     control: Control | None = None
     on_step: OnStep | None = None
 

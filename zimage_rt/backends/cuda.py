@@ -210,6 +210,7 @@ class CudaPipeline:
                 mask=None if job.inpaint is None else job.inpaint.mask,
                 image=None if job.inpaint is None else job.inpaint.image,
                 noise=None if job.inpaint is None else job.inpaint.noise,
+                step_noise=job.step_noise,
                 control_latents=None if job.control is None else job.control.latents,
                 control_scale=0.0 if job.control is None else job.control.scale,
                 decode=decode,

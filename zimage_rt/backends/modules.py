@@ -97,6 +97,7 @@ class ModulePipeline:
             job.latents,
             job.guidance_scales,
             job.cfg_normalization,
+            step_noise=job.step_noise,
             callback=None if job.on_step is None else _with_latents_here(job.on_step),
             **kept,
         )

@@ -11,14 +11,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..batch import Batch, BatchOptions
 from ..engine import Engine
+from ..samplers import DEFAULT_SAMPLER
+from ..schedule import DEFAULT_SCHEDULE
 from ..tables import read_table
 from .common import (
     Backend,
     BackendOptions,
+    BatchNoise,
+    FitSize,
     Height,
     Loras,
     Sampler,
     Schedule,
+    Shift,
+    TruncatePrompt,
     Width,
     backend_options,
     fail,
@@ -43,8 +49,12 @@ def batch(
     guidance_scale: Annotated[float | None, typer.Option(help="0 means none.")] = None,
     num_images: Annotated[int, typer.Option(help="Pictures for each row.")] = 1,
     vae: Annotated[str | None, typer.Option(help="tiny or full.")] = None,
-    sampler: Sampler = "euler",
-    schedule: Schedule = "simple",
+    sampler: Sampler = DEFAULT_SAMPLER,
+    schedule: Schedule = DEFAULT_SCHEDULE,
+    shift: Shift = None,
+    batch_noise: BatchNoise = "separate",
+    fit_size: FitSize = "exact",
+    truncate_prompt: TruncatePrompt = False,
     sidecar: Annotated[bool, typer.Option(help="Write each picture's record beside it, as JSON.")] = True,
     encoding: Annotated[str | None, typer.Option(help="Of the table; found out if it is not given.")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Draw everything anew; removes what was drawn.")] = False,

@@ -16,6 +16,8 @@ from ..engine import Engine
 from ..errors import RequestError
 from ..request import GenerateRequest
 from ..rows import read_numbers, read_parts
+from ..samplers import SAMPLERS
+from ..schedule import SCHEDULES
 
 stderr = Console(stderr=True)
 
@@ -26,8 +28,22 @@ FIELD_OF_OPTION = {"steps": "num_inference_steps"}
 # Options of every command that draws.
 Height = Annotated[int | None, typer.Option(help="Pixels.")]
 Width = Annotated[int | None, typer.Option(help="Pixels.")]
-Sampler = Annotated[str, typer.Option(help="euler, heun or dpmpp_2m.")]
-Schedule = Annotated[str, typer.Option(help="simple, normal, karras, exponential or beta.")]
+Sampler = Annotated[
+    str, typer.Option(help=f"Plain names are ComfyUI's; docs/samplers.md says more: {', '.join(SAMPLERS)}.")
+]
+Schedule = Annotated[
+    str, typer.Option(help=f"Plain names are ComfyUI's; docs/samplers.md says more: {', '.join(SCHEDULES)}.")
+]
+Shift = Annotated[float | None, typer.Option(help="Of the schedule, more than 0; the bundle's if it is not given.")]
+BatchNoise = Annotated[
+    str, typer.Option(help="separate: each image has its own seed's; comfyui: one stream of the first seed's for all.")
+]
+FitSize = Annotated[
+    str, typer.Option(help="exact refuses a size that is no multiple of the bundle's step, nearest takes the nearest.")
+]
+TruncatePrompt = Annotated[
+    bool, typer.Option("--truncate-prompt", help="Cut prompts that are too long, as diffusers does.")
+]
 # Parsed as they are read: what follows takes options for the request's fields.
 Sigmas = Annotated[
     Any,
@@ -40,7 +56,8 @@ AgainOver = Annotated[
     typer.Option(
         parser=partial(read_parts, "second_pass"),
         metavar="scale=2,strength=0.4,…",
-        help="Draw again over the result: scale (1 refines), strength (as --strength), method (pixel, latent), "
+        help="Draw again over the result: scale (1 refines), strength or denoise (as --strength and --denoise), "
+        "method (pixel, latent), "
         "num_inference_steps.",
     ),
 ]

@@ -12,6 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..engine import Engine
 from ..errors import RequestError
 from ..explain import explain as draw_explanation
+from ..samplers import DEFAULT_SAMPLER
+from ..schedule import DEFAULT_SCHEDULE
 from .common import (
     Backend,
     BackendOptions,
@@ -19,6 +21,7 @@ from .common import (
     Loras,
     Sampler,
     Schedule,
+    Shift,
     Width,
     backend_options,
     given_fields,
@@ -43,8 +46,9 @@ def explain(
     seed: Annotated[int, typer.Option(help="Of every picture.")] = 0,
     height: Height = None,
     width: Width = None,
-    sampler: Sampler = "euler",
-    schedule: Schedule = "simple",
+    sampler: Sampler = DEFAULT_SAMPLER,
+    schedule: Schedule = DEFAULT_SCHEDULE,
+    shift: Shift = None,
     cell: Annotated[int, typer.Option(help="How large a picture is on the sheet, in pixels.")] = 160,
     font: Annotated[Path | None, typer.Option(help="A TrueType file for the labels, e.g. for Chinese.")] = None,
     times: Annotated[bool, typer.Option(help="Write under each picture what it took.")] = True,

@@ -48,8 +48,10 @@ def requests_of(
 def request_like(record: PictureRecord, picture: Path, overrides: dict[str, Any]) -> GenerateRequest:
     """The recorded request with fields of the command line in place of its own. Raises MetadataError."""
     overrides = dict(overrides)
-    if overrides.keys() & {"num_inference_steps", "schedule"}:
+    if overrides.keys() & {"num_inference_steps", "schedule", "denoise"}:
         overrides.setdefault("sigmas", None)  # what is asked for now would contradict them
+    if "strength" in overrides:
+        overrides.setdefault("denoise", None)  # which would go before it
     if "image" in overrides:
         overrides |= {name: None for name in ("latents", "image_latents") if name in record.request}
     return record.to_request(picture.parent, **overrides)

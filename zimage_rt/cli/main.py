@@ -20,17 +20,23 @@ from ..errors import RequestWarning, ZImageError
 from ..manifest import Manifest, check_file, read_manifest
 from ..metadata import read_record
 from ..request import StepInfo
+from ..samplers import DEFAULT_SAMPLER
+from ..schedule import DEFAULT_SCHEDULE
 from . import doctor as doctor_report
 from .batch import batch
 from .common import (
     AgainOver,
     Backend,
     BackendOptions,
+    BatchNoise,
+    FitSize,
     Height,
     Loras,
     Sampler,
     Schedule,
+    Shift,
     Sigmas,
+    TruncatePrompt,
     Width,
     backend_options,
     fail,
@@ -83,19 +89,26 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Of the first picture; the others count up.")] = None,
     num_images: Annotated[int, typer.Option(help="Pictures for each prompt.")] = 1,
     vae: Annotated[str | None, typer.Option(help="tiny or full.")] = None,
-    sampler: Sampler = "euler",
-    schedule: Schedule = "simple",
+    sampler: Sampler = DEFAULT_SAMPLER,
+    schedule: Schedule = DEFAULT_SCHEDULE,
+    shift: Shift = None,
     sigmas: Sigmas = None,
     image: Annotated[Path | None, typer.Option(help="A picture to begin from.")] = None,
     strength: Annotated[
         float, typer.Option(help="How far to go from it: 1, or more than 1 - 1/steps, ignores it.")
     ] = 0.6,
+    denoise: Annotated[
+        float | None, typer.Option(help="ComfyUI's measure in place of strength, to 1: all steps are evaluated.")
+    ] = None,
     mask: Annotated[Path | None, typer.Option(help="Where to draw anew: white; black is kept.")] = None,
     mask_feather: Annotated[float, typer.Option(help="How soft the mask's edge is, in pixels.")] = 0.0,
     fit: Annotated[str, typer.Option(help="How the picture is fitted: crop, pad or stretch.")] = "crop",
     control_image: Annotated[Path | None, typer.Option(help="What the bundle's ControlNet is to follow.")] = None,
     control_scale: Annotated[float, typer.Option(help="How closely: 0 draws as without it.")] = 0.75,
     second_pass: AgainOver = None,
+    batch_noise: BatchNoise = "separate",
+    fit_size: FitSize = "exact",
+    truncate_prompt: TruncatePrompt = False,
     vae_tile: Annotated[int | None, typer.Option(help="Decode in tiles of so many pixels.")] = None,
     lora: Loras = None,
     backend: Backend = "onnxruntime",

@@ -20,19 +20,25 @@ class Denoiser {
   virtual void predict(const float* latents, float timestep, bool guided, float* noise_pred) = 0;
 };
 
-// One function evaluation at `sigma` and the linear update behind it:
-//   latents = x * latents + pred * noise_pred + history * kept
-//   kept = keep_x * latents + keep_pred * noise_pred       (of the latents before the update)
+// One function evaluation at `sigma` and the linear update behind it, over kHistory kept arrays and
+// the next noise:
+//   latents = x * latents + pred * noise_pred + sum_k history[k] * kept[k] + noise * drawn
+//   kept[slot] = keep_x * latents + keep_pred * noise_pred      (of the latents before the update)
 // Every sampler of zimage_rt/samplers.py is a table of these, so that there is one loop. Euler is
-// x = 1, pred = sigma_next - sigma, and nothing kept.
+// x = 1, pred = sigma_next - sigma, and nothing kept. Rows with noise take the drawn arrays in
+// their order.
 struct SamplerStep {
+  static constexpr int kHistory = 3;
+
   float sigma;
   float sigma_next;  // where the latents are afterwards
   float x;
   float pred;
-  float history;
+  float history[kHistory];
+  float noise;
   float keep_x;
   float keep_pred;
+  float slot;  // which of the kept arrays is written: a small whole number
   float ends;  // 1 where a step of the schedule is complete, 0 inside one (Heun's first half)
 
   bool keeps() const { return keep_x != 0.0f || keep_pred != 0.0f; }
@@ -63,11 +69,18 @@ using StepCallback = std::function<bool(const Step&)>;
 // How many steps of the schedule a table has.
 int count_steps(const std::vector<SamplerStep>& steps);
 
+// How many rows of a table take noise: of the first `rows`, or of all.
+std::size_t count_draws(const std::vector<SamplerStep>& steps, std::size_t rows);
+inline std::size_t count_draws(const std::vector<SamplerStep>& steps) {
+  return count_draws(steps, steps.size());
+}
+
 // Runs the table on `latents` [batch, sample_size], in place, fp32, with a guidance scale for each
-// row and sample. `inpaint` may be null. Returns
-// false if the callback stopped it; `latents` are then those after the last whole step.
+// row and sample. `step_noise` is [count_draws(steps), batch, sample_size], null where that is 0;
+// `inpaint` may be null. Returns false if the callback stopped it; `latents` are then those after
+// the last whole step.
 bool sample(Denoiser& denoiser, const std::vector<SamplerStep>& steps, const Guidance& guidance,
-            float* latents, std::size_t batch, std::size_t sample_size, const Inpaint* inpaint,
-            const StepCallback& callback);
+            float* latents, std::size_t batch, std::size_t sample_size, const float* step_noise,
+            const Inpaint* inpaint, const StepCallback& callback);
 
 }  // namespace zimage_rt
