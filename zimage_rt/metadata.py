@@ -23,6 +23,7 @@ import numpy as np
 from .errors import MetadataError, RequestError
 from .files import write_whole
 from .image import read_image
+from .lora_file import weights_file
 from .manifest import Manifest, hash_file
 from .request import GenerateRequest, ResolvedRequest
 
@@ -160,8 +161,8 @@ def _lora_sha256(path: Path) -> str:
 
 
 def _lora_file(path: Path) -> Path:
-    """The weights of a LoRA that is a file, or PEFT's folder."""
-    return path / "adapter_model.safetensors" if path.is_dir() else path
+    """The weights of a LoRA that is a file, or a folder."""
+    return weights_file(path)
 
 
 @functools.lru_cache(maxsize=64)

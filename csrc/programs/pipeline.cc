@@ -96,15 +96,15 @@ void Pipeline::load_vae_encoder(std::unique_ptr<Weights> weights, const TinyVaeC
   latent_channels_ = config.latent_channels;
 }
 
-void Pipeline::change(const std::string& module, const std::vector<LowRank>& changes) {
+void Pipeline::change(const std::string& module, const std::vector<LowRank>& changes, bool add) {
   ZRT_TURN;
   const auto found = changeable_.find(module);
   if (found == changeable_.end())
     throw std::invalid_argument("module: expected a loaded one with matrices, got " + module);
   stream_.synchronize();
   if (found->second->streams())
-    check_limit(found->second->bytes_with(changes), kTextEncoderWeights);
-  found->second->change(changes, stream_.get());
+    check_limit(found->second->bytes_with(changes, add), kTextEncoderWeights);
+  found->second->change(changes, stream_.get(), add);
 }
 
 // At least `bytes` of a buffer that grows: what it held, and graphs that point into it, are lost.

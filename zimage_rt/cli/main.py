@@ -26,6 +26,7 @@ from .common import (
     Backend,
     BackendOptions,
     Height,
+    LoraPartial,
     Loras,
     Sampler,
     Schedule,
@@ -35,6 +36,7 @@ from .common import (
     fail,
     given_fields,
     is_given,
+    load_lora,
     load_loras,
     picture_line,
     stderr,
@@ -87,6 +89,7 @@ def generate(
     second_pass: AgainOver = None,
     vae_tile: Annotated[int | None, typer.Option(help="Decode in tiles of so many pixels.")] = None,
     lora: Loras = None,
+    lora_partial: LoraPartial = False,
     backend: Backend = "onnxruntime",
     backend_option: BackendOptions = None,
     sidecar: Annotated[bool, typer.Option(help="Write each picture's record beside it, as JSON.")] = True,
@@ -105,8 +108,8 @@ def generate(
         warn_of_differences(record, engine)
         if lora is None:
             for name, weight, path in record.find_loras(None if like is None else like.parent):
-                engine.load_lora(path, weight, name)
-    load_loras(engine, lora or [])
+                load_lora(engine, path, weight, name, lora_partial)
+    load_loras(engine, lora or [], lora_partial)
     for number, request in enumerate(requests):
         with Progress(
             TextColumn("{task.description}"),
