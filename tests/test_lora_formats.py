@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import CHECKPOINT
+from diffusers import ZImageTransformer2DModel
 from lora_files import peft, random_lora, write
 from lora_layouts import ADALN, READ, TO_K, TO_OUT, TO_Q, W2, Base, Example, Maker, changes_of, product
+from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -102,13 +106,14 @@ def test_a_picture_is_that_of_a_plain_lora_of_the_same_change(engine, base, tmp_
     for name, delta in example.vectors.items():
         plain[f"{name.rpartition('.')[0]}.{'diff' if name.endswith('weight') else 'diff_b'}"] = delta.float()
     before = sketch(engine)
-    engine.load_lora(save(tmp_path / "layout.safetensors", example))
+    # A few layers, changed a little: more than their file says is seen better.
+    engine.load_lora(save(tmp_path / "layout.safetensors", example), weight=6.0)
     picture = sketch(engine)
     engine.unload_lora("layout")
     assert sketch(engine).tobytes() == before.tobytes()
-    engine.load_lora(write(tmp_path / "plain.safetensors", plain))
-    assert psnr(picture, sketch(engine)) >= 50
-    assert psnr(picture, before) < 40
+    engine.load_lora(write(tmp_path / "plain.safetensors", plain), weight=6.0)
+    assert psnr(picture, sketch(engine)) >= 55
+    assert psnr(picture, before) < 45
 
 
 @pytest.mark.parametrize("layout", ["layers that never run", "metadata lora_alpha", "metadata ss_network_alpha"])
@@ -211,8 +216,6 @@ def pattern_scale(
 )
 @pytest.mark.parametrize("prefix", ["transformer.", "transformer.base_model.model."])
 def test_a_pattern_means_what_peft_means(base, tmp_path, pattern, matches, prefix):
-    from peft.utils.other import get_pattern_key
-
     assert (get_pattern_key([pattern], TO_K) == pattern) == matches
     settings = {"transformer.r": 4, "transformer.lora_alpha": 4, "transformer.alpha_pattern": {pattern: 12}}
     scales = pattern_scale(base, tmp_path, settings, prefix)
@@ -447,12 +450,10 @@ def test_partly_uses_what_fits_and_lists_what_does_not(engine, base, tmp_path):
 
 
 def test_the_command_takes_part_of_a_file(bundle, base, tmp_path):
-    import subprocess
-    import sys
-
     path = save(tmp_path / "half.safetensors", half_foreign(Maker(base)))
-    command = [sys.executable, "-m", "zimage_rt.cli", "generate", str(bundle), "-p", PROMPT, "--steps", "1"]
-    command += ["--height", "64", "--width", "64", "--lora", f"{path}=0.5", "-o", str(tmp_path / "out.png")]
+    command = [sys.executable, "-m", "zimage_rt.cli.main", "generate", str(bundle), "-p", PROMPT]
+    command += "--steps 1 --height 64 --width 64 --lora".split()
+    command += [f"{path}=0.5", "-o", str(tmp_path / "out.png")]
     refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode == 1
     assert "--lora-partial" in refused.stderr
@@ -465,8 +466,6 @@ def test_the_command_takes_part_of_a_file(bundle, base, tmp_path):
 
 def test_a_plain_lora_stays_a_product_of_thin_matrices(base, bundle, manifest, tmp_path):
     """What was read before takes the same way to the weights: nothing of it is made whole."""
-    from diffusers import ZImageTransformer2DModel
-
     model = ZImageTransformer2DModel.from_pretrained(CHECKPOINT / "transformer")
     path = write(tmp_path / "a.safetensors", peft(random_lora(model, seed=1)))
     placed = place(read_lora(path), manifest)

@@ -97,7 +97,12 @@ def test_a_picture_is_that_of_diffusers_with_what_it_wrote(engine, reference, tm
             "rank_pattern": {"^layers.0.attention.to_q": 6, "w2": 2},
             "alpha_pattern": {"^layers.0.attention.to_q": 12, "w2": 1, "^layers.1.attention.to_v": 9},
         },
-        "bias": {"r": 3, "lora_alpha": 6, "lora_bias": True, "target_modules": ["layers.1.adaLN_modulation.0", "layers.3.adaLN_modulation.0"]},
+        "bias": {
+            "r": 3,
+            "lora_alpha": 6,
+            "lora_bias": True,
+            "target_modules": ["layers.1.adaLN_modulation.0", "layers.3.adaLN_modulation.0"],
+        },
     }[written]
     transformer = reference.transformer
     before = ours(engine)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -136,9 +137,13 @@ def _refusal(file: LoraFile, manifest: Manifest, matcher: _Matcher, problems: Se
 
 
 def _lines(problems: Sequence[str], limit: int) -> list[str]:
+    """At most `limit` problems and how many more there are; the first of each sort come first."""
     if len(problems) <= limit + 1:
         return list(problems)
-    return [*problems[:limit], f"… and {len(problems) - limit} more"]
+    sorts = {re.sub(r"\S*\d\S*", "", problem): problem for problem in reversed(problems)}
+    first = [problem for problem in problems if problem in sorts.values()]
+    others = [problem for problem in problems if problem not in sorts.values()]
+    return [*[*first, *others][:limit], f"… and {len(problems) - limit} more"]
 
 
 def _some(keys: Sequence[str]) -> str:
