@@ -1,4 +1,4 @@
-"""LoKr, LoHa and DoRA files against LyCORIS itself: weights and pictures on zimage-nano in fp32. No GPU is needed.
+"""LoRA, LoKr, LoHa and DoRA files against LyCORIS itself: weights and pictures on zimage-nano in fp32. No GPU is needed.
 
 Outside CI, since LyCORIS is used nowhere else:
 
@@ -45,7 +45,6 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "DoRA by outputs": {"algo": "lora", "linear_dim": 4, "linear_alpha": 2.0, "dora_wd": True, "wd_on_output": True},
     "DoRA by inputs": {"algo": "lora", "linear_dim": 4, "linear_alpha": 2.0, "dora_wd": True, "wd_on_output": False},
     "DoRA of LoKr": {"algo": "lokr", "linear_dim": 10000, "linear_alpha": 1.0, "factor": 8, "dora_wd": True},
-    "whole differences": {"algo": "full"},
 }
 
 
@@ -57,8 +56,6 @@ def make_network(transformer: Any, settings: dict[str, Any]) -> Any:
     for name, parameter in network.named_parameters():
         if name.endswith("dora_scale"):
             parameter.data *= 1 + 0.1 * torch.randn(parameter.shape, generator=generator)
-        elif settings["algo"] == "full":
-            parameter.data += 0.01 * torch.randn(parameter.shape, generator=generator)
         else:
             parameter.data = 0.15 * torch.randn(parameter.shape, generator=generator)
     network.eval()
