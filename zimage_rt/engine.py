@@ -70,7 +70,7 @@ class Engine:
         self._tokenizer = PromptTokenizer(bundle, manifest)
         self.pipeline = backend.open(bundle, manifest, self._check_module)
         self._turns = Turns()  # no request sees the weights change
-        self._loras = LoraSet(manifest, self.pipeline, self._turns, self._weights_changed)
+        self._loras = LoraSet(manifest, self.pipeline, self._turns, self._weights_changed, bundle)
 
     @classmethod
     def load(
@@ -353,13 +353,14 @@ class Engine:
         """The LoRAs that change images now; images are recorded with them."""
         return self._loras.active
 
-    def load_lora(self, path: str | Path, weight: float = 1.0, name: str | None = None) -> str:
+    def load_lora(self, path: str | Path, weight: float = 1.0, name: str | None = None, *, strict: bool = True) -> str:
         """Put a LoRA on, beside those that are; requests that run now end first, later ones are drawn with it.
 
         Args:
-            path: a .safetensors file in the layout of diffusers and PEFT, kohya or ComfyUI, or PEFT's folder.
-            weight: how much of it; 1 is what it was trained for.
+            path: a .safetensors file in a layout of docs/formats.md, or a folder as PEFT or diffusers writes it.
+            weight: how much of it; 1 is what it was trained for. It scales the change, also DoRA's.
             name: for `set_loras` and `unload_lora`; the file's name without its ending where none is given.
+            strict: whether all of it must fit; without, what fits is used, and a LoraWarning lists the rest.
 
         Returns:
             The name.
@@ -367,8 +368,11 @@ class Engine:
         Raises:
             LoraError: the file does not fit this bundle; its `keys` are those that have no place. Nothing was changed.
             RequestError: the name is taken, or this backend cannot take LoRAs.
+
+        Warns:
+            LoraWarning: some layers never run, the scale is not certain, or, without `strict`, something was left out.
         """
-        return self._loras.load(Path(path), weight, name)
+        return self._loras.load(Path(path), weight, name, strict)
 
     def set_loras(self, weights: Mapping[str, float]) -> None:
         """Give loaded LoRAs new weights, all at once; those not named are off, but stay loaded.

@@ -51,3 +51,15 @@ class LoraError(ZImageError, ValueError):
     def __init__(self, message: str, keys: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.keys = tuple(keys)
+
+
+class LoraWarning(UserWarning):
+    """A LoRA is used, but not all of it, or not as its file makes certain.
+
+    Attributes:
+        keys: the file's keys that were left out, where that is why.
+    """
+
+    def __init__(self, message: str, keys: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.keys = tuple(keys)

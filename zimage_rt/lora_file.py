@@ -1,73 +1,57 @@
 """LoRA files: what tools write for Z-Image, read into one form.
 
-A LoRA changes a linear layer's weight `[out, in]` by `up @ down`, `down [rank, in]` and `up [out, rank]`. Files differ
-in how they name the two and the layer, and in where the scale stands:
+A LoRA changes a linear layer's weight `[out, in]`, mostly by `scale * up @ down`, `down [rank, in]` and
+`up [out, rank]`. Files differ in how they name the layer and what belongs to it, and in where the scale stands;
+`docs/formats.md` has every layout that is read. In short:
 
-| layout | a layer's two halves | scale |
+| layout | a layer's tensors | scale |
 | --- | --- | --- |
-| PEFT, diffusers | `….attention.to_q.lora_A.weight`, `….lora_B.weight` | metadata or adapter_config.json, else 1 |
+| PEFT, diffusers | `….to_q.lora_A.weight`, `….lora_B.weight`, `….lora_B.bias` | metadata, adapter_config.json, or 1 |
 | kohya | `lora_unet_layers_0_attention_to_q.lora_down.weight`, `….lora_up.weight` | `….alpha` / rank |
 | ComfyUI | `diffusion_model.….attention.qkv.lora_A.weight` or `lora_down` | `….alpha` / rank, else 1 |
+| LyCORIS | `….lokr_w1`, `….lokr_w2`, or `_a` and `_b` of each; `….hada_w1_a` and so on | `….alpha` / rank |
+| DoRA | `….dora_scale`, `….lora_magnitude_vector` or `….magnitude` beside any of these | as theirs |
+| differences | `….diff`, `….w_norm`, `….set_weight` of matrices and norms; `….diff_b`, `….b_norm` of biases | 1 |
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .errors import LoraError
+from .lora_kinds import file_kind, other_adapter
+from .lora_layers import Factors, Layer, LoraLayer, VectorChange, WholeLayer, loha, lokr
+from .lora_settings import Scales, read_scales
 from .tensor_file import TensorFile
+
+# The file of a folder that holds one: PEFT's, then diffusers'.
+_FOLDER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 
 # What follows a layer's name; PEFT writes an adapter's name before `.weight`.
 _ROLES = (
     ("down", re.compile(r"\.(lora_A(\.[^.]+)?\.weight|lora_down\.weight|lora\.down\.weight|lora_A)$")),
     ("up", re.compile(r"\.(lora_B(\.[^.]+)?\.weight|lora_up\.weight|lora\.up\.weight|lora_B)$")),
     ("alpha", re.compile(r"\.alpha$")),
+    ("magnitude", re.compile(r"\.(dora_scale|magnitude|lora_magnitude_vector(\.[^.]+)?(\.weight)?)$")),
+    ("up_bias", re.compile(r"\.(lora_B(\.[^.]+)?|lora_up|lora\.up)\.bias$")),
+    ("bias", re.compile(r"\.(diff_b|b_norm)$")),
+    ("diff", re.compile(r"\.(diff|w_norm)$")),
+    ("set", re.compile(r"\.set_weight$")),
+    *((f"lokr_{part}", re.compile(rf"\.lokr_{part}$")) for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")),
+    *((f"hada_{part}", re.compile(rf"\.hada_{part}$")) for part in ("w1_a", "w1_b", "w2_a", "w2_b")),
 )
 _PARTNER = {"lora_A": "lora_B", "lora_down": "lora_up", "lora.down": "lora.up"}
-
-# Other ways to change a model, by what their keys hold.
-_OTHER_KINDS = (
-    (re.compile(r"dora_scale|lora_magnitude_vector"), "DoRA"),
-    (re.compile(r"\.lokr_"), "LoKr"),
-    (re.compile(r"\.hada_"), "LoHa"),
-    (re.compile(r"\.b?oft_"), "OFT"),
-    (re.compile(r"\.lora_mid\."), "LoCon with a Tucker core"),
-    (re.compile(r"\.lora_(B|up)(\.[^.]+)?\.bias$|\.diff_b$"), "a change of biases"),
-    (re.compile(r"\.diff$"), "whole matrices' differences"),
-    (re.compile(r"\.lora_embedding_"), "a LoRA of an embedding"),
-    (re.compile(r"\.(a1|a2|b1|b2)\.weight$"), "GLoRA"),
-    (re.compile(r"\.on_input$|\.ia3_"), "(IA)³"),
-    (re.compile(r"\.vera_"), "VeRA"),
-)
-
-# diffusers' `save_lora_weights` puts PEFT's settings here, each under `transformer.`.
-_METADATA_KEY = "lora_adapter_metadata"
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class LoraLayer:
-    """One layer of a file, under the file's own name for it.
-
-    Attributes:
-        name: what stood before `.lora_A.weight`.
-        down: float32 `[rank, in]`.
-        up: float32 `[out, rank]`, the scale in it.
-        keys: the file's own, for messages.
-    """
-
-    name: str
-    down: np.ndarray
-    up: np.ndarray
-    keys: tuple[str, ...]
+# The roles that change a matrix; a layer has those of one kind.
+_KINDS = {"LoRA": ("down", "up"), "LoKr": "lokr_", "LoHa": "hada_", "a difference": ("diff",), "a weight": ("set",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,54 +63,62 @@ class LoraFile:
         layers: its layers.
         problems, bad_keys: what is wrong with it, one line each, and the keys that are meant.
         sha256: hex, of the very bytes that the layers were read from; empty if nothing was read.
+        notes: what to tell of it, though it can be used.
     """
 
     path: Path
-    layers: Sequence[LoraLayer]
+    layers: Sequence[Layer]
     problems: Sequence[str]
     bad_keys: Sequence[str]
     sha256: str = ""
+    notes: Sequence[str] = ()
+
+
+class _LayerError(ValueError):
+    """A layer cannot be read; the message names its keys."""
+
+
+def weights_file(path: Path) -> Path:
+    """The weights of a LoRA that is a file, or a folder as PEFT and diffusers write it."""
+    if not path.is_dir():
+        return path
+    return next((path / name for name in _FOLDER_FILES if (path / name).is_file()), path / _FOLDER_FILES[0])
 
 
 def read_lora(path: Path) -> LoraFile:
-    """Read a LoRA file, or PEFT's folder with adapter_model.safetensors; half a layer is among the problems.
+    """Read a LoRA file, or a folder of PEFT or diffusers; half a layer is among the problems.
 
     The file is read once, and hashed as it was read: what happens to it afterwards changes neither.
 
-    Raises LoraError if it cannot be read or is of another kind.
+    Raises LoraError if it cannot be read.
     """
-    if path.is_dir():
-        path = path / "adapter_model.safetensors"
+    path = weights_file(path)
     try:
         file, sha256 = TensorFile(path), ""
-        _refuse_other_kinds(path, file)
         if _sort(file.tensors)[0]:  # not a checkpoint of many GB, which its header gives away
             content = path.read_bytes()
             file, sha256 = TensorFile(path, content), hashlib.sha256(content).hexdigest()
-            _refuse_other_kinds(path, file)
     except FileNotFoundError:
         raise LoraError(f"{path}: no such file; expected a LoRA's .safetensors file") from None
     except LoraError:
         raise
     except (OSError, ValueError) as error:
-        raise LoraError(f"{path}: {error}; expected a LoRA's .safetensors file: fetch it again") from error
+        kind = file_kind(path)
+        what = f"it seems to be {kind}" if kind else str(error)
+        raise LoraError(f"{path}: {what}; expected a LoRA's .safetensors file: fetch it again") from error
     parts, unknown = _sort(file.tensors)
-    problems = [f"{key}: expected ….lora_A.weight, ….lora_down.weight, their halves or ….alpha" for key in unknown]
-    bad = list(unknown)
-    settings = _peft_settings(path, file)
-    layers = []
+    problems, bad = [_unknown(key) for key in unknown], list(unknown)
+    scales = read_scales(path, file, any("alpha" in roles for roles in parts.values()))
+    layers: list[Layer] = []
     for name, roles in parts.items():
-        problem = _incomplete(file, roles)
-        if problem is None:
-            layer, problem = _layer(file, name, roles, settings)
-            if layer is not None:
-                layers.append(layer)
-        if problem is not None:
-            problems.append(problem)
+        try:
+            layers += _read_layer(file, name, roles, scales)
+        except ValueError as error:
+            problems.append(str(error))
             bad += roles.values()
     if not parts and not unknown:
         problems.append("it holds no tensors")
-    return LoraFile(path, layers, problems, bad, sha256)
+    return LoraFile(path, layers, problems, bad, sha256, [scales.note] if scales.note else [])
 
 
 def _sort(keys: Mapping[str, Any]) -> tuple[dict[str, dict[str, str]], list[str]]:
@@ -136,27 +128,116 @@ def _sort(keys: Mapping[str, Any]) -> tuple[dict[str, dict[str, str]], list[str]
     for key in keys:
         for role, pattern in _ROLES:
             if match := pattern.search(key):
-                parts.setdefault(key[: match.start()], {})[role] = key
+                roles = parts.setdefault(key[: match.start()], {})
+                if role in roles:
+                    unknown.append(key)
+                roles.setdefault(role, key)
                 break
         else:
             unknown.append(key)
     return parts, unknown
 
 
-def _incomplete(file: TensorFile, roles: Mapping[str, str]) -> str | None:
-    """What a layer lacks, or has of a wrong shape; None where it is whole."""
+def _unknown(key: str) -> str:
+    kind = other_adapter(key)
+    if kind is not None:
+        return (
+            f"{key}: this is {kind}; expected LoRA, LoKr, LoHa, DoRA or whole differences: convert it with the tool "
+            "that made it, or merge it into the checkpoint and export that"
+        )
+    return f"{key}: expected ….lora_A.weight, ….lora_down.weight, their halves or ….alpha, once a layer"
+
+
+def _read_layer(file: TensorFile, name: str, roles: Mapping[str, str], scales: Scales) -> list[Layer]:
+    """A layer's changes in fp32: of its matrix, of its bias, or of both. Raises ValueError."""
+    kinds = [
+        kind
+        for kind, wanted in _KINDS.items()
+        if any(role.startswith(wanted) if isinstance(wanted, str) else role in wanted for role in roles)
+    ]
+    keys = tuple(roles.values())
+    if len(kinds) > 1:
+        raise _LayerError(f"{', '.join(keys)}: expected one way to change a layer, got {' and '.join(kinds)}")
+    if not kinds and "bias" not in roles:
+        raise _LayerError(f"{keys[0]}: expected the layer's two matrices beside it")
+    alpha = file.number(roles["alpha"]) if "alpha" in roles else None
+    if alpha is not None and not math.isfinite(alpha):
+        raise _LayerError(f"{roles['alpha']}: expected a finite number, got {alpha}")
+    scale_of: Callable[[int | None], float] = partial(scales.of, name, alpha=alpha)
+    layers: list[Layer] = []
+    if kinds:
+        layers.append(_read_change(file, name, roles, kinds[0], scale_of))
+        if kinds[0] != "LoRA" or "magnitude" in roles:
+            layers[0] = _with_magnitude(file, layers[0], roles)
+        elif scales.uses_dora(name):
+            raise _LayerError(f"{', '.join(keys)}: its settings say DoRA: expected ….lora_magnitude_vector beside it")
+    elif "magnitude" in roles or "alpha" in roles:
+        raise _LayerError(f"{', '.join(keys)}: expected the layer's two matrices beside it")
+    if "up_bias" in roles:
+        if kinds != ["LoRA"]:
+            raise _LayerError(f"{roles['up_bias']}: expected the layer's two matrices beside it")
+        scale = np.float32(scale_of(_matrix(file, roles["down"]).shape[0]))
+        layers.append(VectorChange(name, "bias", _vector(file, roles["up_bias"]) * scale, (roles["up_bias"],)))
+    if "bias" in roles:
+        layers.append(VectorChange(name, "bias", _vector(file, roles["bias"]), (roles["bias"],)))
+    return layers
+
+
+def _read_change(
+    file: TensorFile,
+    name: str,
+    roles: Mapping[str, str],
+    kind: str,
+    scale_of: Callable[[int | None], float],
+) -> Layer:
+    keys = tuple(roles[role] for role in roles if role not in ("up_bias", "bias"))
+    if kind == "LoRA":
+        down, up = _halves(file, roles)
+        return LoraLayer(name, down, up * np.float32(scale_of(len(down))), keys)
+    if kind == "LoKr":
+        w1, w2 = _factors(file, roles, "lokr_w1"), _factors(file, roles, "lokr_w2", roles.get("lokr_t2"))
+        return lokr(name, w1, w2, scale_of(w2.rank or w1.rank), keys)
+    if kind == "LoHa":
+        w1, w2 = _factors(file, roles, "hada_w1"), _factors(file, roles, "hada_w2")
+        if w1.shape != w2.shape:
+            raise _LayerError(f"{', '.join(keys)}: expected two products of one shape, got {w1.shape} and {w2.shape}")
+        return loha(name, w1, w2, scale_of(w1.rank), keys)
+    role = "diff" if kind == "a difference" else "set"
+    values = _floats(file, roles[role])
+    if values.ndim == 1:
+        return VectorChange(name, "weight", values, (roles[role],), replaces=role == "set")
+    rows, columns = _matrix(file, roles[role]).shape
+    # Read again when it is added: the differences of a whole model are as large as the model.
+    return WholeLayer(name, (rows, columns), partial(_matrix, file, roles[role]), keys, replaces=role == "set")
+
+
+def _with_magnitude(file: TensorFile, layer: Layer, roles: Mapping[str, str]) -> Layer:
+    """A layer with DoRA's magnitude, where the file has one."""
+    if "magnitude" not in roles:
+        return layer
+    key = roles["magnitude"]
+    if isinstance(layer, VectorChange) or (isinstance(layer, WholeLayer) and layer.replaces):
+        raise _LayerError(f"{key}: expected the layer's two matrices beside it")
+    values = _floats(file, key)
+    out, width = layer.shape
+    if values.ndim == 1:
+        values = values[:, None]
+    values = values.reshape(values.shape[:2]) if values.size == math.prod(values.shape[:2]) else values
+    if values.shape not in ((out, 1), (1, width)):
+        raise _LayerError(f"{key}: expected a magnitude of [{out}], [{out}, 1] or [1, {width}], got {file.shape(key)}")
+    return dataclasses.replace(layer, magnitude=values)
+
+
+def _halves(file: TensorFile, roles: Mapping[str, str]) -> tuple[np.ndarray, np.ndarray]:
+    """A plain LoRA's `down` and `up`."""
     if "down" not in roles or "up" not in roles:
-        (key,) = [roles[role] for role in ("down", "up", "alpha") if role in roles][:1]
-        if "down" not in roles and "up" not in roles:
-            return f"{key}: expected the layer's two matrices beside it"
-        return f"{key}: expected {_partner(key)} beside it"
-    down, up = file.shape(roles["down"]), file.shape(roles["up"])
+        key = roles["down" if "down" in roles else "up"]
+        raise _LayerError(f"{key}: expected {_partner(key)} beside it")
+    down, up = (_without_ones(file.shape(roles[role])) for role in ("down", "up"))
     if len(down) != 2 or len(up) != 2 or down[0] != up[1] or 0 in (*down, *up):
         expected = "expected [rank, in] and [out, rank]"
-        return f"{roles['down']}, {roles['up']}: {expected}, got {list(down)} and {list(up)}"
-    if "alpha" in roles and file.shape(roles["alpha"]) not in ((), (1,)):
-        return f"{roles['alpha']}: expected one number, got {list(file.shape(roles['alpha']))}"
-    return None
+        raise _LayerError(f"{roles['down']}, {roles['up']}: {expected}, got {list(down)} and {list(up)}")
+    return _matrix(file, roles["down"]), _matrix(file, roles["up"])
 
 
 def _partner(key: str) -> str:
@@ -167,58 +248,51 @@ def _partner(key: str) -> str:
     return "its other half"
 
 
-def _layer(
-    file: TensorFile, name: str, roles: Mapping[str, str], settings: Mapping[str, Any]
-) -> tuple[LoraLayer | None, str | None]:
-    """A layer in fp32, or what is wrong with its numbers."""
-    try:
-        down, up = file.read(roles["down"]), file.read(roles["up"])
-        alpha = float(file.read(roles["alpha"]).reshape(())) if "alpha" in roles else None
-    except ValueError as error:
-        return None, str(error)
-    if not (np.isfinite(down).all() and np.isfinite(up).all() and (alpha is None or math.isfinite(alpha))):
-        return None, f"{roles['down']}, {roles['up']}: expected finite numbers"
-    rank = len(down)
-    scale = _peft_scale(settings, name, rank) if alpha is None else alpha / rank
-    return LoraLayer(name, down, up * np.float32(scale), tuple(roles.values())), None
+def _factors(file: TensorFile, roles: Mapping[str, str], role: str, core: str | None = None) -> Factors:
+    """`….w1`, or `….w1_a` and `….w1_b`; with a `core` `[rank, rank, 1, 1]` between them, `a` is transposed."""
+    if role in roles:
+        return Factors(_matrix(file, roles[role]))
+    halves = [roles.get(f"{role}_{half}") for half in "ab"]
+    if halves[0] is None or halves[1] is None:
+        (key,) = [key for key in halves if key] or [next(iter(roles.values()))]
+        raise _LayerError(f"{key}: expected {role} beside it, or {role}_a and {role}_b")
+    a, b = _matrix(file, halves[0]), _matrix(file, halves[1])
+    if core is not None:
+        middle = _matrix(file, core)
+        if (len(a), len(b)) != middle.shape:
+            raise _LayerError(f"{core}: expected [{len(a)}, {len(b)}], got {list(middle.shape)}")
+        a = a.T @ middle
+    if a.shape[1] != len(b):
+        expected = "expected [rows, rank] and [rank, columns]"
+        raise _LayerError(f"{halves[0]}, {halves[1]}: {expected}, got {list(a.shape)} and {list(b.shape)}")
+    return Factors(None, a, b)
 
 
-def _refuse_other_kinds(path: Path, file: TensorFile) -> None:
-    for pattern, kind in _OTHER_KINDS:
-        keys = [key for key in file.tensors if pattern.search(key)]
-        if keys:
-            raise LoraError(
-                f"{path}: this is {kind} (e.g. {keys[0]}); expected a plain LoRA, of two matrices a layer: "
-                "convert it to one with the tool that made it, or merge it into the checkpoint and export that",
-                keys,
-            )
+def _floats(file: TensorFile, key: str) -> np.ndarray:
+    values = file.read(key)
+    if not np.isfinite(values).all():
+        raise _LayerError(f"{key}: expected finite numbers")
+    if values.size == 0:
+        raise _LayerError(f"{key}: expected numbers, got {list(values.shape)}")
+    return values
 
 
-def _peft_settings(path: Path, file: TensorFile) -> Mapping[str, Any]:
-    """PEFT's `lora_alpha` and the like: of the file's metadata, or of the adapter_config.json of PEFT's own files."""
-    config = path.parent / "adapter_config.json"
-    try:
-        if _METADATA_KEY in file.metadata:
-            settings = json.loads(file.metadata[_METADATA_KEY])
-            settings = {key.rpartition(".")[2]: value for key, value in settings.items()}
-        elif path.name == "adapter_model.safetensors" and config.is_file():
-            settings = json.loads(config.read_text(encoding="utf-8"))
-        else:
-            return {}
-    except (OSError, ValueError, AttributeError) as error:
-        raise LoraError(f"{path}: PEFT's settings of it cannot be read: {error}; fetch it again") from error
-    if settings.get("use_dora"):
-        raise LoraError(f"{path}: this is DoRA; expected a plain LoRA: merge it into the checkpoint and export that")
-    return settings
+def _vector(file: TensorFile, key: str) -> np.ndarray:
+    values = _floats(file, key)
+    if values.ndim != 1:
+        raise _LayerError(f"{key}: expected a vector, got {list(values.shape)}")
+    return values
 
 
-def _peft_scale(settings: Mapping[str, Any], name: str, rank: int) -> float:
-    """alpha / rank, or alpha / sqrt(rank) where PEFT says `use_rslora`; 1 where nothing says alpha."""
-    alpha = settings.get("lora_alpha")
-    for pattern, value in (settings.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):  # as PEFT's get_pattern_key
-            alpha = value
-            break
-    if alpha is None:
-        return 1.0
-    return float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+def _matrix(file: TensorFile, key: str) -> np.ndarray:
+    """A matrix, or the kernel of a 1x1 convolution, which is one."""
+    values = _floats(file, key)
+    values = values.reshape(_without_ones(values.shape))
+    if values.ndim != 2:
+        raise _LayerError(f"{key}: expected a matrix, got {list(values.shape)}")
+    return values
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A kernel's shape without its size, if that is 1."""
+    return shape[:2] if math.prod(shape[2:]) == 1 else shape

@@ -22,6 +22,7 @@ import numpy as np
 from .errors import MetadataError, RequestError
 from .files import write_whole
 from .image import read_image
+from .lora_file import weights_file
 from .manifest import Manifest, hash_file
 from .request import GenerateRequest, ResolvedRequest
 from .samplers import FORMER_SAMPLERS, FORMER_SCHEDULES, SAMPLERS
@@ -177,8 +178,8 @@ def make_records(
 
 
 def _lora_file(path: Path) -> Path:
-    """The weights of a LoRA that is a file, or PEFT's folder."""
-    return path / "adapter_model.safetensors" if path.is_dir() else path
+    """The weights of a LoRA that is a file, or a folder."""
+    return weights_file(path)
 
 
 def pixels_sha256(pixels: np.ndarray) -> str:

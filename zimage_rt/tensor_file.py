@@ -12,7 +12,13 @@ from typing import Any
 import numpy as np
 
 # numpy has no bfloat16: such a tensor is held as the upper halves of its fp32 numbers.
-_STORED = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+_STORED: dict[str, type[np.generic]] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+
+# Formats that `read` and `number` take, too, as numpy holds them; an fp8 number is its byte.
+_FLOATS: dict[str, type[np.generic]] = {**_STORED, "F64": np.float64, "F8_E4M3": np.uint8, "F8_E5M2": np.uint8}
+_INTEGERS: dict[str, type[np.generic]] = {"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8}
+_INTEGERS |= {"U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8}
+_SIZES = {name: np.dtype(kind).itemsize for name, kind in {**_FLOATS, **_INTEGERS}.items()}
 
 
 class TensorFile:
@@ -67,13 +73,35 @@ class TensorFile:
         dtype = _STORED.get(self.dtype(name))
         if dtype is None:
             raise ValueError(f"{name}: expected F32, F16 or BF16, got {self.dtype(name)}")
+        return self._array(name, dtype)
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor of floating-point numbers in fp32, fp64 and fp8 among them.
+
+        Raises ValueError for another format: whole numbers are nothing without the scale that belongs to them.
+        """
+        format_name = self.dtype(name)
+        if format_name not in _FLOATS:
+            raise ValueError(f"{name}: expected {', '.join(_FLOATS)}, got {format_name}")
+        array = self._array(name, _FLOATS[format_name])
+        if format_name in _FP8:
+            return _FP8[format_name][array]
+        with np.errstate(over="ignore"):  # a double beyond fp32 becomes inf, which callers refuse
+            return widen(array)
+
+    def number(self, name: str) -> float:
+        """The one number of a tensor of any shape with one element, whole numbers included. Raises ValueError."""
+        format_name = self.dtype(name)
+        if self.shape(name).count(1) != len(self.shape(name)):
+            raise ValueError(f"{name}: expected one number, got {list(self.shape(name))}")
+        if format_name in _INTEGERS or format_name == "F64":
+            return float(self._array(name, {**_FLOATS, **_INTEGERS}[format_name]).reshape(()))
+        return float(self.read(name).reshape(()))
+
+    def _array(self, name: str, dtype: type[np.generic]) -> np.ndarray:
         first, last = self.tensors[name]["data_offsets"]
         # Not a view of the mapping: offsets need not be aligned.
         return np.frombuffer(self._bytes[first:last].tobytes(), dtype).reshape(self.shape(name))
-
-    def read(self, name: str) -> np.ndarray:
-        """The tensor in fp32."""
-        return widen(self.stored(name))
 
 
 def widen(array: np.ndarray) -> np.ndarray:
@@ -92,11 +120,25 @@ def narrow(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
+def _fp8_table(exponent_bits: int) -> np.ndarray:
+    """All 256 numbers of an fp8 format in fp32, by their byte: 4 exponent bits (e4m3fn, no inf) or 5 (e5m2)."""
+    if exponent_bits == 5:  # the upper half of fp16
+        return (np.arange(256, dtype=np.uint16) << 8).view(np.float16).astype(np.float32)
+    byte = np.arange(256)
+    exponent, mantissa = byte >> 3 & 15, byte & 7
+    size = np.where(exponent == 0, np.ldexp(mantissa, -9), np.ldexp(8 + mantissa, exponent - 10))
+    size[byte & 127 == 127] = np.nan
+    return np.where(byte < 128, size, -size).astype(np.float32)
+
+
+_FP8 = {"F8_E4M3": _fp8_table(4), "F8_E5M2": _fp8_table(5)}
+
+
 def _check(name: str, entry: Mapping[str, Any]) -> int:
     """Where a tensor ends; raises where an entry says nonsense."""
     first, last = entry["data_offsets"]
     count = int(np.prod([int(size) for size in entry["shape"]], dtype=object))
-    size = {"F32": 4, "F16": 2, "BF16": 2}.get(entry["dtype"])
+    size = _SIZES.get(entry["dtype"])
     if not 0 <= first <= last or (size is not None and last - first != count * size):
         raise ValueError(f"{name} {entry}")
     return last

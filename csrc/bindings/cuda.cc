@@ -417,20 +417,28 @@ py::object sample_job(Pipeline& self, py::array_t<float> latents,
   return py::make_tuple(std::move(result), times.denoise, times.decode);
 }
 
-// changes: (tensor, first column, down [rank, rows], up [rank, columns]).
+// changes: (tensor, first column, down [rank, rows], up [rank, columns]), or without a down the
+// whole change [rows, columns]. With `add` they come on top of what was changed before.
 void change(
     Pipeline& self, const std::string& module,
-    const std::vector<std::tuple<std::string, std::int64_t, FloatArray, FloatArray>>& changes) {
+    const std::vector<
+        std::tuple<std::string, std::int64_t, std::optional<FloatArray>, FloatArray>>& changes,
+    bool add) {
   std::vector<LowRank> views;
   for (const auto& [tensor, first_column, down, up] : changes) {
-    expect_dims(down, 2, "down");
     expect_dims(up, 2, "up");
-    if (size_at(down, 0) != size_at(up, 0))
+    if (!down) {
+      views.push_back(
+          {tensor, first_column, 0, size_at(up, 0), size_at(up, 1), nullptr, up.data()});
+      continue;
+    }
+    expect_dims(*down, 2, "down");
+    if (size_at(*down, 0) != size_at(up, 0))
       throw std::invalid_argument("down, up: expected the same rank");
-    views.push_back({tensor, first_column, size_at(down, 0), size_at(down, 1), size_at(up, 1),
-                     down.data(), up.data()});
+    views.push_back({tensor, first_column, size_at(*down, 0), size_at(*down, 1), size_at(up, 1),
+                     down->data(), up.data()});
   }
-  released([&] { self.change(module, views); });
+  released([&] { self.change(module, views, add); });
 }
 
 py::dict memory(Pipeline& self) {
@@ -511,7 +519,7 @@ PYBIND11_MODULE(_cuda, m) {
             released([&] { self.load(module, std::move(weights), sizes); });
           },
           py::arg("module"), py::arg("path"), py::arg("tensors"), py::arg("config"))
-      .def("change", &change, py::arg("module"), py::arg("changes"))
+      .def("change", &change, py::arg("module"), py::arg("changes"), py::arg("add") = false)
       .def("encode", &encode, py::arg("input_ids"), py::arg("hidden_size"))
       .def("refine", &refine, py::arg("prompt_embeds"))
       .def("context", &context, py::arg("input_ids"))

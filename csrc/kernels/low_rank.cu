@@ -50,6 +50,8 @@ __global__ void low_rank_kernel(LowRankUpdate args) {
     for (int j = 0; j < kEach; ++j) {
       const int row = first_row + y + kSide * i, column = first_column + x + kSide * j;
       if (row >= args.rows || column >= args.columns) continue;
+      if (args.delta != nullptr)
+        sums[i][j] += args.delta[row * args.delta_row + column * args.delta_column];
       T& value = matrix[row * args.stride + column];
       value = static_cast<T>(static_cast<float>(value) + sums[i][j]);
       overflow = overflow || !isfinite(static_cast<float>(value));

@@ -8,8 +8,8 @@
 
 namespace zimage_rt {
 
-// matrix[rows, first_column … first_column + columns] += downᵀ @ up, summed in fp32 and rounded
-// once. `overflow` becomes 1 where the format cannot hold a result.
+// matrix[rows, first_column … first_column + columns] += downᵀ @ up + delta, summed in fp32 and
+// rounded once. `overflow` becomes 1 where the format cannot hold a result.
 struct LowRankUpdate {
   void* matrix;  // [rows, stride]
   DType type;
@@ -21,6 +21,10 @@ struct LowRankUpdate {
   const float* down;  // [rank, rows]
   const float* up;    // [rank, columns]
   int* overflow;
+  // Element (row, column) of a whole change lies at row * delta_row + column * delta_column; or null.
+  const float* delta = nullptr;
+  std::int64_t delta_row = 0;
+  std::int64_t delta_column = 0;
 };
 void low_rank_update(const LowRankUpdate& args, cudaStream_t stream);
 

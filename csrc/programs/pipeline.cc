@@ -113,15 +113,15 @@ void Pipeline::load(const std::string& module, std::unique_ptr<Weights> weights,
   weights_.merge(loaded);
 }
 
-void Pipeline::change(const std::string& module, const std::vector<LowRank>& changes) {
+void Pipeline::change(const std::string& module, const std::vector<LowRank>& changes, bool add) {
   ZRT_TURN;
   const auto found = weights_.find(module);
   if (found == weights_.end() || !module_kinds().at(module).changeable)
     throw std::invalid_argument("module: expected a loaded one with matrices, got " + module);
   Weights& weights = *found->second;
   stream_.synchronize();
-  if (weights.streams()) check_limit(weights.bytes_with(changes), kTextEncoderWeights);
-  weights.change(changes, stream_.get());
+  if (weights.streams()) check_limit(weights.bytes_with(changes, add), kTextEncoderWeights);
+  weights.change(changes, stream_.get(), add);
 }
 
 // At least `bytes` of a buffer that grows: what it held, and graphs that point into it, are lost.

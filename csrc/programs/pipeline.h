@@ -114,7 +114,7 @@ class Pipeline {
   // Changes a loaded module's weights where they lie, so that captured graphs stay as they are; see
   // Weights::change, also for a text encoder that is not kept. Throws std::invalid_argument for a
   // module that was not loaded.
-  void change(const std::string& module, const std::vector<LowRank>& changes);
+  void change(const std::string& module, const std::vector<LowRank>& changes, bool add = false);
 
   // The modules one by one, on host memory.
   void encode(const std::int64_t* input_ids, int tokens, float* prompt_embeds);

@@ -47,10 +47,12 @@ std::size_t readers() {
 
 // Floats of a change's factors.
 std::size_t down_count(const LowRank& change) {
+  if (change.down == nullptr) return 0;
   return static_cast<std::size_t>(change.rank) * static_cast<std::size_t>(change.rows);
 }
 std::size_t up_count(const LowRank& change) {
-  return static_cast<std::size_t>(change.rank) * static_cast<std::size_t>(change.columns);
+  const int rows = change.down == nullptr ? change.rows : change.rank;
+  return static_cast<std::size_t>(rows) * static_cast<std::size_t>(change.columns);
 }
 
 }  // namespace
@@ -116,11 +118,14 @@ void Weights::stream(const std::function<int(const std::string&)>& group_of) {
   uploader_ = std::make_unique<Uploader>(kGroupChunk, readers());
 }
 
-std::size_t Weights::bytes_with(const std::vector<LowRank>& changes) const {
+std::size_t Weights::bytes_with(const std::vector<LowRank>& changes, bool add) const {
   std::map<int, std::size_t> bytes;
   for (const auto& [number, group] : groups_) bytes[number] = group.bytes;
   for (const LowRank& change : changes)
     bytes[place_of(change).group] += (down_count(change) + up_count(change)) * sizeof(float);
+  if (add)
+    for (const Kept& kept : kept_)
+      bytes[kept.place->group] += (kept.down.size() + kept.up.size()) * sizeof(float);
   std::size_t largest = 0;
   for (const auto& [number, size] : bytes) largest = std::max(largest, size);
   return shared_bytes_ + largest;
@@ -176,11 +181,14 @@ void Weights::copy(const std::vector<const Place*>& places, std::byte* device) c
 
 const Weights::Place& Weights::place_of(const LowRank& change) const {
   const auto found = entries_.find(change.tensor);
-  const bool fits = found != entries_.end() && !found->second.entry.host &&
-                    found->second.entry.shape.size() == 2 &&
-                    found->second.entry.shape[0] == change.rows && change.first_column >= 0 &&
-                    change.first_column + change.columns <= found->second.entry.shape[1] &&
-                    (!streams() || found->second.group >= 0);
+  bool fits = found != entries_.end() && !found->second.entry.host &&
+              (!streams() || found->second.group >= 0);
+  if (fits) {
+    const std::vector<std::int64_t>& shape = found->second.entry.shape;
+    fits = (shape.size() == 2 || shape.size() == 1) && change.first_column >= 0 &&
+           change.rows == (shape.size() == 2 ? shape[0] : 1) &&
+           change.first_column + change.columns <= shape.back();
+  }
   if (!fits)
     throw WeightError(path_ + ": no matrix " + change.tensor + " of " +
                       std::to_string(change.rows) + " rows and " +
@@ -189,18 +197,20 @@ const Weights::Place& Weights::place_of(const LowRank& change) const {
   return found->second;
 }
 
-void Weights::change(const std::vector<LowRank>& changes, cudaStream_t stream) {
-  if (streams()) return keep(changes, stream);
+void Weights::change(const std::vector<LowRank>& changes, cudaStream_t stream, bool add) {
+  if (streams()) return keep(changes, stream, add);
   std::size_t floats = 0;
   for (const LowRank& change : changes) {
     place_of(change);
     floats += down_count(change) + up_count(change);
   }
   DeviceBuffer factors((floats + 1) * sizeof(float), "the LoRAs");
-  std::vector<const Place*> places;
-  for (const std::string& name : changed_) places.push_back(&entries_.at(name));
-  copy(places, device_.data());
-  changed_.clear();
+  if (!add) {
+    std::vector<const Place*> places;
+    for (const std::string& name : changed_) places.push_back(&entries_.at(name));
+    copy(places, device_.data());
+    changed_.clear();
+  }
 
   auto* next = reinterpret_cast<float*>(factors.data());
   auto* const overflow = reinterpret_cast<int*>(next++);
@@ -213,7 +223,8 @@ void Weights::change(const std::vector<LowRank>& changes, cudaStream_t stream) {
     return target;
   };
   for (const LowRank& change : changes) {
-    const float* const down = upload_factor(change.down, down_count(change));
+    const float* const down =
+        change.down == nullptr ? nullptr : upload_factor(change.down, down_count(change));
     const float* const up = upload_factor(change.up, up_count(change));
     changed_.insert(change.tensor);
     update(place_of(change), change, down, up, device_.data(), overflow, stream);
@@ -236,12 +247,15 @@ void Weights::update(const Place& place, const LowRank& change, const float* dow
     args.rows = change.columns, args.columns = change.rows;
     args.stride = change.rows;
     args.down = up, args.up = down;
+    args.delta_row = 1, args.delta_column = change.columns;
   } else {
     args.rows = change.rows, args.columns = change.columns;
-    args.stride = place.entry.shape[1];
+    args.stride = place.entry.shape.back();
     args.first_column = change.first_column;
     args.down = down, args.up = up;
+    args.delta_row = change.columns, args.delta_column = 1;
   }
+  if (down == nullptr) args.rank = 0, args.delta = up;
   low_rank_update(args, stream);
 }
 
@@ -279,7 +293,7 @@ void Weights::bring(int group, const std::vector<const Place*>& places,
   };
   for (const Kept& kept : changes)
     if (kept.place->group == group) {
-      const float* const down = add(kept.down);
+      const float* const down = kept.down.empty() ? nullptr : add(kept.down);
       found.push_back({kept, down, add(kept.up)});
     }
   // What lies there may still be read.
@@ -290,15 +304,17 @@ void Weights::bring(int group, const std::vector<const Place*>& places,
            reinterpret_cast<int*>(device), stream);
 }
 
-void Weights::keep(const std::vector<LowRank>& changes, cudaStream_t stream) {
-  const std::size_t bytes = bytes_with(changes);
+void Weights::keep(const std::vector<LowRank>& changes, cudaStream_t stream, bool add) {
+  const std::size_t bytes = bytes_with(changes, add);
   std::vector<Kept> kept;
   std::map<int, std::set<const Place*>> places;
   for (const LowRank& change : changes) {
     const Place& place = place_of(change);
     kept.push_back({&place,
                     change,
-                    {change.down, change.down + down_count(change)},
+                    change.down == nullptr
+                        ? std::vector<float>()
+                        : std::vector<float>(change.down, change.down + down_count(change)),
                     {change.up, change.up + up_count(change)}});
     kept.back().change.down = kept.back().change.up = nullptr;  // the caller's
     places[place.group].insert(&place);
@@ -311,6 +327,8 @@ void Weights::keep(const std::vector<LowRank>& changes, cudaStream_t stream) {
       bring(group, {changed.begin(), changed.end()}, kept, memory.data(), stream);
     check_range(overflow, stream);
   }
+  if (add)
+    for (Kept& earlier : kept_) kept.push_back(std::move(earlier));
   kept_ = std::move(kept);
   bytes_ = bytes;
 }

@@ -28,15 +28,16 @@ struct WeightEntry {
   bool host = false;   // stays in the mapped file: a table of which few rows are read
 };
 
-// A change of some columns of a stored matrix [rows, …]: downᵀ @ up is added. Host memory.
+// A change of some columns of a stored matrix [rows, …], or of a vector, which has one row: downᵀ @
+// up is added, or, without a down, up itself. Host memory.
 struct LowRank {
   std::string tensor;
   std::int64_t first_column;
   int rank;
   int rows;
   int columns;
-  const float* down;  // [rank, rows]
-  const float* up;    // [rank, columns]
+  const float* down;  // [rank, rows], or null
+  const float* up;    // [rank, columns], or [rows, columns]
 };
 
 // The weights' format cannot hold what a change makes of them.
@@ -78,15 +79,17 @@ class Weights {
   // RangeError after it: the caller then calls again with the changes that were there.
   // Streamed weights, which are not uploaded then, remember the changes for when their groups come.
   // All are tried at once, in memory of their own, so whatever this throws, nothing has changed.
-  void change(const std::vector<LowRank>& changes, cudaStream_t stream);
+  // With `add`, what earlier calls changed stays changed, and no change may share columns with it.
+  void change(const std::vector<LowRank>& changes, cudaStream_t stream, bool add = false);
   void release() { device_.release(); }
   bool uploaded() const { return device_.data() != nullptr; }
   // Of the device's memory, while uploaded.
   std::size_t bytes() const { return bytes_; }
   // What upload() and change() take beside it for as long as they run, for matrices to be turned.
   std::size_t staging_bytes() const;
-  // The same for streamed weights with these changes instead of theirs. Throws WeightError.
-  std::size_t bytes_with(const std::vector<LowRank>& changes) const;
+  // The same for streamed weights with these changes instead of theirs, or, with `add`, beside
+  // them. Throws WeightError.
+  std::size_t bytes_with(const std::vector<LowRank>& changes, bool add = false) const;
 
   // The tensor where it lies now: on the device, or in the mapped file for host entries. `shape` is
   // the file's, also where the device holds it turned.
@@ -126,7 +129,7 @@ class Weights {
   void update(const Place& place, const LowRank& change, const float* down, const float* up,
               std::byte* device, int* overflow, cudaStream_t stream) const;
   void check_range(const int* overflow, cudaStream_t stream) const;
-  void keep(const std::vector<LowRank>& changes, cudaStream_t stream);
+  void keep(const std::vector<LowRank>& changes, cudaStream_t stream, bool add);
   void bring(int group, const std::vector<const Place*>& places, const std::vector<Kept>& changes,
              std::byte* device, cudaStream_t stream) const;
 

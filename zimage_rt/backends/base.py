@@ -132,6 +132,28 @@ class LowRank:
     up: np.ndarray
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dense:
+    """A change of some columns of a stored tensor that is no product of two thin matrices.
+
+    `tensor[:, first_column:][:, :columns] += make()`; a vector counts as a matrix of one row.
+
+    Attributes:
+        tensor: its name in the module's weight file, `[rows, …]`, or `[…]` for a vector.
+        first_column: where the changed columns begin.
+        make: makes the change, float32 `[rows, columns]`. Called when it is needed and not kept: the changes of a
+            model with 6 billion weights take 24 GB.
+    """
+
+    tensor: str
+    first_column: int
+    make: Callable[[], np.ndarray]
+
+
+# What a LoRA does to a stored tensor.
+Change = LowRank | Dense
+
+
 class Module(Protocol):
     """One loaded module. Safe to call from several threads."""
 
@@ -151,7 +173,7 @@ class Pipeline(Protocol):
         """One module by itself, loaded on first use."""
         ...
 
-    def patch(self, changes: Mapping[str, Sequence[LowRank]]) -> None:
+    def patch(self, changes: Mapping[str, Sequence[Change]]) -> None:
         """Give modules the bundle's weights plus these changes, instead of what they had; none gives back the bundle's.
 
         Called while nothing else runs. No tensor has two changes of the same columns. Raises RequestError on a backend

@@ -15,7 +15,7 @@ from .. import _core
 from ..errors import BackendUnavailable, BundleMismatch, LoraError, OutOfMemory, RequestError, ZImageError
 from ..manifest import Manifest, ModuleSpec
 from ..tensor_file import TensorFile
-from .base import CheckModule, Device, LowRank, Module, Probe, SampleJob
+from .base import Change, CheckModule, Dense, Device, LowRank, Module, Probe, SampleJob
 from .cuda_libraries import SONAMES, find_library, library_version
 from .modules import check_finite
 
@@ -170,12 +170,16 @@ class CudaPipeline:
             self.native.load(name, str(path), _tensors(path), dict(spec.config))
         self._loaded.add(name)
 
-    def patch(self, changes: Mapping[str, Sequence[LowRank]]) -> None:
+    def patch(self, changes: Mapping[str, Sequence[Change]]) -> None:
         """See `Pipeline`: the sums are made on the device, where the weights lie, so captured graphs stay valid."""
         self.load(list(changes))
         for name, found in changes.items():
             with _errors(f"changing the weights of {name}"):
-                self.native.change(name, [(part.tensor, part.first_column, part.down, part.up) for part in found])
+                thin = [part for part in found if isinstance(part, LowRank)]
+                self.native.change(name, [(part.tensor, part.first_column, part.down, part.up) for part in thin])
+                for part in found:  # one after the other, so that memory holds one of them
+                    if isinstance(part, Dense):
+                        self.native.change(name, [(part.tensor, part.first_column, None, part.make())], add=True)
 
     def module(self, name: str) -> Module:
         """One module by itself, numpy in and out, as other backends have them: for parity tests."""

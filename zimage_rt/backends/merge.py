@@ -1,4 +1,4 @@
-"""Low-rank changes added to a bundle's stored tensors, on the CPU."""
+"""Changes added to a bundle's stored tensors, on the CPU."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import numpy as np
 
 from ..errors import BundleMismatch, LoraError
 from ..tensor_file import TensorFile, narrow, widen
-from .base import LowRank
+from .base import Change, Dense
 
 # Multiplications made at a time. A piece of the matrix in fp32 then stays in the cache between its passes, and OpenBLAS
 # makes it on one thread (its limit is 65536 * 4): waking more for so little took fifty times as long on a busy machine.
 _PIECE = 1 << 18
 
 
-def merged(path: Path, changes: Sequence[LowRank]) -> dict[str, np.ndarray]:
+def merged(path: Path, changes: Sequence[Change]) -> dict[str, np.ndarray]:
     """The changed tensors of a weight file in their stored formats, bf16 as uint16: summed in fp32, then rounded.
 
     Raises LoraError where fp16 cannot hold the result.
     """
-    by_tensor: dict[str, list[LowRank]] = {}
+    by_tensor: dict[str, list[Change]] = {}
     for change in changes:
         by_tensor.setdefault(change.tensor, []).append(change)
     try:
@@ -33,9 +33,13 @@ def merged(path: Path, changes: Sequence[LowRank]) -> dict[str, np.ndarray]:
         raise BundleMismatch(f"{path}: {error}; export the bundle again") from error
 
 
-def _merge(name: str, stored: np.ndarray, changes: Sequence[LowRank]) -> np.ndarray:
+def _merge(name: str, stored: np.ndarray, changes: Sequence[Change]) -> np.ndarray:
     result = stored.copy()
+    matrix = result[None] if result.ndim == 1 else result
     for change in changes:
+        if isinstance(change, Dense):
+            _add(matrix, change)
+            continue
         rank, count = change.up.shape
         width = min(count, max(64, _PIECE // (4 * rank)))
         height = max(4, _PIECE // (width * rank))
@@ -53,3 +57,15 @@ def _merge(name: str, stored: np.ndarray, changes: Sequence[LowRank]) -> np.ndar
             f"{name}: the LoRA's sum does not fit into fp16, which holds 65504; use smaller weights or a bf16 bundle"
         )
     return result
+
+
+def _add(matrix: np.ndarray, change: Dense) -> None:
+    """Add a whole change in place, in pieces of rows: no second copy of the matrix in fp32."""
+    delta = change.make()
+    if len(delta) != len(matrix) or change.first_column + delta.shape[1] > matrix.shape[1]:
+        raise ValueError(f"{change.tensor}: no room for a change of {list(delta.shape)} in {list(matrix.shape)}")
+    columns = slice(change.first_column, change.first_column + delta.shape[1])
+    step = max(1, _PIECE // delta.shape[1])
+    for row in range(0, len(matrix), step):
+        rows = slice(row, row + step)
+        matrix[rows, columns] = narrow(widen(matrix[rows, columns]) + delta[rows], matrix.dtype)

@@ -12,10 +12,10 @@ import numpy as np
 from .. import _core
 from ..errors import RequestError, ZImageError
 from ..image import to_signed, to_uint8
-from .base import CheckModule, Control, LowRank, Module, OnStep, SampleJob
+from .base import Change, CheckModule, Control, Module, OnStep, SampleJob
 
 # Loads a module by name with changed weights.
-LoadPatched = Callable[[str, Sequence[LowRank]], Module]
+LoadPatched = Callable[[str, Sequence[Change]], Module]
 
 
 class ModulePipeline:
@@ -38,7 +38,7 @@ class ModulePipeline:
         self._load_module, self._load_patched = load_module, load_patched
         self._check, self._bases = check, bases
         self._modules: dict[str, Module] = {}
-        self._changes: dict[str, Sequence[LowRank]] = {}
+        self._changes: dict[str, Sequence[Change]] = {}
         self._lock = threading.Lock()
 
     def module(self, name: str) -> Module:
@@ -58,7 +58,7 @@ class ModulePipeline:
         for name in modules:
             self.module(name)
 
-    def patch(self, changes: Mapping[str, Sequence[LowRank]]) -> None:
+    def patch(self, changes: Mapping[str, Sequence[Change]]) -> None:
         """See `Pipeline`: the modules concerned are loaded anew, and take the old ones' places together.
 
         Others that read their weights go, and are loaded anew when they are next used.

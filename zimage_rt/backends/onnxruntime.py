@@ -12,7 +12,7 @@ import onnxruntime as ort
 
 from ..errors import BundleMismatch, OutOfMemory, RequestError, ZImageError
 from ..manifest import Manifest, ModuleSpec, shape_text
-from .base import CheckModule, LowRank, Probe
+from .base import Change, CheckModule, Probe
 from .merge import merged
 from .modules import ModulePipeline
 from .onnxruntime_binding import BoundSession
@@ -77,7 +77,7 @@ class OnnxRuntimeBackend:
         )
 
     def load_module(
-        self, bundle: Path, manifest: Manifest, module: str, changes: Sequence[LowRank] = ()
+        self, bundle: Path, manifest: Manifest, module: str, changes: Sequence[Change] = ()
     ) -> OnnxRuntimeModule:
         """Load a module, with other weights of its own or its base's. Raises BundleMismatch where they do not fit."""
         spec = manifest.module(module)

@@ -20,6 +20,7 @@ from .common import (
     BatchNoise,
     FitSize,
     Height,
+    LoraPartial,
     Loras,
     Sampler,
     Schedule,
@@ -59,6 +60,7 @@ def batch(
     encoding: Annotated[str | None, typer.Option(help="Of the table; found out if it is not given.")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Draw everything anew; removes what was drawn.")] = False,
     lora: Loras = None,
+    lora_partial: LoraPartial = False,
     backend: Backend = "onnxruntime",
     backend_option: BackendOptions = None,
 ) -> None:
@@ -69,7 +71,7 @@ def batch(
     """
     rows = read_table(table, encoding)
     engine = Engine.load(bundle, backend=backend, backend_options=backend_options(backend_option or []))
-    load_loras(engine, lora or [])
+    load_loras(engine, lora or [], lora_partial)
     options = BatchOptions(template=template, defaults=given_fields(ctx), seed=base_seed, sidecar=sidecar)
     work = Batch(engine, rows, output, options, restart=restart)
     with work.journal as journal:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -62,6 +63,9 @@ AgainOver = Annotated[
     ),
 ]
 Loras = Annotated[list[str] | None, typer.Option("--lora", help="A LoRA's file, or file=weight; repeat for several.")]
+LoraPartial = Annotated[
+    bool, typer.Option("--lora-partial", help="Use what fits of a LoRA that does not fit whole, and say what does not.")
+]
 Backend = Annotated[str, typer.Option(help="What runs the bundle.")]
 BackendOptions = Annotated[
     list[str] | None,
@@ -106,7 +110,7 @@ def backend_options(texts: list[str]) -> dict[str, Any]:
     return options
 
 
-def load_loras(engine: Engine, texts: list[str]) -> None:
+def load_loras(engine: Engine, texts: list[str], partly: bool = False) -> None:
     """Put LoRAs on: `FILE`, or `FILE=WEIGHT`. Raises RequestError and LoraError as `Engine.load_lora` does."""
     for text in texts:
         path, _, number = text.rpartition("=")
@@ -114,7 +118,16 @@ def load_loras(engine: Engine, texts: list[str]) -> None:
             weight = float(number)
         except ValueError:  # no weight: a "=" belongs to the name
             path, weight = text, 1.0
-        engine.load_lora(path or text, weight if path else 1.0)
+        load_lora(engine, path or text, weight if path else 1.0, partly=partly)
+
+
+def load_lora(engine: Engine, path: str | Path, weight: float, name: str | None = None, partly: bool = False) -> None:
+    """Put one LoRA on, and say on standard error what its file leaves in doubt."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        engine.load_lora(path, weight, name, strict=not partly)
+    for warning in caught:
+        warn(str(warning.message))
 
 
 def picture_line(path: Path, prompt: str, seed: int, timings: dict[str, float], bundle_id: str, **more: Any) -> str:

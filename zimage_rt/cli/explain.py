@@ -18,6 +18,7 @@ from .common import (
     Backend,
     BackendOptions,
     Height,
+    LoraPartial,
     Loras,
     Sampler,
     Schedule,
@@ -53,6 +54,7 @@ def explain(
     font: Annotated[Path | None, typer.Option(help="A TrueType file for the labels, e.g. for Chinese.")] = None,
     times: Annotated[bool, typer.Option(help="Write under each picture what it took.")] = True,
     lora: Loras = None,
+    lora_partial: LoraPartial = False,
     backend: Backend = "onnxruntime",
     backend_option: BackendOptions = None,
     as_json: Annotated[bool, typer.Option("--json", help="What the sheet shows, as a JSON line.")] = False,
@@ -64,7 +66,7 @@ def explain(
     for name in ("prompt", "seed"):
         fields.pop(name, None)
     engine = Engine.load(bundle, backend=backend, backend_options=backend_options(backend_option or []))
-    load_loras(engine, lora or [])
+    load_loras(engine, lora or [], lora_partial)
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=stderr
     ) as progress:

@@ -31,6 +31,7 @@ from .common import (
     BatchNoise,
     FitSize,
     Height,
+    LoraPartial,
     Loras,
     Sampler,
     Schedule,
@@ -42,6 +43,7 @@ from .common import (
     fail,
     given_fields,
     is_given,
+    load_lora,
     load_loras,
     picture_line,
     stderr,
@@ -111,6 +113,7 @@ def generate(
     truncate_prompt: TruncatePrompt = False,
     vae_tile: Annotated[int | None, typer.Option(help="Decode in tiles of so many pixels.")] = None,
     lora: Loras = None,
+    lora_partial: LoraPartial = False,
     backend: Backend = "onnxruntime",
     backend_option: BackendOptions = None,
     sidecar: Annotated[bool, typer.Option(help="Write each picture's record beside it, as JSON.")] = True,
@@ -129,8 +132,8 @@ def generate(
         warn_of_differences(record, engine)
         if lora is None:
             for name, weight, path in record.find_loras(None if like is None else like.parent):
-                engine.load_lora(path, weight, name)
-    load_loras(engine, lora or [])
+                load_lora(engine, path, weight, name, lora_partial)
+    load_loras(engine, lora or [], lora_partial)
     for number, request in enumerate(requests):
         with Progress(
             TextColumn("{task.description}"),
