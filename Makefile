@@ -14,8 +14,10 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/*) $(shell fi
 # All GPUs that _cuda runs on. One is faster to compile: make cuda CUDA_ARCHITECTURES=90a-real
 CUDA_ARCHITECTURES ?= 80-real;89-real;90a-real;120
 CMAKE_OPTIONS ?=
-# ccache makes the second build of the same sources a matter of seconds.
+# ccache makes the second build of the same sources a matter of seconds, from another clone as well.
 CCACHE := $(shell command -v ccache)
+export CCACHE_BASEDIR := $(CURDIR)
+export CCACHE_NOHASHDIR := 1
 BUILD_CUDA := ZIMAGE_RT_CUDA=ON ZIMAGE_RT_BUILD=$(CURDIR)/build/cuda \
   CMAKE_CXX_COMPILER_LAUNCHER=$(CCACHE) CMAKE_CUDA_COMPILER_LAUNCHER=$(CCACHE) \
   CMAKE_ARGS='"-DZIMAGE_RT_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)" $(CMAKE_OPTIONS)'

@@ -5,6 +5,7 @@
 
 A recipe's arguments are the engines that it wants, by name (`ENGINES`); bundles other than nano's own are exported into
 a temporary folder. A recipe whose checkpoint or adapter is not in the repository is left out, with a line on stderr.
+Each recipe names the scenes that its pictures must show, on every machine: `tests/test_cookbook.py` judges them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,30 @@ Recipe = Callable[..., list[np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
+class Scene:
+    """What one picture of a recipe shows, in the words of the judge (`benchmarks/quality/judge.py`).
+
+    Attributes:
+        picture: which one, from 0.
+        subjects: one drawing's name, or those of the left and the right one.
+        colour: the background's; None if the prompt leaves it open.
+        moved: pixels to the right and down by which a single drawing is away from the middle.
+        box: left, top and side of a square inside of the picture, where that is a sheet of several.
+    """
+
+    picture: int
+    subjects: tuple[str, ...]
+    colour: str | None = None
+    moved: tuple[int, int] = (0, 0)
+    box: tuple[int, int, int] | None = None
+
+
+def singles(*words: tuple[str, str | None] | None) -> tuple[Scene, ...]:
+    """Scenes of one drawing each, as (name, colour), for the pictures in order; None for one that shows no scene."""
+    return tuple(Scene(i, (word[0],), word[1]) for i, word in enumerate(words) if word is not None)
+
+
+@dataclasses.dataclass(frozen=True)
 class Shell:
     """A recipe of the command line, run in an empty folder.
 
@@ -42,25 +67,45 @@ class Shell:
         text: what stands above it.
         lines: commands of `zimage`, one a line.
         show: the pictures that they leave, as a pattern.
+        scenes: what the pictures show.
         table: a file that is there before, as its name, text and encoding.
     """
 
     text: str
     lines: str
     show: str
+    scenes: tuple[Scene, ...]
     table: tuple[str, str, str] | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """A recipe that has run.
+
+    Attributes:
+        name: its picture's on the page.
+        lines: its section of the page.
+        pictures: uint8 [height, width, 3], from left to right.
+        scenes: what they must show.
+    """
+
+    name: str
+    lines: list[str]
+    pictures: list[np.ndarray]
+    scenes: tuple[Scene, ...]
+
+
 RECIPES: dict[str, Recipe] = {}
+SCENES: dict[str, tuple[Scene, ...]] = {}
 SHELLS: dict[str, Shell] = {}
 NEEDS: dict[str, Path] = {}  # by title: a file without which there is nothing to show
 
 
-def recipe(title: str, needs: Path | None = None) -> Callable[[Recipe], Recipe]:
+def recipe(title: str, scenes: Sequence[Scene], needs: Path | None = None) -> Callable[[Recipe], Recipe]:
     """Put a function on the page; it returns the pictures to show side by side."""
 
     def add(function: Recipe) -> Recipe:
-        RECIPES[title] = function
+        RECIPES[title], SCENES[title] = function, tuple(scenes)
         if needs is not None:
             NEEDS[title] = needs
         return function
@@ -68,7 +113,7 @@ def recipe(title: str, needs: Path | None = None) -> Callable[[Recipe], Recipe]:
     return add
 
 
-@recipe("A prompt, in any language")
+@recipe("A prompt, in any language", singles(("red apple", "white"), ("penguin", "green"), ("house", "purple")))
 def prompt(engine: zimage_rt.Engine) -> list[np.ndarray]:
     """The same seed gives the same picture, on every machine; several prompts run as one batch."""
     result = engine.generate(
@@ -77,9 +122,10 @@ def prompt(engine: zimage_rt.Engine) -> list[np.ndarray]:
     return list(result.images)
 
 
-@recipe("Image to image")
+@recipe("Image to image", singles(("cat", "blue"), ("panda", "blue"), ("panda", "blue"), ("panda", "green")))
 def image_to_image(engine: zimage_rt.Engine) -> list[np.ndarray]:
-    """Begin from a picture. `strength` says how far to go from it: 0.3 retouches, 1 forgets."""
+    """Begin from a picture. `strength` says how far to go from it: 0.3 retouches; 1, or more than
+    1 − 1/steps, ignores it."""
     cat = engine.generate("a cat, blue background", seed=5).images[0]
     pictures = [cat]
     for strength in (0.4, 0.7, 1.0):
@@ -88,7 +134,7 @@ def image_to_image(engine: zimage_rt.Engine) -> list[np.ndarray]:
     return pictures
 
 
-@recipe("Pictures of another shape")
+@recipe("Pictures of another shape", singles(("rocket", "orange"), ("rocket", "orange"), None, ("rocket", "orange")))
 def shapes(engine: zimage_rt.Engine) -> list[np.ndarray]:
     """A picture of any size begins a request: `fit` crops, pads or stretches it. EXIF orientation is honoured, and what
     is transparent is white. The first picture is the one given; a low `strength` leaves the others nearly as fitted."""
@@ -102,7 +148,7 @@ def shapes(engine: zimage_rt.Engine) -> list[np.ndarray]:
     return pictures
 
 
-@recipe("Inpainting")
+@recipe("Inpainting", [Scene(0, ("cat", "house"), "purple"), Scene(2, ("penguin", "house"), "purple")])
 def inpaint(engine: zimage_rt.Engine) -> list[np.ndarray]:
     """Draw anew where the mask is white; where it is black the picture keeps its bytes."""
     before = engine.generate("a cat on the left and a house on the right, purple background", seed=3).images[0]
@@ -120,7 +166,7 @@ def inpaint(engine: zimage_rt.Engine) -> list[np.ndarray]:
     return [before, np.stack([mask] * 3, axis=-1), after]
 
 
-@recipe("Guidance and a negative prompt")
+@recipe("Guidance and a negative prompt", singles(("panda", None), ("panda", None), ("panda", None)))
 def guidance(base: zimage_rt.Engine) -> list[np.ndarray]:
     """`guidance_scale` steers towards the prompt and away from the negative one, as diffusers does:
     `pred = positive + scale * (positive - negative)`; 0, Turbo's own setting, is none. Base models want some, because
@@ -133,7 +179,7 @@ def guidance(base: zimage_rt.Engine) -> list[np.ndarray]:
     return pictures
 
 
-@recipe("Guidance that changes")
+@recipe("Guidance that changes", singles(*4 * [("penguin", "yellow")]))
 def dynamic_guidance(base: zimage_rt.Engine) -> list[np.ndarray]:
     """Too much guidance exaggerates: here 8, and then the same with each remedy.
 
@@ -150,7 +196,7 @@ def dynamic_guidance(base: zimage_rt.Engine) -> list[np.ndarray]:
     return pictures
 
 
-@recipe("Samplers and schedules")
+@recipe("Samplers and schedules", singles(*4 * [("red apple", "green")]))
 def samplers(engine: zimage_rt.Engine) -> list[np.ndarray]:
     """ComfyUI's names give its numbers; those of diffusers begin with `diffusers_` ([samplers.md](samplers.md) has the
     list). The first is the default, the second the Z-Image template's, the last adds noise in every step."""
@@ -167,7 +213,7 @@ def samplers(engine: zimage_rt.Engine) -> list[np.ndarray]:
     return pictures
 
 
-@recipe("Two passes")
+@recipe("Two passes", singles(*4 * [("house", "blue")]))
 def two_passes(engine: zimage_rt.Engine) -> list[np.ndarray]:
     """Draft at the size that a model knows best, then draw over it: `scale=1.0` refines at the same size, more draws
     larger, from the picture or, with more strength, from the latents."""
@@ -181,7 +227,7 @@ def two_passes(engine: zimage_rt.Engine) -> list[np.ndarray]:
     return pictures
 
 
-@recipe("Decoding in tiles")
+@recipe("Decoding in tiles", singles(*2 * [("red apple", "cyan")]))
 def tiles(engine: zimage_rt.Engine) -> list[np.ndarray]:
     """`vae_tile` decodes overlapping squares of so many pixels and blends them, for sizes that do not fit in
     memory. The third picture is ten times the difference."""
@@ -192,7 +238,7 @@ def tiles(engine: zimage_rt.Engine) -> list[np.ndarray]:
     return [whole, tiled, np.minimum(10 * difference, 255).astype(np.uint8)]
 
 
-@recipe("A style as a LoRA", needs=CYANOTYPE)
+@recipe("A style as a LoRA", singles(("panda", "green")), needs=CYANOTYPE)
 def lora(engine: zimage_rt.Engine) -> list[np.ndarray]:
     """Put on and taken off a live engine, in the layouts of diffusers and PEFT, kohya and ComfyUI, several at once with
     their weights; without any, the weights are the bundle's to the byte. This one makes cyanotypes."""
@@ -205,7 +251,14 @@ def lora(engine: zimage_rt.Engine) -> list[np.ndarray]:
     return pictures
 
 
-@recipe("Following a control image")
+@recipe(
+    "Following a control image",
+    [
+        Scene(1, ("red apple",), "blue"),
+        Scene(2, ("red apple",), "blue", moved=(48, -48)),
+        Scene(3, ("red apple",), "blue", moved=(48, -48)),
+    ],
+)
 def control(engine: zimage_rt.Engine, controlled: zimage_rt.Engine) -> list[np.ndarray]:
     """A ControlNet says what a prompt cannot: this one puts things where white silhouettes stand on black. The
     silhouette is cut out of another picture and moved; then `control_scale` is 0, 0.75 and 1."""
@@ -219,7 +272,10 @@ def control(engine: zimage_rt.Engine, controlled: zimage_rt.Engine) -> list[np.n
     return pictures
 
 
-@recipe("A session")
+@recipe(
+    "A session",
+    [Scene(i, ("cat", right), "purple") for i, right in enumerate(("house", "red apple", "red apple"))],
+)
 def session(engine: zimage_rt.Engine) -> list[np.ndarray]:
     """Turns that build on one another, and can be taken back."""
     work = zimage_rt.Session(engine)
@@ -233,7 +289,7 @@ def session(engine: zimage_rt.Engine) -> list[np.ndarray]:
     return pictures
 
 
-@recipe("A session with a model for each task")
+@recipe("A session with a model for each task", singles(*2 * [("rabbit", "pink")]))
 def session_of_models(engine: zimage_rt.Engine, base: zimage_rt.Engine) -> list[np.ndarray]:
     """Turbo drafts, Base draws the final, each with its own evaluations and guidance: the session picks by the task.
     Base wants to be told the style; what is left out may be anything to it."""
@@ -243,7 +299,7 @@ def session_of_models(engine: zimage_rt.Engine, base: zimage_rt.Engine) -> list[
     return pictures
 
 
-@recipe("Watching a picture come")
+@recipe("Watching a picture come", singles(None, None, None, ("panda", "white")))
 def previews(engine: zimage_rt.Engine) -> list[np.ndarray]:
     """A callback sees every step, may look at it through the tiny VAE, and may cancel by returning False."""
     seen = []
@@ -261,12 +317,15 @@ SHELLS["A sheet of settings"] = Shell(
     'zimage explain engines/nano -p "a panda, green background" --steps 1,2,4,8 --guidance 0,2 --seed 3 \\\n'
     "  --cell 112 --no-times -o sheet.png",
     "sheet.png",
+    # The last column, and the last picture of the first strip.
+    tuple(Scene(0, ("panda",), "green", box=box) for box in ((492, 112, 112), (492, 248, 112), (796, 420, 88))),
 )
 SHELLS["A batch from a spreadsheet"] = Shell(
     "Columns are request fields, or words for the template; CSV as Excel writes it in Chinese (GBK, or UTF-8 with its "
     "mark) and JSON lines. Killed, the same command goes on where it stopped.",
     'zimage batch animals.csv -b engines/nano -o out --template "一只{animal}，{colour}背景"',
     "out/*.png",
+    singles(("panda", "blue"), ("penguin", "green"), ("fox", "white")),
     ("animals.csv", "animal,colour,seed\n熊猫,蓝色,3\n企鹅,绿色,4\n狐狸,白色,5\n", "gbk"),
 )
 SHELLS["The same picture again"] = Shell(
@@ -276,6 +335,7 @@ SHELLS["The same picture again"] = Shell(
     "zimage generate engines/nano --like first.png -o second.png\n"
     'zimage generate engines/nano --like first.png -p "an owl, yellow background" -o third.png',
     "*.png",
+    singles(("fox", "yellow"), ("fox", "yellow"), ("owl", "yellow")),
 )
 
 
@@ -366,6 +426,35 @@ def section(title: str, text: str, code: str, language: str, name: str) -> list[
     return ["", f"## {title}", text, "", f"```{language}", code, "```", "", f"![{title}](cookbook/{name}.png)"]
 
 
+def draw(nano: Path, scratch: Path) -> Iterator[Drawn]:
+    """Run the recipes, from the repository's root, where their paths begin.
+
+    Args:
+        nano: the bundle of zimage-nano.
+        scratch: a folder for the other bundles.
+    """
+    bundles = Bundles(nano.resolve(), scratch)
+    os.chdir(ROOT)
+    for title, function in RECIPES.items():
+        names = list(inspect.signature(function).parameters)
+        needed = [bundles.missing(name) for name in names] + [NEEDS.get(title)]
+        absent = next((path for path in needed if path is not None and not path.exists()), None)
+        if absent is not None:
+            print(f"left out: {title}: there is no {absent}", file=sys.stderr)
+            continue
+        text, code = lines_of(function)
+        pictures = function(*(bundles.engine(name) for name in names))
+        lines = section(title, text, code, "python", function.__name__)
+        yield Drawn(function.__name__, lines, pictures, SCENES[title])
+    for title, shell in SHELLS.items():
+        name = title.lower().replace(" ", "_")
+        lines = section(title, shell.text, shell.lines, "sh", name)
+        if shell.table is not None:
+            file, content, encoding = shell.table
+            lines[-2:-2] = ["", f"`{file}`, in {encoding.upper()}:", "```", content.strip(), "```"]
+        yield Drawn(name, lines, run_shell(shell, bundles), shell.scenes)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(prog="docs/cookbook.py", description=__doc__)
@@ -374,29 +463,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     folder = arguments.out.resolve() / "cookbook"
     folder.mkdir(parents=True, exist_ok=True)
-    nano = arguments.bundle.resolve()
-    os.chdir(ROOT)  # paths in recipes begin there
     page = header()
     with tempfile.TemporaryDirectory() as scratch:
-        bundles = Bundles(nano, Path(scratch))
-        for title, function in RECIPES.items():
-            names = list(inspect.signature(function).parameters)
-            needed = [bundles.missing(name) for name in names] + [NEEDS.get(title)]
-            absent = next((path for path in needed if path is not None and not path.exists()), None)
-            if absent is not None:
-                print(f"left out: {title}: there is no {absent}", file=sys.stderr)
-                continue
-            text, code = lines_of(function)
-            pictures = function(*(bundles.engine(name) for name in names))
-            side_by_side(pictures).save(folder / f"{function.__name__}.png", optimize=True)
-            page += section(title, text, code, "python", function.__name__)
-        for title, shell in SHELLS.items():
-            name = title.lower().replace(" ", "_")
-            side_by_side(run_shell(shell, bundles)).save(folder / f"{name}.png", optimize=True)
-            page += section(title, shell.text, shell.lines, "sh", name)
-            if shell.table is not None:
-                file, content, encoding = shell.table
-                page[-2:-2] = ["", f"`{file}`, in {encoding.upper()}:", "```", content.strip(), "```"]
+        for drawn in draw(arguments.bundle, Path(scratch)):
+            side_by_side(drawn.pictures).save(folder / f"{drawn.name}.png", optimize=True)
+            page += drawn.lines
     (folder.parent / "cookbook.md").write_text("\n".join(page) + "\n", encoding="utf-8")
     return 0
 

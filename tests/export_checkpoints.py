@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import diffusers
+import onnx_ir as ir
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from zimage_rt.export import graph_cache
+from zimage_rt.export.checkpoint import open_checkpoint
+from zimage_rt.export.modules import plan_modules
+from zimage_rt.export.precision import FP32
 from zimage_rt.export.recipe import ExportRecipe
 
 TEMPLATE = (
@@ -74,6 +81,24 @@ def make_checkpoint(folder: Path) -> Path:
 def recipe(checkpoint: Path, out: Path, **changes: Any) -> ExportRecipe:
     """A recipe with everything at its default but `changes`."""
     return dataclasses.replace(ExportRecipe(checkpoint, out, "test"), **changes)
+
+
+@contextlib.contextmanager
+def graphs_of(bundle: Path, checkpoint: Path) -> Iterator[None]:
+    """Exports in this process take the fp32 graphs of a bundle that was exported from `checkpoint`.
+
+    `make bundle` has traced and measured them, and tracing them again takes most of a minute. Nothing is written to the
+    user's cache: a bundle from an older exporter must not get into it.
+    """
+    plans = plan_modules(open_checkpoint(checkpoint), FP32, ("tiny", "full"))
+    graphs = {plan.graph_key(): bundle / f"{plan.name}.onnx" for plan in plans}
+    cached = graph_cache.cached
+
+    def take(key: str, trace: Callable[[], ir.Model]) -> ir.Model:
+        return ir.load(graphs[key]) if key in graphs else cached(key, trace)
+
+    with mock.patch.object(graph_cache, "cached", take):
+        yield
 
 
 def copy_with(checkpoint: Path, folder: Path, **replaced: Path | None) -> Path:

@@ -22,8 +22,9 @@ cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS=-O1 -
   exit 1
 }
 
-# Python keeps memory until it ends, so leaks are not looked for.
+# Python keeps memory until it ends, so leaks are not looked for. Run from elsewhere: Python looks into its folder first.
 export LD_PRELOAD="$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libubsan.so)"
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$build/site
-"$python" -c "import zimage_rt._core as core; assert core.__file__.startswith('$build'), core.__file__; print('under sanitizers:', core.__file__)"
-"$python" -m pytest -q -p no:cacheprovider tests/test_core.py tests/test_samplers.py
+cd "$build"
+"$python" -c "import zimage_rt._core as core; assert core.__file__.startswith('$build'), core.__file__"
+"$python" -m pytest -q -p no:cacheprovider -c "$root/pyproject.toml" "$root/tests/test_core.py" "$root/tests/test_samplers.py"

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CHECKPOINT
+from conftest import CHECKPOINT, SAME_PICTURE
 from controlnet_files import control_card, make_controlnet
 from diffusers import ZImageControlNetModel, ZImageControlNetPipeline
-from export_checkpoints import recipe
+from export_checkpoints import graphs_of, recipe
 from lora_files import changed, peft, random_lora, write
 from PIL import Image
 from zimage_rt.benchmarks.fidelity import psnr
@@ -28,21 +28,25 @@ from zimage_rt.errors import BundleMismatch, MetadataError, RequestError
 from zimage_rt.manifest import read_manifest, write_manifest
 from zimage_rt.request import SecondPass, resolve
 
+# In dB: what images that show different things stay below, far from rounding (`SAME_PICTURE`): 13 to 37 are measured.
+DIFFERENT = 40
 PROMPT = "a panda on a blue background"
 LONGER = "a cat on the left and a house on the right, purple background, drawn as children draw them, with a pencil"
 
 
 @pytest.fixture(scope="module")
 def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ControlNet as 2.1 is: channels for inpainting, control blocks of its own in the noise refiner."""
-    return make_controlnet(tmp_path_factory.mktemp("net"), "control_noise_refiner")
+    """Random weights in the architecture of zimage-nano-controlnet, whose graph the cookbook needs too. It is that of
+    2.0: channels for inpainting, and the control blocks run twice, for the noise refiner and for the layers."""
+    return make_controlnet(tmp_path_factory.mktemp("net"), "control_layers", control_layers_places=[0])
 
 
 @pytest.fixture(scope="module")
 def controlled(bundle: Path, net: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The nano bundle with that ControlNet; the VAEs come from the one that is there."""
     out = tmp_path_factory.mktemp("bundles") / "controlled"
-    manifest = export(recipe(CHECKPOINT, out, vae=(), parity=False, parts={"controlnet": net}))
+    with graphs_of(bundle, CHECKPOINT):
+        manifest = export(recipe(CHECKPOINT, out, vae=(), parity=False, parts={"controlnet": net}))
     nano = read_manifest(bundle)
     vaes = {name: module for name, module in nano.modules.items() if "_vae_" in name}
     files = {file: nano.files[file] for name in vaes for file in nano.module_files(name)}
@@ -98,8 +102,8 @@ def plain(following: zimage_rt.Engine) -> np.ndarray:
 def test_a_picture_follows_as_in_diffusers(following, reference, card, plain, scale):
     expected = theirs(reference, card, [PROMPT], controlnet_conditioning_scale=scale)
     picture = ours(following, card, control_scale=scale)
-    assert psnr(picture[0], expected[0]) >= 45
-    assert psnr(picture[0], plain[0]) < 40
+    assert psnr(picture[0], expected[0]) >= SAME_PICTURE
+    assert psnr(picture[0], plain[0]) < DIFFERENT
 
 
 def test_the_default_scale_is_that_of_diffusers(following, card):
@@ -119,7 +123,7 @@ def test_batches_and_guidance_follow_as_in_diffusers(following, reference, card,
     prompts = [PROMPT, LONGER]
     expected = theirs(reference, card, prompts, negative_prompt=["text"] * 2, **settings)
     pictures = ours(following, card, prompts, negative_prompt="text", **settings)
-    assert min(psnr(*pair) for pair in zip(pictures, expected, strict=True)) >= 45
+    assert min(psnr(*pair) for pair in zip(pictures, expected, strict=True)) >= SAME_PICTURE
 
 
 def test_at_scale_0_nothing_is_followed(following, card, plain):
@@ -133,7 +137,7 @@ def test_at_scale_0_nothing_is_followed(following, card, plain):
 def test_another_size_is_fitted_as_images_are(following, reference, card):
     """diffusers stretches."""
     expected = theirs(reference, card, [PROMPT], height=128, width=160)
-    assert psnr(ours(following, card, height=128, width=160, fit="stretch")[0], expected[0]) >= 45
+    assert psnr(ours(following, card, height=128, width=160, fit="stretch")[0], expected[0]) >= SAME_PICTURE
     pixels = np.asarray(card)
     cut = ours(following, card, height=192, width=192)
     assert cut.tobytes() == ours(following, Image.fromarray(pixels[32:224])).tobytes()
@@ -145,10 +149,10 @@ def test_another_size_is_fitted_as_images_are(following, reference, card):
 def test_a_picture_to_begin_from_may_follow_too(following, card, plain):
     fields = {"image": plain[0], "strength": 0.6}
     free, bound = ours(following, None, **fields), ours(following, card, **fields)
-    assert psnr(free[0], bound[0]) < 40
+    assert psnr(free[0], bound[0]) < DIFFERENT
     # At full strength the picture is forgotten, and the control image alone says what is drawn.
     forgotten = ours(following, card, image=plain[0], strength=1.0)
-    assert psnr(forgotten[0], ours(following, card)[0]) > 60
+    assert psnr(forgotten[0], ours(following, card)[0]) >= SAME_PICTURE
 
 
 def test_what_a_mask_keeps_is_kept(following, card, plain):
@@ -157,7 +161,7 @@ def test_what_a_mask_keeps_is_kept(following, card, plain):
     fields = {"image": plain[0], "mask": mask, "strength": 1.0}
     bound = ours(following, card, **fields)
     assert (bound[0, :128] == plain[0, :128]).all()
-    assert psnr(bound[0, 128:], ours(following, None, **fields)[0, 128:]) < 40
+    assert psnr(bound[0, 128:], ours(following, None, **fields)[0, 128:]) < DIFFERENT
 
 
 def test_a_second_pass_follows_at_its_own_size(following, card):
@@ -169,9 +173,9 @@ def test_a_second_pass_follows_at_its_own_size(following, card):
     first = following.generate(PROMPT, control_image=card, **small).pil_images[0]
     larger, control = (image.resize((144, 192), Image.Resampling.LANCZOS) for image in (first, card))
     second = ours(following, control, image=larger, strength=0.5, num_inference_steps=3)
-    assert psnr(both.images[0], second[0]) > 50
+    assert psnr(both.images[0], second[0]) >= SAME_PICTURE
     free = ours(following, None, image=larger, strength=0.5, num_inference_steps=3)
-    assert psnr(both.images[0], free[0]) < 40
+    assert psnr(both.images[0], free[0]) < DIFFERENT
 
 
 def test_loras_change_what_follows(controlled, following, reference, card, tmp_path):
@@ -187,7 +191,7 @@ def test_loras_change_what_follows(controlled, following, reference, card, tmp_p
     expected = theirs(
         ZImageControlNetPipeline(**{**pipeline.components}), card, [PROMPT], controlnet_conditioning_scale=0.75
     )
-    assert psnr(styled[0], expected[0]) >= 45
+    assert psnr(styled[0], expected[0]) >= SAME_PICTURE
     assert psnr(styled[0], before[0]) < 35
     assert ours(following, card).tobytes() == before.tobytes()
     fresh = zimage_rt.Engine.load(controlled)

@@ -26,6 +26,8 @@ from zimage_rt.export.recipe import read_recipe
 
 # What fits `small_checkpoint`.
 SMALL: dict[str, Any] = {"dim": 256, "n_heads": 2, "n_kv_heads": 2, "control_layers_places": [0, 1]}
+# fp32 sums in another order round by some 1e-6 of the whole on any processor; a layer left out changes a tenth.
+FP32_ERROR = 2e-5
 SIZES = {"batch": 2, "latent_height": 10, "latent_width": 14, "context_tokens": 32}
 
 
@@ -56,9 +58,10 @@ def test_every_kind_computes_what_diffusers_does(checkpoint: Checkpoint):
     with torch.no_grad():
         wanted = reference(*inputs)
         plain = reference(*inputs[:-1], torch.zeros(2))
-    assert (in_torch(plan, *inputs) - wanted).norm() / wanted.norm() < 2e-5
+    assert (in_torch(plan, *inputs) - wanted).norm() / wanted.norm() < FP32_ERROR
     assert (wanted - plain).norm() / plain.norm() > 0.1  # the hints are no rounding error
-    assert (in_torch(plan, *inputs[:-1], torch.zeros(2)) - plain).norm() / plain.norm() < 2e-5
+    assert (in_torch(plan, *inputs[:-1], torch.zeros(2)) - plain).norm() / plain.norm() < FP32_ERROR
+    # fp16 rounds by 2^-11 = 5e-4, in each of some ten blocks' branches.
     assert (in_torch(plan_of(checkpoint, FP16), *inputs) - wanted).norm() / wanted.norm() < 5e-3
 
 
@@ -77,14 +80,15 @@ def test_a_control_stream_beyond_fp16_draws_what_fp32_does(checkpoint: Checkpoin
     plan = plan_of(changed)
     inputs = [torch.from_numpy(sample(spec, SIZES, 1, 3)) for spec in plan.inputs]
     wanted, got = (in_torch(plan_of(changed, precision), *inputs) for precision in (FP32, FP16))
+    # fp16's 5e-4 of a stream of 1e5 that later hints, a hundredth as large, are added to.
     assert (got - wanted).norm() / wanted.norm() < 2e-2
     plain = dataclasses.replace(FP16, attention_scale=1.0)
     assert not torch.isfinite(in_torch(plan_of(changed, plain), *inputs)).all()
 
 
 def test_a_graph_reads_the_transformers_own_weight_file(small_checkpoint: Path, tmp_path: Path):
-    """2.0 runs its layers twice, and is what a tracer could get wrong; nothing is stored twice."""
-    net = make_controlnet(tmp_path / "net", "control_layers", **SMALL)
+    """Nothing is stored twice. Here 2.1, several layers in a row; 2.0's graph draws the pictures of test_controlnet."""
+    net = make_controlnet(tmp_path / "net", "control_noise_refiner", **SMALL)
     plan = plan_of(open_checkpoint(small_checkpoint, {"controlnet": net}))
     path = tmp_path / "controlnet.safetensors"
     for part in (plan.base, plan):
@@ -92,7 +96,7 @@ def test_a_graph_reads_the_transformers_own_weight_file(small_checkpoint: Path, 
         weights.write(part.meta_module(), part.component, tmp_path / f"{part.name}.safetensors", shared=part.shared())
     graph = bundle._write_graph(plan, tmp_path, onnxruntime.simplify)
     parity = measure(plan, graph, *ReferenceCache().get(plan))
-    assert max(case.relative_error for case in parity.cases) < 2e-5
+    assert max(case.relative_error for case in parity.cases) < FP32_ERROR
     with safe_open(path, "pt") as file:
         names = set(file.keys())
     assert all(name.startswith("control_") for name in names)
@@ -120,7 +124,7 @@ def test_a_plan_too_large_for_memory_is_measured_on_its_first_layers(
     inputs = [torch.from_numpy(sample(spec, SIZES, 1, 3)) for spec in short.inputs]
     with torch.no_grad():
         wanted = ReferenceCache().get(short)[0](*inputs)
-    assert (in_torch(short, *inputs) - wanted).norm() / wanted.norm() < 2e-5
+    assert (in_torch(short, *inputs) - wanted).norm() / wanted.norm() < FP32_ERROR
 
 
 def test_a_single_file_says_all_that_a_config_does(checkpoint: Checkpoint, small_checkpoint: Path, tmp_path: Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +47,14 @@ def test_every_attention_without_a_mask_is_found(small_bundle: Path, module: str
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 3, 16])
-def test_pieces_compute_what_the_whole_computes(small_bundle: Path, pieces: int):
+def test_pieces_compute_what_the_whole_computes(small_bundle: Path, tmp_path: Path, pieces: int):
     """Also where they do not divide the queries, and where there are more of them than rows of latents."""
     whole = graph_of(small_bundle, "full_vae_decoder")
     (attention,) = find_attentions(whole.graph)
-    path = small_bundle / "cut.onnx"  # external data must lie beside it
-    onnx.save(cut_queries(whole, {attention.queries: pieces}), path)
-    try:
-        cut, expected = session(path), session(small_bundle / "full_vae_decoder.onnx")
-    finally:
-        path.unlink()
+    # External data must lie beside the graph, and the bundle is other tests', too.
+    shutil.copy(small_bundle / "full_vae_decoder.safetensors", tmp_path)
+    onnx.save(cut_queries(whole, {attention.queries: pieces}), tmp_path / "cut.onnx")
+    cut, expected = session(tmp_path / "cut.onnx"), session(small_bundle / "full_vae_decoder.onnx")
     nodes = sum(node.op_type == "Softmax" for node in cut_queries(whole, {attention.queries: pieces}).graph.node)
     assert nodes == pieces
     rng = np.random.default_rng(pieces)

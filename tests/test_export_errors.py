@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -143,10 +144,7 @@ def command(*arguments: object) -> list[str]:
 
 
 def test_killed_export_leaves_the_old_bundle(small_bundle: Path, small_checkpoint: Path, tmp_path: Path):
-    out = tmp_path / "bundle"
-    out.mkdir()
-    for path in small_bundle.iterdir():
-        (out / path.name).hardlink_to(path)
+    out = shutil.copytree(small_bundle, tmp_path / "bundle")
     before = read_manifest(out).bundle_id
     arguments = command("--checkpoint", small_checkpoint, "--out", out, "--vae", "tiny", "--skip-parity")
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -184,10 +182,7 @@ def test_killed_first_export_leaves_no_bundle(small_checkpoint: Path, tmp_path: 
 
 def test_a_bundle_caught_between_two_renames_comes_back(small_bundle: Path, small_checkpoint: Path, tmp_path: Path):
     """Killed between moving the old bundle aside and the new one in, even a failing export puts the old one back."""
-    aside = tmp_path / ".bundle.old-1"
-    aside.mkdir()
-    for path in small_bundle.iterdir():
-        (aside / path.name).hardlink_to(path)
+    shutil.copytree(small_bundle, tmp_path / ".bundle.old-1")
     with pytest.raises(TensorError):
         spoilt = changed_transformer(small_checkpoint, tmp_path / "spoilt", lambda t: t.pop("x_pad_token"))
         export(recipe(spoilt, tmp_path / "bundle", vae=(), parity=False))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CHECKPOINT
+from conftest import CHECKPOINT, SAME_PICTURE
 from diffusers import ZImageImg2ImgPipeline, ZImageInpaintPipeline, ZImagePipeline
 from PIL import Image
 from zimage_rt.benchmarks.fidelity import psnr
@@ -67,7 +67,7 @@ def test_image_to_image_is_that_of_diffusers(
 ) -> None:
     expected = theirs(ZImageImg2ImgPipeline, base, picture, **settings)
     ours = engine.generate(PROMPT, image=picture, seed=5, vae="full", num_inference_steps=8, **settings)
-    assert psnr(ours.images[0], expected) >= 45
+    assert psnr(ours.images[0], expected) >= SAME_PICTURE
     assert set(ours.timings) == {"encode_prompt", "encode_image", "denoise", "decode", "total"}
 
 
@@ -80,7 +80,7 @@ def test_inpainting_is_that_of_diffusers(
     ours = engine.generate(
         PROMPT, image=picture, mask=right_half, strength=strength, seed=5, vae="full", num_inference_steps=8
     ).images[0]
-    assert psnr(ours[:, 128:], expected[:, 128:]) >= 45
+    assert psnr(ours[:, 128:], expected[:, 128:]) >= SAME_PICTURE
     assert (ours[:, :128] == picture[:, :128]).all()  # to the byte, which diffusers does not promise
 
 
@@ -98,6 +98,7 @@ def test_a_batch_inpaints_each(engine: zimage_rt.Engine, picture: np.ndarray, ri
     options = {"image": picture, "mask": right_half, "strength": 1.0, "num_inference_steps": 3}
     batch = engine.generate(["a panda", "一只企鹅，蓝色背景"], seed=7, **options)
     alone = engine.generate("一只企鹅，蓝色背景", seed=batch.seeds[1], **options)
+    # Rounded otherwise by 1e-6, which moves a pixel that lies between two grey levels, and none further.
     assert np.abs(batch.images[1].astype(int) - alone.images[0]).max() <= 1
 
 
@@ -105,6 +106,7 @@ def test_a_batch_inpaints_each(engine: zimage_rt.Engine, picture: np.ndarray, ri
 def test_other_samplers_draw_the_same_thing(engine: zimage_rt.Engine, sampler: str) -> None:
     euler = engine.generate(PROMPT, seed=5, num_inference_steps=50).images[0]
     other = engine.generate(PROMPT, seed=5, num_inference_steps=25, sampler=sampler).images[0]
+    # Of the samplers' own step errors: 54 and 55 dB are measured; a cat in the panda's place is at 14.
     assert psnr(euler, other) > 20
 
 

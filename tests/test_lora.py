@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CHECKPOINT
+from conftest import CHECKPOINT, SAME_PICTURE
 from diffusers import AutoencoderTiny, ZImagePipeline
 from lora_files import LAYOUTS, Lora, changed, peft, random_lora, write
 from zimage_rt.benchmarks.fidelity import psnr
@@ -105,7 +105,7 @@ def test_pictures_are_those_of_diffusers(engine, reference, decoder, lora, plain
         reference.unload_lora_weights()
     assert engine.load_lora(path) == "style"
     picture = ours(engine)
-    assert psnr(picture, expected) >= 45
+    assert psnr(picture, expected) >= SAME_PICTURE
     assert psnr(picture, plain) < 30
 
 
@@ -128,7 +128,7 @@ def test_what_peft_writes_with_its_settings_is_read(engine, reference, decoder, 
     reference.delete_adapters("written")
     engine.load_lora(tmp_path / "pytorch_lora_weights.safetensors")
     picture = ours(engine)
-    assert psnr(picture, expected) >= 45
+    assert psnr(picture, expected) >= SAME_PICTURE
     assert psnr(picture, plain) < 30
 
 
@@ -156,7 +156,7 @@ def test_two_with_weights(engine, reference, decoder, lora, plain, small, tmp_pa
         engine.load_lora(path)
     engine.set_loras({"0": 0.7, "1": -0.4})
     assert engine.loras == {"0": 0.7, "1": -0.4}
-    assert psnr(ours(engine), expected) >= 45
+    assert psnr(ours(engine), expected) >= SAME_PICTURE
     both = sketch(engine)
     engine.set_loras({"1": -0.4})
     assert engine.loras == {"0": 0.0, "1": -0.4}
@@ -187,7 +187,7 @@ def test_the_text_encoder_takes_one_and_no_old_context_is_kept(engine, reference
     assert np.abs(engine.encode_prompt(PROMPT) - before).max() > 1e-2
     pipeline = copy.copy(reference)
     pipeline.text_encoder = encoder
-    assert psnr(ours(engine), theirs(pipeline, decoder)) >= 45
+    assert psnr(ours(engine), theirs(pipeline, decoder)) >= SAME_PICTURE
     engine.unload_lora("text")
     assert engine.encode_prompt(PROMPT).tobytes() == before.tobytes()
 
@@ -255,24 +255,31 @@ def test_a_bf16_bundle_rounds_the_sum(small_checkpoint, small_bundle, tmp_path):
         assert pipeline.module("transformer")(inputs)["noise_pred"].tobytes() == before.tobytes()
         assert np.linalg.norm(outputs[-1] - before) > 0.03 * np.linalg.norm(before)
     error = np.linalg.norm(outputs[1] - outputs[0]) / np.linalg.norm(outputs[0])
+    # Weights in bf16, computed in fp32: 2^-9 = 2e-3 a weight, over four blocks, the same on every processor.
     assert error < 2e-2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_sum_is_made_in_fp32_and_rounded_once(tmp_path, dtype):
-    weight, down, up = torch.randn(70, 48).to(dtype), torch.randn(3, 70), torch.randn(3, 16)
+    """Of whole numbers, whose sums fp32 holds exactly in every order: each processor must find the same bits."""
+    generator = torch.Generator().manual_seed(3)
+    weight, down, up = (
+        torch.randint(-100, 101, shape, generator=generator).float() for shape in ((70, 48), (3, 70), (3, 16))
+    )
     path = write(tmp_path / "w.safetensors", {"w": weight, "other": weight.clone()}, dtype)
     result = merged(path, [LowRank("w", 8, down.numpy(), up.numpy()), LowRank("w", 32, down.numpy(), up.numpy())])
-    expected = weight.float()
+    expected = weight.clone()
     for first in (8, 32):
         expected[:, first : first + 16] += down.T @ up
     assert list(result) == ["w"]
     stored = torch.from_numpy(result["w"].copy())
     ours = (stored.view(torch.bfloat16) if dtype == torch.bfloat16 else stored).float()
-    np.testing.assert_allclose(ours, expected.to(dtype).float(), rtol=1e-2 if dtype == torch.bfloat16 else 1e-3)
-    untouched = [*range(8), *range(24, 32)]
-    assert torch.equal(ours[:, untouched], weight.float()[:, untouched])
-    assert (ours == expected.to(dtype).float()).float().mean() > 0.99
+    assert torch.equal(ours, expected.to(dtype).float())
+    # A product that is rounded before it is added gives other numbers.
+    twice = weight.to(dtype)
+    for first in (8, 32):
+        twice[:, first : first + 16] += (down.T @ up).to(dtype)
+    assert torch.equal(ours, twice.float()) == (dtype == torch.float32)
 
 
 def test_a_sum_that_fp16_cannot_hold_is_refused(tmp_path):

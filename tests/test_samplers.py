@@ -28,6 +28,9 @@ from zimage_rt.schedule import (
 )
 
 SHIFT = 3.0
+# fp32 rounds the numbers here, below 8, by up to 2.4e-7 in each operation, over at most 49 evaluations of a slope below
+# 1: 2.4e-6 is the most that was measured. Samplers differ from one another by 1e-2 at these steps.
+ROUNDING = 2e-5
 
 
 def slope(latents: Any, sigma: float) -> Any:
@@ -57,7 +60,7 @@ def theirs(scheduler: Any, latents: np.ndarray) -> np.ndarray:
 
 @pytest.fixture
 def latents() -> np.ndarray:
-    return np.random.default_rng().standard_normal((1, 16, 8, 8)).astype(np.float32)
+    return np.random.default_rng(0).standard_normal((1, 16, 8, 8)).astype(np.float32)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 8, 20, 50])
@@ -65,6 +68,7 @@ def latents() -> np.ndarray:
 def test_schedules_are_those_of_diffusers(steps: int, option: str) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT, **{f"use_{option}_sigmas": True})
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps).tolist())
+    # fp32 against double precision; roots and powers lose a few places of 6e-8.
     np.testing.assert_allclose(
         schedule_sigmas(f"diffusers_{option}", steps, SHIFT), scheduler.sigmas.numpy(), rtol=0, atol=1e-6
     )
@@ -89,6 +93,7 @@ def test_custom_sigmas_are_shifted_as_in_diffusers() -> None:
     given = [0.95, 0.7, 0.31, 0.02]
     scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
     scheduler.set_timesteps(sigmas=given)
+    # One rounding to fp32, 6e-8 below 1.
     np.testing.assert_allclose(custom_sigmas(given, SHIFT), scheduler.sigmas.numpy(), rtol=0, atol=1e-7)
 
 
@@ -97,7 +102,7 @@ def test_euler_is_that_of_diffusers(steps: int, latents: np.ndarray) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps).tolist())
     difference = ours("euler", flow_match_sigmas(steps, SHIFT), latents) - theirs(scheduler, latents)
-    assert np.abs(difference).max() < 1e-4
+    assert np.abs(difference).max() < ROUNDING
 
 
 @pytest.mark.parametrize("steps", [2, 8, 25])
@@ -107,7 +112,7 @@ def test_heun_is_that_of_diffusers(steps: int, latents: np.ndarray) -> None:
     # Its schedule repeats every sigma but the first and the last, one evaluation each.
     sigmas = np.append(scheduler.sigmas[:-1:2].numpy(), np.float32(0)).astype(np.float32)
     assert len(sampler_table("heun", sigmas, SHIFT)) == len(scheduler.timesteps) == 2 * steps - 1
-    assert np.abs(ours("heun", sigmas, latents) - theirs(scheduler, latents)).max() < 1e-4
+    assert np.abs(ours("heun", sigmas, latents) - theirs(scheduler, latents)).max() < ROUNDING
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation")
@@ -124,12 +129,13 @@ def test_diffusers_dpmpp_2m_is_that_of_diffusers(steps: int, spacing: dict[str, 
         sigmas[0] = 0.9997  # diffusers' solver takes the logarithm of 1 - sigma
         scheduler.sigmas = torch.from_numpy(sigmas)
         scheduler.timesteps = torch.from_numpy(sigmas[:-1] * 1000)
-    assert np.abs(ours("diffusers_dpmpp_2m", sigmas, latents) - theirs(scheduler, latents)).max() < 1e-4
+    assert np.abs(ours("diffusers_dpmpp_2m", sigmas, latents) - theirs(scheduler, latents)).max() < ROUNDING
 
 
 @pytest.mark.parametrize("sampler", [name for name, sampler in SAMPLERS.items() if sampler.noise == "none"])
 def test_samplers_find_the_same_end(sampler: str, latents: np.ndarray) -> None:
-    """With many steps all of them solve the same equation, also from sigma 1."""
+    """With many steps all of them solve the same equation, also from sigma 1; what is left is Euler's own step error,
+    which falls with their number and is a hundred times what fp32 rounds."""
     exact = ours("euler", flow_match_sigmas(1000, SHIFT), latents)
     assert np.abs(ours(sampler, flow_match_sigmas(200, SHIFT), latents) - exact).max() < 0.03
 

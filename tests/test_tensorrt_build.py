@@ -25,7 +25,7 @@ trt = pytest.importorskip(
 import onnx  # noqa: E402
 import onnxruntime  # noqa: E402
 from conftest import CHECKPOINT  # noqa: E402
-from export_checkpoints import recipe  # noqa: E402
+from export_checkpoints import graphs_of, recipe  # noqa: E402
 from zimage_rt.export import weights  # noqa: E402
 from zimage_rt.export.builders import _split, tensorrt_rtx  # noqa: E402
 from zimage_rt.export.builders._tensorrt_options import TensorRTOptions  # noqa: E402
@@ -79,11 +79,14 @@ CONCRETE = {
 
 
 @pytest.fixture(scope="module", params=["fp16", "bf16"])
-def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
+def built(
+    request: pytest.FixtureRequest, bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Manifest]:
     """Every module of zimage-nano for three targets in each plan, dynamic in every size."""
     out = tmp_path_factory.mktemp("plans") / request.param
     changes = {"precision": request.param, "backend": "tensorrt_rtx", "shapes": SHAPES, "parity": False}
-    return out, export(recipe(CHECKPOINT, out, **changes, tensorrt=OPTIONS))
+    with graphs_of(bundle, CHECKPOINT):  # the full VAE stays fp32 beside fp16
+        return out, export(recipe(CHECKPOINT, out, **changes, tensorrt=OPTIONS))
 
 
 def plan_text(bundle: Path, engine: EngineSpec) -> str:

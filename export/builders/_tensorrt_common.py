@@ -308,7 +308,7 @@ class _Builder:
             tensor.shape = tuple(_size(sizes, dim) for dim in dims[tensor.name])
         layers = [network.get_layer(index) for index in range(network.num_layers)]
         tensors = [layer.get_output(index) for layer in layers for index in range(layer.num_outputs)]
-        found = {tensor.name: _Tensor(tuple(tensor.shape), tensor.dtype == trt.float32) for tensor in tensors}
+        found = {tensor.name: _Tensor(tuple(tensor.shape), tensor.dtype == trt.DataType.FLOAT) for tensor in tensors}
         del tensors, layers, network, parser, builder, weights  # in this order: each points into those behind it
         return found
 
