@@ -452,7 +452,7 @@ def test_partly_uses_what_fits_and_lists_what_does_not(engine, base, tmp_path):
 def test_the_command_takes_part_of_a_file(bundle, base, tmp_path):
     path = save(tmp_path / "half.safetensors", half_foreign(Maker(base)))
     command = [sys.executable, "-m", "zimage_rt.cli.main", "generate", str(bundle), "-p", PROMPT]
-    command += "--steps 1 --height 64 --width 64 --lora".split()
+    command += ["--steps", "1", "--height", "64", "--width", "64", "--lora"]
     command += [f"{path}=0.5", "-o", str(tmp_path / "out.png")]
     refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode == 1

@@ -1,4 +1,4 @@
-"""LoRA, LoKr, LoHa and DoRA files against LyCORIS itself: weights and pictures on zimage-nano in fp32. No GPU is needed.
+"""LoRA, LoKr, LoHa and DoRA files against LyCORIS itself: weights and images on zimage-nano in fp32; needs no GPU.
 
 Outside CI, since LyCORIS is used nowhere else:
 
