@@ -14,7 +14,7 @@ CHECKPOINT := $(shell find checkpoints/zimage-nano -name '*.safetensors' -o -nam
 $(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q $(TORCH)
-	$(BIN)/pip install -q -e '.[onnxruntime,tensorrt-rtx,cli,export,reference,dev]'
+	$(BIN)/pip install -q -e '.[onnxruntime,tensorrt-rtx,cli,export,gguf,reference,dev]'
 	touch $@
 
 $(BUNDLE)/manifest.json: $(VENV)/installed engines/nano.toml $(CHECKPOINT) $(shell find export -name '*.py')
