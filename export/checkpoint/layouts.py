@@ -224,10 +224,9 @@ def mxfp8(layer: Layer) -> CheckpointTensor:
     inputs = layer.find("input_scale")
 
     def stored() -> Quantized:
-        exponents = _tiled(scale.read().view(torch.uint8), rows, groups)
-        powers = torch.ldexp(torch.ones((), dtype=torch.float64), exponents.int() - 127)
+        exponents = _tiled(scale.read().view(torch.uint8), rows, groups).contiguous().view(torch.float8_e8m0fnu)
         numbers = weight.read().view(torch.float8_e4m3fn)
-        return Quantized("mxfp8", numbers, powers, input_scale=_read(inputs))
+        return Quantized("mxfp8", numbers, exponents, input_scale=_read(inputs))
 
     return CheckpointTensor(weight.shape, stored, alignment=32)
 

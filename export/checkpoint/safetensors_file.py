@@ -26,8 +26,10 @@ _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
 
 
 def tensor_names(path: Path) -> tuple[str, ...]:
-    """The names alone. Raises CheckpointError if the file is damaged."""
-    return tuple(_raw(path)[0])
+    """The names alone. Raises CheckpointError if the file is damaged, or of a quantisation that is not read."""
+    tensors, metadata = _raw(path)
+    foreign.check_names(tensors, metadata, str(path))
+    return tuple(tensors)
 
 
 def open_safetensors(path: Path) -> dict[str, CheckpointTensor]:
