@@ -55,10 +55,9 @@ def tiled(scales: np.ndarray) -> np.ndarray:
     rows, groups = scales.shape
     padded = -(-rows // 128) * 128, -(-groups // 4) * 4
     flat = np.zeros(padded[0] * padded[1], scales.dtype)
-    for row in range(rows):
-        for group in range(groups):
-            tile = row // 128 * (padded[1] // 4) + group // 4
-            flat[tile * 512 + row % 32 * 16 + row % 128 // 32 * 4 + group % 4] = scales[row, group]
+    row, group = np.indices(scales.shape)
+    tile = row // 128 * (padded[1] // 4) + group // 4
+    flat[tile * 512 + row % 32 * 16 + row % 128 // 32 * 4 + group % 4] = scales
     return flat.reshape(padded)
 
 
@@ -134,11 +133,9 @@ def mxfp8(weight: np.ndarray) -> Written:
 
 
 def _nearest(x: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    best, found = np.full(x.shape, np.inf), np.zeros(x.shape, np.int64)
-    for code, level in enumerate(levels):
-        closer = np.abs(x - level) < best
-        best[closer], found[closer] = np.abs(x - level)[closer], code
-    return found
+    """The code of the level nearest to each number."""
+    order = np.argsort(levels, kind="stable")
+    return order[np.searchsorted((levels[order][1:] + levels[order][:-1]) / 2, x)]
 
 
 def nvfp4(weight: np.ndarray, *, before: bool = False) -> Written:

@@ -34,7 +34,6 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from quantized_files import awq_w4a16
-
 from zimage_rt.export.checkpoint import open_safetensors
 
 ROWS, COLUMNS = 160, 768
