@@ -264,7 +264,7 @@ def _within(count: int) -> Callable[[str], bool]:
 
 
 def _tensors(arrays: Mapping[str, Array]) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+    return {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}  # copies: a file is read-only
 
 
 def _transformer(path: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:

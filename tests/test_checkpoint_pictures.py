@@ -55,15 +55,10 @@ def load(tmp_path_factory: pytest.TempPathFactory):
     return load
 
 
-# Decibels from the picture of the bf16 weights. nvfp4 has 4 bits: what was measured, less a margin.
-@pytest.mark.parametrize(
-    ("layout", "least"),
-    [("int8_tensorwise-per-row", 30), ("int8_convrot", 30), ("float8_e4m3fn", 30), ("mxfp8", 30), ("nvfp4", 10)],
-)
-def test_pictures(layout: str, least: float, load, engine: zimage_rt.Engine):
-    found = psnr(draw(load(layout)), draw(engine))
-    print(f"{layout}: {found:.1f} dB")
-    assert found >= least
+@pytest.mark.parametrize("layout", ["int8_tensorwise-per-row", "int8_convrot", "float8_e4m3fn", "mxfp8", "nvfp4"])
+def test_pictures(layout: str, load, engine: zimage_rt.Engine):
+    """Within 30 dB of the picture of the bf16 weights; docs/formats.md has what was measured."""
+    assert psnr(draw(load(layout)), draw(engine)) >= 30
 
 
 def test_a_lora_changes_the_picture_of_scaled_fp8_as_that_of_bf16(load, engine: zimage_rt.Engine, tmp_path: Path):
@@ -77,6 +72,5 @@ def test_a_lora_changes_the_picture_of_scaled_fp8_as_that_of_bf16(load, engine: 
         changed.append(draw(one))
         one.unload_lora("lora")
     sizes = [float(np.abs(after - before).mean()) for before, after in zip(plain, changed, strict=True)]
-    print(f"mean change: bf16 {sizes[0]:.2f}, fp8 {sizes[1]:.2f}; {psnr(changed[1], changed[0]):.1f} dB apart")
     assert sizes[0] > 5
     assert sizes[1] == pytest.approx(sizes[0], rel=0.1)

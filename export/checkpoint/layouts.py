@@ -7,8 +7,9 @@ transformers' block fp8. docs/formats.md has the table of what is read.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Mapping, MutableSet
+from collections.abc import Callable, Iterable, Mapping, MutableSet
 from typing import Any, NoReturn
 
 import torch
@@ -231,27 +232,22 @@ def mxfp8(layer: Layer) -> CheckpointTensor:
     return CheckpointTensor(weight.shape, stored, alignment=32)
 
 
-_E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
+def _pairs(levels: Iterable[float], *, high_first: bool = False) -> Tensor:
+    """The two values of each byte, [256, 2]: of its low half and its high one, or the other way round."""
+    table, byte = torch.tensor(list(levels), dtype=torch.float32), torch.arange(256)
+    return torch.stack([table[byte >> 4], table[byte & 15]] if high_first else [table[byte & 15], table[byte >> 4]], -1)
 
 
-def _nibbles(packed: Tensor, high_first: bool) -> Tensor:
-    """uint8 [rows, columns / 2] -> int64 [rows, columns], 0 to 15."""
-    packed = packed.view(torch.uint8)
-    pair = (packed >> 4, packed & 15) if high_first else (packed & 15, packed >> 4)
-    return torch.stack(pair, -1).flatten(1).long()
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_E2M1_PAIRS = _pairs((*_E2M1, *(-x for x in _E2M1)), high_first=True)
+_INT4_PAIRS = _pairs((*range(8), *range(-8, 0)))
+_UINT4_PAIRS = _pairs(range(-8, 8))
+_CODE_PAIRS = _pairs(range(16))
 
 
-def _unpack_e2m1(packed: Tensor) -> Tensor:
-    return _E2M1[_nibbles(packed, high_first=True)]
-
-
-def _unpack_int4(packed: Tensor) -> Tensor:
-    codes = _nibbles(packed, high_first=False)
-    return torch.where(codes > 7, codes - 16, codes).float()
-
-
-def _unpack_uint4(packed: Tensor) -> Tensor:
-    return (_nibbles(packed, high_first=False) - 8).float()
+def _unpack(pairs: Tensor, packed: Tensor) -> Tensor:
+    """Bytes [rows, columns / 2] -> fp32 [rows, columns]."""
+    return pairs[packed.contiguous().view(torch.uint8).int()].flatten(1)
 
 
 def nvfp4(layer: Layer) -> CheckpointTensor:
@@ -276,7 +272,7 @@ def nvfp4(layer: Layer) -> CheckpointTensor:
             "nvfp4",
             weight.read(),
             _tiled(scale.read().view(torch.uint8), rows, groups).contiguous().view(torch.float8_e4m3fn),
-            _unpack_e2m1,
+            functools.partial(_unpack, _E2M1_PAIRS),
             tensor_scale=whole.read().reshape(()),
             column_scale=_read(before, (columns,)),
             input_scale=_read(inputs),
@@ -292,8 +288,9 @@ def convrot_w4a4(layer: Layer) -> CheckpointTensor:
     scale = layer.need("weight_scale", dtypes=FLOATS)
     shape = (weight.shape[0], 2 * weight.shape[1])
     rotation, read_scale = _rotation(layer, shape), _per_row(layer, scale, shape[0])
+    unpack = functools.partial(_unpack, _INT4_PAIRS)
     return CheckpointTensor(
-        shape, lambda: Quantized("convrot_w4a4", weight.read(), read_scale(), _unpack_int4, rotation=rotation)
+        shape, lambda: Quantized("convrot_w4a4", weight.read(), read_scale(), unpack, rotation=rotation)
     )
 
 
@@ -307,9 +304,10 @@ def awq_w4a16(layer: Layer) -> CheckpointTensor:
     wanted = (_divides(layer, columns, layer.count("group_size", 64)), rows)
     if not scale.shape == zero.shape == wanted:
         layer.fail(f"its scales and zeros: expected {list(wanted)}, got {list(scale.shape)} and {list(zero.shape)}")
+    unpack = functools.partial(_unpack, _UINT4_PAIRS)
     return CheckpointTensor(
         (rows, columns),
-        lambda: Quantized("awq_w4a16", weight.read(), scale.read().t(), _unpack_uint4, zero=zero.read().t()),
+        lambda: Quantized("awq_w4a16", weight.read(), scale.read().t(), unpack, zero=zero.read().t()),
     )
 
 
@@ -340,7 +338,7 @@ def asym_w4a8_int8(layer: Layer) -> CheckpointTensor:
 
     def stored() -> Quantized:
         packed = weight.read().view(torch.uint8)
-        codes = _nibbles(packed[:, : columns // 2].contiguous(), high_first=False)
+        codes = _unpack(_CODE_PAIRS, packed[:, : columns // 2]).long()
         if bits == 6:
             high = packed[:, columns // 2 :].long()
             codes = codes | torch.stack([(high >> shift) & 3 for shift in (0, 2, 4, 6)], -1).flatten(1) << 4

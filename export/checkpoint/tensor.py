@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 24  # values dequantised at once in float64
+_CHUNK = 1 << 24  # numbers dequantised at once
 
 
 class Stored(Protocol):
@@ -67,7 +67,7 @@ def _whole(numbers: Tensor) -> Tensor:
 class Quantized:
     """A matrix [rows, columns] of few-bit numbers with scales; `values` is exact, rounded once to fp32.
 
-    value = rotated(unpacked number x scale x tensor_scale + zero) x column_scale
+    value = rotated((unpacked number x scale + zero) x tensor_scale) x column_scale
 
     Attributes:
         format: as its writer calls it.
@@ -112,26 +112,33 @@ class Quantized:
         if self.rotation and self.zero is None:
             # A row has one scale, so the integers can be rotated first, where fp32 is exact.
             x = rotate(x, self.rotation)
-        x = x.double()
-        scale = self.scale.double()
-        if self.tensor_scale is not None:
-            scale = scale * self.tensor_scale.double()
-        if self.rotation:
-            scale = scale / self.rotation**0.5  # a power of two
+        dtype = torch.float32 if self._rounds_once() else torch.float64
+        root = self.rotation**0.5 if self.rotation else 1.0  # a power of two
+        x, scale = x.to(dtype), self.scale.to(dtype) / root
         if scale.ndim == 0:
             x = x * scale
         else:
-            groups = scale.shape[1]
-            x = x.unflatten(1, (groups, -1)) * scale.unsqueeze(-1)
+            x = x.unflatten(1, (scale.shape[1], -1)) * scale.unsqueeze(-1)
             if self.zero is not None:
-                zero = self.zero.double() / (self.rotation**0.5 if self.rotation else 1.0)
-                x = x + zero.unsqueeze(-1)
+                x = x + (self.zero.to(dtype) / root).unsqueeze(-1)
             x = x.flatten(1)
+        if self.tensor_scale is not None:
+            x = x * self.tensor_scale.to(dtype)
         if self.rotation and self.zero is not None:
             x = rotate(x, self.rotation)
         if self.column_scale is not None:
-            x = x * self.column_scale.double()
+            x = x * self.column_scale.to(dtype)
         return x.float()
+
+    def _rounds_once(self) -> bool:
+        """Whether fp32 arithmetic rounds a value only at its last product.
+
+        It does with one scale of up to 24 bits. A second one is as well where the first is fp8: its product with a number
+        of few bits is exact.
+        """
+        if self.zero is not None or self.column_scale is not None or self.scale.dtype == torch.float64:
+            return False
+        return self.tensor_scale is None or self.scale.dtype.itemsize == 1
 
 
 @dataclasses.dataclass(frozen=True)
