@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from torch import Tensor, nn
-from zimage_rt.export.checkpoint import Checkpoint, Component, LazyTensor, read_json
+from zimage_rt.export.checkpoint import Checkpoint, CheckpointTensor, Component, read_json
 from zimage_rt.export.modeling.layers import weight_sources
 from zimage_rt.export.modeling.text_encoder import TextEncoder, TextEncoderConfig
 from zimage_rt.export.modeling.transformer import ContextRefiner, Transformer, TransformerConfig
@@ -32,14 +32,14 @@ Config = Mapping[str, Any]
 # (component, tensor name, shape) -> (mean, standard deviation)
 Rule = Callable[[str, str, tuple[int, ...]], tuple[float, float]]
 
-# Tongyi-MAI/Z-Image: diffusers' defaults of the transformer, Qwen3-4B, the autoencoder of Flux, and TAEF1.
+# Tongyi-MAI/Z-Image-Turbo: its transformer, Qwen3-4B, the autoencoder of Flux, and TAEF1.
 Z_IMAGE: Mapping[str, Config] = {
     "transformer": {
         "_class_name": "ZImageTransformer2DModel",
         "all_f_patch_size": [1],
         "all_patch_size": [2],
         "axes_dims": [32, 48, 48],
-        "axes_lens": [1024, 512, 512],
+        "axes_lens": [1536, 512, 512],
         "cap_feat_dim": 2560,
         "dim": 3840,
         "in_channels": 16,
@@ -191,7 +191,7 @@ def draw(shape: tuple[int, ...], mean: float, deviation: float, seed: int, devic
 
 def random_tensors(
     name: str, config: Config, *, seed: int = 0, rule: Rule = plain, device: str = "cpu"
-) -> dict[str, LazyTensor]:
+) -> dict[str, CheckpointTensor]:
     """The tensors of one component in bf16, each made when it is loaded.
 
     Args:
@@ -202,11 +202,11 @@ def random_tensors(
         device: where the numbers are made; the tensors come to the CPU.
     """
 
-    def lazy(tensor: str, shape: tuple[int, ...]) -> LazyTensor:
+    def lazy(tensor: str, shape: tuple[int, ...]) -> CheckpointTensor:
         digest = hashlib.sha256(f"{seed}/{name}/{tensor}".encode()).digest()
         own_seed = int.from_bytes(digest[:7], "little")
         mean, deviation = rule(name, tensor, shape)
-        return LazyTensor(shape, lambda: draw(shape, mean, deviation, own_seed, device))
+        return CheckpointTensor.plain(shape, lambda: draw(shape, mean, deviation, own_seed, device))
 
     return {tensor: lazy(tensor, shape) for tensor, shape in tensor_shapes(name, config).items()}
 
@@ -237,7 +237,7 @@ def random_checkpoint(
     )
 
 
-def _shards(tensors: Mapping[str, LazyTensor], limit: int) -> list[list[str]]:
+def _shards(tensors: Mapping[str, CheckpointTensor], limit: int) -> list[list[str]]:
     """Names of the tensors of each file; a file grows until the next tensor would take it over `limit` bytes."""
     shards: list[list[str]] = [[]]
     size = 0
@@ -251,7 +251,7 @@ def _shards(tensors: Mapping[str, LazyTensor], limit: int) -> list[list[str]]:
     return shards
 
 
-def _write_shard(path: Path, tensors: Mapping[str, LazyTensor], names: list[str], prefix: str) -> int:
+def _write_shard(path: Path, tensors: Mapping[str, CheckpointTensor], names: list[str], prefix: str) -> int:
     """One safetensors file, tensor by tensor; returns the bytes of the tensors."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0

@@ -21,6 +21,7 @@ from zimage_rt.manifest import (
     ModuleSpec,
     Parity,
     PipelineSpec,
+    ShapeRanges,
     hash_file,
     write_manifest,
 )
@@ -28,7 +29,7 @@ from zimage_rt.manifest import (
 from . import graph_cache, weights
 from .builders import builder_for
 from .checkpoint import Checkpoint, open_checkpoint
-from .errors import ExportError
+from .errors import ExportError, RecipeError
 from .modeling.transformer import SEQUENCE_MULTIPLE, TransformerConfig
 from .modules import ModulePlan, plan_modules
 from .parity import ReferenceCache, measure
@@ -75,6 +76,7 @@ def export(
     plans = plan_modules(checkpoint, builder.precisions[recipe.precision], vaes)
     tokenizer = tokenizer_file(checkpoint.tokenizer)
     pipeline = _pipeline(checkpoint, recipe)
+    _check_shapes(recipe.shapes, TransformerConfig.from_dict(checkpoint.transformer.config), pipeline.size_multiple)
     with _replacing(recipe.out) as folder:
         job = _Job(recipe, checkpoint, vaes, builder, folder, pipeline, ReferenceCache(), progress)
         modules = {plan.name: _module(plan, job) for plan in plans}
@@ -100,6 +102,28 @@ def export(
         )
         write_manifest(manifest, folder)
     return manifest
+
+
+def _check_shapes(shapes: ShapeRanges, config: TransformerConfig, patch: int) -> None:
+    """Raise RecipeError for sizes that the transformer's rotary tables do not reach.
+
+    A prompt's padded tokens have the positions 1, 2, …, and the image the one after them; rows and columns of patches
+    count from 0; `patch` is one's side in pixels.
+    """
+    rows = config.axes_lens[0]
+    most = (rows - 2) // SEQUENCE_MULTIPLE * SEQUENCE_MULTIPLE
+    if shapes.prompt_tokens.max > most:
+        raise RecipeError(
+            f"shapes.prompt_tokens.max: expected at most {most}, which the transformer's rotary table of {rows} rows "
+            f"serves, got {shapes.prompt_tokens.max}; lower it, or correct axes_lens under [config.transformer]"
+        )
+    for name, length in (("height", config.axes_lens[1]), ("width", config.axes_lens[2])):
+        size = getattr(shapes, name)
+        if size.max > length * patch:
+            raise RecipeError(
+                f"shapes.{name}.max: expected at most {length * patch}, which the transformer's rotary table of "
+                f"{length} rows serves, got {size.max}"
+            )
 
 
 def _pipeline(checkpoint: Checkpoint, recipe: ExportRecipe) -> PipelineSpec:

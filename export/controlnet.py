@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import Component, LazyTensor, open_safetensors, read_component
+from .checkpoint import CheckpointTensor, Component, open_safetensors, read_component
 from .errors import CheckpointError, TensorError
 from .modeling.controlnet import REFINERS, ControlNetConfig
 from .modeling.transformer import TransformerConfig
@@ -34,7 +34,7 @@ def open_controlnet(place: Path, transformer: Component) -> Component:
         raise CheckpointError(f"{place}: no such folder or file (part `controlnet`)")
     tensors = open_safetensors(place)
     if _EMBEDDER not in tensors:
-        from .single_file import describe
+        from .checkpoint.single_file import describe
 
         raise CheckpointError(
             f"{place} is not a ControlNet for Z-Image: it looks like {describe(tensors)} (no {_EMBEDDER!r})"
@@ -46,7 +46,7 @@ def open_controlnet(place: Path, transformer: Component) -> Component:
     return Component("controlnet", config, tensors, (place,))
 
 
-def _config(tensors: dict[str, LazyTensor], transformer: TransformerConfig) -> dict[str, Any]:
+def _config(tensors: dict[str, CheckpointTensor], transformer: TransformerConfig) -> dict[str, Any]:
     """The config.json that a single file would have.
 
     Its layers stand at even distances (6 of 30: 0, 5, 10, …). 1 has no channels but the control image's. Of the others
@@ -75,7 +75,7 @@ def _config(tensors: dict[str, LazyTensor], transformer: TransformerConfig) -> d
     }
 
 
-def _count(tensors: dict[str, LazyTensor], prefix: str) -> int:
+def _count(tensors: dict[str, CheckpointTensor], prefix: str) -> int:
     return len({match[1] for name in tensors if (match := re.match(rf"{prefix}\.(\d+)\.", name))})
 
 

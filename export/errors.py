@@ -21,6 +21,10 @@ class TensorError(CheckpointError):
     """A tensor of the checkpoint is missing, wrongly shaped, or does not fit the bundle's precision."""
 
 
+class ReaderUnavailable(CheckpointError):
+    """The library that reads this kind of file is not installed; the message names the extra."""
+
+
 class ParityError(ExportError):
     """An exported module does not compute what its reference computes."""
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from zimage_rt.manifest import Parity, ParityCase, TensorSpec
 
-from .checkpoint import Checkpoint, Component, float_tensors
+from . import reference_weights
+from .checkpoint import Checkpoint, Component
 from .errors import ParityError
 from .modules import ModulePlan
 
@@ -53,34 +54,109 @@ CASES: Mapping[str, tuple[Mapping[str, int], ...]] = {
 }
 
 
+def _model_class(component: Component) -> Any:
+    if component.name == "text_encoder":
+        from transformers import Qwen3Model
+
+        return Qwen3Model
+    import diffusers
+
+    # It warns of tiny VAEs' `block_out_channels`, which it wrote itself.
+    diffusers.logging.set_verbosity_error()
+    return {
+        "transformer": diffusers.ZImageTransformer2DModel,
+        "vae": diffusers.AutoencoderKL,
+        "tiny_vae": diffusers.AutoencoderTiny,
+        "controlnet": diffusers.ZImageControlNetModel,
+    }[component.name]
+
+
 def load_reference(component: Component) -> Any:
-    """The component in its reference implementation, fp32 on the CPU."""
+    """The component in its reference implementation, fp32 on the CPU.
+
+    Its weights come from the files by another way than the bundle's: the library's own loader for a folder, and
+    `reference_weights` for a single file. Weights that were made in memory have no other way.
+
+    Raises:
+        ParityError: the library cannot load it, or needs a tensor that is not there.
+    """
     config = {key: value for key, value in component.config.items() if not key.startswith("_")}
-    with torch.device("meta"):
-        if component.name == "text_encoder":
-            from transformers import Qwen3Config, Qwen3Model
-
-            model: Any = Qwen3Model(Qwen3Config(**config))
-        else:
-            import diffusers
-
-            # It warns of tiny VAEs' `block_out_channels`, which it wrote itself.
-            diffusers.logging.set_verbosity_error()
-            model = {
-                "transformer": diffusers.ZImageTransformer2DModel,
-                "vae": diffusers.AutoencoderKL,
-                "tiny_vae": diffusers.AutoencoderTiny,
-                "controlnet": diffusers.ZImageControlNetModel,
-            }[component.name].from_config(config)
-    tensors = float_tensors(component, torch.float32)
-    missing, _ = model.load_state_dict(tensors, strict=False, assign=True)
+    if component.folder is not None:
+        model, missing = _from_folder(component, component.folder, config)
+    else:
+        model, missing = _from_tensors(component, config)
     for name in missing:
         raise ParityError(f"{component.name}: the reference implementation needs {name!r} too")
+    return model.eval()
+
+
+def _from_folder(component: Component, folder: Path, config: Mapping[str, Any]) -> tuple[Any, Iterable[str]]:
+    kind = _model_class(component)
+    options: dict[str, Any] = {"output_loading_info": True, "local_files_only": True, "use_safetensors": True}
+    if component.name == "text_encoder":
+        from transformers import Qwen3Config
+
+        options |= {"config": Qwen3Config(**config), "dtype": torch.float32}
+    else:
+        # Numbers of the recipe's [config] and of a shortened model override the folder's.
+        options |= {**config, "torch_dtype": torch.float32}
+    try:
+        with _quiet():
+            model, info = kind.from_pretrained(folder, **options)
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+        raise ParityError(
+            f"{component.name}: its reference implementation cannot load {folder}: {error}; "
+            "use --skip-parity if you know that the bundle is right"
+        ) from error
+    return model, info["missing_keys"]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and notes of the libraries' loaders."""
+    import diffusers
+    import transformers
+
+    levels = transformers.logging.get_verbosity(), diffusers.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    diffusers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(levels[0])
+        diffusers.logging.set_verbosity(levels[1])
+        if bars:
+            transformers.logging.enable_progress_bar()
+
+
+def _from_tensors(component: Component, config: Mapping[str, Any]) -> tuple[Any, Iterable[str]]:
+    kind = _model_class(component)
+    with torch.device("meta"):
+        if component.name == "text_encoder":
+            from transformers import Qwen3Config
+
+            model: Any = kind(Qwen3Config(**config))
+        else:
+            model = kind.from_config(config)
+    if component.files:
+        tensors = reference_weights.read(component.name, component.files[0], config)
+    else:
+        tensors = {name: tensor.load().float() for name, tensor in component.tensors.items()}
+    for name, wanted in model.state_dict().items():
+        if name in tensors and tensors[name].ndim == wanted.ndim == 2:
+            rows, columns = wanted.shape
+            tensors[name] = tensors[name][:rows, :columns]  # padding of formats in blocks
+    try:
+        missing, _ = model.load_state_dict(tensors, strict=False, assign=True)
+    except RuntimeError as error:
+        raise ParityError(f"{component.name}: its reference implementation cannot take the weights: {error}") from error
     if component.name == "text_encoder":
         from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
         model.rotary_emb = Qwen3RotaryEmbedding(model.config)  # its buffers are not in the file
-    return model.eval()
+    return model, missing
 
 
 def _context(model: Any, prompt_embeds: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 
 from export_checkpoints import recipe  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
+from single_files import comfyui_names  # noqa: E402
 from zimage_rt.export.bundle import export  # noqa: E402
 from zimage_rt.export.checkpoint import open_checkpoint  # noqa: E402
 from zimage_rt.export.errors import (  # noqa: E402
@@ -46,23 +47,8 @@ def ldm_vae(name: str) -> str:
 
 @pytest.fixture(scope="session")
 def single_file(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tensors = {}
     source = load_file(small_checkpoint / "transformer" / "diffusion_pytorch_model.safetensors")
-    for name, tensor in source.items():
-        if ".to_k." in name or ".to_v." in name:
-            continue
-        if ".to_q." in name:
-            parts = [source[name.replace("to_q", part)] for part in ("to_q", "to_k", "to_v")]
-            name, tensor = name.replace("to_q", "qkv"), torch.cat(parts)
-        for old, new in (
-            ("all_x_embedder.2-1", "x_embedder"),
-            ("all_final_layer.2-1", "final_layer"),
-            ("to_out.0", "out"),
-            ("norm_q", "q_norm"),
-            ("norm_k", "k_norm"),
-        ):
-            name = name.replace(old, new)
-        tensors[f"model.diffusion_model.{name}"] = tensor
+    tensors = comfyui_names(source)
     for name, tensor in load_file(small_checkpoint / "text_encoder" / "model.safetensors").items():
         tensors[f"text_encoders.qwen3_4b.transformer.model.{name}"] = tensor
     for name, tensor in load_file(small_checkpoint / "vae" / "diffusion_pytorch_model.safetensors").items():

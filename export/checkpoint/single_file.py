@@ -1,29 +1,25 @@
-"""Single `.safetensors` files in the layouts that ComfyUI uses, seen under diffusers' and transformers' names.
+"""Single `.safetensors` and `.gguf` files as ComfyUI uses them, seen under diffusers' and transformers' names.
 
-A file holds the transformer alone, with or without the prefix `model.diffusion_model.`, or everything: the text encoder
-under `text_encoders.<name>.transformer.model.` and the VAE under `vae.` in the ldm layout. Sizes come from the tensors.
+A file holds the transformer alone, with or without the prefix `model.diffusion_model.` or `diffusion_model.`, or
+everything: the text encoder under `text_encoders.<name>.transformer.model.` and the VAE under `vae.`, in ldm's names or
+diffusers'. Sizes come from the tensors.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from ..errors import CheckpointError
+from .component import Checkpoint, Component, read_json
+from .folder import read_component
+from .gguf_file import encoder_names, is_gguf, open_gguf, transformer_names
+from .safetensors_file import open_safetensors, tensor_names
+from .tensor import CheckpointTensor
 
-from .checkpoint import (
-    Checkpoint,
-    Component,
-    LazyTensor,
-    open_safetensors,
-    read_component,
-    read_json,
-)
-from .errors import CheckpointError
-
-Tensors = dict[str, LazyTensor]
+Tensors = dict[str, CheckpointTensor]
 
 _TRANSFORMER_NAMES = (
     (r"^final_layer\.", "all_final_layer.2-1."),
@@ -34,10 +30,14 @@ _TRANSFORMER_NAMES = (
 )
 # Heads are 128 wide in every Z-Image, split over RoPE's axes as (32, 48, 48).
 _AXES_DIMS = (32, 48, 48)
-_AXES_LENS = (1024, 512, 512)
+# Rows of the rotary tables by the transformer's width: nothing in a file says them. 3840 is the 6 B model, whose
+# config.json (Tongyi-MAI/Z-Image-Turbo) has 1536; other widths get diffusers' default.
+_AXES_LENS = {3840: (1536, 512, 512)}
+_DEFAULT_AXES_LENS = (1024, 512, 512)
 
 # Z-Image's numbers that cannot be read off a tensor's shape; a file beside it under [parts] says otherwise.
 _SCHEDULER = {"shift": 3.0}
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 _FLUX_VAE = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
 
 
@@ -46,11 +46,18 @@ def open_single_file(path: Path, parts: Mapping[str, Path]) -> Checkpoint:
 
     Raises:
         CheckpointError: it is no Z-Image checkpoint, or a part is nowhere.
+        TensorError: a tensor's number format, scale or mark is not understood.
     """
-    tensors = open_safetensors(path)
+    kind = "single-file"
+    if is_gguf(path):
+        kind = "gguf"
+        tensors = transformer_names(path, *open_gguf(path))
+    else:
+        _check_names(path, tensor_names(path))
+        tensors = open_safetensors(path)
     transformer = _transformer(path, tensors)
     return Checkpoint(
-        "single-file",
+        kind,
         path,
         transformer,
         _text_encoder(path, tensors, parts),
@@ -80,23 +87,13 @@ def _under(tensors: Tensors, prefix: str) -> Tensors:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _rows(tensor: LazyTensor, part: int, parts: int) -> LazyTensor:
-    """One of several matrices stacked in one tensor."""
-    size = tensor.shape[0] // parts
-
-    def load() -> Tensor:
-        return tensor.load()[part * size : (part + 1) * size]
-
-    return LazyTensor((size, *tensor.shape[1:]), load)
-
-
 def _count(tensors: Tensors, prefix: str) -> int:
     """How many numbered modules there are under a prefix."""
     found = {int(match[1]) for name in tensors if (match := re.match(re.escape(prefix) + r"\.(\d+)\.", name))}
     return max(found, default=-1) + 1
 
 
-def describe(tensors: Tensors) -> str:
+def describe(tensors: Collection[str]) -> str:
     """What a file that is not Z-Image's looks like, for the error message."""
     signs = (
         ("double_blocks.0.img_attn.qkv.weight", "a Flux transformer"),
@@ -114,30 +111,52 @@ def describe(tensors: Tensors) -> str:
     return f"a file of {len(tensors)} tensors, the first is {next(iter(sorted(tensors)), 'none')!r}"
 
 
+# In the original's files, never used; NaN in one that was published.
+_UNUSED = ("norm_final.weight",)
+_NEEDED = ("all_x_embedder.2-1.weight", "cap_embedder.1.weight", "layers.0.attention.to_q.weight")
+
+
+def _own_names(tensors: Collection[str]) -> dict[str, str]:
+    """The transformer's tensors: diffusers' names, with fused matrices as they are -> the file's names."""
+    prefix = next((p for p in _PREFIXES if any(name.startswith(p) for name in tensors)), "")
+    names = {}
+    for full in tensors:
+        if full.startswith(prefix):
+            name = full.removeprefix(prefix)
+            for pattern, replacement in _TRANSFORMER_NAMES:
+                name = re.sub(pattern, replacement, name)
+            names[name] = full
+    return names
+
+
+def _check_names(path: Path, tensors: Collection[str]) -> None:
+    """Raise CheckpointError for another model's file, before any of its tensors is asked what it means."""
+    own = _own_names(tensors)
+    for name in _NEEDED:
+        if name not in own and name.replace("to_q", "qkv") not in own:
+            raise CheckpointError(
+                f"{path} is not a Z-Image checkpoint: it looks like {describe(tensors)} (no {name!r})"
+            )
+
+
 def _transformer(path: Path, tensors: Tensors) -> Component:
-    own = _under(tensors, "model.diffusion_model.") or dict(tensors)
+    _check_names(path, tensors)
     renamed: Tensors = {}
-    for name, tensor in own.items():
-        for pattern, replacement in _TRANSFORMER_NAMES:
-            name = re.sub(pattern, replacement, name)
+    for name, full in _own_names(tensors).items():
+        tensor = tensors[full]
         if name.endswith(".attention.qkv.weight"):
+            size = tensor.shape[0] // 3
             for i, part in enumerate(("to_q", "to_k", "to_v")):
-                renamed[name.replace("qkv", part)] = _rows(tensor, i, 3)
-        elif name != "norm_final.weight":  # in the original's files, never used
+                renamed[name.replace("qkv", part)] = tensor.rows(i * size, size)
+        elif name not in _UNUSED:
             renamed[name] = tensor
-    needed = ("all_x_embedder.2-1.weight", "cap_embedder.1.weight", "layers.0.attention.to_q.weight")
-    missing = [name for name in needed if name not in renamed]
-    if missing:
-        raise CheckpointError(
-            f"{path} is not a Z-Image checkpoint: it looks like {describe(tensors)} (no {missing[0]!r})"
-        )
     dim = renamed["all_x_embedder.2-1.weight"].shape[0]
     config = {
         "_class_name": "ZImageTransformer2DModel",
         "all_f_patch_size": [1],
         "all_patch_size": [2],
         "axes_dims": list(_AXES_DIMS),
-        "axes_lens": list(_AXES_LENS),
+        "axes_lens": list(_AXES_LENS.get(dim, _DEFAULT_AXES_LENS)),
         "cap_feat_dim": renamed["cap_embedder.1.weight"].shape[1],
         "dim": dim,
         "in_channels": renamed["all_x_embedder.2-1.weight"].shape[1] // 4,
@@ -155,7 +174,7 @@ def _transformer(path: Path, tensors: Tensors) -> Component:
 
 
 def _text_encoder(path: Path, tensors: Tensors, parts: Mapping[str, Path]) -> Component:
-    files = (path,)
+    files, said = (path,), dict[str, Any]()
     found = [
         match[0] for name in tensors if (match := re.match(r"text_encoders\.[^.]+\.transformer\.(model\.)?", name))
     ]
@@ -166,7 +185,10 @@ def _text_encoder(path: Path, tensors: Tensors, parts: Mapping[str, Path]) -> Co
         if place.is_dir():
             return read_component(place, "text_encoder")
         files = (place,)
-        own = {name.removeprefix("model."): tensor for name, tensor in open_safetensors(place).items()}
+        if is_gguf(place):
+            own, said = encoder_names(place, *open_gguf(place))
+        else:
+            own = {name.removeprefix("model."): tensor for name, tensor in open_safetensors(place).items()}
     if "layers.0.self_attn.q_norm.weight" not in own:
         raise CheckpointError(f"{files[0]}: its text encoder is not a Qwen3 (it has no q_norm)")
     vocabulary, hidden = own["embed_tokens.weight"].shape
@@ -182,6 +204,7 @@ def _text_encoder(path: Path, tensors: Tensors, parts: Mapping[str, Path]) -> Co
         "head_dim": head_dim,
         "rms_norm_eps": 1e-6,
         "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},  # Qwen3-4B's
+        **said,
     }
     return Component("text_encoder", config, own, files)
 
@@ -199,12 +222,13 @@ def _vae(path: Path, tensors: Tensors, parts: Mapping[str, Path]) -> Component |
         files, own = (place,), open_safetensors(place)
     if not own:
         return None
+    if "decoder.mid_block.resnets.0.norm1.weight" in own:
+        own = {_ldm_name(name, _count(own, "decoder.up_blocks")): tensor for name, tensor in own.items()}
     if "decoder.mid.block_1.norm1.weight" not in own:
-        raise CheckpointError(f"{files[0]}: its VAE is not in the ldm layout of AutoencoderKL")
+        raise CheckpointError(f"{files[0]}: its VAE is not an AutoencoderKL in ldm's names or diffusers'")
     levels = _count(own, "decoder.up")
     renamed = {_vae_name(name, levels): _vae_tensor(name, tensor) for name, tensor in own.items()}
     widths = [own[f"decoder.up.{i}.block.0.conv2.weight"].shape[0] for i in range(levels)]
-    latent = own["decoder.conv_in.weight"].shape[1]
     config = {
         "_class_name": "AutoencoderKL",
         "act_fn": "silu",
@@ -213,7 +237,7 @@ def _vae(path: Path, tensors: Tensors, parts: Mapping[str, Path]) -> Component |
         "up_block_types": ["UpDecoderBlock2D"] * levels,
         "in_channels": own["encoder.conv_in.weight"].shape[1],
         "out_channels": own["decoder.conv_out.weight"].shape[0],
-        "latent_channels": latent,
+        "latent_channels": own["decoder.conv_in.weight"].shape[1],
         "layers_per_block": _count(own, "encoder.down.0.block"),
         "mid_block_add_attention": "decoder.mid.attn_1.q.weight" in own,
         # Group norms do not show their number of groups: Flux has 32; a narrower one must say so in a config.json.
@@ -225,6 +249,41 @@ def _vae(path: Path, tensors: Tensors, parts: Mapping[str, Path]) -> Component |
     return Component("vae", config, renamed, files)
 
 
+# (ldm's, diffusers') parts of names, those of blocks that are numbered alike; the attention's apart.
+_VAE_PARTS = (
+    (".upsample.", ".upsamplers.0."),
+    (".downsample.", ".downsamplers.0."),
+    (".nin_shortcut.", ".conv_shortcut."),
+    ("coder.norm_out.", "coder.conv_norm_out."),
+)
+_VAE_ATTENTION = (
+    (".norm.", ".group_norm."),
+    (".q.", ".to_q."),
+    (".k.", ".to_k."),
+    (".v.", ".to_v."),
+    (".proj_out.", ".to_out.0."),
+)
+# What diffusers called them before 0.17.
+_OLD_ATTENTION = ((".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0."))
+
+
+def _ldm_name(name: str, levels: int) -> str:
+    """One name of diffusers as ldm has it: `_vae_name` the other way round."""
+    name = re.sub(r"decoder\.up_blocks\.(\d+)\.", lambda m: f"decoder.up.{levels - 1 - int(m[1])}.", name)
+    name = re.sub(r"encoder\.down_blocks\.(\d+)\.", r"encoder.down.\1.", name)
+    name = re.sub(r"\.mid_block\.resnets\.(\d)\.", lambda m: f".mid.block_{int(m[1]) + 1}.", name)
+    name = re.sub(r"\.resnets\.(\d+)\.", r".block.\1.", name)
+    if ".mid_block.attentions.0." in name:
+        name = name.replace(".mid_block.attentions.0.", ".mid.attn_1.")
+        for old, new in _OLD_ATTENTION:
+            name = name.replace(old, new)
+        for ldm, diffusers in _VAE_ATTENTION:
+            name = name.replace(diffusers, ldm)
+    for ldm, diffusers in _VAE_PARTS:
+        name = name.replace(diffusers, ldm)
+    return name
+
+
 def _vae_name(name: str, levels: int) -> str:
     """One ldm name as diffusers has it; its decoder counts levels from the other end."""
     name = re.sub(r"decoder\.up\.(\d+)\.", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}.", name)
@@ -232,27 +291,16 @@ def _vae_name(name: str, levels: int) -> str:
     name = re.sub(r"\.block\.(\d+)\.", r".resnets.\1.", name)
     name = re.sub(r"\.mid\.block_(\d)\.", lambda m: f".mid_block.resnets.{int(m[1]) - 1}.", name)
     name = name.replace(".mid.attn_1.", ".mid_block.attentions.0.")
-    for ldm, diffusers in (
-        (".upsample.", ".upsamplers.0."),
-        (".downsample.", ".downsamplers.0."),
-        (".nin_shortcut.", ".conv_shortcut."),
-        ("coder.norm_out.", "coder.conv_norm_out."),
-    ):
+    for ldm, diffusers in _VAE_PARTS:
         name = name.replace(ldm, diffusers)
     if ".attentions.0." in name:
-        for ldm, diffusers in (
-            (".norm.", ".group_norm."),
-            (".q.", ".to_q."),
-            (".k.", ".to_k."),
-            (".v.", ".to_v."),
-            (".proj_out.", ".to_out.0."),
-        ):
+        for ldm, diffusers in _VAE_ATTENTION:
             name = name.replace(ldm, diffusers)
     return name
 
 
-def _vae_tensor(name: str, tensor: LazyTensor) -> LazyTensor:
+def _vae_tensor(name: str, tensor: CheckpointTensor) -> CheckpointTensor:
     """ldm's attention projections are 1 x 1 convolutions; diffusers' are matrices."""
     if ".attn_1." in name and len(tensor.shape) == 4:
-        return LazyTensor(tensor.shape[:2], lambda: tensor.load()[:, :, 0, 0])
+        return tensor.reshape(tensor.shape[:2])
     return tensor

@@ -1,0 +1,82 @@
+"""The parts of a Z-Image checkpoint, all under diffusers' and transformers' names, and what reads their files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from zimage_rt.manifest import shape_text
+
+from ..errors import CheckpointError, TensorError
+from .tensor import CheckpointTensor
+
+PARTS = ("transformer", "text_encoder", "vae", "tiny_vae", "controlnet", "scheduler", "tokenizer")
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+    """One model of a checkpoint: its config.json and its tensors under diffusers' (or transformers') names.
+
+    `folder` is the diffusers folder that it was read from; a single file's component and one made in memory have none.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, CheckpointTensor]
+    files: tuple[Path, ...]
+    folder: Path | None = None
+
+    @property
+    def elements(self) -> int:
+        """How many weights it has."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The named tensor; raises TensorError if it is missing or has another shape."""
+        tensor = self.tensors.get(name)
+        where = ", ".join(str(file) for file in self.files)
+        if tensor is None:
+            raise TensorError(
+                f"{self.name}: tensor {name!r} of shape {shape_text(shape)} is missing in {where}; "
+                "the checkpoint is incomplete: download it again"
+            )
+        if not tensor.fits(shape):
+            raise TensorError(
+                f"{self.name}: tensor {name!r}: expected {shape_text(shape)}, "
+                f"got {shape_text(tensor.shape)} in {where}; config and weights do not belong together"
+            )
+        return tensor.load_as(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """All parts of a Z-Image model. `tokenizer` is a folder; `tiny_vae`, `vae` and `controlnet` may be None."""
+
+    format: str
+    path: Path
+    transformer: Component
+    text_encoder: Component
+    vae: Component | None
+    tiny_vae: Component | None
+    scheduler: Mapping[str, Any]
+    tokenizer: Path
+    controlnet: Component | None = None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; the checkpoint is incomplete") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected an object, got {type(value).__name__}")
+    return value

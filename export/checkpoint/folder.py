@@ -1,0 +1,56 @@
+"""Reads the components of a diffusers folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import CheckpointError
+from . import foreign
+from .component import Component, read_json
+from .safetensors_file import open_files
+
+_CLASSES = {
+    "transformer": ("ZImageTransformer2DModel",),
+    "vae": ("AutoencoderKL",),
+    "tiny_vae": ("AutoencoderTiny",),
+    "controlnet": ("ZImageControlNetModel",),
+}
+
+
+def _files(folder: Path) -> tuple[Path, ...]:
+    """The files of a component: those that an index of shards names, or whatever safetensors files lie there."""
+    index = sorted(folder.glob("*.safetensors.index.json"))
+    if index:
+        names = sorted(set(read_json(index[0])["weight_map"].values()))
+        files = tuple(folder / name for name in names)
+        missing = [file for file in files if not file.is_file()]
+        if missing:
+            raise CheckpointError(f"{missing[0]} is missing, but {index[0].name} names it")
+    else:
+        files = tuple(sorted(folder.glob("*.safetensors")))
+    if not files:
+        raise CheckpointError(f"{folder} has no .safetensors file; other formats are not read")
+    return files
+
+
+def read_component(folder: Path, name: str) -> Component:
+    """One component of a diffusers folder.
+
+    Raises:
+        CheckpointError: there is none, it is another model's, or it is quantised in a way that is not read.
+        TensorError: a tensor's number format, scale or mark is not understood.
+    """
+    config = read_json(folder / "config.json")
+    known = _CLASSES.get(name, ())
+    found = config.get("_class_name")
+    if known and found not in known:
+        raise CheckpointError(f"{folder} is a {found}; expected a {' or '.join(known)}")
+    if name == "text_encoder" and config.get("model_type") != "qwen3":
+        raise CheckpointError(f"{folder} is a {config.get('model_type')!r} text encoder; Z-Image's is 'qwen3'")
+    block = foreign.fp8_block(config, folder)
+    files = _files(folder)
+    tensors = open_files(files) if block is None else open_files(files, block)
+    if name == "text_encoder":
+        # The original's files are those of the causal language model, with its prefix.
+        tensors = {key.removeprefix("model."): tensor for key, tensor in tensors.items()}
+    return Component(name, config, tensors, files, folder)

@@ -1,0 +1,88 @@
+"""Opens a checkpoint: a diffusers folder or the single files that ComfyUI uses, both seen as diffusers names."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from .component import Checkpoint, Component, read_json
+from .folder import read_component
+from .single_file import open_single_file
+
+
+def open_checkpoint(
+    path: Path,
+    parts: Mapping[str, Path] | None = None,
+    config: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Checkpoint:
+    """Open a checkpoint.
+
+    Args:
+        path: a diffusers folder, or a single `.safetensors` or `.gguf` file.
+        parts: other places for single parts (`PARTS`), e.g. where a single file has no tokenizer. A ControlNet is
+            taken from here alone: nobody gets one for having it in the checkpoint's folder.
+        config: numbers to change in the components' configs, e.g. what no tensor's shape shows.
+
+    Raises:
+        CheckpointError: there is none, or it is not Z-Image's.
+    """
+    parts = parts or {}
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such folder or file; give a Z-Image checkpoint")
+    checkpoint = open_single_file(path, parts) if path.is_file() else _open_folder(path, parts)
+    if "controlnet" in parts:
+        from ..controlnet import open_controlnet  # which reads files with what lies here
+
+        controlnet = open_controlnet(parts["controlnet"], checkpoint.transformer)
+        checkpoint = dataclasses.replace(checkpoint, controlnet=controlnet)
+    for name, changes in (config or {}).items():
+        old = getattr(checkpoint, name)
+        if old is None:
+            raise CheckpointError(f"[config.{name}]: the checkpoint has no {name}")
+        changed: Any = (
+            {**old, **changes} if name == "scheduler" else dataclasses.replace(old, config={**old.config, **changes})
+        )
+        checkpoint = _with(checkpoint, name, changed)
+    return checkpoint
+
+
+def _with(checkpoint: Checkpoint, name: str, value: Any) -> Checkpoint:
+    changes: dict[str, Any] = {name: value}
+    return dataclasses.replace(checkpoint, **changes)
+
+
+def _open_folder(path: Path, parts: Mapping[str, Path]) -> Checkpoint:
+    index = path / "model_index.json"
+    if not index.is_file() and not {"transformer", "text_encoder"} <= set(parts):
+        config = path / "config.json"
+        what = "it has no model_index.json"
+        if config.is_file():
+            found = read_json(config)
+            what = f"it is a single model of class {found.get('_class_name') or found.get('architectures')}"
+        raise CheckpointError(f"{path} is not a Z-Image checkpoint: {what}")
+    if index.is_file():
+        kind = read_json(index).get("_class_name", "?")
+        if not str(kind).startswith("ZImage"):
+            raise CheckpointError(f"{path} is not a Z-Image checkpoint: it is a {kind}; expected a ZImagePipeline")
+
+    def place(name: str) -> Path:
+        return parts.get(name, path / name)
+
+    def optional(name: str) -> Component | None:
+        return read_component(place(name), name) if place(name).is_dir() else None
+
+    scheduler = place("scheduler")
+    scheduler = scheduler / "scheduler_config.json" if scheduler.is_dir() else scheduler
+    return Checkpoint(
+        "diffusers",
+        path,
+        read_component(place("transformer"), "transformer"),
+        read_component(place("text_encoder"), "text_encoder"),
+        optional("vae"),
+        optional("tiny_vae"),
+        read_json(scheduler),
+        place("tokenizer"),
+    )

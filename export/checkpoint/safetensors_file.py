@@ -1,0 +1,177 @@
+"""Opens safetensors files: every tensor with its number format; one that is not understood is refused by name."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..errors import CheckpointError, TensorError
+from . import foreign
+from .layouts import ALTERNATIVES, FLOATS, FP8, READERS, Layer, RawTensor, block_fp8, unmarked_scale
+from .tensor import CheckpointTensor
+
+# The last parts of names that hold no values of their own; one that no layer took is a scale that nothing read.
+_SCALES = re.compile(
+    r"(?:^|\.)(?:\w*_scale(?:_\w+)?|scale(?:_\w+)?|scales|scaled_fp8|comfy_quant|weight_(?:zeros?|correction|codebook|s_\w+)"
+    r"|qweight|zero_point|quant_\w+)$"
+)
+_BLOCK = (128, 128)  # transformers' default, where no config.json says otherwise
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
+
+
+def tensor_names(path: Path) -> tuple[str, ...]:
+    """The names alone. Raises CheckpointError if the file is damaged, or of a quantisation that is not read."""
+    tensors, metadata = _raw(path)
+    foreign.check_names(tensors, metadata, str(path))
+    return tuple(tensors)
+
+
+def open_safetensors(path: Path) -> dict[str, CheckpointTensor]:
+    """The tensors of one file, mapped.
+
+    Raises:
+        CheckpointError: the file is damaged, or of a quantisation that is not read.
+        TensorError: a tensor's number format, scale or mark is not understood.
+    """
+    return open_files((path,))
+
+
+def open_files(paths: Iterable[Path], block: tuple[int, int] = _BLOCK) -> dict[str, CheckpointTensor]:
+    """The tensors of files that belong together; `block` is that of transformers' fp8. Raises as `open_safetensors`."""
+    raw: dict[str, RawTensor] = {}
+    metadata: dict[str, str] = {}
+    paths = tuple(paths)
+    for path in paths:
+        tensors, found = _raw(path)
+        raw.update(tensors)
+        metadata.update(found)
+    where = str(paths[0] if len(paths) == 1 else paths[0].parent)
+    foreign.check_names(raw, metadata, where)
+    return _resolve(raw, metadata, where, block)
+
+
+def _raw(path: Path) -> tuple[dict[str, RawTensor], dict[str, str]]:
+    try:
+        file = safe_open(path, framework="pt")
+        tensors = {}
+        for name in file.keys():  # noqa: SIM118
+            piece = file.get_slice(name)
+            tensors[name] = RawTensor(
+                tuple(piece.get_shape()),
+                piece.get_dtype(),
+                lambda name=name: file.get_tensor(name),  # type: ignore[misc]
+            )
+        return tensors, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error}; the file is damaged or still being downloaded"
+        ) from error
+
+
+def _part(name: str) -> str:
+    """Which of the models in a single file a tensor belongs to."""
+    first = name.partition(".")[0]
+    return first if first in ("text_encoders", "vae") else "transformer"
+
+
+def _resolve(
+    raw: Mapping[str, RawTensor], metadata: Mapping[str, str], where: str, block: tuple[int, int]
+) -> dict[str, CheckpointTensor]:
+    """Every tensor of values, each with the scales that belong to it."""
+    used: set[str] = set()
+    result: dict[str, CheckpointTensor] = {}
+    for name, mark in _marks(raw, metadata, where, used).items():
+        layer = Layer(name, raw, mark, used, where)
+        kind = mark.get("format")
+        reader = READERS.get(kind) if isinstance(kind, str) else None
+        if reader is None:
+            layer.fail(f"its format {kind!r} is not read (known: {', '.join(READERS)})")
+        result[f"{name}.weight"] = reader(layer)
+    for name in raw:
+        stem, _, leaf = name.rpartition(".")
+        if name in used or leaf != "weight":
+            continue
+        for ending in ("weight_scale_inv", "weight_scale", "scale_weight"):
+            if f"{stem}.{ending}" in raw:
+                layer = Layer(stem, raw, {"format": f"a weight with {ending!r}"}, used, where)
+                if raw[name].dtype not in (*FP8, *FLOATS):
+                    layer.fail(f"{raw[name].dtype} with {ending!r} and no mark: nothing says how it was quantised")
+                result[name] = block_fp8(layer, block) if ending.endswith("inv") else unmarked_scale(layer)
+                break
+    used.update(name for name in raw if name.rpartition(".")[2] == "scaled_fp8")  # the earlier files' flag, no value
+    scaled = {_part(name) for name in raw if _SCALES.search(name)}
+    for name, tensor in raw.items():
+        if name in used:
+            continue
+        problem = None
+        if _SCALES.search(name):
+            problem = "it is a scale or mark of a layer that nothing reads it for"
+        elif tensor.dtype in FP8 and _part(name) in scaled:
+            problem = f"it is {tensor.dtype} without a scale, where other layers have one"
+        elif tensor.dtype not in (*FLOATS, *FP8):
+            problem = f"its number format {tensor.dtype} has no mark that says what the numbers stand for"
+        if problem is not None:
+            raise TensorError(f"{where}: tensor {name!r}: {problem}; {ALTERNATIVES}")
+        result[name] = CheckpointTensor.plain(tensor.shape, tensor.read)
+    return result
+
+
+def _marks(
+    raw: Mapping[str, RawTensor], metadata: Mapping[str, str], where: str, used: set[str]
+) -> dict[str, Mapping[str, Any]]:
+    """What is said of each quantised layer, by `<layer>.comfy_quant` and the header's `_quantization_metadata`."""
+    marks: dict[str, Mapping[str, Any]] = {}
+    for name, tensor in raw.items():
+        layer, _, leaf = name.rpartition(".")
+        if leaf == "comfy_quant":
+            used.add(name)
+            marks[layer] = _mark(tensor.read().contiguous().view(torch.uint8).numpy().tobytes(), f"{where}: {name!r}")
+    said = metadata.get("_quantization_metadata")
+    if said is None:
+        return marks
+    here = f"{where}: '_quantization_metadata' of its header"
+    layers = _mark(said.encode(), here).get("layers")
+    if not isinstance(layers, dict):
+        raise TensorError(f"{here}: expected 'layers' as an object, got {layers!r}; {ALTERNATIVES}")
+    for short, value in layers.items():
+        mark = {"format": value} if isinstance(value, str) else value
+        layer = _full_name(short, raw, here)
+        if not isinstance(mark, dict) or marks.get(layer, mark) != mark:
+            raise TensorError(
+                f"{here}: layer {short!r}: expected what its 'comfy_quant' says or {{'format': …}}, got {value!r}; "
+                f"{ALTERNATIVES}"
+            )
+        marks[layer] = mark
+    return marks
+
+
+def _mark(text: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise TensorError(f"{where} is no JSON: {error}; {ALTERNATIVES}") from error
+    if not isinstance(value, dict):
+        raise TensorError(f"{where}: expected an object, got {value!r}; {ALTERNATIVES}")
+    return value
+
+
+def _full_name(layer: str, raw: Mapping[str, RawTensor], where: str) -> str:
+    """The layer's name in the file; the header may leave out or add the model's prefix."""
+    bare = layer
+    for prefix in _PREFIXES:
+        bare = bare.removeprefix(prefix)
+    for name in (layer, bare, *(prefix + bare for prefix in _PREFIXES)):
+        if f"{name}.weight" in raw:
+            return name
+    ending = f".{layer}.weight"
+    found = [name.removesuffix(".weight") for name in raw if name.endswith(ending)]
+    if len(found) == 1:
+        return found[0]
+    what = "no such layer is in the file" if not found else f"it may be any of {', '.join(sorted(found)[:3])}"
+    raise TensorError(f"{where}: layer {layer!r}: {what}; {ALTERNATIVES}")
