@@ -312,7 +312,7 @@ REFUSED = {
     ),
     "nunchaku": ({f"{QKV}.qweight": BYTES, f"{QKV}.wscales": torch.zeros(4, 768)}, "quantised by nunchaku SVDQuant"),
     "bitsandbytes nf4": (
-        {f"{QKV}.weight": BYTES, f"{QKV}.weight.quant_state.bitsandbytes__nf4": BYTES},
+        {f"{QKV}.weight": BYTES, f"{QKV}.weight.quant_state.bitsandbytes__nf4": BYTES.clone()},
         "quantised by bitsandbytes nf4",
     ),
     "bitsandbytes int8": (

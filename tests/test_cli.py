@@ -72,7 +72,13 @@ def test_every_field_of_a_request_has_an_option(bundle: Path, tmp_path: Path) ->
         128,
         [1.0, 0.5],
     ]
-    assert asked["second_pass"] == {"scale": 2.0, "strength": 0.5, "method": "latent", "num_inference_steps": None}
+    assert asked["second_pass"] == {
+        "scale": 2.0,
+        "strength": 0.5,
+        "method": "latent",
+        "num_inference_steps": None,
+        "denoise": None,
+    }
     for option, message in (
         (("--second-pass", "size=2"), "expected name=value of scale, strength, method"),
         (("--second-pass", "scale=x"), "second_pass.scale: expected a number, got 'x'"),

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from zimage_rt.export import bundle, weights
 from zimage_rt.export.builders import onnxruntime
-from zimage_rt.export.checkpoint import Checkpoint, open_checkpoint
+from zimage_rt.export.checkpoint import Checkpoint, CheckpointTensor, open_checkpoint
 from zimage_rt.export.controlnet import open_controlnet
 from zimage_rt.export.errors import CheckpointError, ExportError, RecipeError, TensorError
 from zimage_rt.export.modules import ModulePlan, plan_modules
@@ -73,7 +73,7 @@ def test_a_control_stream_beyond_fp16_draws_what_fp32_does(checkpoint: Checkpoin
     def loud(name: str, tensor: Any) -> Any:
         begins = name.endswith(("2-1.bias", "before_proj.bias"))
         factor = 2.0**19 if begins else 2.0**-8 if "_proj.weight" in name else 1.0
-        return dataclasses.replace(tensor, load=lambda: tensor.load() * factor)
+        return CheckpointTensor.plain(tensor.shape, lambda: tensor.load() * factor)
 
     tensors = {name: loud(name, tensor) for name, tensor in net.tensors.items()}
     changed = dataclasses.replace(checkpoint, controlnet=dataclasses.replace(net, tensors=tensors))
