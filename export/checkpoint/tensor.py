@@ -133,13 +133,8 @@ class Quantized:
     def _rounds_once(self) -> bool:
         """Whether fp32 arithmetic rounds a value only at its last product.
 
-<<<<<<< HEAD
         It does with one scale of up to 24 bits. So it does with a second one if the first is fp8: its product with a
         number of few bits is exact.
-=======
-        It does with one scale of up to 24 bits, and with two where the first is fp8: that times a number of few bits is
-        exact.
->>>>>>> wip-ckpt
         """
         if self.zero is not None or self.column_scale is not None or self.scale.dtype == torch.float64:
             return False
