@@ -6,6 +6,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Python compiles what it imports; compiling all of torch at installation takes half a minute more.
+PIP := $(BIN)/pip install -q --no-compile
 # Where a CPU build is offered it is enough; a CUDA build works too.
 TORCH ?= torch==2.13.0
 BUNDLE := engines/nano
@@ -27,8 +29,8 @@ BUILD_CUDA := ZIMAGE_RT_CUDA=ON ZIMAGE_RT_BUILD=$(CURDIR)/build/cuda \
 # Once `make cuda` has run, every further installation here builds _cuda, too.
 define install
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q $(TORCH)
-	$(if $(wildcard $(VENV)/cuda),$(BUILD_CUDA)) $(BIN)/pip install -q $(if $(wildcard $(VENV)/cuda),--no-build-isolation) -e '.[$(1)]'
+	$(PIP) $(TORCH)
+	$(if $(wildcard $(VENV)/cuda),$(BUILD_CUDA)) $(PIP) $(if $(wildcard $(VENV)/cuda),--no-build-isolation) -e '.[$(1)]'
 endef
 
 # What the demo needs, and what tests and checks need beside it.
@@ -43,8 +45,8 @@ $(VENV)/dev: $(SOURCES)
 comma := ,
 
 cuda: $(VENV)/installed
-	$(BIN)/pip install -q $$($(BIN)/python cmake/requirements.py build cuda cuda-headers nvcc)
-	$(BUILD_CUDA) $(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	$(PIP) $$($(BIN)/python cmake/requirements.py build cuda cuda-headers nvcc)
+	$(BUILD_CUDA) $(PIP) --no-build-isolation --no-deps -e .
 	touch $(VENV)/cuda
 	$(BIN)/python -c "from zimage_rt import _cuda; print('_cuda is built for', _cuda.architectures)"
 
@@ -55,7 +57,7 @@ wheel:
 	  build/wheel/bin/python cmake/make_wheel.py --out dist $(WHEEL_OPTIONS)
 
 native: $(VENV)/dev
-	$(BIN)/pip install -q $$($(BIN)/python cmake/requirements.py build wheel)
+	$(PIP) $$($(BIN)/python cmake/requirements.py build wheel)
 	$(BIN)/python cmake/second_compiler.py build/cuda/compile_commands.json
 	tests/sanitizers.sh $(BIN)/python
 
