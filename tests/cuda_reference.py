@@ -42,3 +42,10 @@ def relative_error(out: np.ndarray, reference: np.ndarray) -> float:
 
 # A result rounded once to the format: half a unit in the last place, and room for the order of sums.
 TOLERANCE = {"float32": 2e-6, "float16": 6e-4, "bfloat16": 5e-3}
+
+
+def patches_of(latents: np.ndarray, patch: int = 2) -> np.ndarray:
+    """The latents [samples, channels, height, width] as the transformer's tokens."""
+    samples, channels, height, width = latents.shape
+    rows = latents.reshape(samples, channels, height // patch, patch, width // patch, patch)
+    return rows.transpose(0, 2, 4, 3, 5, 1).reshape(samples, -1, patch * patch * channels)

@@ -1,59 +1,22 @@
 """Samplers, schedules and step noise against ComfyUI's numbers (`tests/data/comfyui_samplers.npz`, its `source`).
 
-The denoiser is analytic: D(x, sigma) = 0.3 x + 0.5 tanh(x) (1 - sigma) + P. A case is
-`sampler|schedule|steps|denoise|seed`; noise and sampler have the same seed, and below denoise 1 the latents L lie under
-the noise. Latents are compared, not images: a wrong sampler of a distilled model passes a comparison of images.
+Latents are compared, not images: a wrong sampler of a distilled model passes a comparison of images.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
+from comfyui_cases import COMFYUI, SHIFT, TOLERANCE, TOLERANCES, check_small, load_reference, small_cases, start
 
 from zimage_rt import _core
-from zimage_rt.samplers import SAMPLERS, sample_reference, sampler_table, step_noise
+from zimage_rt.samplers import SAMPLERS, sample_reference, step_noise
 from zimage_rt.schedule import denoise_sigmas, schedule_sigmas
-
-SHIFT = 3.0
-C, H, W = np.meshgrid(np.arange(16), np.arange(8), np.arange(8), indexing="ij")
-P = (0.25 * np.sin(0.7 * C + 0.5 * H + 0.3 * W)).astype(np.float32)
-L = (0.8 * np.cos(0.4 * C - 0.6 * H + 0.2 * W)).astype(np.float32)
-# ComfyUI takes 1 - 1 / (1 + sigma^2) of small sigmas in float32 for UniPC: a last place is 6 % of the last step.
-TOLERANCES = {"uni_pc": 1e-3, "uni_pc_bh2": 1e-3}
-COMFYUI = [name for name, sampler in SAMPLERS.items() if sampler.source != "diffusers"]
 
 
 @pytest.fixture(scope="module")
 def reference() -> dict[str, np.ndarray]:
-    with np.load(Path(__file__).parent / "data" / "comfyui_samplers.npz") as file:
-        return dict(file)
-
-
-def predict(latents: np.ndarray, timestep: float, guided: bool, noise_pred: np.ndarray) -> None:
-    assert not guided
-    sigma = np.float32(1) - np.float32(timestep)
-    clean = np.float32(0.3) * latents + np.float32(0.5) * np.tanh(latents) * (1 - sigma) + P
-    noise_pred[:] = (latents - clean) / sigma
-
-
-def start(case: str, batch: int = 1) -> dict[str, Any]:
-    """The arguments of the loop."""
-    name, schedule, steps, denoise, seed = case.split("|")
-    sigmas = denoise_sigmas(schedule, int(steps), SHIFT, float(denoise), spare_step=SAMPLERS[name].spare_step)
-    noise = _core.randn(int(seed), [batch, 16, 8, 8])
-    image = L if float(denoise) < 1 else np.zeros_like(L)
-    table = sampler_table(name, sigmas, SHIFT)
-    return {
-        "predict": predict,
-        "steps": table,
-        "latents": (sigmas[0] * noise + (1 - sigmas[0]) * image).astype(np.float32),
-        "guidance_scales": np.zeros((len(table), batch), np.float32),
-        "cfg_normalization": 0.0,
-        "step_noise": step_noise(name, sigmas, SHIFT, [int(seed)] * batch, (16, 8, 8), joint=True),
-    }
+    return load_reference()
 
 
 def drawn(case: str, batch: int = 1) -> tuple[np.ndarray, int]:
@@ -76,26 +39,20 @@ def test_sigmas(reference: dict[str, np.ndarray]) -> None:
 
 @pytest.mark.parametrize("name", COMFYUI)
 def test_every_schedule_step_count_and_denoise(name: str, reference: dict[str, np.ndarray]) -> None:
-    cases = [i for i, case in enumerate(reference["small_cases"]) if case.split("|")[0] == name]
-    assert len(cases) == 9 * 4 * 3  # schedules, step counts, values of denoise
-    for i in cases:
-        case = str(reference["small_cases"][i])
-        latents, evaluations = drawn(case)
-        assert evaluations == reference["small_calls"][i], case
-        difference = np.abs(latents[0, :, ::4, ::4].ravel() - reference["small"][i]).max()
-        assert difference < TOLERANCES.get(name, 1e-4), case
+    for i in small_cases(reference, name):
+        check_small(reference, i, *drawn(str(reference["small_cases"][i])))
 
 
 def test_seeds_of_64_bits(reference: dict[str, np.ndarray]) -> None:
     assert {case.split("|")[4] for case in reference["latent_cases"]} == {"0", "987654321012345", str(2**64 - 2)}
     for case, expected in zip(reference["latent_cases"], reference["latents"], strict=True):
         difference = np.abs(drawn(str(case))[0][0] - expected).max()
-        assert difference < TOLERANCES.get(case.split("|")[0], 1e-4), case
+        assert difference < TOLERANCES.get(case.split("|")[0], TOLERANCE), case
 
 
 def test_a_batch_shares_its_noise(reference: dict[str, np.ndarray]) -> None:
     for case, expected in zip(reference["batch3_cases"], reference["batch3_latents"], strict=True):
-        assert np.abs(drawn(str(case), batch=3)[0] - expected).max() < 1e-4, case
+        assert np.abs(drawn(str(case), batch=3)[0] - expected).max() < TOLERANCE, case
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

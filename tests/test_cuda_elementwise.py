@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from cuda_reference import TOLERANCE, cast, relative_error, require_gpu, to_float
+from cuda_reference import TOLERANCE, cast, patches_of, relative_error, require_gpu, to_float
 
 from zimage_rt import _core
 from zimage_rt.samplers import blend_kept, sampler_table
@@ -145,12 +145,6 @@ def test_low_rank_update_tells_of_overflow(kernels):
 def test_turn(kernels, rng, dtype, shape):
     matrix = cast(f32(rng, *shape), dtype)
     assert (kernels.turn(matrix) == matrix.T).all()
-
-
-def patches_of(latents, patch=2):
-    samples, channels, height, width = latents.shape
-    rows = latents.reshape(samples, channels, height // patch, patch, width // patch, patch)
-    return rows.transpose(0, 2, 4, 3, 5, 1).reshape(samples, -1, patch * patch * channels)
 
 
 @pytest.mark.parametrize("dtype", HALVES)

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from cuda_reference import require_gpu
 
-from zimage_rt.backends.cuda import CudaPipeline, _tensors
 from zimage_rt.backends.registry import load_backend
 from zimage_rt.errors import BundleMismatch
 from zimage_rt.manifest import read_manifest
@@ -23,6 +22,7 @@ from zimage_rt.tensor_file import TensorFile
 
 pytestmark = pytest.mark.gpu
 cuda = require_gpu()
+from zimage_rt.backends.cuda import CudaPipeline, _tensors  # noqa: E402  it needs what was just required
 
 MODULES = ("text_encoder", "context_refiner", "transformer", "tiny_vae_decoder", "tiny_vae_encoder")
 

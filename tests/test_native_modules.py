@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,3 +32,17 @@ def test_a_module_needs_no_library_of_nvidia_to_load(module: str) -> None:
     needed = [line.split("[")[1].rstrip("]") for line in run.stdout.splitlines() if "(NEEDED)" in line]
     allowed = ("libc.", "libm.", "libstdc++.", "libgcc_s.", "libpthread.", "libdl.", "librt.", "ld-linux")
     assert all(name.startswith(allowed) for name in needed), needed
+
+
+def test_gpu_tests_skip_where_the_cuda_backend_is_not_built() -> None:
+    """They did not, in a clone where nobody had run `make cuda`."""
+    files = sorted(Path(__file__).parent.glob("test_cuda_*.py"))
+    assert len(files) > 5
+    run = subprocess.run(
+        [sys.executable, "-c", "import sys, pytest; sys.modules['zimage_rt._cuda'] = None; sys.exit(pytest.main())"]
+        + ["--collect-only", "-q", "-rs", "-p", "no:cacheprovider", *files],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == pytest.ExitCode.NO_TESTS_COLLECTED, run.stdout
+    assert f"SKIPPED [{len(files)}]" in run.stdout, run.stdout

@@ -27,7 +27,7 @@ run() {
   [[ $status -eq 0 ]] || failed+=("$name")
 }
 
-kernels=(tests/test_cuda_elementwise.py tests/test_cuda_gemm.py tests/test_cuda_attention.py tests/test_cuda_conv.py)
+kernels=(tests/test_cuda_elementwise.py tests/test_cuda_samplers.py tests/test_cuda_gemm.py tests/test_cuda_attention.py tests/test_cuda_conv.py)
 engine=(tests/test_cuda_loading.py tests/test_cuda_engine.py tests/test_cuda_features.py tests/test_cuda_controlnet.py)
 pytest=("$python" -m pytest -q -p no:cacheprovider --tb=short)
 
