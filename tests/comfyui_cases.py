@@ -19,8 +19,8 @@ SHIFT = 3.0
 C, H, W = np.meshgrid(np.arange(16), np.arange(8), np.arange(8), indexing="ij")
 P = (0.25 * np.sin(0.7 * C + 0.5 * H + 0.3 * W)).astype(np.float32)
 L = (0.8 * np.cos(0.4 * C - 0.6 * H + 0.2 * W)).astype(np.float32)
-# The largest difference of the latents. ComfyUI takes 1 - 1 / (1 + sigma^2) of small sigmas in float32 for UniPC: a last
-# place is 6 % of the last step.
+# The largest difference of the latents. ComfyUI takes 1 - 1 / (1 + sigma^2) of small sigmas in float32 for UniPC: a
+# last place is 6 % of the last step.
 TOLERANCES = {"uni_pc": 1e-3, "uni_pc_bh2": 1e-3}
 TOLERANCE = 1e-4
 COMFYUI = [name for name, sampler in SAMPLERS.items() if sampler.source != "diffusers"]

@@ -11,11 +11,11 @@ import pytest
 import torch
 from conftest import CHECKPOINT
 from diffusers import ZImagePipeline, ZImageTransformer2DModel
+from lora_layouts import changes_of
+from lora_pictures import ours, picture_of
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
-from lora_layouts import changes_of
-from lora_pictures import ours, picture_of
 from zimage_rt.benchmarks.fidelity import psnr
 
 import zimage_rt

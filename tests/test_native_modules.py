@@ -38,11 +38,8 @@ def test_gpu_tests_skip_where_the_cuda_backend_is_not_built() -> None:
     """They did not, in a clone where nobody had run `make cuda`."""
     files = sorted(Path(__file__).parent.glob("test_cuda_*.py"))
     assert len(files) > 5
-    run = subprocess.run(
-        [sys.executable, "-c", "import sys, pytest; sys.modules['zimage_rt._cuda'] = None; sys.exit(pytest.main())"]
-        + ["--collect-only", "-q", "-rs", "-p", "no:cacheprovider", *files],
-        capture_output=True,
-        text=True,
-    )
+    without = "import sys, pytest; sys.modules['zimage_rt._cuda'] = None; sys.exit(pytest.main())"
+    options = ("--collect-only", "-q", "-rs", "-p", "no:cacheprovider")
+    run = subprocess.run([sys.executable, "-c", without, *options, *files], capture_output=True, text=True)
     assert run.returncode == pytest.ExitCode.NO_TESTS_COLLECTED, run.stdout
     assert f"SKIPPED [{len(files)}]" in run.stdout, run.stdout

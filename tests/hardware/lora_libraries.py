@@ -28,9 +28,9 @@ from diffusers import ZImagePipeline  # noqa: E402
 from lora_layouts import changes_of  # noqa: E402
 from lora_pictures import ours, picture_of  # noqa: E402
 from lycoris import LycorisNetwork, create_lycoris  # type: ignore[import-not-found]  # noqa: E402
+from zimage_rt.benchmarks.fidelity import psnr  # noqa: E402
 
 import zimage_rt  # noqa: E402
-from zimage_rt.benchmarks.fidelity import psnr  # noqa: E402
 from zimage_rt.lora import place  # noqa: E402
 from zimage_rt.lora_file import read_lora  # noqa: E402
 from zimage_rt.manifest import read_manifest  # noqa: E402
