@@ -421,8 +421,8 @@ py::object sample_job(Pipeline& self, py::array_t<float> latents,
 // whole change [rows, columns]. With `add` they come on top of what was changed before.
 void change(
     Pipeline& self, const std::string& module,
-    const std::vector<
-        std::tuple<std::string, std::int64_t, std::optional<FloatArray>, FloatArray>>& changes,
+    const std::vector<std::tuple<std::string, std::int64_t, std::optional<FloatArray>, FloatArray>>&
+        changes,
     bool add) {
   std::vector<LowRank> views;
   for (const auto& [tensor, first_column, down, up] : changes) {

@@ -21,7 +21,8 @@ struct LowRankUpdate {
   const float* down;  // [rank, rows]
   const float* up;    // [rank, columns]
   int* overflow;
-  // Element (row, column) of a whole change lies at row * delta_row + column * delta_column; or null.
+  // Element (row, column) of a whole change lies at row * delta_row + column * delta_column; or
+  // null.
   const float* delta = nullptr;
   std::int64_t delta_row = 0;
   std::int64_t delta_column = 0;

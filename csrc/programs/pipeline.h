@@ -74,10 +74,10 @@ struct SampleJob {
   const float* image = nullptr;
   const float* noise = nullptr;
   const float* step_noise = nullptr;  // [count_draws(steps), *latents]; null where that is 0
-  Control control;        // without latents: the transformer alone
-  float* latents;         // [batch, channels, latent_height, latent_width], in and out
-  std::uint8_t* pixels;   // [batch, height, width, 3] out; null: not decoded
-  LoopCallback callback;  // may be empty
+  Control control;                    // without latents: the transformer alone
+  float* latents;                     // [batch, channels, latent_height, latent_width], in and out
+  std::uint8_t* pixels;               // [batch, height, width, 3] out; null: not decoded
+  LoopCallback callback;              // may be empty
 };
 
 using ModuleConfig =
