@@ -7,8 +7,10 @@ cmake/make_wheel.py.
 
 from __future__ import annotations
 
+import importlib
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +25,20 @@ ROOT = Path(__file__).parent.resolve()
 PYTHONS = os.environ.get("ZIMAGE_RT_PYTHONS", "")
 
 
+def with_build_tools() -> dict[str, str]:
+    """The environment, with the folders of the cmake and ninja wheels in front of PATH.
+
+    Without build isolation the scripts of a virtual environment are on PATH only if it is activated.
+    """
+    folders = []
+    for module, attribute in (("cmake", "CMAKE_BIN_DIR"), ("ninja", "BIN_DIR")):
+        try:
+            folders.append(getattr(importlib.import_module(module), attribute))
+        except (ImportError, AttributeError):
+            continue  # the system's own
+    return os.environ | {"PATH": os.pathsep.join([*folders, os.environ.get("PATH", os.defpath)])}
+
+
 class CMakeBuild(build_ext):
     """One CMake build makes all modules; setuptools then finds those that came out of it."""
 
@@ -34,7 +50,6 @@ class CMakeBuild(build_ext):
         build = Path(kept or self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
         configure = [
-            "cmake",
             *([] if kept else ["--fresh"]),
             "-S",
             str(ROOT),
@@ -54,8 +69,10 @@ class CMakeBuild(build_ext):
         ]
         for stale in package.glob("_cuda.*.so"):
             stale.unlink()
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build)], check=True)
+        tools = with_build_tools()
+        cmake = shutil.which("cmake", path=tools["PATH"]) or "cmake"
+        subprocess.run([cmake, *configure], check=True, env=tools)
+        subprocess.run([cmake, "--build", str(build)], check=True, env=tools)
         self.extensions = [ext for ext in self.extensions if Path(self.get_ext_fullpath(ext.name)).exists()]
 
 

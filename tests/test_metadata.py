@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import BUNDLE
 from lora_files import random_lora_of
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 import zimage_rt
-from zimage_rt.errors import MetadataError, RequestError
+from zimage_rt.errors import LoraWarning, MetadataError, RequestError
 from zimage_rt.files import write_whole
 from zimage_rt.manifest import hash_file, read_manifest
 from zimage_rt.metadata import read_record
@@ -242,6 +244,34 @@ def test_loras_are_recorded_and_put_on_again(engine: zimage_rt.Engine, bundle: P
         record.find_loras()
 
 
+def test_a_record_holds_pefts_settings_and_what_was_left_out(engine: zimage_rt.Engine, tmp_path: Path) -> None:
+    folder = tmp_path / "peft"
+    folder.mkdir()
+    file = random_lora_of(engine.manifest, folder / "adapter_model.safetensors", seed=1)
+    settings = folder / "adapter_config.json"
+    settings.write_text(json.dumps({"r": 5, "lora_alpha": 5}))
+    half = tmp_path / "half.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "transformer.layers.99.attention.to_q.lora_A.weight": np.ones((5, 384), np.float32)}, half)
+    try:
+        engine.load_lora(folder)
+        with pytest.warns(LoraWarning, match="left out"):
+            engine.load_lora(half, 0.5, strict=False)
+        path = engine.generate("a cat", seed=3, **SMALL).save(tmp_path / "cat.png")[0]
+    finally:
+        for name in list(engine.loras):
+            engine.unload_lora(name)
+    record = read_record(path)
+    assert [lora["strict"] for lora in record.loras] == [True, False]
+    assert record.loras[0]["settings_sha256"] == hash_file(settings).sha256
+    run = zimage("generate", BUNDLE, "--like", path, "-o", tmp_path / "again.png", "--json")
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["same"] is True
+    settings.write_text(json.dumps({"r": 5, "lora_alpha": 10}))  # twice the scale, by the same weights
+    with pytest.raises(MetadataError, match=r"adapter_config.json was changed since"):
+        record.find_loras()
+
+
 def test_a_lora_is_recorded_as_it_was_loaded(engine: zimage_rt.Engine, tmp_path: Path) -> None:
     """Not as its file is when the image is drawn or saved."""
     file = random_lora_of(engine.manifest, tmp_path / "style.safetensors", seed=1)
@@ -258,7 +288,14 @@ def test_a_lora_is_recorded_as_it_was_loaded(engine: zimage_rt.Engine, tmp_path:
             engine.unload_lora(name)
     for record in records:
         assert [dict(lora) for lora in record.loras] == [
-            {"name": "style", "weight": 0.5, "path": str(file), "sha256": loaded}
+            {
+                "name": "style",
+                "weight": 0.5,
+                "path": str(file),
+                "sha256": loaded,
+                "settings_sha256": "",
+                "strict": True,
+            }
         ]
     assert engine.active_loras == []
 

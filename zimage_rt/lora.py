@@ -45,7 +45,7 @@ class PlacedLora:
 
     Attributes:
         modules: see `Part`.
-        sha256: of the file's bytes, as they were read.
+        sha256, settings_sha256: of the file's bytes, as they were read; see `LoraFile`.
         notes: what to tell of it.
         left_out: the keys that have no place in the bundle, where that was allowed.
     """
@@ -54,6 +54,7 @@ class PlacedLora:
     sha256: str = ""
     notes: Sequence[str] = ()
     left_out: Sequence[str] = ()
+    settings_sha256: str = ""
 
 
 class _BaseWeights:
@@ -123,7 +124,7 @@ def place(file: LoraFile, manifest: Manifest, bundle: Path | None = None, *, str
     if problems:
         what = f"used {matcher.matched} of {len(file.layers) + len(file.problems)} layers; left out:"
         notes.append("\n  ".join([what, *_lines(problems, _MAX_LINES)]))
-    return PlacedLora(matcher.modules, file.sha256, notes, bad)
+    return PlacedLora(matcher.modules, file.sha256, notes, bad, file.settings_sha256)
 
 
 def _refusal(file: LoraFile, manifest: Manifest, matcher: _Matcher, problems: Sequence[str], bad: Sequence[str]) -> str:
@@ -332,12 +333,16 @@ class ActiveLora:
         name, weight: as `Engine.load_lora` and `Engine.set_loras` know them.
         path: the file, or PEFT's folder.
         sha256: hex, of the bytes that were loaded; the file may hold others by now.
+        settings_sha256: hex, of PEFT's adapter_config.json beside them; empty if there was none.
+        strict: whether all of it fits; False if a part was left out.
     """
 
     name: str
     weight: float
     path: Path
     sha256: str
+    settings_sha256: str = ""
+    strict: bool = True
 
     def to_json(self) -> dict[str, Any]:
         """As images are recorded with it."""
@@ -376,7 +381,7 @@ class LoraSet:
     def active(self) -> list[ActiveLora]:
         """Those that change images now, in the order in which they are summed."""
         return [
-            ActiveLora(name, weight, self._paths[name], lora.sha256)
+            ActiveLora(name, weight, self._paths[name], lora.sha256, lora.settings_sha256, not lora.left_out)
             for name, (lora, weight) in self._loaded.items()
             if weight != 0
         ]

@@ -63,6 +63,7 @@ class LoraFile:
         layers: its layers.
         problems, bad_keys: what is wrong with it, one line each, and the keys that are meant.
         sha256: hex, of the very bytes that the layers were read from; empty if nothing was read.
+        settings_sha256: hex, of the adapter_config.json that its scales are from; empty if there is none.
         notes: what to tell of it, though it can be used.
     """
 
@@ -72,6 +73,7 @@ class LoraFile:
     bad_keys: Sequence[str]
     sha256: str = ""
     notes: Sequence[str] = ()
+    settings_sha256: str = ""
 
 
 class _LayerError(ValueError):
@@ -118,7 +120,7 @@ def read_lora(path: Path) -> LoraFile:
             bad += roles.values()
     if not parts and not unknown:
         problems.append("it holds no tensors")
-    return LoraFile(path, layers, problems, bad, sha256, [scales.note] if scales.note else [])
+    return LoraFile(path, layers, problems, bad, sha256, [scales.note] if scales.note else [], scales.sha256)
 
 
 def _sort(keys: Mapping[str, Any]) -> tuple[dict[str, dict[str, str]], list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ from .tensor_file import TensorFile
 
 # diffusers' `save_lora_weights` puts PEFT's settings here, each under its component's name: `transformer.lora_alpha`.
 _METADATA_KEY = "lora_adapter_metadata"
+# PEFT's settings, beside its own weights.
+SETTINGS_FILE = "adapter_config.json"
 # What PEFT and its wrappers write before a layer's name inside its component.
 _WRAPPERS = ("base_model.model.", "default.")
 # Loose metadata of whoever saves PEFT's matrices as they are: PEFT multiplies them by alpha / rank.
@@ -33,6 +36,7 @@ class Scales:
         alpha: of the file's loose metadata, or None.
         rslora: whether that is divided by the rank's root.
         note: what to tell of a scale that the file does not make certain; empty if there is no doubt.
+        sha256: hex, of the adapter_config.json that says so; empty if none was read.
     """
 
     path: Path
@@ -40,6 +44,7 @@ class Scales:
     alpha: float | None = None
     rslora: bool = False
     note: str = ""
+    sha256: str = ""
 
     def of(self, name: str, rank: int | None, alpha: float | None = None) -> float:
         """A layer's scale.
@@ -91,7 +96,7 @@ def read_scales(path: Path, file: TensorFile, has_alphas: bool) -> Scales:
 
     `has_alphas` is whether it has an alpha beside its layers. Raises LoraError for settings that cannot be read.
     """
-    config = path.parent / "adapter_config.json"
+    config, sha256 = path.parent / SETTINGS_FILE, ""
     try:
         if _METADATA_KEY in file.metadata:
             components: dict[str, dict[str, Any]] = {}
@@ -99,10 +104,11 @@ def read_scales(path: Path, file: TensorFile, has_alphas: bool) -> Scales:
                 component, _, setting = key.rpartition(".")
                 components.setdefault(component, {})[setting] = value
         elif path.name == "adapter_model.safetensors" and config.is_file():
-            components = {"": dict(json.loads(config.read_text(encoding="utf-8")))}
+            content = config.read_bytes()
+            components, sha256 = {"": dict(json.loads(content))}, hashlib.sha256(content).hexdigest()
         else:
             return Scales(path, {}) if has_alphas else _loose(path, file.metadata)
-        scales = Scales(path, components)
+        scales = Scales(path, components, sha256=sha256)
         for component, settings in components.items():  # so that what cannot be understood is refused once, by name
             _number(settings.get("lora_alpha", settings.get("alpha")))
             for pattern, value in (settings.get("alpha_pattern") or {}).items():

@@ -23,6 +23,7 @@ from .errors import MetadataError, RequestError
 from .files import write_whole
 from .image import read_image
 from .lora_file import weights_file
+from .lora_settings import SETTINGS_FILE
 from .manifest import Manifest, hash_file
 from .request import GenerateRequest, ResolvedRequest
 from .samplers import FORMER_SAMPLERS, FORMER_SCHEDULES, SAMPLERS
@@ -61,7 +62,8 @@ class PictureRecord:
             them is `{"path", "sha256"}`, of the file, or `{"sha256", …}`, of the pixels, if it came without a path.
         batch: what it was drawn together with, or None: `index`, `prompts`, `negative_prompts`, `seeds`. A picture
             drawn alone may differ from the same one of a batch by a grey level (see `ModuleDenoiser`).
-        loras: those that were on, in their order: `name`, `weight`, `path`, and `sha256` of what was loaded.
+        loras: those that were on, in their order: `name`, `weight`, `path`, `sha256` of what was loaded,
+            `settings_sha256` of PEFT's settings, and `strict`, which is false if only a part of it was used.
         timings: seconds by stage, of the whole batch.
         warnings: what of the request had no effect, one sentence each.
         pixels_sha256: of the picture's bytes, uint8 `[height, width, 3]`, once it is saved.
@@ -441,4 +443,15 @@ def _find_file(reference: Mapping[str, Any], name: str, folder: Path | None) -> 
             f"{name}: expected {found} with sha256 {reference['sha256'][:16]}…, got {actual[:16]}…: the file was "
             "changed since; give the one that was used, or this one by name"
         )
+    settings = reference.get("settings_sha256")
+    if settings:
+        _check_settings(_lora_file(found).parent / SETTINGS_FILE, settings, name)
     return found
+
+
+def _check_settings(path: Path, sha256: str, name: str) -> None:
+    """Raises MetadataError unless PEFT's settings are those that a LoRA was loaded with."""
+    if not path.is_file():
+        raise MetadataError(f"{name}: expected {path}, which it was loaded with, but it is gone; give it again")
+    if hash_file(path).sha256 != sha256:
+        raise MetadataError(f"{name}: {path} was changed since; give the one that was used, or the LoRA by name")

@@ -131,8 +131,9 @@ def generate(
     if record is not None:
         warn_of_differences(record, engine)
         if lora is None:
-            for name, weight, path in record.find_loras(None if like is None else like.parent):
-                load_lora(engine, path, weight, name, lora_partial)
+            found = record.find_loras(None if like is None else like.parent)
+            for (name, weight, path), recorded in zip(found, record.loras, strict=True):
+                load_lora(engine, path, weight, name, lora_partial or not recorded.get("strict", True))
     load_loras(engine, lora or [], lora_partial)
     for number, request in enumerate(requests):
         with Progress(
