@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from zimage_rt.errors import BundleMismatch, ManifestError
+from zimage_rt.json_codec import to_json
 from zimage_rt.manifest import (
     FileEntry,
     Manifest,
@@ -21,7 +23,6 @@ from zimage_rt.manifest import (
     check_file,
     hash_file,
     read_manifest,
-    to_json,
     write_manifest,
 )
 
@@ -33,10 +34,12 @@ def small_manifest() -> Manifest:
     pipeline = PipelineSpec(16, 8, 32, 16, 3.0, "<", ">", 8, 0.0)
     pixels = ShapeRange(64, 256, 512, 16)
     shapes = ShapeRanges(ShapeRange(1, 1, 4), pixels, pixels, ShapeRange(1, 33, 512))
-    files = {"t.onnx": FileEntry(3, "ab"), "t.safetensors": FileEntry(4, "cd")}
-    return Manifest(
-        "nano", "fp32", {"zimage_rt": "1"}, {}, pipeline, shapes, "tokenizer.json", {"transformer": module}, files
-    )
+    files = {name: FileEntry(3, "ab" * 32) for name in ("t.onnx", "t.safetensors", "tokenizer.json")}
+    return Manifest("nano", "fp32", {"zimage_rt": "1"}, {}, pipeline, shapes, "tokenizer.json", {"t": module}, files)
+
+
+def module(data: dict[str, Any]) -> dict[str, Any]:
+    return data["modules"]["t"]
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -61,15 +64,68 @@ def test_named_dims() -> None:
         (lambda data: data.update(schema_version=99), "expected schema 1, got 99; upgrade"),
         (lambda data: data.update(flavour="mint"), "unknown key 'flavour'"),
         (lambda data: data.pop("shapes"), "missing key 'shapes'"),
-        (lambda data: data["pipeline"].update(shift="3"), "pipeline.shift: expected float"),
+        (lambda data: data["pipeline"].update(shift="3"), "pipeline.shift: expected a number, got text '3'"),
         (lambda data: data["shapes"]["height"].update(min=70), "expected multiples of 16"),
         (lambda data: data.pop("schema_version"), "no schema_version"),
+        (lambda data: data.update(schema_version=True), "no schema_version"),
+        (lambda data: data.update(name=[]), "name: expected a text, got a list"),
+        (lambda data: data.update(modules=[]), "modules: expected an object, got a list"),
+        (lambda data: data["pipeline"].update(shift=True), "shift: expected a number, got bool True"),
+        (lambda data: data["pipeline"].update(shift=10**400), "shift: expected a number, got one that is too large"),
+        (lambda data: data["pipeline"].update(shift=0), "shift: expected more than 0"),
+        (lambda data: data["pipeline"].update(num_inference_steps=0), "num_inference_steps: expected 1 to"),
+        (lambda data: data["pipeline"].update(size_multiple=12), "size_multiple: expected a multiple of 8"),
+        (lambda data: data.update(precision="int4"), "precision: expected one of fp32, fp16, bf16"),
+        (lambda data: data.update(tokenizer="other.json"), "tokenizer: expected one of the files, got 'other.json'"),
+        (lambda data: module(data).update(graph="u.onnx"), "modules.t.graph: expected one of the files"),
+        (lambda data: module(data).update(base="t2"), "base: expected a module with weights of its own, got 't2'"),
+        (lambda data: module(data).update(precision="int4"), "modules.t.precision: expected one of"),
+        (lambda data: module(data)["inputs"][0]["dims"].append(0), "expected sizes of 1 or more, got 0"),
+        (lambda data: module(data)["inputs"][0]["dims"].append(True), "expected a whole number or a text, got bool"),
+        (lambda data: module(data)["inputs"][0]["dims"].append("depth"), "unknown dim 'depth'"),
+        (lambda data: data["modules"].update(transformer=module(data)), "inputs: expected latents, timestep, context"),
+        (lambda data: data["files"]["t.onnx"].update(sha256="ab"), "expected a size and a SHA-256"),
+        (lambda data: data["files"]["t.onnx"].update(size=-1), "expected a size and a SHA-256"),
+        *(
+            (lambda data, name=name: data["files"].update({name: data["files"]["t.onnx"]}), "files inside the bundle")
+            for name in (
+                "../t.onnx",
+                "/etc/passwd",
+                "a/../../b",
+                "a//b",
+                "c:t",
+                "a\\b",
+                "",
+                ".",
+                "a/.",
+                "a\0b",
+                "manifest.json",
+            )
+        ),
     ],
 )
 def test_wrong_manifests_are_named(tmp_path: Path, change, message: str) -> None:
     data = to_json(small_manifest())
     change(data)
     (tmp_path / "manifest.json").write_text(json.dumps(data))
+    with pytest.raises(ManifestError, match=message):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "nested deeper than 32"),
+        ('{"schema_version": 1, "a": ' + "[" * 40 + "]" * 40 + "}", "nested deeper than 32"),
+        ('{"schema_version": 1, "schema_version": 1}', "key 'schema_version' is there twice"),
+        ('{"schema_version": 1, "name": NaN}', "NaN is no number"),
+        ('{"schema_version": 1, "name": 1e999}', "a number is too large"),
+        ('{"schema_version": 1, "name": "\\ud83d"}', "half a surrogate pair"),
+        ('{"schema_version": ' + "1" * 5000 + "}", "cannot be read"),
+    ],
+)
+def test_what_json_can_do_is_bounded(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(ManifestError, match=message):
         read_manifest(tmp_path)
 

@@ -365,6 +365,18 @@ def text_changed(**changes: Any) -> Callable[[Path], None]:
     return change
 
 
+def request_changed(**changes: Any) -> Callable[[Path], None]:
+    """The sidecar alone, with some of its request's fields changed."""
+
+    def change(path: Path) -> None:
+        without_text(path)
+        sidecar = path.with_suffix(".json")
+        data = json.loads(sidecar.read_text(encoding="utf-8"))
+        sidecar.write_text(json.dumps({**data, "request": data["request"] | changes}), encoding="utf-8")
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -377,16 +389,33 @@ def text_changed(**changes: Any) -> Callable[[Path], None]:
         (lambda path: Image.fromarray(pixels(path)).save(path, "JPEG"), "expected a PNG, got something else"),
         (lambda path: path.unlink(), "there is no such file"),
         (text_changed(schema_version=3), "expected a record of schema 2, got 3; upgrade zimage_rt"),
-        (text_changed(warnings=[1]), "damaged: `warnings`"),
-        (text_changed(strange=1), "an unknown strange"),
+        (text_changed(warnings=[1]), "record.warnings[0]: expected a text, got int 1; it was damaged"),
+        (text_changed(strange=1), "record: unknown key 'strange'"),
+        (text_changed(timings={"total": "long"}), "record.timings.total: expected a number, got text 'long'"),
+        (text_changed(backend=None), "record.backend: expected a text, got nothing"),
         (
             text_changed(request={"prompt": "a", "teleport": 1}, version="9.0"),
             "'teleport', which this version does not",
         ),
-        (text_changed(request=[]), "request is list"),
-        (text_changed(loras=[{"name": "a"}]), "damaged: `loras`"),
-        (text_changed(batch={"index": 3, "prompts": [], "negative_prompts": [], "seeds": []}), "damaged: `batch`"),
-        (lambda path: (without_text(path), path.with_suffix(".json").write_text("{")), "is not JSON"),
+        (text_changed(request=[]), "record.request: expected an object, got a list"),
+        (request_changed(seed="7"), "request.seed: expected a whole number or a list or nothing, got text '7'"),
+        (request_changed(prompt=["a", 1]), "request.prompt[1]: expected a text, got int 1"),
+        (request_changed(second_pass={"scale": [2]}), "request.second_pass.scale: expected a number, got a list"),
+        (request_changed(image="/etc/passwd"), "request.image: expected nothing, or an input's sha256"),
+        (request_changed(latents=[1.0]), "request.latents: expected nothing, or an input's sha256"),
+        (request_changed(mask={"sha256": 1}), "request.mask.sha256: expected a text, got int 1"),
+        (request_changed(sigmas=[1, "0.5"]), "request.sigmas[1]: expected a number, got text '0.5'"),
+        (text_changed(loras=[{"name": "a"}]), "loras[0]: missing key 'weight'; its record was damaged"),
+        (
+            text_changed(loras=[{"name": "a", "weight": "1", "path": "a", "sha256": ""}]),
+            "loras[0].weight: expected a number, got text '1'",
+        ),
+        (
+            text_changed(batch={"index": 3, "prompts": [], "negative_prompts": [], "seeds": []}),
+            "batch: it does not say which",
+        ),
+        (lambda path: (without_text(path), path.with_suffix(".json").write_text("{")), "its record cannot be read"),
+        (lambda path: (without_text(path), path.with_suffix(".json").write_text("[" * 100_000)), "nested deeper than"),
         (lambda path: (without_text(path), path.with_suffix(".json").write_text("[1]")), "got other JSON"),
     ],
 )

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from .backends.base import Change, Dense, LowRank, Pipeline
-from .errors import LoraError, LoraWarning, RequestError
+from .errors import LoraError, LoraWarning, OutOfMemory, RequestError
 from .lora_file import LoraFile, read_lora
 from .lora_kinds import seems_to_be
 from .lora_layers import Layer, LoraLayer, VectorChange, WholeLayer, same_product
@@ -390,7 +390,12 @@ class LoraSet:
         """See `Engine.load_lora`."""
         name = name or (path.name if path.is_dir() else path.stem)
         weight = _checked(name, weight)
-        lora = place(read_lora(path), self._manifest, self._bundle, strict=strict)
+        try:
+            lora = place(read_lora(path), self._manifest, self._bundle, strict=strict)
+        except OutOfMemory:
+            raise
+        except MemoryError as error:
+            raise OutOfMemory(f"{path}: too little memory to read it; nothing was changed: free memory") from error
         with self._turns.alone("load_lora"):
             if name in self._loaded:
                 raise RequestError(

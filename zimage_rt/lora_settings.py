@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .errors import LoraError
+from .json_codec import parse_json
 from .tensor_file import TensorFile
 
 # diffusers' `save_lora_weights` puts PEFT's settings here, each under its component's name: `transformer.lora_alpha`.
@@ -100,25 +101,43 @@ def read_scales(path: Path, file: TensorFile, has_alphas: bool) -> Scales:
     try:
         if _METADATA_KEY in file.metadata:
             components: dict[str, dict[str, Any]] = {}
-            for key, value in json.loads(file.metadata[_METADATA_KEY]).items():
+            for key, value in _object(parse_json(file.metadata[_METADATA_KEY])).items():
                 component, _, setting = key.rpartition(".")
                 components.setdefault(component, {})[setting] = value
         elif path.name == "adapter_model.safetensors" and config.is_file():
             content = config.read_bytes()
-            components, sha256 = {"": dict(json.loads(content))}, hashlib.sha256(content).hexdigest()
+            components, sha256 = {"": _object(parse_json(content))}, hashlib.sha256(content).hexdigest()
         else:
             return Scales(path, {}) if has_alphas else _loose(path, file.metadata)
         scales = Scales(path, components, sha256=sha256)
         for component, settings in components.items():  # so that what cannot be understood is refused once, by name
-            _number(settings.get("lora_alpha", settings.get("alpha")))
-            for pattern, value in (settings.get("alpha_pattern") or {}).items():
+            _check(settings)
+            for pattern in settings.get("alpha_pattern") or {}:
                 _matches(path, pattern, component)
-                _number(value)
     except LoraError:
         raise
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise LoraError(f"{path}: PEFT's settings of it cannot be read: {error}; fetch it again") from error
     return scales
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object, got {value!r:.60}")
+    return value
+
+
+def _check(settings: Mapping[str, Any]) -> None:
+    """Raises ValueError for a setting that is used and has another type than PEFT writes."""
+    _number(settings.get("lora_alpha", settings.get("alpha")))
+    rank = settings.get("r")
+    if rank is not None and (type(rank) is not int or rank < 1):
+        raise ValueError(f"r: expected a whole number of 1 or more, got {rank!r:.60}")
+    for name in ("use_rslora", "use_dora"):
+        if not isinstance(settings.get(name), (bool, type(None))):
+            raise ValueError(f"{name}: expected true or false, got {settings[name]!r:.60}")
+    for value in _object(settings.get("alpha_pattern") or {}).values():
+        _number(value)
 
 
 def _loose(path: Path, metadata: Mapping[str, str]) -> Scales:
@@ -156,8 +175,8 @@ def _number(value: Any) -> float | None:
     """PEFT's alpha. Raises ValueError if it is no finite number; None is none."""
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"expected a finite number as alpha, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+        raise ValueError(f"expected a finite number as alpha, got {value!r:.60}")
     return float(value)
 
 

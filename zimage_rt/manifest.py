@@ -10,18 +10,31 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import types
-import typing
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from .errors import BundleMismatch, ManifestError
+from .json_codec import from_json, parse_json, to_json
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+PRECISIONS = ("fp32", "fp16", "bf16")
+# The names at the border of each module, which the code around them uses.
+BORDERS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "text_encoder": (("input_ids",), ("prompt_embeds",)),
+    "context_refiner": (("prompt_embeds",), ("context",)),
+    "transformer": (("latents", "timestep", "context"), ("noise_pred",)),
+    "controlnet": (("latents", "timestep", "context", "control_latents", "control_scale"), ("noise_pred",)),
+    **{f"{vae}_vae_encoder": (("image",), ("latents",)) for vae in ("tiny", "full")},
+    **{f"{vae}_vae_decoder": (("latents",), ("image",)) for vae in ("tiny", "full")},
+}
 
-T = TypeVar("T")
+# What to do about a manifest that cannot be read.
+_AGAIN = "export the bundle again"
+_NEWER = "a newer zimage_rt may have written it: upgrade, or export the bundle again"
 
 Dim = int | str
 
@@ -293,85 +306,87 @@ class Manifest:
         return own if module.base is None else (*own, self.module(module.base).weights)
 
 
-def to_json(value: Any) -> Any:
-    """Dataclasses, mappings and sequences to plain JSON values."""
-    if dataclasses.is_dataclass(value):
-        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): to_json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_json(item) for item in value]
-    return value
-
-
-def from_json(kind: type[T], value: Any, where: str) -> T:
-    """Read a frozen dataclass from plain JSON values, checking every key and type on the way."""
-    if not isinstance(value, dict):
-        raise ManifestError(f"{where}: expected an object, got {type(value).__name__}")
-    hints = typing.get_type_hints(kind)
-    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    unknown = sorted(set(value) - set(fields))
-    if unknown:
-        raise ManifestError(
-            f"{where}: unknown key {unknown[0]!r}; known: {', '.join(fields)}. "
-            "A newer zimage_rt may have written it: upgrade, or export again"
-        )
-    missing = [name for name, field in fields.items() if name not in value and _required(field)]
-    if missing:
-        raise ManifestError(f"{where}: missing key {missing[0]!r}; export the bundle again")
-    return kind(**{key: _read(hints[key], item, f"{where}.{key}") for key, item in value.items()})
-
-
-def _required(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-def _read(hint: Any, value: Any, where: str) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return value
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        options = [arg for arg in args if arg is not type(None)]
-        for option in options:
-            if len(options) == 1 or (isinstance(option, type) and isinstance(value, option)):
-                return _read(option, value, where)
-        raise ManifestError(f"{where}: expected {hint}, got {value!r}")
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise ManifestError(f"{where}: expected a list, got {type(value).__name__}")
-        return tuple(_read(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin is not None and issubclass(origin, Mapping):
-        if not isinstance(value, dict):
-            raise ManifestError(f"{where}: expected an object, got {type(value).__name__}")
-        return types.MappingProxyType({key: _read(args[1], item, f"{where}.{key}") for key, item in value.items()})
-    if dataclasses.is_dataclass(hint):
-        return from_json(typing.cast(type[Any], hint), value, where)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ManifestError(f"{where}: expected {hint.__name__}, got {type(value).__name__} {value!r}")
-    return value
-
-
 def read_manifest(bundle: Path) -> Manifest:
     """Read `bundle/manifest.json`. Raises ManifestError."""
     path = bundle / MANIFEST_NAME
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_bytes())
     except FileNotFoundError:
         what = "the folder has no manifest.json" if bundle.is_dir() else "there is no such folder"
         raise ManifestError(f"{bundle} is not a bundle: {what}. Make one with: zimage-export RECIPE.toml") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ManifestError(f"{path} cannot be read: {error}. It was damaged: export the bundle again") from error
     version = data.get("schema_version") if isinstance(data, dict) else None
-    if not isinstance(version, int):
+    if not isinstance(version, int) or isinstance(version, bool):
         raise ManifestError(f"{path}: no schema_version; this is not a zimage_rt manifest")
     if version != SCHEMA_VERSION:
-        todo = "upgrade zimage_rt" if version > SCHEMA_VERSION else "export the bundle again"
+        todo = "upgrade zimage_rt" if version > SCHEMA_VERSION else _AGAIN
         raise ManifestError(f"{path}: expected schema {SCHEMA_VERSION}, got {version}; {todo}")
-    return from_json(Manifest, data, MANIFEST_NAME)
+    manifest = from_json(Manifest, data, MANIFEST_NAME, ManifestError, _NEWER)
+    for problem in _problems(manifest):
+        raise ManifestError(f"{path}: {problem}; {_AGAIN}")
+    return manifest
+
+
+def _problems(manifest: Manifest) -> Iterator[str]:
+    """What of a manifest contradicts itself, or leads out of its folder."""
+    for name, entry in manifest.files.items():
+        if not _is_inside(name) or name == MANIFEST_NAME:
+            yield f"files: expected names of files inside the bundle, got {name!r}"
+        if entry.size < 0 or not re.fullmatch(r"[0-9a-f]{64}", entry.sha256):
+            yield f"files.{name}: expected a size and a SHA-256 of 64 hex digits, got {entry.size}, {entry.sha256!r}"
+    used = {"tokenizer": manifest.tokenizer}
+    for name, module in manifest.modules.items():
+        used |= {f"modules.{name}.weights": module.weights}
+        used |= {} if module.graph is None else {f"modules.{name}.graph": module.graph}
+        used |= {f"modules.{name}.engines[{i}].file": engine.file for i, engine in enumerate(module.engines)}
+        yield from (f"modules.{name}.{problem}" for problem in _module_problems(name, module, manifest))
+    for where, name in used.items():
+        if name not in manifest.files:
+            yield f"{where}: expected one of the files, got {name!r}"
+    if manifest.precision not in PRECISIONS:
+        yield f"precision: expected one of {', '.join(PRECISIONS)}, got {manifest.precision!r}"
+    yield from (f"pipeline.{problem}" for problem in _pipeline_problems(manifest.pipeline))
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name is that of a file in the bundle's folder or below, on any system."""
+    parts = name.split("/")
+    return not re.search(r"[\x00-\x1f\\:]", name) and all(part.strip(" .") for part in parts)
+
+
+def _module_problems(name: str, module: ModuleSpec, manifest: Manifest) -> Iterator[str]:
+    if module.precision not in PRECISIONS:
+        yield f"precision: expected one of {', '.join(PRECISIONS)}, got {module.precision!r}"
+    base = module.base
+    if base is not None and (base not in manifest.modules or manifest.modules[base].base is not None):
+        yield f"base: expected a module with weights of its own, got {base!r}"
+    if name in BORDERS:
+        for side, wanted in zip(("inputs", "outputs"), BORDERS[name], strict=True):
+            found = tuple(tensor.name for tensor in getattr(module, side))
+            if found != wanted:
+                yield f"{side}: expected {', '.join(wanted)}, got {', '.join(found) or 'none'}"
+    for tensor in (*module.inputs, *module.outputs):
+        for dim in tensor.dims:
+            if isinstance(dim, str):
+                manifest.shapes.of(dim, manifest.pipeline)
+            elif dim < 1:
+                yield f"{tensor.name}: expected sizes of 1 or more, got {dim}"
+    for layer, place in module.linears.items():
+        if min(place.in_features, place.columns) < 1 or min(place.first_column, place.head_dim) < 0:
+            yield f"linears.{layer}: expected sizes of 1 or more, from a column of 0 or more"
+
+
+def _pipeline_problems(pipeline: PipelineSpec) -> Iterator[str]:
+    for name in ("latent_channels", "vae_scale_factor", "sequence_multiple", "size_multiple", "num_inference_steps"):
+        if not 1 <= getattr(pipeline, name) <= 1 << 20:
+            yield f"{name}: expected 1 to {1 << 20}, got {getattr(pipeline, name)}"
+    if pipeline.size_multiple % pipeline.vae_scale_factor:
+        yield f"size_multiple: expected a multiple of {pipeline.vae_scale_factor}, got {pipeline.size_multiple}"
+    if not (pipeline.shift > 0 and math.isfinite(pipeline.shift)):
+        yield f"shift: expected more than 0, got {pipeline.shift}"
+    if pipeline.guidance_scale < 0:
+        yield f"guidance_scale: expected 0 or more, got {pipeline.guidance_scale}"
 
 
 def write_manifest(manifest: Manifest, bundle: Path) -> None:

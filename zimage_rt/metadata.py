@@ -22,9 +22,11 @@ import numpy as np
 from .errors import MetadataError, RequestError
 from .files import write_whole
 from .image import read_image
+from .json_codec import from_json, parse_json
 from .lora_file import weights_file
 from .lora_settings import SETTINGS_FILE
 from .manifest import Manifest, hash_file
+from .record_schema import MAX_BYTES, check_parts
 from .request import GenerateRequest, ResolvedRequest
 from .samplers import FORMER_SAMPLERS, FORMER_SCHEDULES, SAMPLERS
 from .schedule import SCHEDULES
@@ -274,10 +276,12 @@ def read_record(path: str | Path) -> PictureRecord:
                     f"{path}: expected a PNG that zimage_rt wrote, got one without its text `{KEY}`, and there is no "
                     f"{sidecar.name} beside it; some programs strip such text: use the file as it was saved"
                 )
-        return _parse(sidecar.read_text(encoding="utf-8"), sidecar)
+        if sidecar.stat().st_size > MAX_BYTES:
+            raise MetadataError(f"{sidecar}: expected a record of at most {MAX_BYTES >> 20} MiB, got more")
+        return _parse(sidecar.read_bytes(), sidecar)
     except FileNotFoundError:
         raise MetadataError(f"{path}: there is no such file; name a PNG that zimage_rt wrote, or its sidecar") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise MetadataError(f"{path} cannot be read: {error}") from error
 
 
@@ -302,42 +306,21 @@ def _png_text(path: Path) -> str | None:
         raise MetadataError(f"{path}: this PNG is cut off or damaged ({error}); copy it again, whole") from error
 
 
-def _parse(text: str, path: Path) -> PictureRecord:
+def _parse(text: str | bytes, path: Path) -> PictureRecord:
     try:
-        data = json.loads(text)
+        data = parse_json(text)
     except ValueError as error:
-        raise MetadataError(f"{path}: its record is not JSON ({error}); it was damaged") from error
-    if not isinstance(data, dict) or not isinstance(data.get("schema_version"), int):
-        raise MetadataError(f"{path}: expected a record that zimage_rt wrote, got other JSON; name a picture's sidecar")
-    version = data["schema_version"]
+        raise MetadataError(f"{path}: its record cannot be read ({error}); it was damaged") from error
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if not isinstance(version, int) or isinstance(version, bool):
+        raise MetadataError(f"{path}: expected a record that zimage_rt wrote, got other JSON; name an image's sidecar")
     if version > SCHEMA_VERSION:
         raise MetadataError(f"{path}: expected a record of schema {SCHEMA_VERSION}, got {version}; upgrade zimage_rt")
-    hints = typing.get_type_hints(PictureRecord)
     if version < SCHEMA_VERSION:
         data = {**ADDED_FIELDS, **data}
-    missing, unknown = sorted(set(hints) - set(data)), sorted(set(data) - set(hints))
-    if missing or unknown:
-        what = f"no {missing[0]}" if missing else f"an unknown {unknown[0]}"
-        raise MetadataError(f"{path}: its record has {what}; it was damaged, or written by another version")
-    for name, hint in hints.items():
-        kinds = tuple(typing.get_origin(kind) or kind for kind in _members(hint))
-        if not isinstance(data[name], kinds):
-            raise MetadataError(f"{path}: its record was damaged: {name} is {type(data[name]).__name__}")
-    fields = [field.name for field in dataclasses.fields(GenerateRequest)]
-    strange = sorted(set(data["request"]) - set(fields))
-    if strange:
-        raise MetadataError(
-            f"{path}: was drawn with {strange[0]!r}, which this version does not know; upgrade zimage_rt from "
-            f"{_version()} to {data['version']} or later"
-        )
-    if not all(
-        isinstance(lora, dict) and {"name", "weight", "path", "sha256"} <= lora.keys() for lora in data["loras"]
-    ):
-        raise MetadataError(f"{path}: its record was damaged: `loras` does not say which they were")
-    if not all(isinstance(text, str) for text in data["warnings"]):
-        raise MetadataError(f"{path}: its record was damaged: `warnings` are not sentences")
-    if data["batch"] is not None:
-        _check_batch(data["batch"], path)
+    todo = "it was damaged, or written by another version"
+    from_json(PictureRecord, data, f"{path}: record", MetadataError, todo)
+    check_parts(data, _version(), path, PICTURES)
     return PictureRecord(**{**data, "request": _with_todays_names(data["request"])})
 
 
@@ -350,14 +333,6 @@ def _with_todays_names(request: Mapping[str, Any]) -> dict[str, Any]:
         return dict(request)
     names = {"sampler": FORMER_SAMPLERS, "schedule": FORMER_SCHEDULES}
     return {name: names.get(name, {}).get(value, value) if name in names else value for name, value in request.items()}
-
-
-def _check_batch(batch: Mapping[str, Any], path: Path) -> None:
-    lists = [batch.get(name) for name in ("prompts", "negative_prompts", "seeds")]
-    index = batch.get("index")
-    sizes = {len(value) if isinstance(value, list) else -1 for value in lists}
-    if len(batch) != 4 or len(sizes) != 1 or not isinstance(index, int) or not 0 <= index < max(sizes):
-        raise MetadataError(f"{path}: its record was damaged: `batch` does not say which picture of how many it is")
 
 
 def _version() -> str:

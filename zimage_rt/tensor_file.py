@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import io
-import json
+import math
 import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from .json_codec import parse_json
+
+# Bytes of a header, as the safetensors library has it.
+MAX_HEADER = 100_000_000
 
 # numpy has no bfloat16: such a tensor is held as the upper halves of its fp32 numbers.
 _STORED: dict[str, type[np.generic]] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
@@ -34,7 +39,8 @@ class TensorFile:
         data_start: where `data_offsets` count from, in bytes of the file.
 
     Raises:
-        ValueError: it is not a safetensors file, or shorter than its header says.
+        ValueError: it is not a safetensors file, is shorter than its header says, or its header names a tensor twice
+            or gives two tensors the same bytes.
         OSError: it cannot be read.
     """
 
@@ -43,14 +49,16 @@ class TensorFile:
         with path.open("rb") if content is None else io.BytesIO(content) as file:
             start = file.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-            if 8 + length > size:
+            if length > MAX_HEADER or 8 + length > size:
                 raise ValueError("not a safetensors file, or cut short")
             try:
-                header = json.loads(file.read(length))
-                self.metadata: Mapping[str, str] = header.pop("__metadata__", {})
+                header = parse_json(file.read(length))
+                if not isinstance(header, dict):
+                    raise ValueError("it is no object")
+                self.metadata: Mapping[str, str] = _metadata(header.pop("__metadata__", {}))
                 self.tensors: Mapping[str, Any] = header
-                end = max([_check(name, entry) for name, entry in header.items()], default=0)
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                end = _check_places({name: _place(name, entry) for name, entry in header.items()})
+            except ValueError as error:
                 raise ValueError(f"its header is damaged ({error})") from error
         if 8 + length + end > size:
             raise ValueError(f"cut short: {size} bytes of {8 + length + end}")
@@ -134,11 +142,38 @@ def _fp8_table(exponent_bits: int) -> np.ndarray:
 _FP8 = {"F8_E4M3": _fp8_table(4), "F8_E5M2": _fp8_table(5)}
 
 
-def _check(name: str, entry: Mapping[str, Any]) -> int:
-    """Where a tensor ends; raises where an entry says nonsense."""
-    first, last = entry["data_offsets"]
-    count = int(np.prod([int(size) for size in entry["shape"]], dtype=object))
-    size = _SIZES.get(entry["dtype"])
-    if not 0 <= first <= last or (size is not None and last - first != count * size):
-        raise ValueError(f"{name} {entry}")
-    return last
+def _metadata(value: Any) -> Mapping[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise ValueError("__metadata__: expected texts by name")
+    return value
+
+
+def _place(name: str, entry: Any) -> tuple[int, int]:
+    """Where a tensor begins and ends, its shape and format checked. Raises ValueError."""
+    problem = ValueError(f"{name}: expected a dtype, a shape and data_offsets that belong together, got {entry}")
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise problem
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        raise problem
+    first, last = offsets
+    size = _SIZES.get(dtype)
+    if first > last or (size is not None and last - first != math.prod(shape) * size):
+        raise problem
+    return first, last
+
+
+def _are_sizes(values: Any) -> bool:
+    """Whether it is a list of whole numbers from 0."""
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
+
+
+def _check_places(places: Mapping[str, tuple[int, int]]) -> int:
+    """Where the last tensor ends. Raises ValueError if two tensors share bytes."""
+    end, before = 0, ""
+    for name, (first, last) in sorted(places.items(), key=lambda item: item[1]):
+        if first < end and first < last:
+            raise ValueError(f"{before} and {name} share bytes")
+        if last > end:
+            end, before = last, name
+    return end

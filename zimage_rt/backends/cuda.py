@@ -18,6 +18,7 @@ from ..tensor_file import TensorFile
 from .base import Change, CheckModule, Dense, Device, LowRank, Module, Probe, SampleJob
 from .cuda_libraries import SONAMES, find_library, library_version
 from .modules import check_finite
+from .nvidia_driver import query
 
 try:
     from .. import _cuda
@@ -115,7 +116,9 @@ def _device_problem(device: int) -> str | None:
     """Why a GPU cannot run this backend; None where it can."""
     count = _cuda.device_count()
     if not 0 <= device < count:
-        return f"no device {device}: {_cuda.device_problem() or f'there are {count} GPUs'}"
+        # The runtime calls a driver that is not there too old.
+        problem = query().problem or f"no device {device}: {_cuda.device_problem() or f'there are {count} GPUs'}"
+        return f"{problem}. Or load the bundle with backend='onnxruntime'"
     info = _cuda.device_info(device)
     if info["compute_capability"] < (8, 0):
         found = "{}.{}".format(*info["compute_capability"])
@@ -167,7 +170,11 @@ class CudaPipeline:
         self._check(name)
         path = self._bundle / spec.weights
         with _errors(f"loading {name}", BundleMismatch):
-            self.native.load(name, str(path), _tensors(path), dict(spec.config))
+            tensors = _tensors(path)
+            try:
+                self.native.load(name, str(path), tensors, dict(spec.config))
+            except (KeyError, TypeError) as error:  # a number of the architecture is missing, or of another type
+                raise BundleMismatch(f"loading {name}: its config: {error}; export the bundle again") from error
         self._loaded.add(name)
 
     def patch(self, changes: Mapping[str, Sequence[Change]]) -> None:
@@ -329,3 +336,5 @@ def _errors(doing: str, argument: type[ZImageError] = RequestError) -> Iterator[
         raise ZImageError(f"{doing}: {error}") from error
     except _cuda.ArgumentError as error:
         raise argument(f"{doing}: {error}") from error
+    except MemoryError as error:
+        raise OutOfMemory(f"{doing}: {error or 'too little memory on the host'}; free memory") from error

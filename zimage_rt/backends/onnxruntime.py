@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import onnxruntime as ort
 
 from ..errors import BundleMismatch, OutOfMemory, RequestError, ZImageError
 from ..manifest import Manifest, ModuleSpec, shape_text
+from ..onnx_files import external_files
 from .base import Change, CheckModule, Probe
 from .merge import merged
 from .modules import ModulePipeline
@@ -87,6 +88,7 @@ class OnnxRuntimeBackend:
                 "or export it for onnxruntime"
             )
         path = bundle / spec.graph
+        _check_external_files(path, set(manifest.module_files(module)) - {spec.graph})
         settings = self._settings()
         try:
             # Before anything is optimised, so that nothing is folded from the bundle's own numbers.
@@ -156,6 +158,19 @@ class OnnxRuntimeModule:
             _raise_if_out_of_memory(error, f"running {self._name}")
             raise
         return dict(zip(self._outputs, values, strict=True))
+
+
+def _check_external_files(graph: Path, named: Set[str]) -> None:
+    """Raise BundleMismatch for a graph that reads other files than the manifest names for it."""
+    try:
+        strange = external_files(graph.read_bytes()) - named
+    except (OSError, ValueError) as error:
+        raise BundleMismatch(f"{graph}: {error}; export the bundle again") from error
+    if strange:
+        raise BundleMismatch(
+            f"{graph}: expected weights in {' and '.join(sorted(named))}, got a graph that reads {min(strange)!r}, "
+            "which the manifest does not name for it; export the bundle again"
+        )
 
 
 def _cores_allowed() -> int | None:

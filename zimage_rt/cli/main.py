@@ -182,7 +182,7 @@ def inspect(
             states[name] = str(error)
     damaged = {name: state for name, state in states.items() if state != "ok"}
     if as_json:
-        from ..manifest import to_json
+        from ..json_codec import to_json
 
         report = to_json(manifest) | {"bundle_id": manifest.bundle_id, "file_states": states, "ok": not damaged}
         print(json.dumps(report, ensure_ascii=False, indent=1))
