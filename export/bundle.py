@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.metadata
-import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -29,11 +27,12 @@ from zimage_rt.manifest import (
 from . import graph_cache, weights
 from .builders import builder_for
 from .checkpoint import Checkpoint, open_checkpoint
-from .errors import ExportError, RecipeError
+from .errors import RecipeError
 from .modeling.transformer import SEQUENCE_MULTIPLE, TransformerConfig
 from .modules import ModulePlan, plan_modules
 from .parity import ReferenceCache, measure
 from .recipe import ExportRecipe
+from .replace_folder import replacing
 from .tokenizer import chat_template, tokenizer_file
 from .trace import trace
 
@@ -77,7 +76,7 @@ def export(
     tokenizer = tokenizer_file(checkpoint.tokenizer)
     pipeline = _pipeline(checkpoint, recipe)
     _check_shapes(recipe.shapes, TransformerConfig.from_dict(checkpoint.transformer.config), pipeline.size_multiple)
-    with _replacing(recipe.out) as folder:
+    with replacing(recipe.out) as folder:
         job = _Job(recipe, checkpoint, vaes, builder, folder, pipeline, ReferenceCache(), progress)
         modules = {plan.name: _module(plan, job) for plan in plans}
         shutil.copyfile(tokenizer, folder / "tokenizer.json")
@@ -271,57 +270,3 @@ def _measure(plan: ModulePlan, graph: Path, job: _Job) -> Parity:
         path = _write_graph(short, folder, job.builder.simplify)
         reference, name = references.get(short)
         return measure(short, path, reference, f"{name}, first layers only")
-
-
-def _sync(folder: Path) -> None:
-    """Make sure that a folder and the files in it are on the disk."""
-    for path in (*folder.iterdir(), folder):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _remove_stale(out: Path) -> None:
-    """Remove what killed exports left beside `out`; put back an old bundle that was caught between two renames."""
-    for path in out.parent.glob(f".{out.name}.old-*"):
-        if out.exists():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.rename(out)
-    for path in out.parent.glob(f".{out.name}.new-*"):
-        process = path.name.rpartition("new-")[2].partition("-")[0]
-        if not (process.isdigit() and Path(f"/proc/{process}").exists()):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _replacing(out: Path) -> Iterator[Path]:
-    """A new folder beside `out` that replaces it when the block ends well, and vanishes when it does not."""
-    out = out.absolute()
-    if out.exists() and not (out / "manifest.json").is_file() and any(out.iterdir()):
-        raise ExportError(f"{out} exists and is not a bundle; it is left alone: choose another --out")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(out)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.new-{os.getpid()}-", dir=out.parent))
-        folder.chmod(0o755)
-    except OSError as error:
-        raise ExportError(f"{out} cannot be written: {error}") from error
-    try:
-        yield folder
-        _sync(folder)
-        if out.exists():
-            old = out.parent / f".{out.name}.old-{os.getpid()}"
-            out.rename(old)
-            folder.rename(out)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            folder.rename(out)
-        _sync(out)
-    except OSError as error:
-        known = weights.disk_error(error, folder / "x")
-        raise (ExportError(f"the export to {out} failed: {error}") if known is error else known) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

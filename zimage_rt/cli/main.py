@@ -15,6 +15,7 @@ from rich.table import Table
 
 from .. import __version__
 from ..backends.registry import probe_backends
+from ..bundle_folders import find_leftovers
 from ..engine import Engine
 from ..errors import RequestWarning, ZImageError
 from ..manifest import Manifest, check_file, read_manifest
@@ -188,6 +189,8 @@ def inspect(
         print(json.dumps(report, ensure_ascii=False, indent=1))
     else:
         _print_bundle(manifest, states)
+    for folder in find_leftovers(bundle):
+        warn(f"{folder} was left by an export that was stopped; the next export to {bundle} removes it")
     if damaged:
         raise typer.Exit(1)
 

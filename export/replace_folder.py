@@ -1,0 +1,102 @@
+"""Puts a finished bundle in the place of an older one, at once."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from zimage_rt.bundle_folders import find_leftovers, new_prefix, old_prefix
+from zimage_rt.files import sync_folder
+
+from . import weights
+from .errors import ExportError
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of fcntl.h and linux/fs.h
+
+
+@contextlib.contextmanager
+def replacing(out: Path) -> Iterator[Path]:
+    """A new folder beside `out` that replaces it when the block ends well, and vanishes when it does not.
+
+    Where the system can exchange two names, a bundle stands under `out` at every instant.
+
+    Raises:
+        ExportError: `out` is no bundle, or the disk is full or cannot be written.
+    """
+    out = out.absolute()
+    if out.exists() and not (out / "manifest.json").is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise ExportError(f"{out} exists and is not a bundle; it is left alone: choose another --out")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(out)
+        folder = Path(tempfile.mkdtemp(prefix=f"{new_prefix(out)}{os.getpid()}-", dir=out.parent))
+        folder.chmod(0o755)
+    except OSError as error:
+        raise ExportError(f"{out} cannot be written: {error}") from error
+    try:
+        yield folder
+        _sync(folder)
+        _swap(folder, out)
+        sync_folder(out.parent)
+    except OSError as error:
+        known = weights.disk_error(error, folder / "x")
+        raise (ExportError(f"the export to {out} failed: {error}") if known is error else known) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _swap(folder: Path, out: Path) -> None:
+    """Give `folder` the name `out`; what had it is removed."""
+    if not out.exists():
+        folder.rename(out)
+        return
+    old = out.parent / f"{old_prefix(out)}{os.getpid()}"
+    if exchange(folder, out):
+        folder.rename(old)  # so that a crash from here on does not take it for an unfinished bundle
+    else:
+        out.rename(old)
+        folder.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two folders at once; False where the system or the file system cannot.
+
+    Raises OSError for what else goes wrong; both are as they were.
+    """
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # no Linux, or a C library from before 2.28
+        return False
+    paths = (os.fsencode(one), os.fsencode(other))
+    if renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), str(one), None, str(other))
+
+
+def _remove_stale(out: Path) -> None:
+    """Remove what killed exports left beside `out`; put back an old bundle that was caught between two renames."""
+    for path in out.parent.glob(f"{old_prefix(out)}*"):
+        if not out.exists():  # whoever moved it there
+            path.rename(out)
+    for path in find_leftovers(out):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Make sure that a folder's names, and the files in it, are on the disk."""
+    for path in (*(path for path in folder.iterdir() if path.is_file()), folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
