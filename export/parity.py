@@ -96,6 +96,10 @@ def _from_folder(component: Component, folder: Path, config: Mapping[str, Any]) 
     if component.name == "text_encoder":
         from transformers import Qwen3Config
 
+        quantization = config.get("quantization_config")
+        if isinstance(quantization, Mapping) and quantization.get("quant_method") == "fp8":
+            # Where there is a GPU with fp8, transformers keeps the fp8 numbers unless it is told.
+            config = {**config, "quantization_config": {**quantization, "dequantize": True}}
         options |= {"config": Qwen3Config(**config), "dtype": torch.float32}
     else:
         # Numbers of the recipe's [config] and of a shortened model override the folder's.

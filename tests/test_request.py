@@ -15,8 +15,8 @@ from zimage_rt.schedule import flow_match_sigmas, schedule_sigmas
 
 def manifest():
     base = small_manifest()
-    module = base.modules["transformer"]
-    return dataclasses.replace(base, modules={"transformer": module, "tiny_vae_decoder": module})
+    module = base.modules["t"]
+    return dataclasses.replace(base, modules={"t": module, "tiny_vae_decoder": module})
 
 
 BEGIN = {"image_latents": np.zeros((1, 16, 32, 32), np.float32)}
@@ -83,7 +83,7 @@ def test_defaults_and_batches() -> None:
 )
 def test_an_empty_prompt_goes_with_guidance_or_an_image(fields: dict) -> None:
     base = manifest()
-    full = dataclasses.replace(base, modules={**base.modules, "tiny_vae_encoder": base.modules["transformer"]})
+    full = dataclasses.replace(base, modules={**base.modules, "tiny_vae_encoder": base.modules["t"]})
     resolved = resolve(GenerateRequest(**{"prompt": "", **fields}), full)
     assert resolved.prompts[0] == fields.get("prompt", [""])[0]
 
