@@ -39,8 +39,8 @@ class TensorFile:
         data_start: where `data_offsets` count from, in bytes of the file.
 
     Raises:
-        ValueError: it is not a safetensors file, is shorter than its header says, or its header names a tensor twice
-            or gives two tensors the same bytes.
+        ValueError: it is not a safetensors file, is shorter or longer than its header says, or its header names a
+            tensor twice, gives two tensors the same bytes or leaves some to none.
         OSError: it cannot be read.
     """
 
@@ -60,8 +60,9 @@ class TensorFile:
                 end = _check_places({name: _place(name, entry) for name, entry in header.items()})
             except ValueError as error:
                 raise ValueError(f"its header is damaged ({error})") from error
-        if 8 + length + end > size:
-            raise ValueError(f"cut short: {size} bytes of {8 + length + end}")
+        if 8 + length + end != size:
+            what = "cut short" if 8 + length + end > size else "more bytes than its header tells of"
+            raise ValueError(f"{what}: {size} bytes of {8 + length + end}")
         self.data_start: int = 8 + length
         if content is not None:
             self._bytes = np.frombuffer(content, np.uint8, offset=8 + length)
@@ -169,11 +170,10 @@ def _are_sizes(values: Any) -> bool:
 
 
 def _check_places(places: Mapping[str, tuple[int, int]]) -> int:
-    """Where the last tensor ends. Raises ValueError if two tensors share bytes."""
-    end, before = 0, ""
+    """Where the last tensor ends. Raises ValueError unless they follow one another, as the format demands."""
+    end, before = 0, "the beginning"
     for name, (first, last) in sorted(places.items(), key=lambda item: item[1]):
-        if first < end and first < last:
-            raise ValueError(f"{before} and {name} share bytes")
-        if last > end:
-            end, before = last, name
+        if first != end:
+            raise ValueError(f"{name} begins at byte {first}, and {before} ends at {end}")
+        end, before = last, name
     return end
