@@ -196,7 +196,10 @@ def main() -> None:
     """Entry point. Exit codes: 0 done, 1 the export failed, 2 wrong usage or recipe, 130 interrupted."""
     show_every_character()
     try:
-        sys.exit(app(standalone_mode=False) or 0)  # an exit of its own, as for Ctrl-C, is returned here
+        code = app(standalone_mode=False) or 0  # an exit of its own, as for Ctrl-C, is returned here
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
+        sys.exit(code)
     except typer.Exit as error:
         sys.exit(error.exit_code)
     except RecipeError as error:

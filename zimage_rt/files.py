@@ -10,8 +10,8 @@ from pathlib import Path
 
 from .errors import RequestError
 
-# Bytes; what file systems take for one name.
-MAX_NAME = 255
+# Bytes. File systems take 255 for one name; a file's temporary one, and its number, are longer than its own.
+MAX_NAME = 200
 
 
 def write_whole(path: Path, content: bytes, *, replace: bool = True) -> None:
@@ -51,19 +51,26 @@ def named_error(error: OSError, path: Path) -> OSError:
     return OSError(error.errno, error.strerror or os.strerror(error.errno), str(path))
 
 
-def check_folder(folder: Path) -> None:
-    """Raise RequestError unless a folder can be written, or made, with its files. Leaves nothing behind."""
-    place = folder
+def check_path(path: Path) -> None:
+    """Raise RequestError unless a file or folder can have that name at all."""
     try:
-        if b"\0" in os.fsencode(folder):
+        if b"\0" in os.fsencode(path):
             raise ValueError("a zero byte is in it")
     except ValueError as error:  # half a character, too
-        raise RequestError(f"output: expected a path, got {str(folder)!r} ({error})") from error
+        raise RequestError(f"output: expected a path, got {str(path)!r} ({error})") from error
+    for part in path.parts:
+        if len(os.fsencode(part)) > MAX_NAME:
+            raise RequestError(f"output: {part} is too long a name; choose one of at most {MAX_NAME} bytes")
+
+
+def check_folder(folder: Path) -> None:
+    """Raise RequestError unless a folder can be written, or made, with its files. Leaves nothing behind."""
+    check_path(folder)
+    place = folder
     try:
         while not place.exists():
-            if place.is_symlink() or len(os.fsencode(place.name)) > MAX_NAME:
-                what = "a link that leads nowhere" if place.is_symlink() else "too long a name"
-                raise RequestError(f"output: {place.name[:MAX_NAME]} is {what}; choose another folder")
+            if place.is_symlink():
+                raise RequestError(f"output: {place} is a link that leads nowhere; choose another folder")
             place = place.parent
         if not place.is_dir():
             raise RequestError(f"output: expected a folder, got {place}, which is a file; choose another name")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from .errors import RequestError
-from .files import check_folder
+from .files import check_folder, check_path
 from .image_formats import FORMATS, check_quality
 from .metadata import PictureRecord, save_picture
 from .request import GenerateResult
@@ -40,6 +40,7 @@ def names_file(where: Path) -> bool:
 
 def check_output(where: Path, *, quality: int | None = None) -> None:
     """Raise RequestError unless images can be written there; before they are drawn. Leaves nothing behind."""
+    check_path(where)
     if names_file(where):
         check_quality(where.suffix, quality)
         check_folder(where.parent)

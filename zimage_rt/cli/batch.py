@@ -51,7 +51,6 @@ from .options import (
     VaeTile,
     Width,
 )
-from .start import INTERRUPTED
 
 
 def batch(
@@ -146,8 +145,8 @@ def batch(
             _draw(work, done)
         except KeyboardInterrupt:
             done = len(rows.rows) - len(work.remaining)
-            stderr.print(f"stopped; {done} rows are done. The same command goes on", highlight=False)
-            raise typer.Exit(INTERRUPTED) from None
+            stderr.print(f"{done} of {len(rows.rows)} rows are done; the same command resumes", highlight=False)
+            raise
         if work.errors:
             fail(f"{len(work.errors)} of {len(rows.rows)} rows failed; {journal.path} says why")
             raise typer.Exit(1)

@@ -95,12 +95,13 @@ def main() -> None:
     )
     try:
         app()
+    except SystemExit as error:
+        if error.code == INTERRUPTED:  # what becomes of Ctrl-C in a command
+            fail("zimage: stopped")
+        raise
     except (ZImageError, OSError) as error:
         fail(f"{type(error).__name__}: {error}")
         sys.exit(1)
-    except KeyboardInterrupt:
-        fail("zimage: stopped")
-        sys.exit(INTERRUPTED)
 
 
 @app.callback()
@@ -116,7 +117,8 @@ def generate(
         list[str] | None, typer.Option("-p", "--prompt", help="What to draw; repeat it for several images.")
     ] = None,
     like: Annotated[
-        Path | None, typer.Option(help="An image that zimage_rt drew, to draw it again; options given here come first.")
+        Path | None,
+        typer.Option(help="An image of zimage_rt's to draw again; options given here come first. By default none."),
     ] = None,
     like_backend: Annotated[
         bool,

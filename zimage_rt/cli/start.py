@@ -28,11 +28,11 @@ def _run(program: str, module: str, extra: str) -> None:
     try:
         importlib.import_module(module).main()
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in EXTRAS[extra]:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in EXTRAS[extra]:
             raise
         print(
-            f"{program}: it needs {error.name}, which is not installed; install it with: "
-            f"pip install 'zimage-rt[{extra}]'",
+            f"{program}: it needs {missing}, which is not installed; install it with: pip install 'zimage-rt[{extra}]'",
             file=sys.stderr,
         )
         sys.exit(1)
