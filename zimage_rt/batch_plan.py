@@ -59,8 +59,8 @@ def plan_rows(rows: Sequence[Row], read: Callable[[Row], RowContent], lines: Map
                     numbers[place] = number
                     taken.add(number)
     known = frozenset(taken)
-    for place, number in enumerate(numbers):
-        if number is None and place + 1 not in taken:
+    for place, known_number in enumerate(numbers):
+        if known_number is None and place + 1 not in taken:
             numbers[place] = place + 1
     taken.update(number for number in numbers if number is not None)
     unused = (number for number in itertools.count(max(lines, default=0) + 1) if number not in taken)
