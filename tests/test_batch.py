@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from batch_helpers import DEFAULTS, TINY, journal_lines, write, zimage
 from PIL import Image
 
 import zimage_rt
@@ -24,25 +25,13 @@ from zimage_rt.request import SecondPass
 from zimage_rt.rows import RowReader, Template, row_seed
 from zimage_rt.tables import Table, read_table
 
-TINY = ("--height", 64, "--width", 64, "--steps", 1)
-DEFAULTS = {"height": 64, "width": 64, "num_inference_steps": 1}
-
 
 def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "zimage_rt.cli.main", "batch", *map(str, arguments)]
 
 
 def zimage_batch(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), capture_output=True, text=True)
-
-
-def write(path: Path, text: str, encoding: str = "utf-8") -> Path:
-    path.write_bytes(text.encode(encoding))
-    return path
-
-
-def journal_lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "journal.jsonl").read_text(encoding="utf-8").splitlines()]
+    return zimage("batch", *arguments)
 
 
 # Tables
@@ -370,6 +359,20 @@ def test_a_batch_killed_twice_draws_every_row_exactly_once(bundle: Path, two_hun
     run = zimage_batch(*arguments, "--seed", 10, "--restart")
     assert run.returncode == 0, run.stderr
     assert [path.name for path in out.glob("*.png")] == ["00001.png"]
+
+
+def test_ctrl_c_stops_a_batch_in_one_line(bundle: Path, tmp_path: Path) -> None:
+    table = write(tmp_path / "p.csv", "prompt\n" + "".join(f"cat {i}\n" for i in range(500)))
+    arguments = command(table, "-b", bundle, "-o", tmp_path / "out", *TINY)
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert errors.splitlines()[-1] == "zimage: stopped"
+    assert "of 500 rows are done; the same command resumes" in errors
 
 
 def test_failed_rows_are_told_and_the_rest_is_drawn(bundle: Path, tmp_path: Path) -> None:

@@ -233,7 +233,14 @@ def test_a_file_of_somebody_else_is_not_replaced(engine: zimage_rt.Engine, tmp_p
         work.draw(work.rows[0])
         # As if the process were killed between an image and its line.
         shutil.copy(tmp_path / "a.png", tmp_path / "b.png")
+    kept = (tmp_path / "journal.jsonl").read_bytes()
     assert draw_all(engine, table, tmp_path, name="{sku}.png")[0] == [2]
+    (tmp_path / "journal.jsonl").write_bytes(kept)
+    work = Batch(engine, read_table(table), tmp_path, options, restart=True)
+    with work.journal:
+        assert [path.name for path in tmp_path.glob("*.png")] == ["b.png"]
+        assert [work.draw(row) for row in work.remaining]
+    assert draw_all(engine, table, tmp_path, name="{sku}.png")[0] == []
 
 
 # The journal

@@ -38,7 +38,7 @@ def run_start(program: str, before: str, *arguments: str, **environment: str) ->
 # What a console can show
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "gbk", "cp1252"])
+@pytest.mark.parametrize("encoding", ["ascii", "gbk"])
 def test_a_console_that_cannot_show_a_prompt_stops_nothing(bundle: Path, tmp_path: Path, encoding: str) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": encoding}
     table = write(tmp_path / "p.csv", f"prompt,备注 \U0001f600\n{PROMPT},x\n")
@@ -59,10 +59,12 @@ def test_a_console_that_cannot_show_a_prompt_stops_nothing(bundle: Path, tmp_pat
     assert "RequestError: sampler: expected one of" in run.stderr
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "gbk"])
-@pytest.mark.parametrize("command", [(), *((name, "--help") for name in COMMANDS), ("doctor",), ("doctor", "--json")])
+@pytest.mark.parametrize(
+    ("command", "encoding"),
+    [(("--help",), "gbk"), *(((name, "--help"), "ascii") for name in COMMANDS), (("doctor",), "gbk")],
+)
 def test_help_and_reports_go_to_any_console(command: tuple[str, ...], encoding: str) -> None:
-    run = zimage(*(command or ("--help",)), env={**os.environ, "PYTHONIOENCODING": encoding}, encoding=encoding)
+    run = zimage(*command, env={**os.environ, "PYTHONIOENCODING": encoding}, encoding=encoding)
     assert run.returncode == 0, run.stderr
     assert "Traceback" not in run.stderr
 

@@ -167,7 +167,7 @@ class Batch:
             row.number,
             pictures=[path.name for path in paths],
             sizes=sizes,
-            inputs={field: request[field]["sha256"] for field in self._reader.inputs(row)},
+            inputs={field: (request[field] or {}).get("sha256", "") for field in self._reader.inputs(row)},
             prompt=request["prompt"],
             seeds=list(result.seeds),
             timings=result.timings,

@@ -120,14 +120,19 @@ class Journal:
 
     def _begin(self, header: dict[str, Any], restart: bool) -> None:
         old: list[str] = []
+        claims: list[str] = []
         if restart and self.path.is_file():
+            lines = _lines(self.path)[0][1:]
             # Names alone: a journal is not to reach outside its folder.
-            old = [Path(name).name for line in _lines(self.path)[0][1:] for name in line.get("pictures", [])]
+            old = [Path(name).name for line in lines for name in line.get("pictures", [])]
+            claims = [name for line in lines for name in line.get("claims", [])]
         elif any(path.suffix.lower() in FORMATS for path in self.folder.glob("[0-9][0-9][0-9][0-9][0-9]*")):
             raise RequestError(
                 f"{self.folder}: holds images of another batch and no {JOURNAL_NAME}; choose another folder"
             )
-        write_whole(self.path, _encoded(header))
+        # A killed process may have left an image under a claimed name: it stays the batch's.
+        write_whole(self.path, _encoded(header) + (_encoded({"claims": claims}) if claims else b""))
+        self.claims.update(claims)
         for name in old:
             (self.folder / name).unlink(missing_ok=True)
             sidecar_path(self.folder / name).unlink(missing_ok=True)
