@@ -157,9 +157,9 @@ def export_command(
 
     chosen = _recipe(recipe, checkpoint, out, precision, vae, controlnet, backend, skip_parity)
     chosen = _with_tensorrt(chosen, sm, split, workspace, optimization_level)
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     columns = (
-        TextColumn("{task.description:<28}"),
+        TextColumn("{task.description:<28}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
         TimeElapsedColumn(),

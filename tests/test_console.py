@@ -76,6 +76,21 @@ def test_a_report_is_json_on_any_console(bundle: Path) -> None:
     assert run.stdout.isascii()
 
 
+def test_brackets_in_a_prompt_or_a_name_are_text(bundle: Path, tmp_path: Path) -> None:
+    """The library that prints would take them for its own marks."""
+    prompt = "a [/b] cat [red]"
+    sheet = ("--steps", 1, "--guidance", 0, "--height", 64, "--width", 64, "-o", tmp_path / "sheet.png")
+    table = write(tmp_path / "[red].csv", f"prompt,[/y]\n{prompt},1\n")
+    for command, shown in (
+        (("generate", bundle, "-p", prompt, "-o", tmp_path / "a.png", *TINY), prompt),
+        (("explain", bundle, "-p", prompt, *sheet), prompt),
+        (("batch", table, "-b", bundle, "-o", tmp_path / "[out]", *TINY), "[red].csv"),
+    ):
+        run = zimage(*command)
+        assert run.returncode == 0, run.stderr
+        assert shown in run.stderr
+
+
 # What is missing, and what stops
 
 

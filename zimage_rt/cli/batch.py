@@ -154,7 +154,7 @@ def batch(
 
 def _draw(work: Batch, done: int) -> None:
     with Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

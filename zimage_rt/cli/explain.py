@@ -80,7 +80,11 @@ def explain(
     engine = Engine.load(bundle, backend=backend, backend_options=backend_options(backend_option or []))
     load_loras(engine, lora or [], lora_partial)
     with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=stderr
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=stderr,
     ) as progress:
         task = progress.add_task(prompt[:40], total=None)
         sheet = draw_explanation(

@@ -192,7 +192,7 @@ def generate(
     load_loras(engine, lora or [], lora_partial)
     for number, request in enumerate(requests):
         with Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -262,7 +262,7 @@ def doctor(
 
 
 def _print_bundle(manifest: Manifest, states: dict[str, str]) -> None:
-    console = Console()
+    console = Console(markup=False)
     shapes = manifest.shapes
     console.print(
         f"{manifest.name}  {manifest.precision}  bundle {manifest.bundle_id}  (zimage_rt {__version__})\n"
