@@ -39,7 +39,7 @@ $(VENV)/installed: $(SOURCES)
 	touch $@
 
 $(VENV)/dev: $(SOURCES)
-	$(call install,onnxruntime$(comma)tensorrt-rtx$(comma)cli$(comma)export$(comma)gguf$(comma)reference$(comma)build$(comma)dev)
+	$(call install,onnxruntime$(comma)tensorrt-rtx$(comma)cli$(comma)export$(comma)gguf$(comma)xlsx$(comma)reference$(comma)build$(comma)dev)
 	touch $(VENV)/installed $@
 
 comma := ,

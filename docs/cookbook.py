@@ -69,6 +69,7 @@ class Shell:
         show: the pictures that they leave, as a pattern.
         scenes: what the pictures show.
         table: a file that is there before, as its name, text and encoding.
+        sheet: an Excel file that is there before, as its name and its rows.
     """
 
     text: str
@@ -76,6 +77,7 @@ class Shell:
     show: str
     scenes: tuple[Scene, ...]
     table: tuple[str, str, str] | None = None
+    sheet: tuple[str, tuple[tuple[str | float, ...], ...]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,6 +330,24 @@ SHELLS["A batch from a spreadsheet"] = Shell(
     singles(("panda", "blue"), ("penguin", "green"), ("fox", "white")),
     ("animals.csv", "animal,colour,seed\n熊猫,蓝色,3\n企鹅,绿色,4\n狐狸,白色,5\n", "gbk"),
 )
+SHELLS["Goods of an Excel sheet"] = Shell(
+    "The first sheet of an .xlsx file (extra `xlsx`), or another with `--sheet`. Column names are also understood in "
+    "Chinese. `--name` names the files by columns; two rows of one name are refused before anything is drawn. The "
+    "other columns are kept in `out/journal.jsonl`, beside the files' names. A row that is added or changed later is "
+    "drawn alone by the same command; the others stay, also where only their price changes.",
+    'zimage batch goods.xlsx -b engines/nano -o out --name "{SKU}.png"',
+    "out/*.png",
+    singles(("red apple", "white"), ("rocket", "orange"), ("house", "purple")),
+    sheet=(
+        "goods.xlsx",
+        (
+            ("SKU", "品名", "价格", "提示词", "种子"),
+            ("FR-0107", "苹果", 4.5, "一个红苹果，白色背景", 3),
+            ("TY-2210", "火箭模型", 129, "一个火箭，橙色背景", 5),
+            ("TY-2214", "玩具屋", 89.9, "一个房子，紫色背景", 3),
+        ),
+    ),
+)
 SHELLS["The same picture again"] = Shell(
     "A picture holds its whole request. `--like` repeats it to the byte on the same backend; options given beside it "
     "come first.",
@@ -394,10 +414,22 @@ def run_shell(shell: Shell, bundles: Bundles) -> list[np.ndarray]:
         if shell.table is not None:
             name, text, encoding = shell.table
             (Path(folder) / name).write_text(text, encoding)
+        if shell.sheet is not None:
+            write_sheet(Path(folder) / shell.sheet[0], shell.sheet[1])
         for line in shell.lines.replace("\\\n", "").splitlines():
             words = [str(bundles.path("engine").resolve()) if w == "engines/nano" else w for w in shlex.split(line)]
             subprocess.run([sys.executable, "-m", "zimage_rt.cli.main", *words[1:]], cwd=folder, check=True)
         return [np.asarray(Image.open(path).convert("RGB")) for path in sorted(Path(folder).glob(shell.show))]
+
+
+def write_sheet(path: Path, rows: Sequence[Sequence[str | float]]) -> None:
+    """An Excel file of one sheet."""
+    import openpyxl
+
+    book = openpyxl.Workbook()
+    for row in rows:
+        book.active.append(row)
+    book.save(path)
 
 
 def header() -> list[str]:
@@ -452,6 +484,10 @@ def draw(nano: Path, scratch: Path) -> Iterator[Drawn]:
         if shell.table is not None:
             file, content, encoding = shell.table
             lines[-2:-2] = ["", f"`{file}`, in {encoding.upper()}:", "```", content.strip(), "```"]
+        if shell.sheet is not None:
+            file, rows = shell.sheet
+            content = "\n".join(" | ".join(map(str, row)) for row in rows)
+            lines[-2:-2] = ["", f"`{file}`, its cells:", "```", content, "```"]
         yield Drawn(name, lines, run_shell(shell, bundles), shell.scenes)
 
 

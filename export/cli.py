@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from zimage_rt.cli.common import version_option
+from zimage_rt.cli.start import INTERRUPTED, show_every_character
 from zimage_rt.errors import ZImageError
 from zimage_rt.manifest import Manifest
 
@@ -20,7 +22,8 @@ from .builders._tensorrt_options import parse_sm, parse_split
 from .errors import RecipeError
 from .recipe import ExportRecipe, read_recipe
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+# Plain help: it cuts no option's name, however narrow the terminal.
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 def _recipe(
@@ -96,37 +99,67 @@ def _summary(manifest: Manifest, out: Path) -> dict[str, object]:
 
 @app.command()
 def export_command(
-    recipe: Annotated[Path | None, typer.Argument(help="A recipe (*.toml).")] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="A diffusers folder or a single .safetensors file.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The bundle's folder.")] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16.")] = None,
-    vae: Annotated[list[str] | None, typer.Option(help="tiny, full; may be repeated.")] = None,
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe (*.toml); or give --checkpoint and --out.")] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="A diffusers folder or a single .safetensors file. By default the recipe's."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The bundle's folder. By default the recipe's.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, fp16 or bf16. By default the recipe's, or fp32 without a recipe.")
+    ] = None,
+    vae: Annotated[
+        list[str] | None,
+        typer.Option(help="tiny or full; may be repeated. By default the recipe's, or what the checkpoint has."),
+    ] = None,
     controlnet: Annotated[
-        Path | None, typer.Option(help="A ControlNet: diffusers' folder, or a Fun-Union .safetensors file.")
+        Path | None,
+        typer.Option(
+            help="A ControlNet: diffusers' folder, or a Fun-Union .safetensors file. By default the recipe's."
+        ),
     ] = None,
     backend: Annotated[
         str | None,
         typer.Option(
-            help="onnxruntime: graphs and weights. cuda: weights alone. tensorrt, tensorrt_rtx: graphs, weights, plans."
+            help="onnxruntime (graphs and weights), cuda (weights alone), tensorrt or tensorrt_rtx (graphs, weights, "
+            "plans). By default the recipe's, or onnxruntime."
         ),
     ] = None,
-    sm: Annotated[str | None, typer.Option(help="TensorRT-RTX: compute capabilities to build for: 86,89,120.")] = None,
-    split: Annotated[
-        list[str] | None, typer.Option(help="TensorRT: build a module as several plans, transformer=4; repeatable.")
+    sm: Annotated[
+        str | None,
+        typer.Option(
+            metavar="86,89,120",
+            help="TensorRT-RTX: compute capabilities to build for, without their dot. By default the recipe's.",
+        ),
     ] = None,
-    workspace: Annotated[float | None, typer.Option(help="TensorRT: GiB that one layer may take for itself.")] = None,
-    optimization_level: Annotated[int | None, typer.Option(help="TensorRT: 0 (fastest build) to 5.")] = None,
-    skip_parity: Annotated[bool, typer.Option("--skip-parity", help="Do not compare with the reference.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")] = False,
+    split: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODULE=N",
+            help="TensorRT: build a module as N plans, e.g. transformer=4; may be repeated. By default the recipe's.",
+        ),
+    ] = None,
+    workspace: Annotated[
+        float | None, typer.Option(help="TensorRT: GiB that one layer may take for itself. By default the recipe's.")
+    ] = None,
+    optimization_level: Annotated[
+        int | None, typer.Option(help="TensorRT: from 0, the fastest build, to 5. By default the recipe's.")
+    ] = None,
+    skip_parity: Annotated[
+        bool,
+        typer.Option("--skip-parity", help="Do not compare with the reference. By default every module is compared."),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    version: Annotated[bool, version_option("zimage-export")] = False,
 ) -> None:
     """Turn a Z-Image checkpoint into a bundle for zimage_rt."""
     from .bundle import export  # torch loads here, not for --help
 
     chosen = _recipe(recipe, checkpoint, out, precision, vae, controlnet, backend, skip_parity)
     chosen = _with_tensorrt(chosen, sm, split, workspace, optimization_level)
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     columns = (
-        TextColumn("{task.description:<28}"),
+        TextColumn("{task.description:<28}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
         TimeElapsedColumn(),
@@ -161,8 +194,12 @@ def export_command(
 
 def main() -> None:
     """Entry point. Exit codes: 0 done, 1 the export failed, 2 wrong usage or recipe, 130 interrupted."""
+    show_every_character()
     try:
-        sys.exit(app(standalone_mode=False) or 0)  # an exit of its own, as for Ctrl-C, is returned here
+        code = app(standalone_mode=False) or 0  # an exit of its own, as for Ctrl-C, is returned here
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
+        sys.exit(code)
     except typer.Exit as error:
         sys.exit(error.exit_code)
     except RecipeError as error:
@@ -170,7 +207,10 @@ def main() -> None:
     except ZImageError as error:
         _fail(error, 1)
     except (KeyboardInterrupt, typer.Abort):
-        sys.exit(130)
+        print("zimage-export: stopped", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except ModuleNotFoundError:
+        raise  # an extra that is not installed: the entry point names it
     except Exception as error:
         show = getattr(error, "show", None)  # click's usage errors know how to print themselves
         if show is None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from batch_helpers import DEFAULTS, TINY, journal_lines, write, zimage
 from PIL import Image
 
 import zimage_rt
@@ -24,25 +25,13 @@ from zimage_rt.request import SecondPass
 from zimage_rt.rows import RowReader, Template, row_seed
 from zimage_rt.tables import Table, read_table
 
-TINY = ("--height", 64, "--width", 64, "--steps", 1)
-DEFAULTS = {"height": 64, "width": 64, "num_inference_steps": 1}
-
 
 def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "zimage_rt.cli.main", "batch", *map(str, arguments)]
 
 
 def zimage_batch(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), capture_output=True, text=True)
-
-
-def write(path: Path, text: str, encoding: str = "utf-8") -> Path:
-    path.write_bytes(text.encode(encoding))
-    return path
-
-
-def journal_lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "journal.jsonl").read_text(encoding="utf-8").splitlines()]
+    return zimage("batch", *arguments)
 
 
 # Tables
@@ -243,39 +232,39 @@ def test_json_rows_that_make_no_request(tmp_path: Path, line: dict[str, Any], me
 # The journal
 
 
-HEADER = {"table_sha256": "a", "seed": 0}
+HEADER = {"bundle": "a", "seed": 0}
+
+
+def done(*names: str, **more: Any) -> dict[str, Any]:
+    """A line of a row that was drawn, but for its number."""
+    return {"key": "k", "pictures": list(names), "sizes": [1] * len(names), "inputs": {}, "extra": {}, **more}
 
 
 def test_a_line_that_was_cut_off_is_forgotten(tmp_path: Path) -> None:
     with Journal(tmp_path, HEADER) as journal:
-        journal.add(1, pictures=["00001.png"])
-        journal.add(2, error="RequestError: no")
+        journal.add(1, **done("00001.png"))
+        journal.add(2, error="RequestError: no", key="k")
     path = tmp_path / "journal.jsonl"
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"row": 3, "pict')
-    (tmp_path / "00001.png").touch()
     (tmp_path / ".00003.png.77.tmp").touch()
+    (tmp_path / ".sku 9.png.77-140.tmp").touch()
+    (tmp_path / ".mine.tmp").touch()
     with Journal(tmp_path, HEADER) as journal:
-        assert journal.is_done(1)
-        assert not journal.is_done(2)
+        assert journal.pictures == {1: ["00001.png"]}
         assert journal.errors == {2: "RequestError: no"}
         assert path.read_bytes() == whole
-        assert not list(tmp_path.glob("*.tmp"))
-        (tmp_path / "00001.png").unlink()
-        assert not journal.is_done(1)  # a picture that is gone is drawn again
+        assert [path.name for path in tmp_path.glob("*.tmp")] == [".mine.tmp"]
 
 
 def test_a_folder_is_one_batchs(tmp_path: Path) -> None:
     with Journal(tmp_path, HEADER), pytest.raises(RequestError, match="another batch is being drawn there"):
         Journal(tmp_path, HEADER)
-    with pytest.raises(RequestError, match=r"expected the table, .* begun with, 'a', got 'b'; .* --restart"):
-        Journal(tmp_path, HEADER | {"table_sha256": "b"})
-    (tmp_path / "journal.jsonl").write_text("{}\nnot JSON\n")
-    with pytest.raises(RequestError, match="was damaged"):
-        Journal(tmp_path, HEADER)
+    with pytest.raises(RequestError, match=r"expected the bundle .* begun with, 'a', got 'b'; .* --restart"):
+        Journal(tmp_path, HEADER | {"bundle": "b"})
     (tmp_path / "journal.jsonl").unlink()
     (tmp_path / "00001.png").touch()
-    with pytest.raises(RequestError, match="holds pictures of another batch"):
+    with pytest.raises(RequestError, match="holds images of another batch"):
         Journal(tmp_path, HEADER)
 
 
@@ -361,15 +350,29 @@ def test_a_batch_killed_twice_draws_every_row_exactly_once(bundle: Path, two_hun
     run = zimage_batch(*arguments)
     assert (run.returncode, run.stdout) == (0, "")
     assert "200 of 200 rows are done already" in run.stderr
-    # Another table is another batch, unless it is said.
+    # Another seed is another batch, unless it is said.
     write(two_hundred, "animal,number\npanda,1\n")
-    run = zimage_batch(*arguments)
+    run = zimage_batch(*arguments, "--seed", 10)
     assert run.returncode == 1
     assert "--restart" in run.stderr
     assert len(list(out.glob("*.png"))) == 200
-    run = zimage_batch(*arguments, "--restart")
+    run = zimage_batch(*arguments, "--seed", 10, "--restart")
     assert run.returncode == 0, run.stderr
     assert [path.name for path in out.glob("*.png")] == ["00001.png"]
+
+
+def test_ctrl_c_stops_a_batch_in_one_line(bundle: Path, tmp_path: Path) -> None:
+    table = write(tmp_path / "p.csv", "prompt\n" + "".join(f"cat {i}\n" for i in range(500)))
+    arguments = command(table, "-b", bundle, "-o", tmp_path / "out", *TINY)
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert errors.splitlines()[-1] == "zimage: stopped"
+    assert "of 500 rows are done; the same command resumes" in errors
 
 
 def test_failed_rows_are_told_and_the_rest_is_drawn(bundle: Path, tmp_path: Path) -> None:

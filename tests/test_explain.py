@@ -13,9 +13,11 @@ import pytest
 from PIL import Image
 
 import zimage_rt
-from zimage_rt.contact_sheet import MARGIN, Picture, Section, draw_sheet
-from zimage_rt.errors import RequestError
+from zimage_rt import fonts
+from zimage_rt.contact_sheet import MARGIN, Picture, Section, _Pen, draw_sheet
+from zimage_rt.errors import RequestError, RequestWarning
 from zimage_rt.explain import KEY, MAX_STRIP, Explanation, explain
+from zimage_rt.fonts import find_font
 
 SMALL = {"height": 64, "width": 96}
 
@@ -146,3 +148,53 @@ def test_the_command_writes_a_sheet(bundle: Path, tmp_path: Path) -> None:
     run = subprocess.run([*base, "--steps", "1;2"], capture_output=True, text=True)
     assert run.returncode == 1
     assert "--steps: expected numbers with commas between them, got '1;2'" in run.stderr
+
+
+# Fonts
+
+DEJAVU = "/usr/share/fonts/truetype/dejavu/DejaVuSans.ttf"
+
+
+def test_pillows_own_font_is_kept_for_what_it_has() -> None:
+    font = find_font("A panda, 50 % é")
+    assert font.missing("A panda, 50 % é") == []
+    assert font.missing("猫a猫") == ["猫"]
+
+
+@pytest.mark.skipif(not Path(DEJAVU).is_file(), reason="needs DejaVu Sans")
+def test_a_font_of_the_system_is_found_for_what_pillows_lacks(tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.ttf"
+    damaged.write_bytes(b"no font")
+    places = [("/no/such.ttf", 0), (str(damaged), 0), (DEJAVU, 0)]
+    assert find_font("панда", []).missing("панда") == sorted(set("панда"))
+    font = find_font("панда 猫", places)  # the one that has the most
+    assert font.missing("панда 猫") == ["猫"]
+    assert find_font("a panda", places).missing("п") == ["п"]  # not looked for
+
+
+def test_what_no_font_has_is_said_once_and_never_a_box(monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = Picture(np.full((96, 96, 3), 128, np.uint8), "label")
+    sections = [Section("title", None, [("row", [cell])], 96)]
+    monkeypatch.setattr(fonts, "PLACES", ())
+    with pytest.warns(RequestWarning) as caught:
+        draw_sheet(["一只 panda", "第二"], sections)
+    (warning,) = caught
+    assert "no font found here has 一二只第, drawn as _" in str(warning.message)
+    assert "fonts-noto-cjk" in str(warning.message)
+    (line,) = _Pen(find_font("一只")).wrapped("一只 panda", 10_000, 18)
+    assert line == "__ panda   (_: not in this font; give --font, or read the file's own text)"
+
+
+def test_a_font_that_is_given_is_used_whatever_it_lacks() -> None:
+    if not Path(DEJAVU).is_file():
+        pytest.skip("needs DejaVu Sans")
+    cell = Picture(np.full((96, 96, 3), 128, np.uint8), "label")
+    with pytest.warns(RequestWarning, match=r"DejaVuSans\.ttf has 猫, drawn as _ on the sheet; name another"):
+        draw_sheet(["猫"], [Section("title", None, [("row", [cell])], 96)], DEJAVU)
+
+
+@pytest.mark.skipif(
+    not any(Path(path).is_file() for path, _ in fonts.PLACES[:-1]), reason="needs a font with Chinese characters"
+)
+def test_chinese_titles_are_drawn_with_a_font_of_the_system() -> None:
+    assert find_font("一只熊猫，蓝色背景").missing("一只熊猫，蓝色背景") == []

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import RequestError
+from .errors import RequestWarning
+from .fonts import PACKAGE, Font, find_font
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -58,14 +60,28 @@ def draw_sheet(titles: Sequence[str], sections: Sequence[Section], font: str | P
     Args:
         titles: lines above all; the first is larger.
         sections: from top to bottom.
-        font: a TrueType file; Pillow's own font if None.
+        font: a TrueType file; Pillow's own font if None, or one of this system's, if that has more of the characters.
 
     Raises:
         RequestError: the font cannot be read.
+
+    Warns:
+        RequestWarning: the font lacks characters of the titles, which are then drawn as `_`.
     """
     from PIL import Image, ImageDraw
 
-    pen = _Pen(font)
+    texts = "".join("".join(title.split()) for title in titles)
+    chosen = find_font(texts) if font is None else Font(font)
+    missing = chosen.missing(texts)
+    if missing:
+        instead = f"install one, e.g. Debian's package {PACKAGE}, or name one" if font is None else "name another"
+        warnings.warn(
+            f"font: {'no font found here' if font is None else font} has {''.join(missing[:10])}, drawn as _ on the "
+            f"sheet; {instead} with --font",
+            RequestWarning,
+            stacklevel=2,
+        )
+    pen = _Pen(chosen)
     left = max(pen.width(label) for section in sections for label, _ in section.rows) + 2 * GAP
     room = max(
         (len(section.rows[0][1]) * (section.cell + GAP) for section in sections if not section.shrink), default=0
@@ -134,26 +150,15 @@ def _row_height(row: Sequence[Picture], cell: int) -> int:
 
 
 class _Pen:
-    """Text in one font, with a word in place of characters that the font does not have."""
+    """Text in one font, with `_` in place of characters that the font does not have."""
 
     draw: Any
 
-    def __init__(self, font: str | Path | None) -> None:
+    def __init__(self, font: Font) -> None:
         self._font = font
-        self._sizes: dict[int, Any] = {}
-        self._at(LABEL_SIZE)
 
     def _at(self, size: int) -> Any:
-        from PIL import ImageFont
-
-        if size not in self._sizes:
-            try:
-                self._sizes[size] = (
-                    ImageFont.load_default(size) if self._font is None else ImageFont.truetype(self._font, size)
-                )
-            except OSError as error:
-                raise RequestError(f"font: {self._font} cannot be read as a TrueType font: {error}") from error
-        return self._sizes[size]
+        return self._font.at(size)
 
     def width(self, text: str, size: int = LABEL_SIZE) -> int:
         """In pixels, rounded up."""
@@ -184,17 +189,9 @@ class _Pen:
         return lines
 
     def _drawable(self, text: str) -> str:
-        missing = sorted({character for character in text if not self._has(character)})
+        missing = self._font.missing(text)
         if not missing:
             return text
         kept = "".join("_" if character in missing else character for character in text)
-        # The text itself stands in the file, whole.
+        # The text itself is in the file, whole.
         return f"{kept}   (_: not in this font; give --font, or read the file's own text)"
-
-    def _has(self, character: str) -> bool:
-        font = self._at(LABEL_SIZE)
-        try:
-            drawn, box = font.getmask(character), font.getmask("\U0010fffd")  # a private character: no font has it
-        except UnicodeEncodeError:
-            return False  # Pillow without FreeType has a font of Latin letters alone
-        return character.isspace() or (drawn.size, bytes(drawn)) != (box.size, bytes(box))

@@ -88,7 +88,7 @@ def explain(
         guidance_scales: values of `guidance_scale`.
         seed: of every picture.
         cell: how large a picture is on the sheet, in pixels of its longer side.
-        font: a TrueType file for the labels; Pillow's own, which has Latin letters only, if None.
+        font: a TrueType file for the labels; one that has their characters is looked for if None.
         times: write under each picture what it took, too; without, the same sheet comes out every time.
         on_picture: told after each picture how many are done, and of how many.
         **fields: the other fields of `GenerateRequest`, the same for all pictures.

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import tempfile
 import threading
 from pathlib import Path
+
+from .errors import RequestError
+
+# Bytes. File systems take 255 for one name; a file's temporary one, and its number, are longer than its own.
+MAX_NAME = 200
 
 
 def write_whole(path: Path, content: bytes, *, replace: bool = True) -> None:
@@ -14,7 +21,8 @@ def write_whole(path: Path, content: bytes, *, replace: bool = True) -> None:
 
     Raises:
         FileExistsError: the name is taken, and `replace` is False.
-        OSError: the folder is missing or cannot be written, or the disk is full; nothing is left behind.
+        OSError: the folder is missing or cannot be written, or the disk is full; it names the file, and nothing is
+            left behind.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
@@ -27,10 +35,51 @@ def write_whole(path: Path, content: bytes, *, replace: bool = True) -> None:
         else:
             _link(temporary, path)
             temporary.unlink(missing_ok=True)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise named_error(error, path) from error
         raise
     sync_folder(path.parent)
+
+
+def named_error(error: OSError, path: Path) -> OSError:
+    """The same error with the name of the file that was to be written: of a full disk, Python says no name."""
+    if error.errno is None:
+        return error
+    return OSError(error.errno, error.strerror or os.strerror(error.errno), str(path))
+
+
+def check_path(path: Path) -> None:
+    """Raise RequestError unless a file or folder can have that name at all."""
+    try:
+        if b"\0" in os.fsencode(path):
+            raise ValueError("a zero byte is in it")
+    except ValueError as error:  # half a character, too
+        raise RequestError(f"output: expected a path, got {str(path)!r} ({error})") from error
+    for part in path.parts:
+        if len(os.fsencode(part)) > MAX_NAME:
+            raise RequestError(f"output: {part} is too long a name; choose one of at most {MAX_NAME} bytes")
+
+
+def check_folder(folder: Path) -> None:
+    """Raise RequestError unless a folder can be written, or made, with its files. Leaves nothing behind."""
+    check_path(folder)
+    place = folder
+    try:
+        while not place.exists():
+            if place.is_symlink():
+                raise RequestError(f"output: {place} is a link that leads nowhere; choose another folder")
+            place = place.parent
+        if not place.is_dir():
+            raise RequestError(f"output: expected a folder, got {place}, which is a file; choose another name")
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise RequestError(
+            f"output: {folder} cannot be written ({place}: {error.strerror}); choose another folder"
+        ) from error
 
 
 def _link(source: Path, path: Path) -> None:

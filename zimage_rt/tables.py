@@ -1,4 +1,4 @@
-"""Tables of requests: CSV as Excel and scripts write it, in English and in Chinese, and JSON lines."""
+"""Tables of requests: CSV as Excel and scripts write it, in English and in Chinese, Excel's own files, JSON lines."""
 
 from __future__ import annotations
 
@@ -9,16 +9,33 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from .cells import shown
 from .errors import RequestError
 
 DELIMITERS = (",", ";", "\t")
 # For a table of one column: a character that no text has, so that a comma in a prompt is a comma.
 NO_DELIMITER = "\x1f"
+# Excel's own way to say what stands between cells, on a line before the header.
+SEPARATOR_LINE = re.compile(r'"?sep=(.)"?[ \t]*(?:\r\n|\r|\n|$)', re.IGNORECASE)
+EXCEL = (".xlsx", ".xlsm")
+JSON_LINES = (".jsonl", ".ndjson")
+# Tables of other programs, which would be read as text of some encoding.
+OTHER_TABLES = (".xls", ".xlsb", ".ods", ".numbers", ".et", ".parquet")
+# Lists in lists of a JSON row; a request has none beyond the first.
+MAX_DEPTH = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class CellProblem:
+    """In place of a cell that cannot be read: why, and what to do."""
+
+    text: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +45,7 @@ class Row:
     Attributes:
         number: from 1; the header does not count.
         line: where it begins in the file, from 1.
-        values: by column; text from a CSV file, where an empty cell is left out, JSON values from JSON lines.
+        values: by column; text from CSV and Excel, where an empty cell is left out, JSON values from JSON lines.
         problem: why it cannot be read, or None.
     """
 
@@ -45,7 +62,7 @@ class Table:
     Attributes:
         path: its file; relative paths in it begin at its folder.
         sha256: of the file.
-        columns: of a CSV file's header; None for JSON lines, where every row has its own.
+        columns: of the header; None for JSON lines, where every row has its own.
     """
 
     path: Path
@@ -54,30 +71,41 @@ class Table:
     rows: tuple[Row, ...]
 
 
-def read_table(path: Path, encoding: str | None = None) -> Table:
-    """Read a CSV file (`,`, `;` or tab between cells, as its header shows) or JSON lines (.jsonl, .ndjson).
+def read_table(path: Path, encoding: str | None = None, sheet: str | None = None) -> Table:
+    """Read CSV (`,`, `;` or tab between cells, as its header shows), Excel's .xlsx, or JSON lines (.jsonl, .ndjson).
 
     Args:
         path: the file.
         encoding: how its text is written; found out if None: UTF-8, UTF-16 with its mark, else GB18030 (and so GBK).
+        sheet: of an Excel file; its first one if None.
 
     Raises:
-        RequestError: it cannot be read, is not a table, or has no rows. A row that is not well formed is not an error
-            here: its `problem` says what is wrong with it.
+        RequestError: it cannot be read, is not a table, or has no rows; or openpyxl is needed and not installed. A row
+            that is not well formed is not an error here: its `problem` says what is wrong with it.
     """
+    suffix = path.suffix.lower()
+    if suffix in OTHER_TABLES:
+        raise RequestError(f"{path}: expected CSV, .xlsx or JSON lines; save it as .xlsx, or as CSV in UTF-8")
+    if sheet is not None and suffix not in EXCEL:
+        raise RequestError(f"sheet: expected a table in .xlsx, got {path.name}, which has no sheets; leave it out")
+    if encoding is not None and suffix in EXCEL:
+        raise RequestError(f"encoding: expected CSV or JSON lines, got {path.name}, which says so itself; leave it out")
     try:
         content = path.read_bytes()
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror}; name a CSV file or JSON lines") from error
-    text = _decode(content, path, encoding)
-    sha256 = hashlib.sha256(content).hexdigest()
-    if path.suffix.lower() in (".jsonl", ".ndjson"):
-        columns, rows = None, tuple(_json_rows(text))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RequestError(f"{shown(str(path))} cannot be read: {reason}; name a table") from error
+    columns: tuple[str, ...] | None
+    if suffix in EXCEL:
+        from .excel import read_sheet
+
+        columns, rows = _rows_of_cells(read_sheet(content, path, sheet), path)
     else:
-        columns, rows = _csv_rows(text, path)
+        text = _decode(content, path, encoding)
+        columns, rows = (None, tuple(_json_rows(text))) if suffix in JSON_LINES else _csv_rows(text, path)
     if not rows:
         raise RequestError(f"{path}: expected a header and rows below it, or JSON lines; got no rows")
-    return Table(path, sha256, columns, rows)
+    return Table(path, hashlib.sha256(content).hexdigest(), columns, rows)
 
 
 def _decode(content: bytes, path: Path, encoding: str | None) -> str:
@@ -130,47 +158,73 @@ def _sniff_delimiter(text: str) -> str:
 
 
 def _csv_rows(text: str, path: Path) -> tuple[tuple[str, ...], tuple[Row, ...]]:
-    delimiter = _sniff_delimiter(text)
+    said = SEPARATOR_LINE.match(text)
+    text = text[said.end() :] if said else text
+    delimiter = said[1] if said else _sniff_delimiter(text)
+    if (not delimiter.isprintable() and delimiter not in (*DELIMITERS, NO_DELIMITER)) or delimiter == '"':
+        raise RequestError(f"{path}: expected sep= with what stands between cells, got sep={delimiter!r}")
+    first = 2 if said else 1
+    return _rows_of_cells(
+        _csv_cells(text, path, delimiter, first), path, f"; put text that holds {delimiter!r} in quotes"
+    )
+
+
+def _csv_cells(text: str, path: Path, delimiter: str, line: int) -> Iterator[tuple[int, list[str]]]:
+    """Lines, counted from `line`, and their cells. Raises RequestError where quotes do not end."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    columns: tuple[str, ...] = ()
-    rows: list[Row] = []
-    line = 1
+    before = line - 1
     while True:
         try:
             cells = next(reader)
         except StopIteration:
-            return columns, tuple(rows)
+            return
         except csv.Error as error:
             # From here on it is not known where rows begin.
             raise RequestError(
                 f"{path}, line {line}: {error}; put text that holds quotes in quotes and double them inside"
             ) from error
-        if any(cell.strip() for cell in cells):
-            if not columns:
-                columns = _header(cells, path)
-            else:
-                rows.append(_csv_row(len(rows) + 1, line, columns, cells, delimiter))
-        line = reader.line_num + 1
+        yield line, cells
+        line = before + reader.line_num + 1
 
 
-def _header(cells: list[str], path: Path) -> tuple[str, ...]:
-    columns = tuple(cell.strip() for cell in cells)
-    twice = sorted({name for name in columns if name and columns.count(name) > 1})
-    if twice:
-        raise RequestError(f"{path}: column {twice[0]!r} is there twice; rename one")
+def _rows_of_cells(
+    lines: Iterator[tuple[int, list[str]]] | Iterator[tuple[int, list[str | CellProblem]]], path: Path, hint: str = ""
+) -> tuple[tuple[str, ...], tuple[Row, ...]]:
+    """The header, which is the first line that is not empty, and the rows below it."""
+    columns: tuple[str, ...] = ()
+    rows: list[Row] = []
+    for line, cells in lines:
+        if not any(isinstance(cell, CellProblem) or cell.strip() for cell in cells):
+            continue
+        if columns:
+            rows.append(_row(len(rows) + 1, line, columns, cells, hint))
+        else:
+            columns = _header(cells, path)
+    return columns, tuple(rows)
+
+
+def _header(cells: Sequence[str | CellProblem], path: Path) -> tuple[str, ...]:
+    problem = next((cell for cell in cells if isinstance(cell, CellProblem)), None)
+    if problem is not None:
+        raise RequestError(f"{path}: {problem.text}")
+    columns = tuple(str(cell).strip() for cell in cells)
+    seen: set[str] = set()
+    for name in filter(None, columns):
+        if name in seen:
+            raise RequestError(f"{path}: column {name!r} is there twice; rename one")
+        seen.add(name)
     return columns
 
 
-def _csv_row(number: int, line: int, columns: tuple[str, ...], cells: list[str], delimiter: str) -> Row:
+def _row(number: int, line: int, columns: tuple[str, ...], cells: Sequence[str | CellProblem], hint: str) -> Row:
     values: dict[str, Any] = {}
     for name, cell in itertools.zip_longest(columns, cells, fillvalue=""):
+        if isinstance(cell, CellProblem):
+            return Row(number, line, values, cell.text)
         if name and cell.strip():
             values[name] = cell
         elif cell.strip():
-            problem = (
-                f"expected {len(columns)} cells, got {len(cells)}, or one under an empty header; "
-                f"put text that holds {delimiter!r} in quotes"
-            )
+            problem = f"expected {len(columns)} cells, got {len(cells)}, or one under an empty header{hint}"
             return Row(number, line, values, problem)
     return Row(number, line, values)
 
@@ -183,11 +237,54 @@ def _json_rows(text: str) -> Iterator[Row]:
             continue
         number += 1
         try:
-            values = json.loads(content)
-        except ValueError as error:
-            yield Row(number, line, {}, f"is not JSON: {error}")
+            values = JSON.decode(content.strip())
+        except (ValueError, RecursionError) as error:
+            why = "lists or objects inside one another without end" if isinstance(error, RecursionError) else error
+            yield Row(number, line, {}, f"is not JSON: {why}")
             continue
-        if isinstance(values, dict):
-            yield Row(number, line, values)
-        else:
+        if not isinstance(values, dict):
             yield Row(number, line, {}, f"expected an object, got {type(values).__name__}")
+        elif not _is_flat(values):
+            yield Row(number, line, {}, f"expected at most {MAX_DEPTH} lists or objects inside one another, got more")
+        else:
+            yield Row(number, line, values)
+
+
+def _is_flat(value: Any) -> bool:
+    """Whether no more than MAX_DEPTH lists and objects are inside one another."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inner = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list))]
+        level = [item for items in inner for item in items]
+    return not any(isinstance(item, (dict, list)) for item in level)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"{shown(name)} is there twice")
+        values[name] = value
+    return values
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{shown(text)} is too large for a number")
+    return number
+
+
+def _no_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+def _integer(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits; expected at most {MAX_DIGITS}")
+    return int(text)
+
+
+MAX_DIGITS = 400
+# Python's reader takes NaN, numbers without end, and of a key that is there twice the last.
+JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_finite, parse_constant=_no_constant, parse_int=_integer)

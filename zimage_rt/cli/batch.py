@@ -1,4 +1,4 @@
-"""`zimage batch`: a picture for each row of a table."""
+"""`zimage batch`: an image for each row of a table."""
 
 from __future__ import annotations
 
@@ -11,87 +11,150 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..batch import Batch, BatchOptions
 from ..engine import Engine
+from ..files import check_folder
+from ..image_formats import check_quality
 from ..samplers import DEFAULT_SAMPLER
 from ..schedule import DEFAULT_SCHEDULE
 from ..tables import read_table
-from .common import (
+from .common import backend_options, fail, given_fields, load_loras, picture_line, stderr
+from .options import (
+    AgainOver,
     Backend,
     BackendOptions,
     BatchNoise,
+    CfgNormalization,
+    CfgTruncation,
+    ControlImage,
+    ControlScale,
+    Denoise,
+    DynamicCfg,
+    Fit,
     FitSize,
+    GuidanceScale,
     Height,
     LoraPartial,
     Loras,
+    Mask,
+    MaskFeather,
+    NegativePrompt,
+    Quality,
     Sampler,
     Schedule,
     Shift,
+    Sidecar,
+    Sigmas,
+    StartImage,
+    Steps,
+    Strength,
     TruncatePrompt,
+    Vae,
+    VaeTile,
     Width,
-    backend_options,
-    fail,
-    given_fields,
-    load_loras,
-    picture_line,
-    stderr,
 )
 
 
 def batch(
     ctx: typer.Context,
-    table: Annotated[Path, typer.Argument(help="CSV or JSON lines (.jsonl): a column for each request field.")],
+    table: Annotated[
+        Path, typer.Argument(help="CSV, .xlsx or JSON lines (.jsonl); docs/cli.md says which columns there are.")
+    ],
     bundle: Annotated[Path, typer.Option("-b", "--bundle", help="A folder that zimage-export wrote.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The folder of the pictures.")] = Path("out"),
-    template: Annotated[str | None, typer.Option(help='The prompt, with columns in it: "a {animal}".')] = None,
-    base_seed: Annotated[int, typer.Option("--seed", min=0, help="What rows without a seed get theirs from.")] = 0,
-    negative_prompt: Annotated[str, typer.Option(help="Of rows that say nothing, as all that follow.")] = "",
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder of the images; it is made.")] = Path("out"),
+    template: Annotated[
+        str | None,
+        typer.Option(help='The prompt, with columns in it: "a {animal}". By default the column prompt is the prompt.'),
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(help="The files' names, with columns in them: \"{sku}.png\". By default the rows' numbers."),
+    ] = None,
+    image_format: Annotated[
+        str | None, typer.Option("--format", help="png, jpg or webp. By default the ending of --name, or png.")
+    ] = None,
+    quality: Quality = None,
+    base_seed: Annotated[
+        int, typer.Option("--seed", min=0, help="What rows without a seed get theirs from: a whole number, 0 or more.")
+    ] = 0,
+    negative_prompt: NegativePrompt = "",
     height: Height = None,
     width: Width = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Function evaluations.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="0 means none.")] = None,
-    num_images: Annotated[int, typer.Option(help="Pictures for each row.")] = 1,
-    vae: Annotated[str | None, typer.Option(help="tiny or full.")] = None,
+    steps: Steps = None,
+    guidance_scale: GuidanceScale = None,
+    cfg_truncation: CfgTruncation = 1.0,
+    cfg_normalization: CfgNormalization = 0.0,
+    dynamic_cfg: DynamicCfg = 0.0,
+    num_images: Annotated[int, typer.Option(help="Images for each row, 1 or more.")] = 1,
+    vae: Vae = None,
     sampler: Sampler = DEFAULT_SAMPLER,
     schedule: Schedule = DEFAULT_SCHEDULE,
     shift: Shift = None,
+    sigmas: Sigmas = None,
+    image: StartImage = None,
+    strength: Strength = 0.6,
+    denoise: Denoise = None,
+    mask: Mask = None,
+    mask_feather: MaskFeather = 0.0,
+    fit: Fit = "crop",
+    control_image: ControlImage = None,
+    control_scale: ControlScale = 0.75,
+    second_pass: AgainOver = None,
     batch_noise: BatchNoise = "separate",
     fit_size: FitSize = "exact",
     truncate_prompt: TruncatePrompt = False,
-    sidecar: Annotated[bool, typer.Option(help="Write each picture's record beside it, as JSON.")] = True,
-    encoding: Annotated[str | None, typer.Option(help="Of the table; found out if it is not given.")] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Draw everything anew; removes what was drawn.")] = False,
+    vae_tile: VaeTile = None,
+    sidecar: Sidecar = True,
+    sheet: Annotated[str | None, typer.Option(help="Of an .xlsx file, by its name. By default the first.")] = None,
+    encoding: Annotated[
+        str | None, typer.Option(help="Of a CSV file or JSON lines, e.g. gb18030. By default it is found out.")
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Draw everything anew, and remove what was drawn. By default it is kept.")
+    ] = False,
     lora: Loras = None,
     lora_partial: LoraPartial = False,
     backend: Backend = "onnxruntime",
     backend_option: BackendOptions = None,
 ) -> None:
-    """Draw a table of prompts; the same command goes on where a killed one stopped.
+    """Draw a table of prompts; the same command resumes where a killed one stopped.
 
-    Prints a JSON line a picture. A row that fails does not stop the others: the journal in the folder says why it did,
-    and the exit status is 1.
+    Options are for rows that say nothing else. Prints a JSON line for each image. A row that fails does not stop the
+    others: the journal in the folder says why it did, and the exit status is 1.
     """
-    rows = read_table(table, encoding)
+    options = BatchOptions(
+        template=template,
+        defaults=given_fields(ctx),
+        seed=base_seed,
+        sidecar=sidecar,
+        name=name,
+        format=image_format,
+        quality=quality,
+    )
+    check_quality(options.suffix, quality)
+    check_folder(output)
+    rows = read_table(table, encoding, sheet)
     engine = Engine.load(bundle, backend=backend, backend_options=backend_options(backend_option or []))
     load_loras(engine, lora or [], lora_partial)
-    options = BatchOptions(template=template, defaults=given_fields(ctx), seed=base_seed, sidecar=sidecar)
     work = Batch(engine, rows, output, options, restart=restart)
     with work.journal as journal:
-        remaining = work.remaining
-        done = len(rows.rows) - len(remaining)
+        done = len(rows.rows) - len(work.remaining)
+        for note in work.notes:
+            stderr.print(note, markup=False, highlight=False, soft_wrap=True)
         if done:
             stderr.print(f"{done} of {len(rows.rows)} rows are done already", highlight=False)
         try:
             _draw(work, done)
         except KeyboardInterrupt:
-            stderr.print(f"stopped; {len(journal.pictures)} rows are done. The same command goes on", highlight=False)
-            raise typer.Exit(130) from None
-        if journal.errors:
-            fail(f"{len(journal.errors)} of {len(rows.rows)} rows failed; {journal.path} says why")
+            done = len(rows.rows) - len(work.remaining)
+            stderr.print(f"{done} of {len(rows.rows)} rows are done; the same command resumes", highlight=False)
+            raise
+        if work.errors:
+            fail(f"{len(work.errors)} of {len(rows.rows)} rows failed; {journal.path} says why")
             raise typer.Exit(1)
 
 
 def _draw(work: Batch, done: int) -> None:
     with Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

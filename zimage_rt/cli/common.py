@@ -6,71 +6,21 @@ import dataclasses
 import json
 import sys
 import warnings
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.console import Console
 
+from .. import __version__
 from ..engine import Engine
 from ..errors import RequestError
 from ..request import GenerateRequest
-from ..rows import read_numbers, read_parts
-from ..samplers import SAMPLERS
-from ..schedule import SCHEDULES
 
 stderr = Console(stderr=True)
 
 # Options whose name is not the request field's.
 FIELD_OF_OPTION = {"steps": "num_inference_steps"}
-
-
-# Options of every command that draws.
-Height = Annotated[int | None, typer.Option(help="Pixels.")]
-Width = Annotated[int | None, typer.Option(help="Pixels.")]
-Sampler = Annotated[
-    str, typer.Option(help=f"Plain names are ComfyUI's; docs/samplers.md says more: {', '.join(SAMPLERS)}.")
-]
-Schedule = Annotated[
-    str, typer.Option(help=f"Plain names are ComfyUI's; docs/samplers.md says more: {', '.join(SCHEDULES)}.")
-]
-Shift = Annotated[float | None, typer.Option(help="Of the schedule, more than 0; the bundle's if it is not given.")]
-BatchNoise = Annotated[
-    str, typer.Option(help="separate: each image has its own seed's; comfyui: one stream of the first seed's for all.")
-]
-FitSize = Annotated[
-    str, typer.Option(help="exact refuses a size that is no multiple of the bundle's step, nearest takes the nearest.")
-]
-TruncatePrompt = Annotated[
-    bool, typer.Option("--truncate-prompt", help="Cut prompts that are too long, as diffusers does.")
-]
-# Parsed as they are read: what follows takes options for the request's fields.
-Sigmas = Annotated[
-    Any,
-    typer.Option(
-        parser=partial(read_numbers, "sigmas"), metavar="1.0,0.6,…", help="A schedule of your own, without the last 0."
-    ),
-]
-AgainOver = Annotated[
-    Any,
-    typer.Option(
-        parser=partial(read_parts, "second_pass"),
-        metavar="scale=2,strength=0.4,…",
-        help="Draw again over the result: scale (1 refines), strength or denoise (as --strength and --denoise), "
-        "method (pixel, latent), "
-        "num_inference_steps.",
-    ),
-]
-Loras = Annotated[list[str] | None, typer.Option("--lora", help="A LoRA's file, or file=weight; repeat for several.")]
-LoraPartial = Annotated[
-    bool, typer.Option("--lora-partial", help="Use what fits of a LoRA that does not fit whole, and say what does not.")
-]
-Backend = Annotated[str, typer.Option(help="What runs the bundle.")]
-BackendOptions = Annotated[
-    list[str] | None,
-    typer.Option("-O", "--backend-option", help="name=value, e.g. provider=cuda; repeat for several."),
-]
 
 
 def warn(text: str) -> None:
@@ -137,6 +87,23 @@ def picture_line(path: Path, prompt: str, seed: int, timings: dict[str, float], 
     )
 
 
-def json_line(value: Any) -> str:
+def json_line(value: Any, indent: int | None = None) -> str:
     """JSON for standard output: characters as they are where it can hold all of them, which GBK cannot."""
-    return json.dumps(value, ensure_ascii=(sys.stdout.encoding or "ascii").lower().replace("-", "") != "utf8")
+    holds_all = (sys.stdout.encoding or "ascii").lower().replace("-", "") == "utf8"
+    text = json.dumps(value, ensure_ascii=not holds_all, indent=indent)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a character, which JSON can escape
+        return json.dumps(value, indent=indent)
+    return text
+
+
+def version_option(program: str) -> Any:
+    """What `--version` is: prints the program's name and version, and ends it."""
+
+    def show(asked: bool) -> None:
+        if asked:
+            print(f"{program} {__version__}")
+            raise typer.Exit
+
+    return typer.Option("--version", callback=show, is_eager=True, help="Print the version, and end.")

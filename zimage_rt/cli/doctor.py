@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Sequence
 
@@ -11,6 +10,7 @@ from rich.table import Table
 
 from .. import __version__
 from ..backends.base import Device, Probe
+from .common import json_line
 
 
 def as_json(probes: Sequence[Probe]) -> str:
@@ -36,7 +36,7 @@ def as_json(probes: Sequence[Probe]) -> str:
             for probe in probes
         ],
     }
-    return json.dumps(report, ensure_ascii=False, indent=1)
+    return json_line(report, indent=1)
 
 
 def print_table(probes: Sequence[Probe]) -> None:

@@ -13,22 +13,21 @@ from ..engine import Engine
 from ..errors import RequestError
 from ..explain import explain as draw_explanation
 from ..samplers import DEFAULT_SAMPLER
+from ..saving import check_output
 from ..schedule import DEFAULT_SCHEDULE
-from .common import (
+from .common import backend_options, given_fields, json_line, load_loras, stderr
+from .options import (
     Backend,
     BackendOptions,
+    Bundle,
     Height,
     LoraPartial,
     Loras,
+    NegativePrompt,
     Sampler,
     Schedule,
     Shift,
     Width,
-    backend_options,
-    given_fields,
-    json_line,
-    load_loras,
-    stderr,
 )
 
 Number = TypeVar("Number", int, float)
@@ -36,30 +35,43 @@ Number = TypeVar("Number", int, float)
 
 def explain(
     ctx: typer.Context,
-    bundle: Annotated[Path, typer.Argument(help="A folder that zimage-export wrote.")],
+    bundle: Bundle,
     prompt: Annotated[str, typer.Option("-p", "--prompt", help="What to draw.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="PNG file.")] = Path("sheet.png"),
+    output: Annotated[Path, typer.Option("-o", "--output", help="A .png file for the sheet.")] = Path("sheet.png"),
     step_counts: Annotated[
-        str | None, typer.Option("--steps", help="1,2,4,8: the columns; the bundle's own count is the default's last.")
+        str | None,
+        typer.Option(
+            "--steps",
+            metavar="1,2,4,8",
+            help="The columns: numbers of steps, 1 to 1000. By default 1, 2, 4 and the bundle's own.",
+        ),
     ] = None,
-    guidance: Annotated[str, typer.Option("--guidance", help="The rows.")] = "0,1,2,4",
-    negative_prompt: Annotated[str, typer.Option(help="What to steer away from.")] = "",
-    seed: Annotated[int, typer.Option(help="Of every picture.")] = 0,
+    guidance: Annotated[
+        str, typer.Option("--guidance", help="The rows: guidance scales, 0 (none) or more each.")
+    ] = "0,1,2,4",
+    negative_prompt: NegativePrompt = "",
+    seed: Annotated[int, typer.Option(help="Of every image, 0 to 2^64 - 1.")] = 0,
     height: Height = None,
     width: Width = None,
     sampler: Sampler = DEFAULT_SAMPLER,
     schedule: Schedule = DEFAULT_SCHEDULE,
     shift: Shift = None,
-    cell: Annotated[int, typer.Option(help="How large a picture is on the sheet, in pixels.")] = 160,
-    font: Annotated[Path | None, typer.Option(help="A TrueType file for the labels, e.g. for Chinese.")] = None,
-    times: Annotated[bool, typer.Option(help="Write under each picture what it took.")] = True,
+    cell: Annotated[int, typer.Option(help="How large an image is on the sheet, 88 to 1024 pixels.")] = 160,
+    font: Annotated[
+        Path | None,
+        typer.Option(help="A TrueType file for the labels. By default one of the system's that has their characters."),
+    ] = None,
+    times: Annotated[bool, typer.Option(help="Write under each image what it took.")] = True,
     lora: Loras = None,
     lora_partial: LoraPartial = False,
     backend: Backend = "onnxruntime",
     backend_option: BackendOptions = None,
-    as_json: Annotated[bool, typer.Option("--json", help="What the sheet shows, as a JSON line.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what the sheet shows, as a JSON line.")] = False,
 ) -> None:
-    """Show how a prompt's picture comes about: step counts across, guidance down, and every step of the longest run."""
+    """Show how a prompt's image comes about: step counts across, guidance down, and every step of the longest run."""
+    if output.suffix.lower() != ".png":
+        raise RequestError(f"output: expected a name that ends in .png, got {output.name}")
+    check_output(output)
     counts = None if step_counts is None else _numbers(step_counts, "--steps", int)
     scales = _numbers(guidance, "--guidance", float)
     fields = given_fields(ctx)
@@ -68,7 +80,11 @@ def explain(
     engine = Engine.load(bundle, backend=backend, backend_options=backend_options(backend_option or []))
     load_loras(engine, lora or [], lora_partial)
     with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=stderr
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=stderr,
     ) as progress:
         task = progress.add_task(prompt[:40], total=None)
         sheet = draw_explanation(

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..cells import shown
 from ..engine import Engine
 from ..errors import RequestError
 from ..metadata import PictureRecord, pixels_sha256
 from ..request import GenerateRequest, GenerateResult
 from .common import stderr, warn
+
+# Options of backends that are numbers, switches or a word of our own, and those words (docs/backends.md). Those that
+# name paths (cache_dir), libraries (plugins, a provider by a name that is not ours) or options of theirs are not here.
+PLAIN_OPTIONS = (
+    "cuda_graph",
+    "cudnn",
+    "device",
+    "fused_gemm",
+    "io_binding",
+    "memory_limit",
+    "num_threads",
+    "provider",
+    "shape_kernels",
+    "text_encoder",
+)
+PLAIN_WORDS = ("cpu", "cuda", "host", "lazy", "eager", "none", "nv_tensorrt_rtx", "resident", "tensorrt")
 
 
 def requests_of(
@@ -55,6 +73,41 @@ def request_like(record: PictureRecord, picture: Path, overrides: dict[str, Any]
     if "image" in overrides:
         overrides |= {name: None for name in ("latents", "image_latents") if name in record.request}
     return record.to_request(picture.parent, **overrides)
+
+
+def recorded_backend(record: PictureRecord, backend: str, *, take: bool) -> tuple[str, dict[str, Any]]:
+    """The backend and options to use beside `--like`: the command's, or, with `take`, what of the record is harmless.
+
+    An image may come from anyone, and options can name libraries to load and folders to write: those are never taken.
+    Standard error says what was recorded and is not used.
+    """
+    if not take:
+        if (record.backend, dict(record.backend_options)) != (backend, {}):
+            warn(
+                f"the image was drawn by {_described(record.backend, record.backend_options)}, which is not taken "
+                "from it; give --like-backend, or --backend and -O, to use them"
+            )
+        return backend, {}
+    taken = {name: value for name, value in record.backend_options.items() if _is_harmless(name, value)}
+    left = {name: value for name, value in record.backend_options.items() if name not in taken}
+    if left:
+        warn(f"not taken from the image, give them with -O if you trust them: {_options_text(left)}")
+    return record.backend, taken
+
+
+def _described(backend: str, options: Mapping[str, Any]) -> str:
+    return f"backend {shown(backend)} with {_options_text(options)}" if options else f"backend {shown(backend)}"
+
+
+def _options_text(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={shown(value)}" for name, value in options.items())
+
+
+def _is_harmless(name: str, value: Any) -> bool:
+    """Whether an option is known to choose among our own ways: neither a path nor a library, nor more options."""
+    if name not in PLAIN_OPTIONS:
+        return False
+    return value is None or isinstance(value, (bool, int, float)) or value in PLAIN_WORDS
 
 
 def warn_of_differences(record: PictureRecord, engine: Engine) -> None:

@@ -1,8 +1,7 @@
-"""`zimage`: generate pictures and inspect bundles from the command line."""
+"""`zimage`: draw images and inspect bundles from the command line."""
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 from pathlib import Path
@@ -17,43 +16,70 @@ from .. import __version__
 from ..backends.registry import probe_backends
 from ..bundle_folders import find_leftovers
 from ..engine import Engine
-from ..errors import RequestWarning, ZImageError
+from ..errors import RequestError, RequestWarning, ZImageError
 from ..manifest import Manifest, check_file, read_manifest
 from ..metadata import read_record
 from ..request import StepInfo
 from ..samplers import DEFAULT_SAMPLER
+from ..saving import check_output, names_file, save_result
 from ..schedule import DEFAULT_SCHEDULE
 from . import doctor as doctor_report
 from .batch import batch
 from .common import (
-    AgainOver,
-    Backend,
-    BackendOptions,
-    BatchNoise,
-    FitSize,
-    Height,
-    LoraPartial,
-    Loras,
-    Sampler,
-    Schedule,
-    Shift,
-    Sigmas,
-    TruncatePrompt,
-    Width,
     backend_options,
     fail,
     given_fields,
     is_given,
+    json_line,
     load_lora,
     load_loras,
     picture_line,
     stderr,
+    version_option,
     warn,
 )
 from .explain import explain
-from .like import kept_alone, requests_of, warn_of_differences
+from .like import kept_alone, recorded_backend, requests_of, warn_of_differences
+from .options import (
+    AgainOver,
+    Backend,
+    BackendOptions,
+    BatchNoise,
+    Bundle,
+    CfgNormalization,
+    CfgTruncation,
+    ControlImage,
+    ControlScale,
+    Denoise,
+    DynamicCfg,
+    Fit,
+    FitSize,
+    GuidanceScale,
+    Height,
+    LoraPartial,
+    Loras,
+    Mask,
+    MaskFeather,
+    NegativePrompt,
+    Quality,
+    Sampler,
+    Schedule,
+    Seed,
+    Shift,
+    Sidecar,
+    Sigmas,
+    StartImage,
+    Steps,
+    Strength,
+    TruncatePrompt,
+    Vae,
+    VaeTile,
+    Width,
+)
+from .start import INTERRUPTED, show_every_character
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+# Plain help: it cuts no option's name, however narrow the terminal, and any console can show it.
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command()(batch)
 app.command()(explain)
 
@@ -63,68 +89,97 @@ def main() -> None:
 
     So do warnings about requests, without the exit status.
     """
+    show_every_character()
     show = warnings.showwarning
     warnings.showwarning = lambda message, category, *where, **more: (
         warn(str(message)) if issubclass(category, RequestWarning) else show(message, category, *where, **more)
     )
     try:
         app()
+    except SystemExit as error:
+        if error.code == INTERRUPTED:  # what becomes of Ctrl-C in a command
+            fail("zimage: stopped")
+        raise
     except (ZImageError, OSError) as error:
         fail(f"{type(error).__name__}: {error}")
         sys.exit(1)
 
 
+@app.callback()
+def program(version: Annotated[bool, version_option("zimage")] = False) -> None:
+    """Draw images and inspect bundles from the command line."""
+
+
 @app.command()
 def generate(
     ctx: typer.Context,
-    bundle: Annotated[Path, typer.Argument(help="A folder that zimage-export wrote.")],
-    prompt: Annotated[list[str] | None, typer.Option("-p", "--prompt", help="What to draw; repeat it.")] = None,
-    like: Annotated[Path | None, typer.Option(help="A picture to draw again; options given here come first.")] = None,
-    output: Annotated[Path, typer.Option("-o", "--output", help="PNG file, or a folder for several.")] = Path("out"),
-    negative_prompt: Annotated[str, typer.Option(help="What to steer away from; needs --guidance-scale.")] = "",
+    bundle: Bundle,
+    prompt: Annotated[
+        list[str] | None, typer.Option("-p", "--prompt", help="What to draw; repeat it for several images.")
+    ] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(help="An image of zimage_rt's to draw again; options given here come first. By default none."),
+    ] = None,
+    like_backend: Annotated[
+        bool,
+        typer.Option(
+            "--like-backend",
+            help="Take the backend and its plain options from --like, too; never paths or libraries. Default: neither.",
+        ),
+    ] = False,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            help="A .png, .jpg or .webp file, with a number added for several; else a folder for PNGs.",
+        ),
+    ] = Path("out"),
+    negative_prompt: NegativePrompt = "",
     height: Height = None,
     width: Width = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Function evaluations.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="0 means none.")] = None,
-    cfg_truncation: Annotated[float, typer.Option(help="Guidance is off where 1 - sigma exceeds this.")] = 1.0,
-    cfg_normalization: Annotated[float, typer.Option(help="Limits the guided norm to so much of the plain one.")] = 0.0,
-    dynamic_cfg: Annotated[float, typer.Option(help="0 to 1: guidance by the prompt's length and the step.")] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="Of the first picture; the others count up.")] = None,
-    num_images: Annotated[int, typer.Option(help="Pictures for each prompt.")] = 1,
-    vae: Annotated[str | None, typer.Option(help="tiny or full.")] = None,
+    steps: Steps = None,
+    guidance_scale: GuidanceScale = None,
+    cfg_truncation: CfgTruncation = 1.0,
+    cfg_normalization: CfgNormalization = 0.0,
+    dynamic_cfg: DynamicCfg = 0.0,
+    seed: Seed = None,
+    num_images: Annotated[int, typer.Option(help="Images for each prompt, 1 or more.")] = 1,
+    vae: Vae = None,
     sampler: Sampler = DEFAULT_SAMPLER,
     schedule: Schedule = DEFAULT_SCHEDULE,
     shift: Shift = None,
     sigmas: Sigmas = None,
-    image: Annotated[Path | None, typer.Option(help="A picture to begin from.")] = None,
-    strength: Annotated[
-        float, typer.Option(help="How far to go from it: 1, or more than 1 - 1/steps, ignores it.")
-    ] = 0.6,
-    denoise: Annotated[
-        float | None, typer.Option(help="ComfyUI's measure in place of strength, to 1: all steps are evaluated.")
-    ] = None,
-    mask: Annotated[Path | None, typer.Option(help="Where to draw anew: white; black is kept.")] = None,
-    mask_feather: Annotated[float, typer.Option(help="How soft the mask's edge is, in pixels.")] = 0.0,
-    fit: Annotated[str, typer.Option(help="How the picture is fitted: crop, pad or stretch.")] = "crop",
-    control_image: Annotated[Path | None, typer.Option(help="What the bundle's ControlNet is to follow.")] = None,
-    control_scale: Annotated[float, typer.Option(help="How closely: 0 draws as without it.")] = 0.75,
+    image: StartImage = None,
+    strength: Strength = 0.6,
+    denoise: Denoise = None,
+    mask: Mask = None,
+    mask_feather: MaskFeather = 0.0,
+    fit: Fit = "crop",
+    control_image: ControlImage = None,
+    control_scale: ControlScale = 0.75,
     second_pass: AgainOver = None,
     batch_noise: BatchNoise = "separate",
     fit_size: FitSize = "exact",
     truncate_prompt: TruncatePrompt = False,
-    vae_tile: Annotated[int | None, typer.Option(help="Decode in tiles of so many pixels.")] = None,
+    vae_tile: VaeTile = None,
     lora: Loras = None,
     lora_partial: LoraPartial = False,
     backend: Backend = "onnxruntime",
     backend_option: BackendOptions = None,
-    sidecar: Annotated[bool, typer.Option(help="Write each picture's record beside it, as JSON.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="A JSON line a picture on standard output.")] = False,
+    quality: Quality = None,
+    sidecar: Sidecar = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON line for each image.")] = False,
 ) -> None:
-    """Draw pictures; prints where they are and what each stage took."""
+    """Draw images; prints where they are and what each stage took."""
+    check_output(output, quality=quality)
     record = None if like is None else read_record(like)
     options = backend_options(backend_option or [])
+    if like_backend and record is None:
+        raise RequestError("--like-backend: expected --like beside it, with the image whose backend to take")
     if record is not None and not options and not is_given(ctx, "backend"):
-        backend, options = record.backend, dict(record.backend_options)
+        backend, options = recorded_backend(record, backend, take=like_backend)
     fields = given_fields(ctx)
     fields.pop("prompt", None)  # each has a request of its own
     requests = requests_of(prompt or [], fields, record, like)
@@ -138,7 +193,7 @@ def generate(
     load_loras(engine, lora or [], lora_partial)
     for number, request in enumerate(requests):
         with Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -154,9 +209,9 @@ def generate(
         more: dict[str, Any] = {}
         if record is not None and not prompt and not fields and lora is None:
             result, more["same"] = kept_alone(result, record)
-        named = output.suffix.lower() == ".png" and len(requests) > 1
+        named = names_file(output) and len(requests) > 1
         where = output.with_name(f"{output.stem}-{number:03d}{output.suffix}") if named else output
-        paths = result.save(where, sidecar=sidecar)
+        paths = save_result(result, where, sidecar=sidecar, quality=quality)
         for path, drawn in zip(paths, result.records, strict=True):
             text, image_seed = drawn.request["prompt"], drawn.request["seed"]
             if as_json:
@@ -169,8 +224,8 @@ def generate(
 
 @app.command()
 def inspect(
-    bundle: Annotated[Path, typer.Argument(help="A folder that zimage-export wrote.")],
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+    bundle: Bundle,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say what a bundle holds and whether every file is as it was written."""
     manifest = read_manifest(bundle)
@@ -186,7 +241,7 @@ def inspect(
         from ..json_codec import to_json
 
         report = to_json(manifest) | {"bundle_id": manifest.bundle_id, "file_states": states, "ok": not damaged}
-        print(json.dumps(report, ensure_ascii=False, indent=1))
+        print(json_line(report, indent=1))
     else:
         _print_bundle(manifest, states)
     for folder in find_leftovers(bundle):
@@ -197,7 +252,7 @@ def inspect(
 
 @app.command()
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say which backends can run on this machine, and why the others cannot; exit status 1 if none can."""
     probes = probe_backends()
@@ -210,7 +265,7 @@ def doctor(
 
 
 def _print_bundle(manifest: Manifest, states: dict[str, str]) -> None:
-    console = Console()
+    console = Console(markup=False)
     shapes = manifest.shapes
     console.print(
         f"{manifest.name}  {manifest.precision}  bundle {manifest.bundle_id}  (zimage_rt {__version__})\n"
