@@ -9,12 +9,24 @@ import numpy as np
 
 from . import _core
 from .errors import RequestError
+from .image_modes import from_array, to_8_bits
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 # How a picture of another shape becomes height x width: cut to it, framed by it, or pulled to it.
 FITS = ("crop", "pad", "stretch")
+# EXIF's orientation, and what undoes it. Pillow's own `exif_transpose` cannot turn 16-bit modes.
+ORIENTATION = 0x0112
+TRANSPOSES = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
@@ -27,22 +39,21 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
 
 
 def read_image(value: Any, name: str) -> Image:
-    """A picture from a `PIL.Image`, a path, or uint8 `[height, width, 1, 3 or 4]`; turned as its EXIF data says.
+    """An image of mode L, LA, RGB or RGBA; turned as its EXIF data says.
+
+    Args:
+        value: a `PIL.Image` of any mode with a known range, a path, or an array as `image_modes.from_array` takes it.
+        name: the request's field.
 
     Raises:
         RequestError: it is none of them, or cannot be read.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     if isinstance(value, Image.Image):
         image = value
     elif isinstance(value, np.ndarray):
-        if value.dtype != np.uint8 or value.ndim not in (2, 3) or (value.ndim == 3 and value.shape[2] not in (1, 3, 4)):
-            raise RequestError(
-                f"{name}: expected uint8 [height, width], or with 1, 3 or 4 channels behind, "
-                f"got {value.dtype} {list(value.shape)}"
-            )
-        return Image.fromarray(value[..., 0] if value.ndim == 3 and value.shape[2] == 1 else value)
+        return from_array(value, name)
     elif isinstance(value, (str, Path)):
         try:
             image = Image.open(value)
@@ -51,14 +62,17 @@ def read_image(value: Any, name: str) -> Image:
             raise RequestError(f"{name}: {value} cannot be read as a picture: {error}") from error
     else:
         raise RequestError(f"{name}: expected a PIL image, an array or a path, got {type(value).__name__}")
-    return ImageOps.exif_transpose(image)
+    orientation = image.getexif().get(ORIENTATION, 1)
+    image = to_8_bits(image, name)
+    turn = TRANSPOSES.get(orientation)
+    return image if turn is None else image.transpose(Image.Transpose[turn])
 
 
 def flatten(image: Image, background: str = "white") -> Image:
     """RGB; what is transparent shows the background."""
     from PIL import Image
 
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.mode in ("RGBA", "LA"):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return image if image.mode == "RGB" else image.convert("RGB")
@@ -86,7 +100,7 @@ def read_mask(value: Any, width: int, height: int, fit: str, feather: float) -> 
     from PIL import ImageFilter
 
     image = read_image(value, "mask")
-    grey = image if image.mode == "L" and "transparency" not in image.info else flatten(image, "black").convert("L")
+    grey = image if image.mode == "L" else flatten(image, "black").convert("L")
     image = fit_image(grey, width, height, fit)
     image = image.point([0 if level < 128 else 255 for level in range(256)])
     if feather > 0:

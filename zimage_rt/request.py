@@ -109,8 +109,10 @@ class GenerateRequest:
         sampler: a name of `samplers.SAMPLERS`; plain ones give ComfyUI's numbers, `diffusers_…` diffusers'.
         schedule: a name of `schedule.SCHEDULES`, likewise; the default is Z-Image's own.
         sigmas: a schedule of your own, falling from at most 1, before the checkpoint's shift and without the last 0.
-        image: begin from this picture: a `PIL.Image`, a path, or uint8 `[height, width, 3]`. Its size, cut to what
-            the bundle serves, is the default of `height` and `width`.
+        image: begin from this picture: a `PIL.Image`, a path, or an array `[height, width, 3]` (also without the 3, or
+            with 1 or 4): uint8, uint16 from 0 to 65535, floats from 0 to 1, or bool. 16-bit grey is read by its
+            range; a `PIL.Image` without a known range (mode `I` or `F`) is refused. Its size, cut to what the bundle
+            serves, is the default of `height` and `width`.
         image_latents: the same as latents, float32 `[batch, 16, height / 8, width / 8]`: what `GenerateResult.latents`
             holds, so that nothing is decoded and encoded again.
         strength: how much of the schedule is run on `image`: 0.3 retouches it, 1 ignores it. So does everything above
