@@ -91,21 +91,53 @@ def fit_image(image: Image, width: int, height: int, fit: str) -> Image:
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def read_mask(value: Any, width: int, height: int, fit: str, feather: float) -> np.ndarray:
+def read_mask(value: Any, image_size: tuple[int, int], width: int, height: int, fit: str, feather: float) -> np.ndarray:
     """uint8 `[height, width]`: 255 to draw, 0 to keep.
+
+    A mask belongs to its image as that is seen, turned by its EXIF data. At another size it is scaled to the image's,
+    and then fitted as the image is, so that both stay on one another.
 
     Without feathering a mask is black or white, split at the middle grey, as diffusers splits it; with it, its edge
     becomes a slope of about `feather` pixels (a Gaussian of that radius).
+
+    Args:
+        value: see `read_image`.
+        image_size: width and height of the image, before it is fitted.
+        width, height: what image and mask are fitted to.
+        fit: one of `FITS`.
+        feather: pixels.
+
+    Raises:
+        RequestError: it cannot be read, or has another shape than the image.
     """
-    from PIL import ImageFilter
+    from PIL import Image, ImageFilter
 
     image = read_image(value, "mask")
-    grey = image if image.mode == "L" else flatten(image, "black").convert("L")
-    image = fit_image(grey, width, height, fit)
+    if image.size != image_size:
+        if not _same_shape(image.size, image_size):
+            raise RequestError(
+                f"mask: expected the shape of its image, {image_size[0]}x{image_size[1]} (width x height), at any "
+                f"size, got {image.width}x{image.height}; draw it over the image"
+            )
+        image = _grey(image).resize(image_size, Image.Resampling.LANCZOS)
+    image = fit_image(_grey(image), width, height, fit)
     image = image.point([0 if level < 128 else 255 for level in range(256)])
     if feather > 0:
         image = image.filter(ImageFilter.GaussianBlur(feather))
     return np.asarray(image)
+
+
+def _grey(mask: Image) -> Image:
+    return mask if mask.mode == "L" else flatten(mask, "black").convert("L")
+
+
+def _same_shape(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether one size is the other one scaled, with each side rounded up or down to whole pixels."""
+    (width, height), (other_width, other_height) = sorted((size, other))
+    # The scale lies between (side - 1) / other_side and (side + 1) / other_side, for both sides.
+    return (width - 1) * other_height < (height + 1) * other_width and (height - 1) * other_width < (
+        width + 1
+    ) * other_height
 
 
 def latent_mask(mask: np.ndarray, factor: int) -> np.ndarray:

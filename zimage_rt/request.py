@@ -118,9 +118,10 @@ class GenerateRequest:
         strength: how much of the schedule is run on `image`: 0.3 retouches it, 1 ignores it. So does everything above
             1 - 1/N with N steps (0.875 with 8), as in diffusers: all steps are run then, from noise alone. A
             RequestWarning says so where it is less than 1.
-        mask: what of `image` to draw anew, white, and what to keep, black; kept pixels are the image's own bytes.
+        mask: what of `image` to draw anew, white, and what to keep, black; kept pixels are the image's own bytes. It has
+            the shape of the image as that is seen (turned by its EXIF data), at any size, and is fitted with it.
         mask_feather: how soft the mask's edge is, in pixels.
-        fit: how an image of another shape is fitted: `crop`, `pad` or `stretch`.
+        fit: how an image of another shape, and its mask, is fitted: `crop`, `pad` or `stretch`.
         control_image: what a ControlNet is to follow (edges, depth, a pose), given and fitted as `image` is; the bundle
             must have been exported with one. Where nothing else says a size, it is this one's.
         control_scale: how closely: diffusers' `controlnet_conditioning_scale`. 0 draws as if there were none.
@@ -530,7 +531,7 @@ def _pictures(
     if request.latents is not None:
         raise RequestError("image and latents: expected one of them; both say what to begin with")
     image = _fitted(picture, width, height, fit)
-    mask = None if request.mask is None else read_mask(request.mask, width, height, fit, feather)
+    mask = None if request.mask is None else read_mask(request.mask, picture.size, width, height, fit, feather)
     if mask is not None and not mask.any():
         raise RequestError("mask: expected some white, where to draw; got none, so that nothing would change")
     return image, mask
