@@ -18,12 +18,13 @@ import numpy as np
 
 from .backends.base import Backend, Control, Inpaint, OnStep, ReadLatents, SampleJob
 from .backends.registry import load_backend
-from .errors import BundleMismatch, Cancelled, RequestWarning
+from .errors import BundleMismatch, Cancelled, NotFinite, RequestWarning
 from .guidance import guidance_scales
 from .image import latent_mask, paste, resize_images, resize_latents
 from .lora import ActiveLora, LoraSet
 from .manifest import Manifest, check_file, read_manifest
 from .metadata import make_provenance, make_records, recorded_fields
+from .not_finite import with_causes
 from .request import (
     Callback,
     GenerateRequest,
@@ -146,7 +147,8 @@ class Engine:
         # What pictures begin with is hashed while they are drawn. A thread a request: a kept one dies in a fork.
         with ThreadPoolExecutor(1, "zimage-record") as recorder:
             fields = recorder.submit(recorded_fields, request, resolved, self.manifest)
-            images, latents, timings = self._pictures(resolved, callback)
+            with self._causes_named(resolved.guidance_scale):
+                images, latents, timings = self._pictures(resolved, callback)
         loras = [lora.to_json() for lora in self._loras.active]
         records = make_records(self._provenance, loras, fields.result(), resolved, timings)
         return GenerateResult(images, resolved.seeds, timings, self.bundle_id, latents, records)
@@ -304,7 +306,8 @@ class Engine:
                 if (prompt, truncate) in self._contexts:
                     self._contexts.move_to_end((prompt, truncate))
                     return self._contexts[prompt, truncate]
-            context = self.pipeline.context(self._tokenizer(prompt, truncate=truncate))
+            with self._causes_named():
+                context = self.pipeline.context(self._tokenizer(prompt, truncate=truncate))
             context.flags.writeable = False
             with self._lock:
                 self._contexts[prompt, truncate] = context
@@ -338,10 +341,11 @@ class Engine:
 
     def decode(self, latents: np.ndarray, vae: str, tile: int | None = None) -> np.ndarray:
         """Latents `[batch, 16, h, w]` to uint8 pictures `[batch, height, width, 3]`, whole or in tiles of `tile` px."""
-        if tile is None:
-            return self.pipeline.decode(latents, vae)
-        factor = self.manifest.pipeline.vae_scale_factor
-        return decode_tiled(lambda part: self.pipeline.decode(part, vae), latents, tile, factor)
+        with self._causes_named():
+            if tile is None:
+                return self.pipeline.decode(latents, vae)
+            factor = self.manifest.pipeline.vae_scale_factor
+            return decode_tiled(lambda part: self.pipeline.decode(part, vae), latents, tile, factor)
 
     @property
     def loras(self) -> dict[str, float]:
@@ -389,6 +393,18 @@ class Engine:
         if "text_encoder" in modules or "context_refiner" in modules:
             with self._lock:
                 self._contexts.clear()
+
+    @contextmanager
+    def _causes_named(self, guidance_scale: float = 0.0) -> Iterator[None]:
+        """Say in a NotFinite what can be its cause here."""
+        try:
+            yield
+        except NotFinite as error:
+            loras = {lora.name: lora.weight for lora in self.active_loras}
+            precision = self.manifest.module(error.module).precision
+            # Guidance is added to predictions; what encodes and decodes does not see it but in the latents.
+            scale = guidance_scale if error.module in ("transformer", "controlnet") else 0.0
+            raise with_causes(error, precision, loras, scale) from error
 
     def _on_step(self, callback: Callback, stage: int) -> OnStep:
         def on_step(step: int, count: int, sigma: float, sigma_next: float, read: ReadLatents) -> bool:

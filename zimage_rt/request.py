@@ -118,8 +118,8 @@ class GenerateRequest:
         strength: how much of the schedule is run on `image`: 0.3 retouches it, 1 ignores it. So does everything above
             1 - 1/N with N steps (0.875 with 8), as in diffusers: all steps are run then, from noise alone. A
             RequestWarning says so where it is less than 1.
-        mask: what of `image` to draw anew, white, and what to keep, black; kept pixels are the image's own bytes. It has
-            the shape of the image as that is seen (turned by its EXIF data), at any size, and is fitted with it.
+        mask: what of `image` to draw anew, white, and what to keep, black; kept pixels are the image's own bytes. It
+            has the shape of the image as that is seen (turned by its EXIF data), at any size, and is fitted with it.
         mask_feather: how soft the mask's edge is, in pixels.
         fit: how an image of another shape, and its mask, is fitted: `crop`, `pad` or `stretch`.
         control_image: what a ControlNet is to follow (edges, depth, a pose), given and fitted as `image` is; the bundle

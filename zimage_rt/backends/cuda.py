@@ -14,10 +14,10 @@ import numpy as np
 from .. import _core
 from ..errors import BackendUnavailable, BundleMismatch, LoraError, OutOfMemory, RequestError, ZImageError
 from ..manifest import Manifest, ModuleSpec
+from ..not_finite import check_finite
 from ..tensor_file import TensorFile
 from .base import Change, CheckModule, Dense, Device, LowRank, Module, Probe, SampleJob
 from .cuda_libraries import SONAMES, find_library, library_version
-from .modules import check_finite
 
 try:
     from .. import _cuda
@@ -190,7 +190,9 @@ class CudaPipeline:
         """See `Pipeline`."""
         self.load(["text_encoder", "context_refiner"])
         with _errors("encoding a prompt"):
-            return self.native.context(input_ids)
+            context = self.native.context(input_ids)
+        check_finite(context, "context_refiner")
+        return context
 
     def sample(self, job: SampleJob) -> bool:
         """See `Pipeline`."""
@@ -202,7 +204,8 @@ class CudaPipeline:
         return self._run(job, decode=True)
 
     def _run(self, job: SampleJob, decode: bool) -> tuple[np.ndarray, dict[str, float]] | None:
-        self.load(["transformer" if job.control is None else "controlnet"])
+        name = "transformer" if job.control is None else "controlnet"
+        self.load([name])
         with _errors("drawing"):
             result = self.native.sample(
                 latents=job.latents,
@@ -222,8 +225,10 @@ class CudaPipeline:
             )
         if result is None:
             return None
-        check_finite(job.latents)
+        check_finite(job.latents, name)
         images, denoise, decoding = result
+        if decode:
+            self._check_black(images, job.latents)
         # What the device took, between events; the rest of the wall time is copies and waiting for other threads.
         return images, {"denoise": denoise, "decode": decoding}
 
@@ -232,13 +237,24 @@ class CudaPipeline:
         name = f"{vae}_vae_encoder"
         self.load([name])
         with _errors("encoding an image"):
-            return self.native.encode_pixels(images, **_encoder_sizes(self._manifest.module(name)))
+            latents = self.native.encode_pixels(images, **_encoder_sizes(self._manifest.module(name)))
+        check_finite(latents, name)
+        return latents
 
     def decode(self, latents: np.ndarray, vae: str) -> np.ndarray:
         """See `Pipeline`."""
         self.load([f"{vae}_vae_decoder"])
         with _errors("decoding"):
-            return self.native.decode_pixels(latents)
+            images = self.native.decode_pixels(latents)
+        self._check_black(images, latents)
+        return images
+
+    def _check_black(self, images: np.ndarray, latents: np.ndarray) -> None:
+        """Raise NotFinite for an image that is black because its decoder gave NaN, which the device rounds to 0."""
+        for image, one in zip(images, latents, strict=True):
+            if not image.any():
+                with _errors("decoding"):
+                    check_finite(self.native.decode(one[None]), "tiny_vae_decoder")
 
     def time_evaluation(
         self, height: int, width: int, context_tokens: int, batch: int = 1, repeats: int = 20
