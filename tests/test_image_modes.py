@@ -96,7 +96,7 @@ def test_sixteen_bit_files_keep_their_greys() -> None:
 
 def test_a_sixteen_bit_mask_is_split_in_the_middle() -> None:
     ramp = np.array([[0, 1, 255, 32000, 33500, 65535]] * 6, np.uint16)
-    mask = read_mask(Image.fromarray(ramp), (6, 6), 6, 6, "crop", 0.0)
+    mask = read_mask(read_image(Image.fromarray(ramp), "mask"), (6, 6), 6, 6, "crop", 0.0)
     assert mask[0].tolist() == [0, 0, 0, 0, 255, 255]
 
 

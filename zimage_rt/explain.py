@@ -27,6 +27,11 @@ KEY = "zimage_rt_explain"
 MAX_PICTURES = 100
 # Of a longer run as many steps are shown, the last among them.
 MAX_STRIP = 12
+# What has an effect with guidance alone, at its defaults.
+NO_GUIDANCE: dict[str, Any] = {
+    name: GenerateRequest.__dataclass_fields__[name].default
+    for name in ("negative_prompt", "cfg_truncation", "cfg_normalization", "dynamic_cfg")
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +120,7 @@ def explain(
             num_inference_steps=count,
             guidance_scale=scale,
             # Rows without guidance are asked for on purpose: no warning that a negative prompt does nothing there.
-            negative_prompt=base.negative_prompt if scale or not any(scales) else "",
+            **(NO_GUIDANCE if scale == 0 and any(scales) else {}),
         )
         for scale in scales
         for count in counts

@@ -8,6 +8,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from .errors import BundleMismatch, RequestError
+from .limits import MAX_PROMPT_CHARACTERS
 from .manifest import Manifest
 
 
@@ -71,7 +72,17 @@ class PromptTokenizer:
 
 
 def check_text(text: str, name: str) -> None:
-    """Raise RequestError for a string that is no text: one half of a surrogate pair, as cut UTF-16 leaves it."""
+    """Raise RequestError for a string that is no prompt.
+
+    Too many characters, a NUL, or one half of a surrogate pair, as cut UTF-16 leaves it.
+    """
+    if len(text) > MAX_PROMPT_CHARACTERS:
+        raise RequestError(f"{name}: expected at most {MAX_PROMPT_CHARACTERS} characters, got {len(text)}; shorten it")
+    if "\0" in text:
+        raise RequestError(
+            f"{name}: expected text, got a NUL character at position {text.index(chr(0))}; was a file read that is no "
+            "text, or one in UTF-16?"
+        )
     try:
         text.encode()
     except UnicodeEncodeError as error:
