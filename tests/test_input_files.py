@@ -79,10 +79,10 @@ def test_the_limit_holds_for_images_and_arrays_in_memory() -> None:
         def size(self) -> tuple[int, int]:
             return (10_000, 8_901)
 
-    with pytest.raises(RequestError, match="mask: expected at most .* got 10000x8901"):
+    with pytest.raises(RequestError, match=r"mask: expected at most .* got 10000x8901"):
         read_image(Huge(), "mask")
     array = np.broadcast_to(np.uint8(0), (8_901, 10_000))
-    with pytest.raises(RequestError, match="image: expected at most .* got 10000x8901"):
+    with pytest.raises(RequestError, match=r"image: expected at most .* got 10000x8901"):
         read_image(array, "image")
 
 
@@ -92,7 +92,7 @@ def test_text_that_unpacks_to_very_much_is_refused(kind: str, tmp_path: Path) ->
     body = b"key\0\0" + packed if kind == "zTXt" else b"key\0\x01\0\0\0" + packed
     path = tmp_path / "text.png"
     path.write_bytes(png(64, 64, (kind.encode(), body), pixels=zlib.compress(bytes(65 * 64))))
-    with pytest.raises(RequestError, match="image: .* cannot be read as a picture: .*[Tt]oo large"):
+    with pytest.raises(RequestError, match=r"image: .* cannot be read as a picture: .*[Tt]oo large"):
         read_image(path, "image")
 
 
@@ -101,7 +101,7 @@ def test_very_much_text_in_many_chunks_is_refused(tmp_path: Path) -> None:
     count = PngImagePlugin.MAX_TEXT_MEMORY // (1 << 20) + 1
     path = tmp_path / "text.png"
     path.write_bytes(png(64, 64, *[(b"tEXt", text)] * count, pixels=zlib.compress(bytes(65 * 64))))
-    with pytest.raises(RequestError, match="image: .*Too much memory used in text chunks"):
+    with pytest.raises(RequestError, match=r"image: .*Too much memory used in text chunks"):
         read_image(path, "image")
 
 
@@ -113,14 +113,14 @@ def test_truncated_files_are_refused(kind: str, part: float, tmp_path: Path) -> 
     Image.fromarray(noise).save(path, kind)
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * part)])
-    with pytest.raises(RequestError, match="image: .*cut cannot be read as a picture"):
+    with pytest.raises(RequestError, match=r"image: .*cut cannot be read as a picture"):
         read_image(path, "image")
     file = path.open("rb")
     try:
         image = Image.open(file)
     except Exception:
         return
-    with pytest.raises(RequestError, match="image cannot be read as a picture: .*cut off or closed"):
+    with pytest.raises(RequestError, match=r"image cannot be read as a picture: .*cut off or closed"):
         read_image(image, "image")
 
 

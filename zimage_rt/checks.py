@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from .errors import RequestError
+from .limits import MAX_LORA_WEIGHT
 
 # Of a value in a message.
 _SHOWN = 80
@@ -59,6 +60,14 @@ def number(value: Any, name: str, high: float = math.inf, low: float = 0.0) -> f
     return result
 
 
+def weight(value: Any, name: str) -> float:
+    """How much of a LoRA, either way from 0."""
+    try:
+        return number(value, name, MAX_LORA_WEIGHT, -MAX_LORA_WEIGHT)
+    except RequestError:
+        raise RequestError(f"{name}: expected a finite weight such as 0.8, got {shown(value)}") from None
+
+
 def choice(value: Any, name: str, known: Iterable[str]) -> str:
     """One of some names."""
     names = tuple(known)
@@ -84,10 +93,12 @@ def items(value: Any, name: str, what: str, most: int) -> tuple[Any, ...]:
 
 
 def array(value: Any, name: str, what: str) -> np.ndarray:
-    """An array, also a tensor of another library that numpy can read."""
+    """An array, also a tensor of another library that numpy can read; no list, which has no type of its own."""
+    if not hasattr(type(value), "__array__"):
+        raise RequestError(f"{name}: expected {what}, got {type(value).__name__}")
     try:
         return np.asarray(value)
-    except Exception as error:  # ragged lists, other devices' tensors, another's __array__
+    except Exception as error:  # other devices' tensors, another's __array__
         raise RequestError(f"{name}: expected {what}, got a {type(value).__name__} that fails: {error}") from error
 
 

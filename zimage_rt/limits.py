@@ -25,5 +25,7 @@ MAX_CONTROL_SCALE = 100.0
 MAX_UPSCALE = 64.0
 # Pixels of a mask's soft edge.
 MAX_FEATHER = 1000.0
+# Either way from 0; a LoRA is trained for 1.
+MAX_LORA_WEIGHT = 1e30
 # Requests that an engine computes at once.
 MAX_CONCURRENCY = 1024

@@ -20,7 +20,7 @@ from .request_warnings import without_effect
 from .rng import MAX_SEED
 from .samplers import DEFAULT_SAMPLER, SAMPLERS
 from .schedule import DEFAULT_SCHEDULE
-from .tokenizer import check_text
+from .tokenizer import check_prompt
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -291,7 +291,7 @@ def resolve(request: GenerateRequest, manifest: Manifest) -> ResolvedRequest:
     notes: list[str] = []
     guidance = defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
     guidance = checks.number(guidance, "guidance_scale", limits.MAX_GUIDANCE)
-    vae = _vae(request, manifest)
+    vae = resolve_vae(request.vae, manifest)
     latents = None if request.latents is None else checks.array(request.latents, "latents", _LATENTS)
     image_latents = None
     if request.image_latents is not None:
@@ -356,7 +356,7 @@ def resolve(request: GenerateRequest, manifest: Manifest) -> ResolvedRequest:
         control_image=None if control is None else fitted(control, width, height, request.fit),
         control_scale=checks.number(request.control_scale, "control_scale", limits.MAX_CONTROL_SCALE),
         second_pass=again,
-        vae_tile=None if request.vae_tile is None else _tile(request.vae_tile, defaults.size_multiple),
+        vae_tile=resolve_tile(request.vae_tile, manifest),
         shift=shift,
         batch_noise=batch_noise,
         truncate_prompt=checks.flag(request.truncate_prompt, "truncate_prompt"),
@@ -368,11 +368,11 @@ def resolve(request: GenerateRequest, manifest: Manifest) -> ResolvedRequest:
 def _prompts(request: GenerateRequest, manifest: Manifest) -> tuple[tuple[str, ...], tuple[str, ...], int]:
     """Prompts, as many negative prompts, and images for each; no more together than one batch holds."""
     allowed = manifest.shapes.batch
-    most = min(allowed.max, limits.MAX_BATCH)
-    prompts = _texts(request.prompt, "prompt", most)
+    most, tokens = min(allowed.max, limits.MAX_BATCH), manifest.shapes.prompt_tokens.max
+    prompts = _texts(request.prompt, "prompt", most, tokens)
     if not prompts:
         raise RequestError("prompt: expected at least one, got an empty list")
-    negatives = _texts(request.negative_prompt, "negative_prompt", most)
+    negatives = _texts(request.negative_prompt, "negative_prompt", most, tokens)
     if len(negatives) not in (1, len(prompts)):
         raise RequestError(f"negative_prompt: expected 1 or {len(prompts)}, one for each prompt, got {len(negatives)}")
     num_images = checks.integer(request.num_images, "num_images", 1, most)
@@ -385,13 +385,12 @@ def _prompts(request: GenerateRequest, manifest: Manifest) -> tuple[tuple[str, .
     return prompts, negatives * len(prompts) if len(negatives) == 1 else negatives, num_images
 
 
-def _vae(request: GenerateRequest, manifest: Manifest) -> str:
-    if request.vae is None:
+def resolve_vae(vae: Any, manifest: Manifest) -> str:
+    """The VAE of that name, or for None the first that the bundle has. Raises RequestError where it has none."""
+    if vae is None:
         vae = next((v for v in VAES if f"{v}_vae_decoder" in manifest.modules), "tiny")
-    elif isinstance(request.vae, str) and request.vae in VAES:
-        vae = request.vae
-    else:
-        raise RequestError(f"vae: expected tiny or full, got {checks.shown(request.vae)}")
+    if not isinstance(vae, str) or vae not in VAES:
+        raise RequestError(f"vae: expected tiny or full, got {checks.shown(vae)}")
     if f"{vae}_vae_decoder" not in manifest.modules:
         raise RequestError(f'vae: this bundle has no {vae} VAE; export it again with vae = ["{vae}"]')
     return vae
@@ -409,7 +408,11 @@ def _shift(request: GenerateRequest, manifest: Manifest) -> float:
     return shift
 
 
-def _tile(value: Any, multiple: int) -> int:
+def resolve_tile(value: Any, manifest: Manifest) -> int | None:
+    """A tile's side in pixels; None for none. Raises RequestError."""
+    if value is None:
+        return None
+    multiple = manifest.pipeline.size_multiple
     size = checks.integer(value, "vae_tile", 8 * multiple, limits.MAX_SIDE)
     if size % multiple:
         raise RequestError(f"vae_tile: expected a multiple of {multiple}, got {size}")
@@ -456,14 +459,13 @@ def _second_pass(
     return ResolvedSecondPass(sizes[0], sizes[1], method, sigmas, control_image)
 
 
-def _texts(value: Any, name: str, most: int) -> tuple[str, ...]:
+def _texts(value: Any, name: str, most: int, max_tokens: int) -> tuple[str, ...]:
     what = "a string or a list of strings"
     texts = (value,) if isinstance(value, str) else checks.items(value, name, what, most)
     for text in texts:
         if not isinstance(text, str):
             raise RequestError(f"{name}: expected {what}, got one with {checks.shown(text)}")
-        check_text(text, name)
-    return texts
+    return tuple(check_prompt(text, name, max_tokens) for text in texts)
 
 
 def _seeds(seed: Any, batch: int, *, joint: bool) -> tuple[int, ...]:
@@ -488,3 +490,16 @@ def _latents(array: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarray
     if array.dtype != np.float32 or not np.isfinite(array).all():
         raise RequestError(f"{name}: expected finite float32 values, got {array.dtype}")
     return array
+
+
+def check_latents(latents: Any, manifest: Manifest) -> None:
+    """Raise RequestError unless these are latents of a size that the bundle decodes, in a batch of any size."""
+    pipeline, shapes = manifest.pipeline, manifest.shapes
+    shape: tuple[int, ...] = latents.shape if isinstance(latents, np.ndarray) else ()
+    heights, widths = (sizes.scaled(1, pipeline.vae_scale_factor) for sizes in (shapes.height, shapes.width))
+    if len(shape) != 4 or not (shape[1] == pipeline.latent_channels and shape[2] in heights and shape[3] in widths):
+        raise RequestError(
+            f"latents: expected an array [batch, {pipeline.latent_channels}, {heights.min} to {heights.max}, "
+            f"{widths.min} to {widths.max}], got {list(shape) or type(latents).__name__}"
+        )
+    _latents(latents, (min(max(shape[0], 1), limits.MAX_BATCH), *shape[1:]), "latents")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from .checks import shown
 from .errors import BundleMismatch, RequestError
 from .limits import MAX_PROMPT_CHARACTERS
 from .manifest import Manifest
@@ -71,18 +73,30 @@ class PromptTokenizer:
         return ids
 
 
-def check_text(text: str, name: str) -> None:
-    """Raise RequestError for a string that is no prompt.
+def check_prompt(text: Any, name: str, max_tokens: int) -> str:
+    """A prompt of a request.
 
-    Too many characters, a NUL, or one half of a surrogate pair, as cut UTF-16 leaves it.
+    Raises RequestError for another type, for more characters than are cut on request, and for what is no text: a NUL,
+    or half of a surrogate pair.
     """
+    if not isinstance(text, str):
+        raise RequestError(f"{name}: expected text, got {shown(text)}")
     if len(text) > MAX_PROMPT_CHARACTERS:
-        raise RequestError(f"{name}: expected at most {MAX_PROMPT_CHARACTERS} characters, got {len(text)}; shorten it")
+        raise RequestError(
+            f"{name}: expected at most {max_tokens} tokens, or {MAX_PROMPT_CHARACTERS} characters to be cut, got "
+            f"{len(text)} characters; shorten it"
+        )
     if "\0" in text:
         raise RequestError(
             f"{name}: expected text, got a NUL character at position {text.index(chr(0))}; was a file read that is no "
             "text, or one in UTF-16?"
         )
+    check_text(text, name)
+    return str(text)
+
+
+def check_text(text: str, name: str) -> None:
+    """Raise RequestError for a string that is no text: one half of a surrogate pair, as cut UTF-16 leaves it."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

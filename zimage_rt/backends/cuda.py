@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from .. import _core
+from .. import _core, checks
 from ..errors import BackendUnavailable, BundleMismatch, LoraError, OutOfMemory, RequestError, ZImageError
 from ..manifest import Manifest, ModuleSpec
 from ..not_finite import check_finite
 from ..tensor_file import TensorFile
-from .base import Change, CheckModule, Dense, Device, LowRank, Module, Probe, SampleJob
+from .base import MAX_DEVICE, Change, CheckModule, Dense, Device, LowRank, Module, Probe, SampleJob
 from .cuda_libraries import SONAMES, find_library, library_version
 
 try:
@@ -33,6 +33,10 @@ PROGRAMS = ("text_encoder", "context_refiner", "transformer", "controlnet", "tin
 
 # Read on the host, row by row: see csrc/programs/text_encoder.h.
 HOST_TENSORS = ("embed_tokens.weight",)
+
+
+# Bytes; more than any device has.
+MAX_MEMORY = 1 << 50
 
 
 class CudaBackend:
@@ -63,10 +67,13 @@ class CudaBackend:
         fused_gemm: bool = True,
         cache_dir: str | Path | None = "~/.cache/zimage_rt",
     ) -> None:
+        device = checks.integer(device, "device", 0, MAX_DEVICE)
         if text_encoder not in ("resident", "host"):
-            raise RequestError(f"text_encoder: expected resident or host, got {text_encoder!r}")
-        if memory_limit is not None and memory_limit < 1:
-            raise RequestError(f"memory_limit: expected a number of bytes, got {memory_limit}")
+            raise RequestError(f"text_encoder: expected resident or host, got {checks.shown(text_encoder)}")
+        if memory_limit is not None:
+            memory_limit = checks.integer(memory_limit, "memory_limit", 1, MAX_MEMORY)
+        cudnn, fused_gemm = checks.flag(cudnn, "cudnn"), checks.flag(fused_gemm, "fused_gemm")
+        folder = None if cache_dir is None else checks.path(cache_dir, "cache_dir")
         problem = _device_problem(device)
         if problem is not None:
             raise BackendUnavailable(f"backend 'cuda': {problem}")
@@ -74,7 +81,7 @@ class CudaBackend:
             "device": device,
             "cublaslt": find_library("cublasLt"),
             "cudnn": find_library("cudnn") if cudnn else "",
-            "cache_file": str(_cache_file(cache_dir)) if cache_dir is not None else "",
+            "cache_file": str(_cache_file(folder)) if folder is not None else "",
             "memory_limit": memory_limit or 0,
             "keep_text_encoder": text_encoder == "resident",
             "fused_gemm": fused_gemm,
@@ -123,8 +130,8 @@ def _device_problem(device: int) -> str | None:
     return None
 
 
-def _cache_file(cache_dir: str | Path) -> Path:
-    folder = Path(cache_dir).expanduser()
+def _cache_file(cache_dir: Path) -> Path:
+    folder = cache_dir.expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     return folder / "matmul.txt"
 
