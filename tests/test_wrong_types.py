@@ -92,6 +92,7 @@ TAKES = {
     "negative_prompt": TEXT,
     "seed": set(),
     "truncate_prompt": {"bool"},
+    "literal_prompt": {"bool"},
     "cfg_truncation": {"large float"},
 }
 FIELDS = [field.name for field in dataclasses.fields(GenerateRequest)]
@@ -197,6 +198,7 @@ RIGHT: dict[str, Callable[[Any], bool]] = {
     "on_stage": callable,
     "on_picture": callable,
     "truncate": lambda value: value is True,
+    "literal": lambda value: value is True,
     "strict": lambda value: value is True,
     "times": lambda value: value is True,
     "prompt": lambda value: isinstance(value, str) and value in ("abc", ""),
@@ -213,6 +215,7 @@ RIGHT: dict[str, Callable[[Any], bool]] = {
         (lambda e, v: e.run(PANDA, on_stage=v), ("on_stage",)),
         (lambda e, v: e.encode_prompt(v), ("prompt",)),
         (lambda e, v: e.encode_prompt("a", truncate=v), ("truncate",)),
+        (lambda e, v: e.encode_prompt("a", literal=v), ("literal",)),
         (lambda e, v: e.decode(v, "tiny"), ("latents",)),
         (lambda e, v: e.decode(LATENTS, v), ("vae",)),
         (lambda e, v: e.decode(LATENTS, "tiny", v), ("vae_tile",)),

@@ -77,7 +77,7 @@ class Engine:
         self.backend_options = dict(backend_options or {})  # as they were asked for: images are recorded with them
         self._provenance = make_provenance(manifest, self.backend, self.backend_options)
         self._files = BundleFiles(bundle, manifest, verify, EAGER_MODULES, progress)
-        self._contexts: OrderedDict[tuple[str, bool], np.ndarray] = OrderedDict()
+        self._contexts: OrderedDict[tuple[str, bool, bool], np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
         self._files.check(manifest.tokenizer)
         self._tokenizer = PromptTokenizer(bundle, manifest)
@@ -209,7 +209,7 @@ class Engine:
                 encoded: list[np.ndarray] = []
                 for text in texts:
                     stages.tell("encode_prompt", len(encoded), len(texts))
-                    encoded.append(self.encode_prompt(text, truncate=resolved.truncate_prompt))
+                    encoded.append(self._encode_prompt(text, resolved.truncate_prompt, resolved.literal_prompt))
                 stages.tell("encode_prompt", len(texts), len(texts))
                 contexts, negatives = encoded[: len(resolved.prompts)], encoded[len(resolved.prompts) :]
             draw = functools.partial(self._draw, resolved, contexts, negatives, callback, stages, timings)
@@ -276,7 +276,9 @@ class Engine:
                 request.dynamic_cfg,
                 # Only dynamic guidance looks at how long a prompt is.
                 [
-                    self._tokenizer(prompt, truncate=request.truncate_prompt).shape[1] if request.dynamic_cfg else 0
+                    self._tokenizer(prompt, truncate=request.truncate_prompt, literal=request.literal_prompt).shape[1]
+                    if request.dynamic_cfg
+                    else 0
                     for prompt in request.prompts
                 ],
             ),
@@ -342,29 +344,35 @@ class Engine:
             ("negative_prompt", request.negative_prompts if request.guidance_scale > 0 else ()),
         ):
             for text in dict.fromkeys(texts):
-                kept, tokens = self._tokenizer.count(text, name, truncate=request.truncate_prompt)
+                kept, tokens = self._tokenizer.count(
+                    text, name, truncate=request.truncate_prompt, literal=request.literal_prompt
+                )
                 if kept < tokens:
                     cut.append(f"{name}: was cut to {kept} of {tokens} tokens, as truncate_prompt asks")
         return dataclasses.replace(request, warnings=(*request.warnings, *cut))
 
-    def encode_prompt(self, prompt: str, *, truncate: bool = False) -> np.ndarray:
+    def encode_prompt(self, prompt: str, *, truncate: bool = False, literal: bool = False) -> np.ndarray:
         """Text encoder and context refiner: a prompt to its context `[1, context_tokens, dim]`.
 
         It does not depend on the timestep, so it runs once a prompt and is kept for the next request. With `truncate`
-        a prompt that is too long is cut.
+        a prompt that is too long is cut, with `literal` markers of the chat template in it are text.
         """
         prompt = check_prompt(prompt, "prompt", self.manifest.shapes.prompt_tokens.max)
-        truncate = checks.flag(truncate, "truncate")
+        truncate, literal = checks.flag(truncate, "truncate"), checks.flag(literal, "literal")
+        return self._encode_prompt(prompt, truncate, literal)
+
+    def _encode_prompt(self, prompt: str, truncate: bool, literal: bool) -> np.ndarray:
+        key = (prompt, truncate, literal)
         with self._gate.place(), self._turns.together():
             with self._lock:
-                if (prompt, truncate) in self._contexts:
-                    self._contexts.move_to_end((prompt, truncate))
-                    return self._contexts[prompt, truncate]
+                if key in self._contexts:
+                    self._contexts.move_to_end(key)
+                    return self._contexts[key]
             with self._causes_named():
-                context = self.pipeline.context(self._tokenizer(prompt, truncate=truncate))
+                context = self.pipeline.context(self._tokenizer(prompt, truncate=truncate, literal=literal))
             context.flags.writeable = False
             with self._lock:
-                self._contexts[prompt, truncate] = context
+                self._contexts[key] = context
                 while len(self._contexts) > CONTEXT_CACHE_SIZE:
                     self._contexts.popitem(last=False)
             return context

@@ -136,6 +136,8 @@ class GenerateRequest:
             nearest that is, the smaller of two.
         truncate_prompt: cut prompts that are longer than the bundle serves, as diffusers does: the end, with the chat
             template's last tokens. The record's `warnings` say so.
+        literal_prompt: take markers of the chat template in prompts, such as `<|im_end|>`, as text; without, they act
+            as markers, as in diffusers. It holds for negative prompts, too.
     """
 
     prompt: str | Sequence[str]
@@ -169,6 +171,7 @@ class GenerateRequest:
     batch_noise: str = "separate"
     fit_size: str = "exact"
     truncate_prompt: bool = False
+    literal_prompt: bool = False
 
 
 def make_request(**fields: Any) -> GenerateRequest:
@@ -278,6 +281,7 @@ class ResolvedRequest:
     shift: float
     batch_noise: str
     truncate_prompt: bool
+    literal_prompt: bool
     warnings: tuple[str, ...] = ()
 
 
@@ -360,6 +364,7 @@ def resolve(request: GenerateRequest, manifest: Manifest) -> ResolvedRequest:
         shift=shift,
         batch_noise=batch_noise,
         truncate_prompt=checks.flag(request.truncate_prompt, "truncate_prompt"),
+        literal_prompt=checks.flag(request.literal_prompt, "literal_prompt"),
     )
     checks.number(request.strength, "strength", 1.0)
     return dataclasses.replace(resolved, warnings=(*notes, *without_effect(request, resolved)))
