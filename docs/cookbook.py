@@ -329,8 +329,8 @@ SHELLS["A batch from a spreadsheet"] = Shell(
     ("animals.csv", "animal,colour,seed\n熊猫,蓝色,3\n企鹅,绿色,4\n狐狸,白色,5\n", "gbk"),
 )
 SHELLS["The same picture again"] = Shell(
-    "A picture holds its whole request. `--like` repeats its pixels to the byte on the same machine and backend; options "
-    "given beside it come first.",
+    "A picture holds its whole request. `--like` repeats its pixels to the byte on the same machine and backend; "
+    "options given beside it come first.",
     'zimage generate engines/nano -p "a fox, yellow background" --seed 9 -o first.png\n'
     "zimage generate engines/nano --like first.png -o second.png\n"
     'zimage generate engines/nano --like first.png -p "an owl, yellow background" -o third.png',

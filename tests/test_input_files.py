@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import random
 import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -148,3 +151,37 @@ def _closed(path: Path) -> Image.Image:
 def test_what_is_no_image_is_refused(make: Callable[[Path], object], message: str, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=f"^image.*{message}"):
         read_image(make(tmp_path / "image.png"), "image")
+
+
+def _written(array: np.ndarray, kind: str, **settings: Any) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, kind, **settings)
+    return file.getvalue()
+
+
+def test_damaged_files_are_read_or_refused(tmp_path: Path) -> None:
+    """Bytes changed, cut out and doubled at random: an image of our modes comes out, or a RequestError."""
+    chance, noise = random.Random(5), np.random.default_rng(5).integers(0, 256, (24, 24, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    files = [_written(noise, kind) for kind in FORMATS]
+    files += [_written(noise, kind, exif=exif) for kind in ("PNG", "JPEG", "WEBP", "TIFF")]
+    files += [_written(noise, "TIFF", compression=name) for name in ("tiff_lzw", "tiff_deflate", "jpeg")]
+    files += [_written(noise[..., 0].astype(np.uint16) * 257, kind) for kind in ("PNG", "TIFF")]
+    path = tmp_path / "damaged"
+    outcomes = {"read": 0, "refused": 0}
+    for _ in range(400):
+        data = bytearray(chance.choice(files))
+        for _ in range(chance.choice((1, 1, 2, 8))):
+            at = chance.randrange(min(len(data), chance.choice((64, 400, len(data)))))
+            length = chance.randrange(1, 40)
+            change = chance.choice((bytes([chance.randrange(256)]), b"\xff\xff\xff\xff", b"", bytes(data[at : at + 9])))
+            data[at : at + (length if not change else len(change) % 9)] = change
+        path.write_bytes(data or b"x")
+        try:
+            assert read_image(path, "image").mode in ("L", "LA", "RGB", "RGBA")
+            outcomes["read"] += 1
+        except RequestError as error:
+            assert str(error).startswith("image: ")
+            outcomes["refused"] += 1
+    assert min(outcomes.values()) > 40

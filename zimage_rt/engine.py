@@ -179,11 +179,11 @@ class Engine:
     def _run(self, request: GenerateRequest, callback: Callback | None, on_stage: OnStage | None) -> GenerateResult:
         checks.function(callback, "callback")
         checks.function(on_stage, "on_stage")
-        with self._gate.place():  # also for `resolve`, which decodes images
+        with self._gate.place(), _out_of_memory_typed():  # also for `resolve`, which decodes images
             resolved = self._tokenized(resolve(request, self.manifest))
             for text in resolved.warnings:
                 warnings.warn(text, RequestWarning, stacklevel=3)  # at whoever called `generate` or `run`
-            with self._turns.together(), _out_of_memory_typed():
+            with self._turns.together():
                 return self._run_resolved(request, resolved, callback, Stages(on_stage))
 
     def _run_resolved(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import _core, checks, limits
-from .errors import RequestError
+from .errors import OutOfMemory, RequestError
 from .image_modes import from_array, to_8_bits
 
 if TYPE_CHECKING:
@@ -99,8 +99,10 @@ def _decoded(image: Image, name: str, what: str) -> Image:
         image.load()
         orientation = image.getexif().get(ORIENTATION, 1)
         eight = to_8_bits(image, name)
-    except (RequestError, MemoryError):
+    except RequestError:
         raise
+    except MemoryError as error:
+        raise OutOfMemory(f"{what}: its {image.width}x{image.height} pixels do not fit; scale it down") from error
     except Exception as error:  # cut off, damaged, or closed: Pillow has no error of its own for it
         raise RequestError(f"{what} cannot be read as a picture: {error}; it is damaged, cut off or closed") from error
     if 0 in eight.size:
