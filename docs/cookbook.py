@@ -349,8 +349,8 @@ SHELLS["Goods of an Excel sheet"] = Shell(
     ),
 )
 SHELLS["The same picture again"] = Shell(
-    "A picture holds its whole request. `--like` repeats it to the byte on the same backend; options given beside it "
-    "come first.",
+    "A picture holds its whole request. `--like` repeats its pixels to the byte on the same machine and backend; "
+    "options given beside it come first.",
     'zimage generate engines/nano -p "a fox, yellow background" --seed 9 -o first.png\n'
     "zimage generate engines/nano --like first.png -o second.png\n"
     'zimage generate engines/nano --like first.png -p "an owl, yellow background" -o third.png',

@@ -24,6 +24,17 @@ def test_randn_gives_torchs_numbers(shape: tuple[int, ...], seed: int) -> None:
     np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6)
 
 
+def test_seeds_that_share_their_low_32_bits_share_the_noise() -> None:
+    noise = _core.randn(7, [1, 16, 8, 8])
+    assert np.array_equal(noise, _core.randn(7 + 2**32, [1, 16, 8, 8]))
+    assert not np.array_equal(noise, _core.randn(7 + 2**31, [1, 16, 8, 8]))
+    sigmas = flow_match_sigmas(4, 3.0)
+    for sampler, shares in (("euler_ancestral", True), ("dpmpp_2m_sde", False)):
+        first, second = (step_noise(sampler, sigmas, 3.0, (seed,), (16, 8, 8), joint=False) for seed in (7, 7 + 2**32))
+        assert first is not None and second is not None
+        assert np.array_equal(first, second) == shares
+
+
 @pytest.mark.parametrize("steps", [1, 2, 8, 9, 50])
 @pytest.mark.parametrize("shift", [1.0, 3.0, 6.0])
 def test_sigmas_equal_diffusers(steps: int, shift: float) -> None:

@@ -177,7 +177,7 @@ def test_a_picture_of_another_shape_is_fitted(engine: zimage_rt.Engine, fit: str
         ({"image": "no/such/picture.png"}, "cannot be read as a picture"),
         ({"image": 5}, "expected a PIL image, an array or a path, got int"),
         ({"image": np.zeros((4, 4, 2), np.uint8)}, "got uint8 [4, 4, 2]"),
-        ({"image": np.zeros((4, 4, 3), np.float32)}, "got float32"),
+        ({"image": np.zeros((4, 4, 3), np.int32)}, "got int32"),
         ({"image": Image.new("RGB", (8, 8))}, "height: expected 64"),
         ({"fit": "squash"}, "fit: expected one of crop, pad, stretch, got 'squash'"),
         ({"mask": np.zeros((256, 256), np.uint8)}, "mask: expected some white"),

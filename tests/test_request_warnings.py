@@ -53,7 +53,6 @@ def test_a_strength_that_ignores_the_image_is_said(engine: zimage_rt.Engine, fie
         {"strength": 1.0},  # says so itself
         {"strength": 0.95, "num_inference_steps": 20},
         {"strength": 0.95, "sigmas": (0.8, 0.4)},  # all of the steps, and yet the image is there
-        {"strength": 0.95, "image": None},  # no image that could be ignored
     ],
 )
 def test_a_strength_that_keeps_some_of_the_image_is_not(engine: zimage_rt.Engine, fields: dict[str, Any]) -> None:
@@ -85,6 +84,39 @@ def test_other_fields_that_do_nothing(engine: zimage_rt.Engine) -> None:
     assert warned(engine, second_pass=SecondPass(scale=1.0, strength=0.9, num_inference_steps=12)) == ()
     latents = np.zeros((1, 16, 8, 8), np.float32)
     assert len(warned(engine, image_latents=latents, strength=0.9, negative_prompt="text")) == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "needed", "given"),
+    [
+        ({"cfg_truncation": 0.5}, "guidance", {"guidance_scale": 2.0}),
+        ({"cfg_normalization": 1.0}, "guidance", {"guidance_scale": 2.0}),
+        ({"dynamic_cfg": 0.5}, "guidance", {"guidance_scale": 2.0}),
+        ({"mask_feather": 4.0}, "a mask", {"image": RED, "mask": np.eye(64, dtype=bool)}),
+        ({"fit": "pad"}, "an image to fit", {"image": RED}),
+        ({"control_scale": 0.5}, "a control image", None),
+        ({"strength": 0.5}, "an image to begin with", {"image_latents": np.zeros((1, 16, 8, 8), np.float32)}),
+        ({"strength": 0.95}, "an image to begin with", None),
+    ],
+)
+def test_a_field_without_what_it_needs_is_said(
+    engine: zimage_rt.Engine, fields: dict[str, Any], needed: str, given: dict[str, Any] | None
+) -> None:
+    (text,) = warned(engine, **fields)
+    (name,) = fields
+    assert text.startswith(f"{name}: it does nothing without {needed}")
+    if given is not None:
+        assert warned(engine, **fields, **given) == ()
+
+
+def test_defaults_need_nothing(engine: zimage_rt.Engine) -> None:
+    defaults = {field.name: field.default for field in dataclasses.fields(GenerateRequest) if field.name != "prompt"}
+    assert resolve(GenerateRequest("a panda", **defaults), engine.manifest).warnings == ()
+
+
+def test_a_schedule_beside_sigmas_is_said(engine: zimage_rt.Engine) -> None:
+    (text,) = warned(engine, schedule="karras", sigmas=(1.0, 0.5))
+    assert text.startswith("schedule: it does nothing beside `sigmas`")
 
 
 def test_it_is_told_at_the_callers_line_and_recorded(engine: zimage_rt.Engine, tmp_path: Path) -> None:
@@ -120,7 +152,8 @@ def test_a_sheet_with_a_row_without_guidance_is_no_mistake(engine: zimage_rt.Eng
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", zimage_rt.RequestWarning)
-        options: dict[str, Any] = {"steps": [1], "negative_prompt": "text", **SMALL}
+        guided = {"negative_prompt": "text", "cfg_truncation": 0.5, "cfg_normalization": 1.0, "dynamic_cfg": 0.5}
+        options: dict[str, Any] = {"steps": [1], **guided, **SMALL}
         sheet = explain(engine, "a panda", guidance_scales=(0.0, 2.0), **options)
         assert sheet.data["negative_prompt"] == "text"
         with pytest.raises(zimage_rt.RequestWarning, match="negative_prompt"):

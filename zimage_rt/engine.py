@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
-import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -16,14 +15,18 @@ from typing import Any
 
 import numpy as np
 
+from . import checks, limits
 from .backends.base import Backend, Control, Inpaint, OnStep, ReadLatents, SampleJob
 from .backends.registry import load_backend
-from .errors import BundleMismatch, Cancelled, RequestWarning
+from .bundle_files import BundleFiles
+from .errors import Cancelled, NotFinite, OutOfMemory, RequestError, RequestWarning
+from .gate import Gate
 from .guidance import guidance_scales
 from .image import latent_mask, paste, resize_images, resize_latents
 from .lora import ActiveLora, LoraSet
-from .manifest import Manifest, check_file, read_manifest
+from .manifest import Manifest, read_manifest
 from .metadata import make_provenance, make_records, recorded_fields
+from .not_finite import with_causes
 from .request import (
     Callback,
     GenerateRequest,
@@ -31,18 +34,26 @@ from .request import (
     ResolvedRequest,
     ResolvedSecondPass,
     StepInfo,
+    check_latents,
     make_request,
     resolve,
+    resolve_tile,
+    resolve_vae,
 )
 from .rng import prepare_noise
 from .samplers import sampler_table, step_noise
 from .schedule import add_noise
+from .stages import OnStage, Stages, timed
 from .tiles import decode_tiled
-from .tokenizer import PromptTokenizer
+from .tokenizer import PromptTokenizer, check_prompt
 from .turns import Turns
 
 # Encoded prompts kept for reuse; a context is a few hundred kilobytes at full size.
 CONTEXT_CACHE_SIZE = 64
+# What is loaded with the engine; a VAE is on first use.
+EAGER_MODULES = ("text_encoder", "context_refiner", "transformer")
+# Enough to keep a processor or a GPU busy while some requests wait for their callers.
+MAX_CONCURRENCY = 4
 
 
 class Engine:
@@ -56,6 +67,8 @@ class Engine:
         *,
         verify: bool = True,
         backend_options: Mapping[str, Any] | None = None,
+        max_concurrency: int = MAX_CONCURRENCY,
+        progress: OnStage | None = None,
     ) -> None:
         self.bundle = bundle
         self.manifest = manifest
@@ -63,12 +76,13 @@ class Engine:
         self.backend = backend.name
         self.backend_options = dict(backend_options or {})  # as they were asked for: images are recorded with them
         self._provenance = make_provenance(manifest, self.backend, self.backend_options)
-        self._verify, self._verified = verify, set[str]()
-        self._contexts: OrderedDict[tuple[str, bool], np.ndarray] = OrderedDict()
+        self._files = BundleFiles(bundle, manifest, verify, EAGER_MODULES, progress)
+        self._contexts: OrderedDict[tuple[str, bool, bool], np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
-        self._check(manifest.tokenizer)
+        self._files.check(manifest.tokenizer)
         self._tokenizer = PromptTokenizer(bundle, manifest)
-        self.pipeline = backend.open(bundle, manifest, self._check_module)
+        self.pipeline = backend.open(bundle, manifest, self._files.check_module)
+        self._gate = Gate(max_concurrency)
         self._turns = Turns()  # no request sees the weights change
         self._loras = LoraSet(manifest, self.pipeline, self._turns, self._weights_changed, bundle)
 
@@ -80,6 +94,8 @@ class Engine:
         backend: str = "onnxruntime",
         verify: bool = True,
         backend_options: Mapping[str, Any] | None = None,
+        max_concurrency: int = MAX_CONCURRENCY,
+        progress: OnStage | None = None,
     ) -> Engine:
         """Load a bundle that `zimage-export` wrote.
 
@@ -88,17 +104,37 @@ class Engine:
             backend: which library runs it.
             verify: hash every file before it is used; without, only sizes are checked.
             backend_options: the backend's own settings, e.g. `{"num_threads": 2}`.
+            max_concurrency: how many requests compute at once, each in memory of its own; the others wait in the order
+                in which they came.
+            progress: called with a stage, how much of it is done, and of how much: `hash` in bytes, after each file,
+                and `load` in modules. What it raises ends the load.
 
         Raises:
+            RequestError: an argument or a backend's option has a wrong type or value.
             ManifestError: the manifest is missing, damaged or newer than this package.
             BundleMismatch: a file is missing, truncated or changed.
             BackendUnavailable: the backend's library is not here; says what to install.
         """
-        path = Path(bundle)
-        manifest = read_manifest(path)
-        options = backend_options or {}
-        engine = cls(path, manifest, load_backend(backend, options), verify=verify, backend_options=options)
-        engine.pipeline.load(("text_encoder", "context_refiner", "transformer"))
+        path = checks.path(bundle, "bundle")
+        checks.function(progress, "progress")
+        options = {} if backend_options is None else checks.named(backend_options, "backend_options")
+        verify = checks.flag(verify, "verify")
+        places = checks.integer(max_concurrency, "max_concurrency", 1, limits.MAX_CONCURRENCY)
+        engine = cls(
+            path,
+            read_manifest(path),
+            load_backend(backend, options),
+            verify=verify,
+            backend_options=options,
+            max_concurrency=places,
+            progress=progress,
+        )
+        loading, count = Stages(progress), len(EAGER_MODULES)
+        for done, name in enumerate(EAGER_MODULES):
+            loading.tell("load", done, count)
+            engine.pipeline.load((name,))
+        loading.tell("load", count, count)
+        engine._files.loaded()
         return engine
 
     def generate(
@@ -107,6 +143,7 @@ class Engine:
         negative_prompt: str | Sequence[str] = "",
         *,
         callback: Callback | None = None,
+        on_stage: OnStage | None = None,
         **fields: Any,
     ) -> GenerateResult:
         """Draw pictures; the fields are those of `GenerateRequest`.
@@ -116,6 +153,10 @@ class Engine:
             negative_prompt: what to steer away from, with `guidance_scale` > 0.
             callback: called after every step with a StepInfo; return False to cancel. The next step may have begun by
                 then, so that progress costs no time: it is dropped.
+            on_stage: called with a stage, how much of it is done, and of how much, when it begins and after each part:
+                `encode_prompt` in prompts, `encode_image`, `encode_control`, `denoise` in steps, `upscale`, `decode` in
+                images, or in tiles with `vae_tile`. With a second pass some come twice. What it raises ends the
+                request.
             **fields: height, width, num_inference_steps, guidance_scale, seed, num_images, vae, …
 
         Raises:
@@ -127,55 +168,63 @@ class Engine:
             RequestWarning: a field has no effect; the records' `warnings` say so, too.
         """
         request = make_request(prompt=prompt, negative_prompt=negative_prompt, **fields)
-        return self._run(request, callback)
+        return self._run(request, callback, on_stage)
 
-    def run(self, request: GenerateRequest, *, callback: Callback | None = None) -> GenerateResult:
+    def run(
+        self, request: GenerateRequest, *, callback: Callback | None = None, on_stage: OnStage | None = None
+    ) -> GenerateResult:
         """Draw a `GenerateRequest`; see `generate`."""
-        return self._run(request, callback)
+        return self._run(request, callback, on_stage)
 
-    def _run(self, request: GenerateRequest, callback: Callback | None) -> GenerateResult:
-        resolved = self._tokenized(resolve(request, self.manifest))
-        for text in resolved.warnings:
-            warnings.warn(text, RequestWarning, stacklevel=3)  # at whoever called `generate` or `run`
-        with self._turns.together():
-            return self._run_resolved(request, resolved, callback)
+    def _run(self, request: GenerateRequest, callback: Callback | None, on_stage: OnStage | None) -> GenerateResult:
+        checks.function(callback, "callback")
+        checks.function(on_stage, "on_stage")
+        with self._gate.place(), _out_of_memory_typed():  # also for `resolve`, which decodes images
+            resolved = self._tokenized(resolve(request, self.manifest))
+            for text in resolved.warnings:
+                warnings.warn(text, RequestWarning, stacklevel=3)  # at whoever called `generate` or `run`
+            with self._turns.together():
+                return self._run_resolved(request, resolved, callback, Stages(on_stage))
 
     def _run_resolved(
-        self, request: GenerateRequest, resolved: ResolvedRequest, callback: Callback | None
+        self, request: GenerateRequest, resolved: ResolvedRequest, callback: Callback | None, stages: Stages
     ) -> GenerateResult:
         # What pictures begin with is hashed while they are drawn. A thread a request: a kept one dies in a fork.
         with ThreadPoolExecutor(1, "zimage-record") as recorder:
             fields = recorder.submit(recorded_fields, request, resolved, self.manifest)
-            images, latents, timings = self._pictures(resolved, callback)
+            with self._causes_named(resolved.guidance_scale):
+                images, latents, timings = self._pictures(resolved, callback, stages)
         loras = [lora.to_json() for lora in self._loras.active]
         records = make_records(self._provenance, loras, fields.result(), resolved, timings)
         return GenerateResult(images, resolved.seeds, timings, self.bundle_id, latents, records)
 
     def _pictures(
-        self, resolved: ResolvedRequest, callback: Callback | None
+        self, resolved: ResolvedRequest, callback: Callback | None, stages: Stages
     ) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
         """What a request draws, the latents, and the seconds of each stage."""
         timings: dict[str, float] = {}
-        with _timed(timings, "total"):
-            with _timed(timings, "encode_prompt"):
-                encode = functools.partial(self.encode_prompt, truncate=resolved.truncate_prompt)
-                contexts = [encode(prompt) for prompt in resolved.prompts]
-                negatives: list[np.ndarray] = []
-                if resolved.guidance_scale > 0:
-                    negatives = [encode(text) for text in resolved.negative_prompts]
-            draw = functools.partial(self._draw, resolved, contexts, negatives, callback, timings)
+        with timed(timings, "total"):
+            with timed(timings, "encode_prompt"):
+                texts = [*resolved.prompts, *(resolved.negative_prompts if resolved.guidance_scale > 0 else ())]
+                encoded: list[np.ndarray] = []
+                for text in texts:
+                    stages.tell("encode_prompt", len(encoded), len(texts))
+                    encoded.append(self._encode_prompt(text, resolved.truncate_prompt, resolved.literal_prompt))
+                stages.tell("encode_prompt", len(texts), len(texts))
+                contexts, negatives = encoded[: len(resolved.prompts)], encoded[len(resolved.prompts) :]
+            draw = functools.partial(self._draw, resolved, contexts, negatives, callback, stages, timings)
             if resolved.image is None and resolved.image_latents is None:
                 latents, inpaint = self.prepare_latents(resolved)
             else:
-                with _timed(timings, "encode_image"):
+                with timed(timings, "encode_image", stages):
                     latents, inpaint = self.prepare_latents(resolved)
-            control = self._control(resolved, resolved.control_image, timings)
+            control = self._control(resolved, resolved.control_image, timings, stages)
             again = resolved.second_pass
             if again is not None:
                 first = draw(latents, resolved.sigmas, inpaint, control, 0, decode=again.method == "pixel")
-                with _timed(timings, "upscale"):
+                with timed(timings, "upscale", stages):
                     latents = self._begin_again(again, resolved, first, latents)
-                control = self._control(resolved, again.control_image, timings)
+                control = self._control(resolved, again.control_image, timings, stages)
                 images = draw(latents, again.sigmas, None, control, 1)
             else:
                 images = draw(latents, resolved.sigmas, inpaint, control, 0)
@@ -189,6 +238,7 @@ class Engine:
         contexts: list[np.ndarray],
         negatives: list[np.ndarray],
         callback: Callback | None,
+        stages: Stages,
         timings: dict[str, float],
         latents: np.ndarray,
         sigmas: np.ndarray,
@@ -211,6 +261,9 @@ class Engine:
             latents.shape[1:],
             joint=request.batch_noise == "comfyui",
         )
+        whole = decode and request.vae_tile is None
+        on_step = None if callback is None else self._on_step(callback, stage)
+        stages.tell("denoise", 0, len(sigmas) - 1)
         job = SampleJob(
             latents=latents,
             contexts=contexts,
@@ -223,7 +276,9 @@ class Engine:
                 request.dynamic_cfg,
                 # Only dynamic guidance looks at how long a prompt is.
                 [
-                    self._tokenizer(prompt, truncate=request.truncate_prompt).shape[1] if request.dynamic_cfg else 0
+                    self._tokenizer(prompt, truncate=request.truncate_prompt, literal=request.literal_prompt).shape[1]
+                    if request.dynamic_cfg
+                    else 0
                     for prompt in request.prompts
                 ],
             ),
@@ -231,32 +286,33 @@ class Engine:
             inpaint=inpaint,
             step_noise=noise,
             control=control,
-            on_step=None if callback is None else self._on_step(callback, stage),
+            on_step=stages.with_steps(on_step, len(latents) if whole else 0),
         )
         cancelled = Cancelled("the callback asked to stop; no image was made")
-        if decode and request.vae_tile is None:
+        if whole:
             result = self.pipeline.generate(job, request.vae)
             if result is None:
                 raise cancelled
             images, seconds = result
             for name, value in seconds.items():
                 timings[name] = timings.get(name, 0.0) + value
+            stages.tell("decode", len(images), len(images))
             return images
-        with _timed(timings, "denoise"):
+        with timed(timings, "denoise"):
             if not self.pipeline.sample(job):
                 raise cancelled
         if not decode:
             return np.empty((0, 0, 0, 3), np.uint8)
-        with _timed(timings, "decode"):
-            return self.decode(latents, request.vae, request.vae_tile)
+        with timed(timings, "decode"):
+            return self._decode(latents, request.vae, request.vae_tile, stages)
 
     def _control(
-        self, request: ResolvedRequest, picture: np.ndarray | None, timings: dict[str, float]
+        self, request: ResolvedRequest, picture: np.ndarray | None, timings: dict[str, float], stages: Stages
     ) -> Control | None:
         """What the ControlNet follows: a picture's latents; None where there is none, or nothing would follow it."""
         if picture is None or request.control_scale == 0:
             return None
-        with _timed(timings, "encode_control"):
+        with timed(timings, "encode_control", stages):
             encoded = self.pipeline.encode_image(picture[None], request.vae)
             channels = self.manifest.module("controlnet").config["control_in_dim"]
             latents = np.zeros((len(request.seeds), channels, *encoded.shape[2:]), np.float32)
@@ -288,26 +344,35 @@ class Engine:
             ("negative_prompt", request.negative_prompts if request.guidance_scale > 0 else ()),
         ):
             for text in dict.fromkeys(texts):
-                kept, tokens = self._tokenizer.count(text, name, truncate=request.truncate_prompt)
+                kept, tokens = self._tokenizer.count(
+                    text, name, truncate=request.truncate_prompt, literal=request.literal_prompt
+                )
                 if kept < tokens:
                     cut.append(f"{name}: was cut to {kept} of {tokens} tokens, as truncate_prompt asks")
         return dataclasses.replace(request, warnings=(*request.warnings, *cut))
 
-    def encode_prompt(self, prompt: str, *, truncate: bool = False) -> np.ndarray:
+    def encode_prompt(self, prompt: str, *, truncate: bool = False, literal: bool = False) -> np.ndarray:
         """Text encoder and context refiner: a prompt to its context `[1, context_tokens, dim]`.
 
         It does not depend on the timestep, so it runs once a prompt and is kept for the next request. With `truncate`
-        a prompt that is too long is cut.
+        a prompt that is too long is cut, with `literal` markers of the chat template in it are text.
         """
-        with self._turns.together():
+        prompt = check_prompt(prompt, "prompt", self.manifest.shapes.prompt_tokens.max)
+        truncate, literal = checks.flag(truncate, "truncate"), checks.flag(literal, "literal")
+        return self._encode_prompt(prompt, truncate, literal)
+
+    def _encode_prompt(self, prompt: str, truncate: bool, literal: bool) -> np.ndarray:
+        key = (prompt, truncate, literal)
+        with self._gate.place(), self._turns.together():
             with self._lock:
-                if (prompt, truncate) in self._contexts:
-                    self._contexts.move_to_end((prompt, truncate))
-                    return self._contexts[prompt, truncate]
-            context = self.pipeline.context(self._tokenizer(prompt, truncate=truncate))
+                if key in self._contexts:
+                    self._contexts.move_to_end(key)
+                    return self._contexts[key]
+            with self._causes_named():
+                context = self.pipeline.context(self._tokenizer(prompt, truncate=truncate, literal=literal))
             context.flags.writeable = False
             with self._lock:
-                self._contexts[prompt, truncate] = context
+                self._contexts[key] = context
                 while len(self._contexts) > CONTEXT_CACHE_SIZE:
                     self._contexts.popitem(last=False)
             return context
@@ -337,11 +402,22 @@ class Engine:
         return latents, Inpaint(mask, image, noise)
 
     def decode(self, latents: np.ndarray, vae: str, tile: int | None = None) -> np.ndarray:
-        """Latents `[batch, 16, h, w]` to uint8 pictures `[batch, height, width, 3]`, whole or in tiles of `tile` px."""
-        if tile is None:
-            return self.pipeline.decode(latents, vae)
-        factor = self.manifest.pipeline.vae_scale_factor
-        return decode_tiled(lambda part: self.pipeline.decode(part, vae), latents, tile, factor)
+        """Latents `[batch, 16, h, w]` to uint8 pictures `[batch, height, width, 3]`, whole or in tiles of `tile` px.
+
+        Raises RequestError for latents of another shape or type.
+        """
+        check_latents(latents, self.manifest)
+        vae, tile = resolve_vae(vae, self.manifest), resolve_tile(tile, self.manifest)
+        with self._gate.place(), self._turns.together(), _out_of_memory_typed():
+            return self._decode(latents, vae, tile, Stages())
+
+    def _decode(self, latents: np.ndarray, vae: str, tile: int | None, stages: Stages) -> np.ndarray:
+        with self._causes_named():
+            if tile is None:
+                return self.pipeline.decode(latents, vae)
+            factor = self.manifest.pipeline.vae_scale_factor
+            told = functools.partial(stages.tell, "decode")
+            return decode_tiled(lambda part: self.pipeline.decode(part, vae), latents, tile, factor, told)
 
     @property
     def loras(self) -> dict[str, float]:
@@ -372,23 +448,41 @@ class Engine:
         Warns:
             LoraWarning: some layers never run, the scale is not certain, or, without `strict`, something was left out.
         """
-        return self._loras.load(Path(path), weight, name, strict)
+        file = checks.path(path, "path")
+        if name is not None and not isinstance(name, str):
+            raise RequestError(f"name: expected text, got {checks.shown(name)}")
+        return self._loras.load(file, checks.weight(weight, "weight"), name, checks.flag(strict, "strict"))
 
     def set_loras(self, weights: Mapping[str, float]) -> None:
         """Give loaded LoRAs new weights, all at once; those not named are off, but stay loaded.
 
         Raises RequestError for a name that is not loaded.
         """
-        self._loras.set(weights)
+        named = checks.named(weights, "weights")
+        self._loras.set({name: checks.weight(weight, f"LoRA {name!r}") for name, weight in named.items()})
 
     def unload_lora(self, name: str) -> None:
         """Take a LoRA off and forget it. Without any, the weights are the bundle's to the byte."""
+        if not isinstance(name, str):
+            raise RequestError(f"name: expected text, got {checks.shown(name)}")
         self._loras.unload(name)
 
     def _weights_changed(self, modules: Collection[str]) -> None:
         if "text_encoder" in modules or "context_refiner" in modules:
             with self._lock:
                 self._contexts.clear()
+
+    @contextmanager
+    def _causes_named(self, guidance_scale: float = 0.0) -> Iterator[None]:
+        """Say in a NotFinite what can be its cause here."""
+        try:
+            yield
+        except NotFinite as error:
+            loras = {lora.name: lora.weight for lora in self.active_loras}
+            precision = self.manifest.module(error.module).precision
+            # Guidance is added to predictions; what encodes and decodes does not see it but in the latents.
+            scale = guidance_scale if error.module in ("transformer", "controlnet") else 0.0
+            raise with_causes(error, precision, loras, scale) from error
 
     def _on_step(self, callback: Callback, stage: int) -> OnStep:
         def on_step(step: int, count: int, sigma: float, sigma_next: float, read: ReadLatents) -> bool:
@@ -398,20 +492,15 @@ class Engine:
 
         return on_step
 
-    def _check_module(self, name: str) -> None:
-        for file in self.manifest.module_files(name):
-            self._check(file)
-
-    def _check(self, file: str) -> None:
-        if file not in self.manifest.files:
-            raise BundleMismatch(f"{file}: not among the manifest's files; export the bundle again")
-        # Once: 12 GB take seconds to hash, and two modules may read them.
-        check_file(self.bundle, file, self.manifest.files[file], content=self._verify and file not in self._verified)
-        self._verified.add(file)
-
 
 @contextmanager
-def _timed(timings: dict[str, float], stage: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    timings[stage] = timings.get(stage, 0.0) + time.perf_counter() - start
+def _out_of_memory_typed() -> Iterator[None]:
+    """An OutOfMemory for what Python and numpy raise: noise for many steps, an image that does not fit."""
+    try:
+        yield
+    except OutOfMemory:
+        raise
+    except MemoryError as error:
+        raise OutOfMemory(
+            f"{error or 'no memory is left'}; ask for a smaller image or batch, or fewer steps"
+        ) from error

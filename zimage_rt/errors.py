@@ -29,6 +29,19 @@ class OutOfMemory(ZImageError, MemoryError):
     """The request does not fit in memory; the engine keeps working."""
 
 
+class NotFinite(ZImageError):
+    """A module gave NaN or infinity; no image was made, and the engine keeps working.
+
+    Attributes:
+        module: its name in the manifest.
+        explained: whether the message names what can be the cause.
+    """
+
+    def __init__(self, module: str, causes: str = "") -> None:
+        super().__init__(f"{module}: gave numbers that are not finite{causes and ': '}{causes}")
+        self.module, self.explained = module, bool(causes)
+
+
 class Cancelled(ZImageError):
     """The caller's callback asked to stop; no image was made."""
 

@@ -8,10 +8,11 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from . import checks, limits
 from .contact_sheet import MIN_CELL, Picture, Section, draw_sheet
 from .engine import Engine
 from .errors import RequestError
@@ -22,11 +23,18 @@ from .samplers import sampler_table
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+T = TypeVar("T", int, float)
+
 KEY = "zimage_rt_explain"
 # More pictures than this on one sheet cannot be compared by eye.
 MAX_PICTURES = 100
 # Of a longer run as many steps are shown, the last among them.
 MAX_STRIP = 12
+# What has an effect with guidance alone, at its defaults.
+NO_GUIDANCE: dict[str, Any] = {
+    name: GenerateRequest.__dataclass_fields__[name].default
+    for name in ("negative_prompt", "cfg_truncation", "cfg_normalization", "dynamic_cfg")
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +59,7 @@ class Explanation:
         """
         from PIL.PngImagePlugin import PngInfo
 
-        path = Path(path)
+        path = checks.path(path, "output")
         if path.suffix.lower() != ".png":
             raise RequestError(f"output: expected a name that ends in .png, got {path.name}")
         text = PngInfo()
@@ -96,15 +104,22 @@ def explain(
     Raises:
         RequestError: a field is impossible, or there are too many pictures.
     """
+    if not isinstance(engine, Engine):
+        raise RequestError(f"engine: expected an Engine, got {checks.shown(engine)}")
+    if not isinstance(prompt, str):
+        raise RequestError(f"prompt: expected a string, got {checks.shown(prompt)}")
+    checks.function(on_picture, "on_picture")
+    times = checks.flag(times, "times")
+    font = None if font is None else checks.path(font, "font")
     own = engine.manifest.pipeline.num_inference_steps
-    counts = sorted(set(steps if steps is not None else (1, 2, 4, own)))
-    scales = sorted(set(guidance_scales))
+    counts = _values(steps if steps is not None else (1, 2, 4, own), "steps", _steps)
+    scales = _values(guidance_scales, "guidance_scales", _scale)
     if not counts or not scales or len(counts) * len(scales) > MAX_PICTURES:
         raise RequestError(
             f"steps and guidance_scales: expected 1 to {MAX_PICTURES} pictures, got {len(counts)} x {len(scales)}"
         )
-    if not MIN_CELL <= cell <= 1024:
-        raise RequestError(f"cell: expected {MIN_CELL} to 1024 pixels, got {cell}")
+    if isinstance(cell, bool) or not isinstance(cell, int) or not MIN_CELL <= cell <= 1024:
+        raise RequestError(f"cell: expected {MIN_CELL} to 1024 pixels, got {checks.shown(cell)}")
     try:
         base = GenerateRequest(prompt, seed=seed, vae="tiny", **fields)
     except TypeError as error:
@@ -115,7 +130,7 @@ def explain(
             num_inference_steps=count,
             guidance_scale=scale,
             # Rows without guidance are asked for on purpose: no warning that a negative prompt does nothing there.
-            negative_prompt=base.negative_prompt if scale or not any(scales) else "",
+            **(NO_GUIDANCE if scale == 0 and any(scales) else {}),
         )
         for scale in scales
         for count in counts
@@ -155,6 +170,20 @@ def explain(
         "{bundle_name} {precision}, bundle {bundle_id}, {backend}".format(**data),
     ]
     return Explanation(draw_sheet(titles, sections, font), {**data, "cells": cells})
+
+
+def _steps(value: Any) -> int:
+    return checks.integer(value, "num_inference_steps", 1, limits.MAX_STEPS)
+
+
+def _scale(value: Any) -> float:
+    return checks.number(value, "guidance_scale", limits.MAX_GUIDANCE)
+
+
+def _values(values: Any, name: str, check: Callable[[Any], T]) -> list[T]:
+    """What is asked for, each once, the smallest first."""
+    given = checks.items(values, name, f"1 to {MAX_PICTURES} numbers", MAX_PICTURES)
+    return sorted({check(value) for value in given})
 
 
 def _settings(engine: Engine, request: GenerateRequest) -> dict[str, Any]:

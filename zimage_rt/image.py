@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
+import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import _core
-from .errors import RequestError
+from . import _core, checks, limits
+from .errors import OutOfMemory, RequestError
+from .image_modes import from_array, to_8_bits
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 # How a picture of another shape becomes height x width: cut to it, framed by it, or pulled to it.
 FITS = ("crop", "pad", "stretch")
+# The formats of input files, as Pillow calls them: what others there are is old, rare, or runs another program.
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
+# EXIF's orientation, and what undoes it. Pillow's own `exif_transpose` cannot turn 16-bit modes.
+ORIENTATION = 0x0112
+TRANSPOSES = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
@@ -26,39 +41,81 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.rint(scaled).astype(np.uint8).transpose(0, 2, 3, 1))
 
 
-def read_image(value: Any, name: str) -> Image:
-    """A picture from a `PIL.Image`, a path, or uint8 `[height, width, 1, 3 or 4]`; turned as its EXIF data says.
+def read_image(value: Any, name: str, notes: list[str] | None = None) -> Image:
+    """An image of mode L, LA, RGB or RGBA; turned as its EXIF data says.
+
+    Args:
+        value: a `PIL.Image` of any mode with a known range, a path to a file of `FORMATS`, or an array as
+            `image_modes.from_array` takes it.
+        name: the request's field.
+        notes: gets a sentence where not all of the file is used: more frames or pages than the first.
 
     Raises:
-        RequestError: it is none of them, or cannot be read.
+        RequestError: it is none of them, is too large or damaged, or cannot be read.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image
 
+    if isinstance(value, np.ndarray):
+        _check_size(value.shape[:2][::-1], name)
+        return from_array(value, name)
     if isinstance(value, Image.Image):
-        image = value
-    elif isinstance(value, np.ndarray):
-        if value.dtype != np.uint8 or value.ndim not in (2, 3) or (value.ndim == 3 and value.shape[2] not in (1, 3, 4)):
-            raise RequestError(
-                f"{name}: expected uint8 [height, width], or with 1, 3 or 4 channels behind, "
-                f"got {value.dtype} {list(value.shape)}"
-            )
-        return Image.fromarray(value[..., 0] if value.ndim == 3 and value.shape[2] == 1 else value)
-    elif isinstance(value, (str, Path)):
-        try:
-            image = Image.open(value)
-            image.load()
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise RequestError(f"{name}: {value} cannot be read as a picture: {error}") from error
-    else:
+        return _decoded(value, name, name)
+    if not isinstance(value, (str, os.PathLike)):
         raise RequestError(f"{name}: expected a PIL image, an array or a path, got {type(value).__name__}")
-    return ImageOps.exif_transpose(image)
+    path = checks.path(value, name)
+    try:
+        # The header alone: the pixels are decoded once their number is known.
+        image = Image.open(path, formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise RequestError(f"{name}: {path}: expected at most {limits.MAX_INPUT_PIXELS} pixels: {error}") from error
+    except FileNotFoundError as error:
+        raise RequestError(f"{name}: {path} cannot be read as a picture: there is no such file") from error
+    except Exception as error:  # Pillow has no error of its own for damaged files
+        raise RequestError(
+            f"{name}: {path} cannot be read as a picture: {error}; expected an undamaged file of {', '.join(FORMATS)}"
+        ) from error
+    with image:
+        _check_size(image.size, name)
+        read = _decoded(image, name, f"{name}: {path}")
+        # A JPEG's further images (MPO) belong to the first: its depth, or the other eye's.
+        if notes is not None and image.format != "MPO" and getattr(image, "is_animated", False):
+            notes.append(f"{name}: {path.name} has several frames or pages; the first one is used")
+        return read
+
+
+def _check_size(size: tuple[int, ...], name: str) -> None:
+    if math.prod(size) > limits.MAX_INPUT_PIXELS:
+        raise RequestError(
+            f"{name}: expected at most {limits.MAX_INPUT_PIXELS} pixels, got {'x'.join(map(str, size))}; scale it down"
+        )
+
+
+def _decoded(image: Image, name: str, what: str) -> Image:
+    """The first frame, or what a caller's image shows, at eight bits and turned upright."""
+    from PIL import Image
+
+    try:
+        _check_size(image.size, name)
+        image.load()
+        orientation = image.getexif().get(ORIENTATION, 1)
+        eight = to_8_bits(image, name)
+    except RequestError:
+        raise
+    except MemoryError as error:
+        raise OutOfMemory(f"{what}: its {image.width}x{image.height} pixels do not fit; scale it down") from error
+    except Exception as error:  # cut off, damaged, or closed: Pillow has no error of its own for it
+        raise RequestError(f"{what} cannot be read as a picture: {error}; it is damaged, cut off or closed") from error
+    if 0 in eight.size:
+        raise RequestError(f"{name}: expected an image with pixels, got {eight.width}x{eight.height}")
+    turn = TRANSPOSES.get(orientation)
+    return eight if turn is None else eight.transpose(Image.Transpose[turn])
 
 
 def flatten(image: Image, background: str = "white") -> Image:
     """RGB; what is transparent shows the background."""
     from PIL import Image
 
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.mode in ("RGBA", "LA"):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return image if image.mode == "RGB" else image.convert("RGB")
@@ -77,21 +134,54 @@ def fit_image(image: Image, width: int, height: int, fit: str) -> Image:
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def read_mask(value: Any, width: int, height: int, fit: str, feather: float) -> np.ndarray:
+def read_mask(
+    image: Image, image_size: tuple[int, int], width: int, height: int, fit: str, feather: float
+) -> np.ndarray:
     """uint8 `[height, width]`: 255 to draw, 0 to keep.
+
+    A mask belongs to its image as that is seen, turned by its EXIF data. At another size it is scaled to the image's,
+    and then fitted as the image is, so that both stay on one another.
 
     Without feathering a mask is black or white, split at the middle grey, as diffusers splits it; with it, its edge
     becomes a slope of about `feather` pixels (a Gaussian of that radius).
-    """
-    from PIL import ImageFilter
 
-    image = read_image(value, "mask")
-    grey = image if image.mode == "L" and "transparency" not in image.info else flatten(image, "black").convert("L")
-    image = fit_image(grey, width, height, fit)
+    Args:
+        image: the mask, from `read_image`.
+        image_size: width and height of the image that it belongs to, before that is fitted.
+        width, height: what image and mask are fitted to.
+        fit: one of `FITS`.
+        feather: pixels.
+
+    Raises:
+        RequestError: it has another shape than its image.
+    """
+    from PIL import Image, ImageFilter
+
+    if image.size != image_size:
+        if not _same_shape(image.size, image_size):
+            raise RequestError(
+                f"mask: expected the shape of its image, {image_size[0]}x{image_size[1]} (width x height), at any "
+                f"size, got {image.width}x{image.height}; draw it over the image"
+            )
+        image = _grey(image).resize(image_size, Image.Resampling.LANCZOS)
+    image = fit_image(_grey(image), width, height, fit)
     image = image.point([0 if level < 128 else 255 for level in range(256)])
     if feather > 0:
         image = image.filter(ImageFilter.GaussianBlur(feather))
     return np.asarray(image)
+
+
+def _grey(mask: Image) -> Image:
+    return mask if mask.mode == "L" else flatten(mask, "black").convert("L")
+
+
+def _same_shape(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether one size is the other one scaled, with each side rounded up or down to whole pixels."""
+    (width, height), (other_width, other_height) = sorted((size, other))
+    # The scale lies between (side - 1) / other_side and (side + 1) / other_side, for both sides.
+    return (width - 1) * other_height < (height + 1) * other_width and (height - 1) * other_width < (
+        width + 1
+    ) * other_height
 
 
 def latent_mask(mask: np.ndarray, factor: int) -> np.ndarray:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import checks, limits
 from .errors import RequestError
-from .image import FITS, fit_image, flatten, read_image, read_mask
-from .manifest import Manifest, ShapeRange
+from .image import read_image
+from .manifest import Manifest
+from .request_images import fitted, image_and_mask, read_control_image, side
+from .request_schedule import resolve_sigmas
+from .request_warnings import without_effect
 from .rng import MAX_SEED
 from .samplers import DEFAULT_SAMPLER, SAMPLERS
-from .schedule import DEFAULT_SCHEDULE, SCHEDULES, custom_sigmas, denoise_sigmas, first_step, schedule_sigmas
-from .tokenizer import check_text
+from .schedule import DEFAULT_SCHEDULE
+from .tokenizer import check_prompt
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,10 +30,7 @@ if TYPE_CHECKING:
 VAES = ("tiny", "full")
 # Whose noise an image of a batch gets: that of its own seed, or its part of what the first seed gives for all of them.
 BATCH_NOISE = ("separate", "comfyui")
-# What becomes of a size that no bundle can serve: it is refused, or the nearest that is served is taken.
-FIT_SIZES = ("exact", "nearest")
-# ComfyUI makes a schedule of steps / denoise steps.
-MAX_SCHEDULE = 1000
+_LATENTS = "float32 [batch, 16, height / 8, width / 8]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,16 +109,19 @@ class GenerateRequest:
         sampler: a name of `samplers.SAMPLERS`; plain ones give ComfyUI's numbers, `diffusers_…` diffusers'.
         schedule: a name of `schedule.SCHEDULES`, likewise; the default is Z-Image's own.
         sigmas: a schedule of your own, falling from at most 1, before the checkpoint's shift and without the last 0.
-        image: begin from this picture: a `PIL.Image`, a path, or uint8 `[height, width, 3]`. Its size, cut to what
-            the bundle serves, is the default of `height` and `width`.
+        image: begin from this picture: a `PIL.Image`, a path, or an array `[height, width, 3]` (also without the 3, or
+            with 1 or 4): uint8, uint16 from 0 to 65535, floats from 0 to 1, or bool. 16-bit grey is read by its
+            range; a `PIL.Image` without a known range (mode `I` or `F`) is refused. Its size, cut to what the bundle
+            serves, is the default of `height` and `width`.
         image_latents: the same as latents, float32 `[batch, 16, height / 8, width / 8]`: what `GenerateResult.latents`
             holds, so that nothing is decoded and encoded again.
         strength: how much of the schedule is run on `image`: 0.3 retouches it, 1 ignores it. So does everything above
             1 - 1/N with N steps (0.875 with 8), as in diffusers: all steps are run then, from noise alone. A
             RequestWarning says so where it is less than 1.
-        mask: what of `image` to draw anew, white, and what to keep, black; kept pixels are the image's own bytes.
+        mask: what of `image` to draw anew, white, and what to keep, black; kept pixels are the image's own bytes. It
+            has the shape of the image as that is seen (turned by its EXIF data), at any size, and is fitted with it.
         mask_feather: how soft the mask's edge is, in pixels.
-        fit: how an image of another shape is fitted: `crop`, `pad` or `stretch`.
+        fit: how an image of another shape, and its mask, is fitted: `crop`, `pad` or `stretch`.
         control_image: what a ControlNet is to follow (edges, depth, a pose), given and fitted as `image` is; the bundle
             must have been exported with one. Where nothing else says a size, it is this one's.
         control_scale: how closely: diffusers' `controlnet_conditioning_scale`. 0 draws as if there were none.
@@ -133,6 +136,8 @@ class GenerateRequest:
             nearest that is, the smaller of two.
         truncate_prompt: cut prompts that are longer than the bundle serves, as diffusers does: the end, with the chat
             template's last tokens. The record's `warnings` say so.
+        literal_prompt: take markers of the chat template in prompts, such as `<|im_end|>`, as text; without, they act
+            as markers, as in diffusers. It holds for negative prompts, too.
     """
 
     prompt: str | Sequence[str]
@@ -166,6 +171,7 @@ class GenerateRequest:
     batch_noise: str = "separate"
     fit_size: str = "exact"
     truncate_prompt: bool = False
+    literal_prompt: bool = False
 
 
 def make_request(**fields: Any) -> GenerateRequest:
@@ -230,7 +236,7 @@ class GenerateResult:
         """
         from .saving import save_result
 
-        return save_result(self, Path(where), sidecar=sidecar)
+        return save_result(self, checks.path(where, "output"), sidecar=checks.flag(sidecar, "sidecar"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,52 +281,46 @@ class ResolvedRequest:
     shift: float
     batch_noise: str
     truncate_prompt: bool
+    literal_prompt: bool
     warnings: tuple[str, ...] = ()
 
 
 def resolve(request: GenerateRequest, manifest: Manifest) -> ResolvedRequest:
     """Check a request against what the bundle serves. Raises RequestError."""
-    defaults, shapes = manifest.pipeline, manifest.shapes
-    prompts = _texts(request.prompt, "prompt")
-    if not prompts:
-        raise RequestError("prompt: expected at least one, got an empty list")
-    negatives = _texts(request.negative_prompt, "negative_prompt")
-    if len(negatives) not in (1, len(prompts)):
-        raise RequestError(f"negative_prompt: expected 1 or {len(prompts)}, one for each prompt, got {len(negatives)}")
-    negatives = negatives * len(prompts) if len(negatives) == 1 else negatives
-
-    num_images = _integer(request.num_images, "num_images", 1, shapes.batch.max)
+    if not isinstance(request, GenerateRequest):
+        raise RequestError(f"request: expected a GenerateRequest, got {type(request).__name__}")
+    defaults = manifest.pipeline
+    prompts, negatives, num_images = _prompts(request, manifest)
     batch = len(prompts) * num_images
-    if batch not in shapes.batch:
-        raise RequestError(
-            f"batch: expected at most {shapes.batch.max} images a request, got {batch} "
-            f"({len(prompts)} prompts, {num_images} each); split the request"
-        )
-    scale = defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
-    vae = request.vae or next((v for v in VAES if f"{v}_vae_decoder" in manifest.modules), "tiny")
-    if vae not in VAES:
-        raise RequestError(f"vae: expected tiny or full, got {vae!r}")
-    if f"{vae}_vae_decoder" not in manifest.modules:
-        raise RequestError(f'vae: this bundle has no {vae} VAE; export it again with vae = ["{vae}"]')
-    picture = None if request.image is None else read_image(request.image, "image")
-    control = _control_picture(request, manifest)
-    begins = picture is not None or request.latents is not None or request.image_latents is not None
-    scale = _number(scale, "guidance_scale")
+    notes: list[str] = []
+    guidance = defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
+    guidance = checks.number(guidance, "guidance_scale", limits.MAX_GUIDANCE)
+    vae = resolve_vae(request.vae, manifest)
+    latents = None if request.latents is None else checks.array(request.latents, "latents", _LATENTS)
+    image_latents = None
+    if request.image_latents is not None:
+        image_latents = checks.array(request.image_latents, "image_latents", _LATENTS)
+    picture = None if request.image is None else read_image(request.image, "image", notes)
+    control = read_control_image(request, manifest, notes)
+    begins = picture is not None or latents is not None or image_latents is not None
     # Beside guidance or an image, no text means no wish of its own, as in diffusers and ComfyUI.
-    if not (begins or control is not None or scale > 0) and not all(prompt.strip() for prompt in prompts):
+    if not (begins or control is not None or guidance > 0) and not all(prompt.strip() for prompt in prompts):
         raise RequestError(
             "prompt: expected some text, got an empty one; say what to draw, or give an image or a guidance_scale of "
             "more than 0, with which an empty prompt has a meaning"
         )
-    height, width = (_pixels(request, manifest, name, picture if begins else control) for name in ("height", "width"))
-    if request.image_latents is not None:
-        if picture is not None or request.latents is not None:
+    shown = picture if begins else control
+    height, width = (side(request, manifest, name, shown, image_latents) for name in ("height", "width"))
+    if height * width > limits.MAX_PIXELS:
+        raise RequestError(f"height and width: expected at most {limits.MAX_PIXELS} pixels, got {height * width}")
+    if image_latents is not None:
+        if picture is not None or latents is not None:
             raise RequestError(
                 "image_latents: expected it without `image` and `latents`; all three say what to begin with"
             )
         if request.mask is not None:
             raise RequestError("mask: expected an image, whose pixels are kept; give `image`, not `image_latents`")
-    image, mask = _pictures(request, picture, height, width)
+    image, mask = image_and_mask(request, picture, height, width, notes)
     shift = _shift(request, manifest)
     again = _second_pass(request, manifest, shift, height, width, control)
     encodes = image is not None or (again is not None and again.method == "pixel")
@@ -329,98 +329,99 @@ def resolve(request: GenerateRequest, manifest: Manifest) -> ResolvedRequest:
         raise RequestError(f'{name}: this bundle has no {vae} VAE encoder; export it again with vae = ["{vae}"]')
     factor = defaults.vae_scale_factor
     shape = (batch, defaults.latent_channels, height // factor, width // factor)
-    batch_noise = _choice(request.batch_noise, "batch_noise", BATCH_NOISE)
+    batch_noise = checks.choice(request.batch_noise, "batch_noise", BATCH_NOISE)
     resolved = ResolvedRequest(
         prompts=tuple(prompt for prompt in prompts for _ in range(num_images)),
         negative_prompts=tuple(text for text in negatives for _ in range(num_images)),
         seeds=_seeds(request.seed, batch, joint=batch_noise == "comfyui"),
         height=height,
         width=width,
-        sampler=_choice(request.sampler, "sampler", SAMPLERS),
-        sigmas=_sigmas(request, manifest, shift),
-        guidance_scale=scale,
-        cfg_truncation=_number(request.cfg_truncation, "cfg_truncation"),
-        cfg_normalization=_number(request.cfg_normalization, "cfg_normalization"),
-        dynamic_cfg=_number(request.dynamic_cfg, "dynamic_cfg", 1.0),
+        sampler=checks.choice(request.sampler, "sampler", SAMPLERS),
+        sigmas=resolve_sigmas(
+            schedule=request.schedule,
+            sampler=request.sampler,
+            sigmas=request.sigmas,
+            num_inference_steps=request.num_inference_steps,
+            default_steps=defaults.num_inference_steps,
+            shift=shift,
+            begins=image is not None or image_latents is not None,
+            strength=request.strength,
+            denoise=request.denoise,
+        ),
+        guidance_scale=guidance,
+        cfg_truncation=checks.number(request.cfg_truncation, "cfg_truncation"),
+        cfg_normalization=checks.number(request.cfg_normalization, "cfg_normalization", limits.MAX_GUIDANCE),
+        dynamic_cfg=checks.number(request.dynamic_cfg, "dynamic_cfg", 1.0),
         vae=vae,
-        latents=None if request.latents is None else _latents(request.latents, shape, "latents"),
+        latents=None if latents is None else _latents(latents, shape, "latents"),
         image=image,
-        image_latents=None
-        if request.image_latents is None
-        else _latents(request.image_latents, shape, "image_latents"),
+        image_latents=None if image_latents is None else _latents(image_latents, shape, "image_latents"),
         mask=mask,
-        control_image=None if control is None else _fitted(control, width, height, request.fit),
-        control_scale=_number(request.control_scale, "control_scale"),
+        control_image=None if control is None else fitted(control, width, height, request.fit),
+        control_scale=checks.number(request.control_scale, "control_scale", limits.MAX_CONTROL_SCALE),
         second_pass=again,
-        vae_tile=None if request.vae_tile is None else _tile(request.vae_tile, defaults.size_multiple),
+        vae_tile=resolve_tile(request.vae_tile, manifest),
         shift=shift,
         batch_noise=batch_noise,
-        truncate_prompt=_flag(request.truncate_prompt, "truncate_prompt"),
+        truncate_prompt=checks.flag(request.truncate_prompt, "truncate_prompt"),
+        literal_prompt=checks.flag(request.literal_prompt, "literal_prompt"),
     )
-    return dataclasses.replace(resolved, warnings=tuple(_warnings(request, resolved)))
+    checks.number(request.strength, "strength", 1.0)
+    return dataclasses.replace(resolved, warnings=(*notes, *without_effect(request, resolved)))
 
 
-def _warnings(request: GenerateRequest, resolved: ResolvedRequest) -> Iterator[str]:
-    """What of a request has no effect."""
-    if resolved.guidance_scale == 0 and any(text.strip() for text in resolved.negative_prompts):
-        yield "negative_prompt: it does nothing without guidance; ask for a guidance_scale of more than 0"
-    if resolved.image is not None or resolved.image_latents is not None:
-        what = "image" if resolved.mask is None else "image's part that the mask marks"
-        yield from _strength_warning("", what, request, resolved.sigmas)
-    if request.second_pass is not None and resolved.second_pass is not None:
-        yield from _strength_warning("second_pass.", "first pass", request.second_pass, resolved.second_pass.sigmas)
-
-
-def _strength_warning(prefix: str, what: str, part: GenerateRequest | SecondPass, sigmas: np.ndarray) -> Iterator[str]:
-    """Says that a strength or a denoise of less than 1 begins from noise alone: at the first sigma, if that is 1."""
-    steps, strength = len(sigmas) - 1, part.strength
-    if (strength if part.denoise is None else part.denoise) >= 1 or sigmas[0] < 1:
-        return
-    if part.denoise is not None:
-        most = math.floor(steps / (steps + 1) * 1e4) / 1e4
-        yield (
-            f"{prefix}denoise: the last {steps} of int({steps} / {part.denoise:g}) steps are all of them, so that the "
-            f"{what} is ignored, as with 1; ask for at most {most:g}, or more steps"
+def _prompts(request: GenerateRequest, manifest: Manifest) -> tuple[tuple[str, ...], tuple[str, ...], int]:
+    """Prompts, as many negative prompts, and images for each; no more together than one batch holds."""
+    allowed = manifest.shapes.batch
+    most, tokens = min(allowed.max, limits.MAX_BATCH), manifest.shapes.prompt_tokens.max
+    prompts = _texts(request.prompt, "prompt", most, tokens)
+    if not prompts:
+        raise RequestError("prompt: expected at least one, got an empty list")
+    negatives = _texts(request.negative_prompt, "negative_prompt", most, tokens)
+    if len(negatives) not in (1, len(prompts)):
+        raise RequestError(f"negative_prompt: expected 1 or {len(prompts)}, one for each prompt, got {len(negatives)}")
+    num_images = checks.integer(request.num_images, "num_images", 1, most)
+    batch = len(prompts) * num_images
+    if batch > most or batch not in allowed:
+        raise RequestError(
+            f"batch: expected at most {most} images a request, got {batch} "
+            f"({len(prompts)} prompts, {num_images} each); split the request"
         )
-        return
-    name = f"{prefix}strength"
-    if steps == 1:
-        asked, instead = "1 step", "more steps"
-    else:
-        asked, instead = f"{steps} steps", f"at most {math.floor((1 - 1 / steps) * 1e4) / 1e4:g}, or more steps"
-    yield f"{name}: {strength:g} of {asked} is all of them, so that the {what} is ignored, as with 1; ask for {instead}"
+    return prompts, negatives * len(prompts) if len(negatives) == 1 else negatives, num_images
+
+
+def resolve_vae(vae: Any, manifest: Manifest) -> str:
+    """The VAE of that name, or for None the first that the bundle has. Raises RequestError where it has none."""
+    if vae is None:
+        vae = next((v for v in VAES if f"{v}_vae_decoder" in manifest.modules), "tiny")
+    if not isinstance(vae, str) or vae not in VAES:
+        raise RequestError(f"vae: expected tiny or full, got {checks.shown(vae)}")
+    if f"{vae}_vae_decoder" not in manifest.modules:
+        raise RequestError(f'vae: this bundle has no {vae} VAE; export it again with vae = ["{vae}"]')
+    return vae
 
 
 def _shift(request: GenerateRequest, manifest: Manifest) -> float:
     if request.shift is None:
         return manifest.pipeline.shift
-    shift = _number(request.shift, "shift", 100.0)
-    if shift == 0:
-        raise RequestError("shift: expected more than 0, at which every sigma is 0, and at most 100")
+    shift = checks.number(request.shift, "shift", limits.MAX_SHIFT)
+    if shift < limits.MIN_SHIFT:
+        raise RequestError(
+            f"shift: expected more than 0, at which every sigma is 0: {limits.MIN_SHIFT:g} to {limits.MAX_SHIFT:g}, "
+            f"got {shift:g}"
+        )
     return shift
 
 
-def _tile(value: Any, multiple: int) -> int:
-    size = _integer(value, "vae_tile", 8 * multiple, 1 << 20)
+def resolve_tile(value: Any, manifest: Manifest) -> int | None:
+    """A tile's side in pixels; None for none. Raises RequestError."""
+    if value is None:
+        return None
+    multiple = manifest.pipeline.size_multiple
+    size = checks.integer(value, "vae_tile", 8 * multiple, limits.MAX_SIDE)
     if size % multiple:
         raise RequestError(f"vae_tile: expected a multiple of {multiple}, got {size}")
     return size
-
-
-def _control_picture(request: GenerateRequest, manifest: Manifest) -> Image | None:
-    if request.control_image is None:
-        return None
-    if "controlnet" not in manifest.modules:
-        raise RequestError(
-            "control_image: this bundle has no ControlNet; export it again with one: "
-            "zimage-export … --controlnet PATH, or `controlnet` under [parts] of the recipe"
-        )
-    return read_image(request.control_image, "control_image")
-
-
-def _fitted(picture: Image, width: int, height: int, fit: str) -> np.ndarray:
-    """uint8 `[height, width, 3]`."""
-    return np.asarray(fit_image(flatten(picture), width, height, fit), np.uint8)
 
 
 def _second_pass(
@@ -433,7 +434,7 @@ def _second_pass(
         raise RequestError(f"second_pass: expected a SecondPass, got {type(again).__name__}")
     if request.mask is not None:
         raise RequestError("second_pass and mask: expected one of them; draw again over the result in a second request")
-    scale = _number(again.scale, "second_pass.scale")
+    scale = checks.number(again.scale, "second_pass.scale", limits.MAX_UPSCALE)
     sizes = []
     for name, size in (("height", height), ("width", width)):
         allowed = getattr(manifest.shapes, name)
@@ -445,183 +446,65 @@ def _second_pass(
             )
         sizes.append(larger)
     own = again.num_inference_steps is not None
-    schedule = dataclasses.replace(
-        request,
-        image=again,  # it begins with a picture: the first pass's
-        strength=again.strength,
-        denoise=again.denoise,
+    sigmas = resolve_sigmas(
+        schedule=request.schedule,
+        sampler=request.sampler,
         sigmas=None if own else request.sigmas,
         num_inference_steps=again.num_inference_steps if own else request.num_inference_steps,
+        default_steps=manifest.pipeline.num_inference_steps,
+        shift=shift,
+        begins=True,  # with the first pass's image
+        strength=again.strength,
+        denoise=again.denoise,
+        prefix="second_pass.",
     )
-    method = _choice(again.method, "second_pass.method", SECOND_PASS_METHODS)
+    method = checks.choice(again.method, "second_pass.method", SECOND_PASS_METHODS)
     # From the picture itself: it may be larger than the first pass.
-    fitted = None if control is None else _fitted(control, sizes[1], sizes[0], request.fit)
-    return ResolvedSecondPass(sizes[0], sizes[1], method, _sigmas(schedule, manifest, shift), fitted)
+    control_image = None if control is None else fitted(control, sizes[1], sizes[0], request.fit)
+    return ResolvedSecondPass(sizes[0], sizes[1], method, sigmas, control_image)
 
 
-def _choice(value: Any, name: str, known: Iterable[str]) -> str:
-    names = tuple(known)
-    if value not in names:
-        raise RequestError(f"{name}: expected one of {', '.join(names)}, got {value!r}")
-    return value
-
-
-def _sigmas(request: GenerateRequest, manifest: Manifest, shift: float) -> np.ndarray:
-    """The sigmas that are run: the whole schedule, or its end where an image is the beginning."""
-    schedule = _choice(request.schedule, "schedule", SCHEDULES)
-    spare = SAMPLERS[_choice(request.sampler, "sampler", SAMPLERS)].spare_step
-    begins = request.image is not None or request.image_latents is not None
-    denoise = _denoise(request, begins)
-    if request.sigmas is None:
-        steps = request.num_inference_steps
-        steps = manifest.pipeline.num_inference_steps if steps is None else steps
-        steps = _integer(steps, "num_inference_steps", 1, 1000)
-        if denoise is not None:
-            if steps / denoise > MAX_SCHEDULE:
-                raise RequestError(
-                    f"denoise: expected at least {steps / MAX_SCHEDULE:g} with {steps} steps, so that the schedule has "
-                    f"at most {MAX_SCHEDULE}, got {denoise:g}"
-                )
-            return denoise_sigmas(schedule, steps, shift, denoise, spare_step=spare)
-        sigmas = schedule_sigmas(schedule, steps, shift, spare_step=spare)
-    else:
-        if denoise is not None and denoise < 1:
-            raise RequestError("denoise: expected none beside `sigmas`, which are run whole; give those to run")
-        given = np.asarray(request.sigmas, np.float64)
-        falling = given.ndim == 1 and len(given) > 0 and bool((np.diff(given) < 0).all())
-        if not falling or not (given[-1] > 0 and given[0] <= 1):
-            raise RequestError("sigmas: expected numbers that fall, from at most 1 to more than 0; the last 0 is added")
-        if request.num_inference_steps not in (None, len(given)):
-            raise RequestError(
-                f"num_inference_steps: expected {len(given)}, as many as there are sigmas, or none, "
-                f"got {request.num_inference_steps}"
-            )
-        sigmas = custom_sigmas(given, shift)
-    if not begins or denoise is not None:
-        return sigmas
-    strength = _number(request.strength, "strength", 1.0)
-    if strength == 0:
-        raise RequestError("strength: expected more than 0, which would change nothing, and at most 1")
-    return sigmas[first_step(len(sigmas) - 1, strength) :]
-
-
-def _denoise(request: GenerateRequest, begins: bool) -> float | None:
-    if request.denoise is None:
-        return None
-    denoise = _number(request.denoise, "denoise", 1.0)
-    if denoise == 0:
-        raise RequestError("denoise: expected more than 0, which would change nothing, and at most 1")
-    if denoise < 1 and not begins:
-        raise RequestError("denoise: expected an image to begin with; give `image` or `image_latents`, or denoise 1")
-    return denoise
-
-
-def _pictures(
-    request: GenerateRequest, picture: Image | None, height: int, width: int
-) -> tuple[np.ndarray | None, np.ndarray | None]:
-    fit = _choice(request.fit, "fit", FITS)
-    feather = _number(request.mask_feather, "mask_feather")
-    if picture is None:
-        if request.mask is not None:
-            raise RequestError("mask: expected an image that it belongs to; give `image` too")
-        return None, None
-    if request.latents is not None:
-        raise RequestError("image and latents: expected one of them; both say what to begin with")
-    image = _fitted(picture, width, height, fit)
-    mask = None if request.mask is None else read_mask(request.mask, width, height, fit, feather)
-    if mask is not None and not mask.any():
-        raise RequestError("mask: expected some white, where to draw; got none, so that nothing would change")
-    return image, mask
-
-
-def _texts(value: Any, name: str) -> tuple[str, ...]:
-    texts = (value,) if isinstance(value, str) else value
-    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
-        raise RequestError(f"{name}: expected a string or a list of strings, got {type(value).__name__}")
+def _texts(value: Any, name: str, most: int, max_tokens: int) -> tuple[str, ...]:
+    what = "a string or a list of strings"
+    texts = (value,) if isinstance(value, str) else checks.items(value, name, what, most)
     for text in texts:
-        check_text(text, name)
-    return tuple(texts)
-
-
-def _flag(value: Any, name: str) -> bool:
-    if not isinstance(value, (bool, np.bool_)):
-        raise RequestError(f"{name}: expected True or False, got {value!r}")
-    return bool(value)
-
-
-def _integer(value: Any, name: str, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise RequestError(f"{name}: expected a whole number, got {value!r}")
-    if not low <= value <= high:
-        raise RequestError(f"{name}: expected {low} to {high}, got {value}")
-    return int(value)
-
-
-def _number(value: Any, name: str, high: float = math.inf) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
-        raise RequestError(f"{name}: expected a number, got {value!r}")
-    if not math.isfinite(value) or value < 0:
-        raise RequestError(f"{name}: expected a finite number, 0 or more, got {value}")
-    if value > high:
-        raise RequestError(f"{name}: expected at most {high:g}, got {value}")
-    return float(value)
-
-
-def _pixels(request: GenerateRequest, manifest: Manifest, name: str, picture: Image | None) -> int:
-    allowed = getattr(manifest.shapes, name)
-    value = getattr(request, name)
-    size = allowed.opt if value is None else _integer(value, name, 1, 1 << 20)
-    if value is None and picture is not None:
-        size = getattr(picture, name) // allowed.multiple * allowed.multiple
-    elif value is None and request.image_latents is not None:
-        # What has another shape is refused with the others' checks.
-        shape = (0, 0, *np.shape(request.image_latents)[2:])
-        size = shape[2 if name == "height" else 3] * manifest.pipeline.vae_scale_factor if len(shape) == 4 else size
-    near = [] if value is None else _nearest(size, allowed)
-    if _choice(request.fit_size, "fit_size", FIT_SIZES) == "nearest" and near:
-        return near[0]
-    if size not in allowed:
-        if near:
-            which = f"are {min(near)} and {max(near)}: choose one" if len(near) > 1 else f"is {near[0]}: choose it"
-            raise RequestError(
-                f"{name}: expected {allowed.min} to {allowed.max} in steps of {allowed.multiple}, got {size}; the "
-                f"nearest {which}, or let fit_size='nearest' take {near[0]}"
-            )
-        raise RequestError(
-            f"{name}: expected {allowed.min} to {allowed.max} in steps of {allowed.multiple}, "
-            f"got {size}; choose a size in that range, or export the bundle with a wider one"
-        )
-    return size
-
-
-def _nearest(size: int, allowed: ShapeRange) -> list[int]:
-    """What is served within a step of a size between two steps, the nearest first, of two as near the smaller."""
-    below = size // allowed.multiple * allowed.multiple
-    around = () if size == below else (below, below + allowed.multiple)
-    return sorted((value for value in around if value in allowed), key=lambda value: abs(value - size))
+        if not isinstance(text, str):
+            raise RequestError(f"{name}: expected {what}, got one with {checks.shown(text)}")
+    return tuple(check_prompt(text, name, max_tokens) for text in texts)
 
 
 def _seeds(seed: Any, batch: int, *, joint: bool) -> tuple[int, ...]:
     if seed is None:
         # 32 bits: what people can copy by hand, and all of a seed that the generator uses.
         seed = secrets.randbits(32)
-    if isinstance(seed, Sequence) and not isinstance(seed, str):
-        if len(seed) != batch:
-            raise RequestError(f"seed: expected one number or {batch} of them, got {len(seed)}")
-        seeds = tuple(_integer(item, "seed", 0, MAX_SEED) for item in seed)
-        if joint and len(set(seeds)) > 1:
-            raise RequestError("seed: expected one for all images with batch_noise 'comfyui', got several")
-        return seeds
-    first = _integer(seed, "seed", 0, MAX_SEED)
-    if joint:
-        return (first,) * batch
-    return tuple((first + i) % (MAX_SEED + 1) for i in range(batch))
+    if isinstance(seed, str) or not isinstance(seed, (Sequence, np.ndarray)):
+        first = checks.integer(seed, "seed", 0, MAX_SEED)
+        return (first,) * batch if joint else tuple((first + i) % (MAX_SEED + 1) for i in range(batch))
+    given = checks.items(seed, "seed", f"one number or {batch} of them", limits.MAX_BATCH)
+    if len(given) != batch:
+        raise RequestError(f"seed: expected one number or {batch} of them, got {len(given)}")
+    seeds = tuple(checks.integer(item, "seed", 0, MAX_SEED) for item in given)
+    if joint and len(set(seeds)) > 1:
+        raise RequestError("seed: expected one for all images with batch_noise 'comfyui', got several")
+    return seeds
 
 
-def _latents(latents: Any, shape: tuple[int, ...], name: str) -> np.ndarray:
-    array = np.asarray(latents)
+def _latents(array: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarray:
     if array.shape != shape:
         raise RequestError(f"{name}: expected {list(shape)}, got {list(array.shape)}")
     if array.dtype != np.float32 or not np.isfinite(array).all():
         raise RequestError(f"{name}: expected finite float32 values, got {array.dtype}")
     return array
+
+
+def check_latents(latents: Any, manifest: Manifest) -> None:
+    """Raise RequestError unless these are latents of a size that the bundle decodes, in a batch of any size."""
+    pipeline, shapes = manifest.pipeline, manifest.shapes
+    shape: tuple[int, ...] = latents.shape if isinstance(latents, np.ndarray) else ()
+    heights, widths = (sizes.scaled(1, pipeline.vae_scale_factor) for sizes in (shapes.height, shapes.width))
+    if len(shape) != 4 or not (shape[1] == pipeline.latent_channels and shape[2] in heights and shape[3] in widths):
+        raise RequestError(
+            f"latents: expected an array [batch, {pipeline.latent_channels}, {heights.min} to {heights.max}, "
+            f"{widths.min} to {widths.max}], got {list(shape) or type(latents).__name__}"
+        )
+    _latents(latents, (min(max(shape[0], 1), limits.MAX_BATCH), *shape[1:]), "latents")

@@ -1,4 +1,7 @@
-"""Seed to noise: the numbers `torch.randn` gives on the CPU for that seed."""
+"""Seed to noise: the numbers `torch.randn` gives on the CPU for that seed, to a few units in the last place.
+
+As torch does, the generator takes the low 32 bits of a seed alone; the Brownian paths of some samplers take all 64.
+"""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from . import checks, limits
 from .engine import Engine
 from .errors import RequestError
 from .request import Callback, GenerateRequest, GenerateResult, make_request
@@ -50,7 +51,10 @@ class Session:
     """
 
     def __init__(self, engines: Engine | Mapping[str, Engine]) -> None:
-        self._engines = {"draft": engines} if isinstance(engines, Engine) else dict(engines)
+        self._engines = {"draft": engines} if isinstance(engines, Engine) else checks.named(engines, "engines")
+        for role, engine in self._engines.items():
+            if not isinstance(engine, Engine):
+                raise RequestError(f"engines: {role}: expected an Engine, got {checks.shown(engine)}")
         unknown = sorted(set(self._engines) - set(ROLES))
         if unknown or not self._engines:
             raise RequestError(f"engines: expected any of {', '.join(ROLES)}, got {', '.join(unknown) or 'none'}")
@@ -99,6 +103,7 @@ class Session:
         """Draw the current picture again with its own prompt, a little: for detail, or larger with `scale`."""
         now = self.current
         request = now.request
+        scale = checks.number(scale, "scale", limits.MAX_UPSCALE)
         kept = {"prompt": request.prompt, "negative_prompt": request.negative_prompt, "seed": now.result.seeds[0]}
         if scale != 1.0:
             height, width = now.result.images.shape[1:3]
@@ -127,8 +132,14 @@ class Session:
         return role, self._engines[role]
 
     def _take(self, task: str, fields: dict[str, Any], callback: Callback | None) -> GenerateResult:
-        if not isinstance(fields["prompt"], str) or fields.get("num_images", 1) != 1:
-            raise RequestError("a session draws one picture a turn; use Engine.generate for several")
+        prompt, count = fields["prompt"], fields.get("num_images", 1)
+        if not isinstance(prompt, str):
+            raise RequestError(f"prompt: expected a string, for the one picture of a turn, got {checks.shown(prompt)}")
+        if not isinstance(count, int) or count != 1:
+            raise RequestError(
+                f"num_images: expected 1, as a session draws one picture a turn, got {checks.shown(count)}; use "
+                "Engine.generate for several"
+            )
         role, engine = self._pick(task)
         request = make_request(**fields)
         result = engine.run(request, callback=callback)

@@ -30,7 +30,13 @@ def _ramp(first: int, length: int, size: int, overlap: int) -> np.ndarray:
     return weight
 
 
-def decode_tiled(decode: Callable[[np.ndarray], np.ndarray], latents: np.ndarray, tile: int, factor: int) -> np.ndarray:
+def decode_tiled(
+    decode: Callable[[np.ndarray], np.ndarray],
+    latents: np.ndarray,
+    tile: int,
+    factor: int,
+    on_tile: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
     """Decode `latents` tile by tile.
 
     Args:
@@ -38,6 +44,7 @@ def decode_tiled(decode: Callable[[np.ndarray], np.ndarray], latents: np.ndarray
         latents: `[batch, channels, latent_height, latent_width]`.
         tile: pixels of a tile's side.
         factor: pixels per latent.
+        on_tile: told before the first tile and after each how many are done, and of how many.
 
     Returns:
         uint8 pictures, as `decode` would give them but for what lies beyond a tile's reach.
@@ -47,15 +54,19 @@ def decode_tiled(decode: Callable[[np.ndarray], np.ndarray], latents: np.ndarray
     overlap = max(1, int(side * OVERLAP)) * factor
     total = np.zeros((batch, height * factor, width * factor, 3), np.float32)
     weights = np.zeros((height * factor, width * factor, 1), np.float32)
-    for top in _starts(height, side):
-        for left in _starts(width, side):
-            part = np.ascontiguousarray(latents[:, :, top : top + side, left : left + side])
-            pixels = decode(part)
-            rows, columns = pixels.shape[1:3]
-            y, x = top * factor, left * factor
-            vertical = _ramp(y, rows, height * factor, min(overlap, rows))
-            horizontal = _ramp(x, columns, width * factor, min(overlap, columns))
-            weight = (vertical[:, None] * horizontal[None])[..., None]
-            total[:, y : y + rows, x : x + columns] += pixels * weight
-            weights[y : y + rows, x : x + columns] += weight
+    places = [(top, left) for top in _starts(height, side) for left in _starts(width, side)]
+    if on_tile is not None:
+        on_tile(0, len(places))
+    for done, (top, left) in enumerate(places, 1):
+        part = np.ascontiguousarray(latents[:, :, top : top + side, left : left + side])
+        pixels = decode(part)
+        rows, columns = pixels.shape[1:3]
+        y, x = top * factor, left * factor
+        vertical = _ramp(y, rows, height * factor, min(overlap, rows))
+        horizontal = _ramp(x, columns, width * factor, min(overlap, columns))
+        weight = (vertical[:, None] * horizontal[None])[..., None]
+        total[:, y : y + rows, x : x + columns] += pixels * weight
+        weights[y : y + rows, x : x + columns] += weight
+        if on_tile is not None:
+            on_tile(done, len(places))
     return np.rint(total / weights).astype(np.uint8)

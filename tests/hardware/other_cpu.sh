@@ -2,7 +2,8 @@
 # A subset of the CPU tests under other instruction sets, emulated by Debian's `qemu-user` (apt-get install qemu-user):
 # numpy, ONNX Runtime and torch choose their kernels by CPUID, and sum in another order. Each model draws images, which the
 # judge must pass, and runs the tests that compare numbers with torch's and diffusers'. Emulation is some fifty times
-# slower than the processor itself, so that CI does not run this. numpy 2.4 as its wheel comes does not start on Nehalem (SSE 4.2) there: Sandy Bridge is the oldest model.
+# slower than the processor itself, so that CI does not run this. The wheels of numpy 2.4 and ONNX Runtime 1.32 do not
+# start on Nehalem (SSE 4.2) there: Sandy Bridge is the oldest model.
 #
 #   tests/hardware/other_cpu.sh [MODEL...]     qemu's names; SandyBridge (AVX) and Haswell (AVX2, FMA) if none is given
 set -uo pipefail

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from cuda.bindings import __version__ as cuda_bindings_version
 
+from ..checks import shown
 from ..errors import BackendUnavailable, BundleMismatch, OutOfMemory, RequestError, ZImageError
 from ..manifest import EngineSpec, Manifest, ModuleSpec, TensorSpec
 from . import nvidia_driver
@@ -33,7 +34,7 @@ from ._tensorrt_plans import (
     choose_profile,
     rows_per_run,
 )
-from .base import CheckModule, Probe
+from .base import MAX_DEVICE, CheckModule, Probe
 from .modules import ModulePipeline
 
 if TYPE_CHECKING:
@@ -140,8 +141,8 @@ class TensorRTBackendBase:
     refused: tuple[tuple[int, int], ...] = ()
 
     def __init__(self, library: Any, device: int) -> None:
-        if not isinstance(device, int) or device < 0:
-            raise RequestError(f"device: expected the number of a GPU, from 0, got {device!r}")
+        if isinstance(device, bool) or not isinstance(device, int) or not 0 <= device <= MAX_DEVICE:
+            raise RequestError(f"device: expected the number of a GPU, from 0, got {shown(device)}")
         problem = self.problem(device)
         if problem is not None:
             raise BackendUnavailable(f"backend {self.name!r}: {problem}")

@@ -11,6 +11,9 @@ import numpy as np
 
 from ..manifest import Manifest
 
+# The highest number of a GPU that is looked for.
+MAX_DEVICE = 1023
+
 # Checks the files of a module by name before they are read; raises BundleMismatch.
 CheckModule = Callable[[str], None]
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from .. import _core
+from .. import _core, checks
 from ..errors import BackendUnavailable, BundleMismatch, LoraError, OutOfMemory, RequestError, ZImageError
 from ..manifest import Manifest, ModuleSpec
+from ..not_finite import check_finite
 from ..tensor_file import TensorFile
-from .base import Change, CheckModule, Dense, Device, LowRank, Module, Probe, SampleJob
+from .base import MAX_DEVICE, Change, CheckModule, Dense, Device, LowRank, Module, Probe, SampleJob
 from .cuda_libraries import SONAMES, find_library, library_version
-from .modules import check_finite
 from .nvidia_driver import query
 
 try:
@@ -34,6 +34,10 @@ PROGRAMS = ("text_encoder", "context_refiner", "transformer", "controlnet", "tin
 
 # Read on the host, row by row: see csrc/programs/text_encoder.h.
 HOST_TENSORS = ("embed_tokens.weight",)
+
+
+# Bytes; more than any device has.
+MAX_MEMORY = 1 << 50
 
 
 class CudaBackend:
@@ -64,10 +68,13 @@ class CudaBackend:
         fused_gemm: bool = True,
         cache_dir: str | Path | None = "~/.cache/zimage_rt",
     ) -> None:
+        device = checks.integer(device, "device", 0, MAX_DEVICE)
         if text_encoder not in ("resident", "host"):
-            raise RequestError(f"text_encoder: expected resident or host, got {text_encoder!r}")
-        if memory_limit is not None and memory_limit < 1:
-            raise RequestError(f"memory_limit: expected a number of bytes, got {memory_limit}")
+            raise RequestError(f"text_encoder: expected resident or host, got {checks.shown(text_encoder)}")
+        if memory_limit is not None:
+            memory_limit = checks.integer(memory_limit, "memory_limit", 1, MAX_MEMORY)
+        cudnn, fused_gemm = checks.flag(cudnn, "cudnn"), checks.flag(fused_gemm, "fused_gemm")
+        folder = None if cache_dir is None else checks.path(cache_dir, "cache_dir")
         problem = _device_problem(device)
         if problem is not None:
             raise BackendUnavailable(f"backend 'cuda': {problem}")
@@ -75,7 +82,7 @@ class CudaBackend:
             "device": device,
             "cublaslt": find_library("cublasLt"),
             "cudnn": find_library("cudnn") if cudnn else "",
-            "cache_file": str(_cache_file(cache_dir)) if cache_dir is not None else "",
+            "cache_file": str(_cache_file(folder)) if folder is not None else "",
             "memory_limit": memory_limit or 0,
             "keep_text_encoder": text_encoder == "resident",
             "fused_gemm": fused_gemm,
@@ -126,8 +133,8 @@ def _device_problem(device: int) -> str | None:
     return None
 
 
-def _cache_file(cache_dir: str | Path) -> Path:
-    folder = Path(cache_dir).expanduser()
+def _cache_file(cache_dir: Path) -> Path:
+    folder = cache_dir.expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     return folder / "matmul.txt"
 
@@ -197,7 +204,9 @@ class CudaPipeline:
         """See `Pipeline`."""
         self.load(["text_encoder", "context_refiner"])
         with _errors("encoding a prompt"):
-            return self.native.context(input_ids)
+            context = self.native.context(input_ids)
+        check_finite(context, "context_refiner")
+        return context
 
     def sample(self, job: SampleJob) -> bool:
         """See `Pipeline`."""
@@ -209,7 +218,8 @@ class CudaPipeline:
         return self._run(job, decode=True)
 
     def _run(self, job: SampleJob, decode: bool) -> tuple[np.ndarray, dict[str, float]] | None:
-        self.load(["transformer" if job.control is None else "controlnet"])
+        name = "transformer" if job.control is None else "controlnet"
+        self.load([name])
         with _errors("drawing"):
             result = self.native.sample(
                 latents=job.latents,
@@ -229,8 +239,10 @@ class CudaPipeline:
             )
         if result is None:
             return None
-        check_finite(job.latents)
+        check_finite(job.latents, name)
         images, denoise, decoding = result
+        if decode:
+            self._check_black(images, job.latents)
         # What the device took, between events; the rest of the wall time is copies and waiting for other threads.
         return images, {"denoise": denoise, "decode": decoding}
 
@@ -239,13 +251,24 @@ class CudaPipeline:
         name = f"{vae}_vae_encoder"
         self.load([name])
         with _errors("encoding an image"):
-            return self.native.encode_pixels(images, **_encoder_sizes(self._manifest.module(name)))
+            latents = self.native.encode_pixels(images, **_encoder_sizes(self._manifest.module(name)))
+        check_finite(latents, name)
+        return latents
 
     def decode(self, latents: np.ndarray, vae: str) -> np.ndarray:
         """See `Pipeline`."""
         self.load([f"{vae}_vae_decoder"])
         with _errors("decoding"):
-            return self.native.decode_pixels(latents)
+            images = self.native.decode_pixels(latents)
+        self._check_black(images, latents)
+        return images
+
+    def _check_black(self, images: np.ndarray, latents: np.ndarray) -> None:
+        """Raise NotFinite for an image that is black because its decoder gave NaN, which the device rounds to 0."""
+        for image, one in zip(images, latents, strict=True):
+            if not image.any():
+                with _errors("decoding"):
+                    check_finite(self.native.decode(one[None]), "tiny_vae_decoder")
 
     def time_evaluation(
         self, height: int, width: int, context_tokens: int, batch: int = 1, repeats: int = 20

@@ -10,8 +10,9 @@ from types import MappingProxyType
 import numpy as np
 
 from .. import _core
-from ..errors import RequestError, ZImageError
+from ..errors import RequestError
 from ..image import to_signed, to_uint8
+from ..not_finite import check_finite
 from .base import Change, CheckModule, Control, Module, OnStep, SampleJob
 
 # Loads a module by name with changed weights.
@@ -83,15 +84,15 @@ class ModulePipeline:
 
     def context(self, input_ids: np.ndarray) -> np.ndarray:
         """See `Pipeline`."""
-        embeds = self.module("text_encoder")({"input_ids": input_ids})
-        return self.module("context_refiner")(embeds)["context"]
+        embeds = self._run_finite("text_encoder", {"input_ids": input_ids}, "prompt_embeds")
+        return self._run_finite("context_refiner", {"prompt_embeds": embeds}, "context")
 
     def sample(self, job: SampleJob) -> bool:
         """See `Pipeline`; the loop is `csrc/runtime/sampler.cc`."""
-        transformer = self.module("transformer" if job.control is None else "controlnet")
-        denoiser = ModuleDenoiser(transformer, job.contexts, job.negatives, job.control)
+        name = "transformer" if job.control is None else "controlnet"
+        denoiser = ModuleDenoiser(name, self.module(name), job.contexts, job.negatives, job.control)
         kept = {} if job.inpaint is None else vars(job.inpaint)
-        return _core.sample(
+        finished = _core.sample(
             denoiser,
             job.steps,
             job.latents,
@@ -101,16 +102,28 @@ class ModulePipeline:
             callback=None if job.on_step is None else _with_latents_here(job.on_step),
             **kept,
         )
+        check_finite(job.latents, name)  # guidance may overflow where no prediction does
+        return finished
 
     def encode_image(self, images: np.ndarray, vae: str) -> np.ndarray:
         """See `Pipeline`."""
-        encoder = self.module(f"{vae}_vae_encoder")
-        return _one_by_one(lambda image: encoder({"image": to_signed(image)})["latents"], images)
+        name = f"{vae}_vae_encoder"
+        return _one_by_one(lambda image: self._run_finite(name, {"image": to_signed(image)}, "latents"), images)
 
     def decode(self, latents: np.ndarray, vae: str) -> np.ndarray:
         """See `Pipeline`."""
-        decoder = self.module(f"{vae}_vae_decoder")
-        return _one_by_one(lambda one: to_uint8(decoder({"latents": np.ascontiguousarray(one)})["image"]), latents)
+        name = f"{vae}_vae_decoder"
+
+        def decode_one(one: np.ndarray) -> np.ndarray:
+            return to_uint8(self._run_finite(name, {"latents": np.ascontiguousarray(one)}, "image"))
+
+        return _one_by_one(decode_one, latents)
+
+    def _run_finite(self, name: str, inputs: Mapping[str, np.ndarray], output: str) -> np.ndarray:
+        """One output of a module. Raises NotFinite."""
+        values = self.module(name)(inputs)[output]
+        check_finite(values, name)
+        return values
 
     def generate(self, job: SampleJob, vae: str) -> tuple[np.ndarray, dict[str, float]] | None:
         """See `Pipeline`."""
@@ -141,12 +154,13 @@ class ModuleDenoiser:
 
     def __init__(
         self,
+        name: str,
         transformer: Module,
         contexts: Sequence[np.ndarray],
         negatives: Sequence[np.ndarray],
         control: Control | None = None,
     ) -> None:
-        self._transformer, self._control = transformer, control
+        self._name, self._transformer, self._control = name, transformer, control
         self._batch = len(contexts)
         self._groups = {
             False: _group_by_length(contexts),
@@ -166,17 +180,8 @@ class ModuleDenoiser:
                 inputs["control_latents"] = self._control.latents[samples]
                 inputs["control_scale"] = np.full(len(rows), self._control.scale, np.float32)
             output = self._transformer(inputs)["noise_pred"]
-            check_finite(output)
+            check_finite(output, self._name)
             noise_pred[rows] = output
-
-
-def check_finite(noise_pred: np.ndarray) -> None:
-    """Raise ZImageError where a prediction is not finite: never a black picture."""
-    if not np.isfinite(noise_pred).all():
-        raise ZImageError(
-            "the transformer gave numbers that are not finite: the bundle's precision "
-            "overflows with this checkpoint; export it in bf16 or fp32"
-        )
 
 
 def _one_by_one(run: Callable[[np.ndarray], np.ndarray], batch: np.ndarray) -> np.ndarray:

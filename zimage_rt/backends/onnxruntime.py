@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from .. import checks
 from ..errors import BundleMismatch, OutOfMemory, RequestError, ZImageError
 from ..manifest import Manifest, ModuleSpec, shape_text
 from ..onnx_files import external_files
-from .base import Change, CheckModule, Probe
+from .base import MAX_DEVICE, Change, CheckModule, Probe
 from .merge import merged
 from .modules import ModulePipeline
 from .onnxruntime_binding import BoundSession
@@ -27,6 +28,10 @@ from .onnxruntime_providers import (
 )
 
 BFLOAT16 = 16  # TensorProto.BFLOAT16 in onnx.proto3
+# ONNX Runtime starts as many as it is told.
+MAX_THREADS = 1024
+# Of operators and modules in `allow_cpu`.
+MAX_NAMES = 1024
 
 
 class OnnxRuntimeBackend:
@@ -57,13 +62,17 @@ class OnnxRuntimeBackend:
         allow_cpu: Sequence[str] = (),
         io_binding: bool | None = None,
     ) -> None:
-        if num_threads is not None and num_threads < 1:
-            raise RequestError(f"num_threads: expected 1 or more, got {num_threads}")
-        if isinstance(allow_cpu, str) or not all(isinstance(name, str) for name in allow_cpu):
-            raise RequestError(f"allow_cpu: expected a list of names, got {allow_cpu!r}")
+        if num_threads is not None:
+            num_threads = checks.integer(num_threads, "num_threads", 1, MAX_THREADS)
+        allow_cpu = checks.items(allow_cpu, "allow_cpu", "a list of names", MAX_NAMES)
+        if not all(isinstance(name, str) for name in allow_cpu):
+            raise RequestError(f"allow_cpu: expected a list of names, got {checks.shown(allow_cpu)}")
+        device = checks.integer(device, "device", 0, MAX_DEVICE)
+        if io_binding is not None:
+            io_binding = checks.flag(io_binding, "io_binding")
         self._num_threads = num_threads or _cores_allowed()
         self._provider = find_provider(provider)
-        self._provider_options = check_options(self._provider, provider_options or {})
+        self._provider_options = check_options(self._provider, {} if provider_options is None else provider_options)
         self._device, self._allow_cpu = device, frozenset(allow_cpu)
         require(self._provider, device)
         self._io_binding = self._provider.on_gpu if io_binding is None else io_binding

@@ -17,6 +17,7 @@ from typing import Any
 
 import onnxruntime as ort
 
+from ..checks import named, shown
 from ..errors import BackendUnavailable, BundleMismatch, RequestError
 from . import nvidia_driver
 from .base import Device, Probe
@@ -80,6 +81,8 @@ PROVIDERS = {
 
 def find_provider(name: str) -> Provider:
     """A provider by our name for it, or by ONNX Runtime's. Raises RequestError for any other."""
+    if not isinstance(name, str):
+        raise RequestError(f"provider: expected one of {', '.join(PROVIDERS)}, got {shown(name)}")
     if name in PROVIDERS:
         return PROVIDERS[name]
     by_ort_name = {provider.ort_name: provider for provider in PROVIDERS.values()}
@@ -183,14 +186,14 @@ def check_options(provider: Provider, options: Mapping[str, Any]) -> dict[str, s
 
     Names that other providers do not know are refused by them, when a session is made.
     """
-    if not isinstance(options, Mapping):
-        raise RequestError(f"provider_options: expected names and values, got {options!r}")
     texts = {}
-    for name, value in options.items():
-        if not isinstance(name, str) or not isinstance(value, str | int | float):
-            raise RequestError(f"provider_options: expected names with text or numbers, got {name!r}: {value!r}")
+    for name, value in named(options, "provider_options").items():
+        if not isinstance(value, str | int | float) or "\0" in name or (isinstance(value, str) and "\0" in value):
+            raise RequestError(f"provider_options: expected names with text or numbers, got {name!r}: {shown(value)}")
         if name == "device_id" and provider.on_gpu:
             raise RequestError("provider_options: device_id: choose the GPU with the backend option device instead")
+        if not isinstance(value, str) and not -(2**64) < value < 2**64:
+            raise RequestError(f"provider_options: {name}: expected a finite number, got {shown(value)}")
         texts[name] = str(int(value)) if isinstance(value, bool) else str(value)
     known = _known_options(provider)
     unknown = sorted(texts.keys() - known) if known is not None else []

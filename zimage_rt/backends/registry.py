@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..checks import shown
 from ..errors import BackendUnavailable, RequestError
 from .base import Backend, Probe
 
@@ -20,8 +21,8 @@ BACKENDS: dict[str, tuple[str, str, str]] = {
 
 def load_backend(name: str, options: Mapping[str, Any]) -> Backend:
     """Build the named backend. Raises BackendUnavailable, naming the extra to install."""
-    if name not in BACKENDS:
-        raise BackendUnavailable(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    if not isinstance(name, str) or name not in BACKENDS:
+        raise BackendUnavailable(f"backend: expected one of {', '.join(BACKENDS)}, got {shown(name)}")
     module, attribute, extra = BACKENDS[name]
     try:
         cls = getattr(importlib.import_module(module), attribute)

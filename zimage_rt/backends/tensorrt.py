@@ -7,7 +7,8 @@ from typing import Any
 
 import tensorrt as trt
 
-from ..errors import BundleMismatch, RequestError
+from ..checks import flag
+from ..errors import BundleMismatch
 from ..manifest import ModuleSpec
 from ._tensorrt_common import Part, TensorRTBackendBase
 from ._tensorrt_plans import initializers, map_tensors
@@ -29,9 +30,7 @@ class TensorRTBackend(TensorRTBackendBase):
     name = "tensorrt"
 
     def __init__(self, device: int = 0, cuda_graph: bool = True) -> None:
-        if not isinstance(cuda_graph, bool):
-            raise RequestError(f"cuda_graph: expected True or False, got {cuda_graph!r}")
-        self.captures_graphs = cuda_graph
+        self.captures_graphs = flag(cuda_graph, "cuda_graph")
         super().__init__(trt, device)
 
     def create_context(self, part: Part) -> Any:

@@ -9,7 +9,8 @@ from typing import Any, cast
 
 import tensorrt_rtx as trt
 
-from ..errors import BundleMismatch, RequestError
+from ..checks import choice, flag, path
+from ..errors import BundleMismatch
 from ..manifest import Manifest
 from ._tensorrt_cache import cache_file, cache_folder, read_cache, write_cache
 from ._tensorrt_common import Part, TensorRTBackendBase
@@ -51,10 +52,10 @@ class TensorRTRTXBackend(TensorRTBackendBase):
         shape_kernels: str = "lazy",
         cache_dir: str | Path | None = "beside",
     ) -> None:
-        if not isinstance(cuda_graph, bool):
-            raise RequestError(f"cuda_graph: expected True or False, got {cuda_graph!r}")
-        if shape_kernels not in SHAPE_KERNELS:
-            raise RequestError(f"shape_kernels: expected one of {', '.join(SHAPE_KERNELS)}, got {shape_kernels!r}")
+        cuda_graph = flag(cuda_graph, "cuda_graph")
+        shape_kernels = choice(shape_kernels, "shape_kernels", SHAPE_KERNELS)
+        if cache_dir is not None and cache_dir != "beside":
+            cache_dir = path(cache_dir, "cache_dir")
         self._graphs = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE if cuda_graph else trt.CudaGraphStrategy.DISABLED
         self._kernels = getattr(trt.DynamicShapesKernelSpecializationStrategy, shape_kernels.upper())
         self._cache_dir = cache_dir

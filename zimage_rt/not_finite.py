@@ -1,0 +1,42 @@
+"""Why a module gave numbers that are not finite: what can be the cause in this engine, and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from .errors import NotFinite
+
+
+def check_finite(values: np.ndarray, module: str) -> None:
+    """Raise NotFinite if a module's output has NaN or infinity in it: never a black image."""
+    if not np.isfinite(values).all():
+        raise NotFinite(module)
+
+
+def with_causes(error: NotFinite, precision: str, loras: Mapping[str, float], guidance_scale: float) -> NotFinite:
+    """The error with what can be its cause; one that says so already is returned as it is.
+
+    Args:
+        error: as a backend raised it.
+        precision: of the module in the bundle: fp32, fp16 or bf16.
+        loras: weights of the LoRAs that are on, by name.
+        guidance_scale: of the request; 0 where there is none.
+    """
+    if error.explained:
+        return error
+    facts, advice = [f"it runs in {precision}"], []
+    if precision == "fp16":
+        facts[0] += ", which holds at most 65504"
+        advice.append("export the bundle in bf16 or fp32")
+    if loras:
+        facts.append("LoRAs are on: " + ", ".join(f"{name!r} at {weight:g}" for name, weight in loras.items()))
+        advice.append("take the LoRAs off or give them smaller weights")
+    if guidance_scale > 0:
+        facts.append(f"guidance_scale is {guidance_scale:g}")
+        advice.append("ask for a smaller guidance_scale")
+    if not advice:
+        facts.append("no LoRA is on and there is no guidance")
+        advice.append("the checkpoint's weights are damaged: compare its files with their source, and export it again")
+    return NotFinite(error.module, f"{'; '.join(facts)}; {', or '.join(advice)}")
