@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import fuzz_files  # noqa: F401  registers its kinds
+import fuzz_requests  # noqa: F401
 import pytest
 from fuzzing import KINDS, Kind, generator, time_limit
 

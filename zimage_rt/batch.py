@@ -9,7 +9,7 @@ from typing import Any
 
 from .batch_names import row_stems
 from .batch_plan import DoneRows, plan_rows
-from .cells import MAX_SHOWN
+from .checks import MAX_SHOWN
 from .engine import Engine
 from .errors import RequestError
 from .files import check_folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 
-from .cells import shown
+from .checks import shown
 from .errors import RequestError
 from .image_formats import FORMATS
 from .rows import RowReader, Template

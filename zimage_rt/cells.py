@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .checks import shown
 from .errors import RequestError
 
 TEXT, WHOLE, NUMBER, NUMBERS, FILE = "text", "a whole number", "a number", "numbers", "a path"
@@ -16,8 +17,6 @@ FLAGS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no":
 # What Python's int() and float() take beyond this (1_000, nan, other scripts' digits) is rather a slip than a number.
 NUMERAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 FULL_WIDTH = str.maketrans("０１２３４５６７８９．－＋", "0123456789.-+")
-# Longer values are cut in messages.
-MAX_SHOWN = 100
 LARGEST_EXACT = 2**53
 
 
@@ -37,15 +36,6 @@ def convert_cell(column: str, kind: str, value: Any, folder: Path = Path()) -> A
         return CONVERTERS[kind](value, folder)
     except (ValueError, TypeError, OverflowError, KeyError):
         raise RequestError(f"{column}: expected {kind}, got {shown(value)}") from None
-
-
-def shown(value: Any) -> str:
-    """A value in a message: its repr, cut where it is long."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an int of more digits than Python prints, or lists in lists in lists
-        return f"a {type(value).__name__} that is too long to print"
-    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"
 
 
 def _text(value: Any, folder: Path) -> str:

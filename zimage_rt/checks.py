@@ -15,7 +15,7 @@ from .errors import RequestError
 from .limits import MAX_LORA_WEIGHT
 
 # Of a value in a message.
-_SHOWN = 80
+MAX_SHOWN = 80
 
 
 def shown(value: Any) -> str:
@@ -25,7 +25,7 @@ def shown(value: Any) -> str:
     except Exception:  # of another's __repr__, or a number of more digits than Python writes
         return f"a {type(value).__name__} that cannot be shown"
     text = " ".join(text.split())
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"
 
 
 def flag(value: Any, name: str) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .cells import shown
+from .checks import shown
 from .errors import RequestError
 from .tables import CellProblem
 

@@ -10,10 +10,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from .cells import shown
+from .checks import shown
 from .errors import RequestError
 from .files import named_error, write_whole
 from .image_formats import FORMATS, sidecar_path
+from .json_codec import parse_json
 
 JOURNAL_NAME = "journal.jsonl"
 # What people call the parts of a header.
@@ -178,13 +179,13 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
     try:
-        lines = [json.loads(line) for line in content[:whole].split(b"\n")[:-1]]
+        lines = [parse_json(line, half_pairs=True) for line in content[:whole].split(b"\n")[:-1]]
         for number, line in enumerate(lines):
             if not isinstance(line, dict):
                 raise ValueError(f"line {number + 1} is no object")
             if number > 0:
                 _check_line(line, lines[0].get("zimage_batch"))
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise RequestError(
             f"{path}: was damaged ({error}); choose another folder, and keep this one's images"
         ) from error

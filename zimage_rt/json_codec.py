@@ -19,21 +19,27 @@ from .errors import ZImageError
 
 # Lists and objects inside one another. A manifest, the deepest that is written here, has 7.
 MAX_DEPTH = 32
+MAX_DIGITS = 400
 
 T = TypeVar("T")
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, *, half_pairs: bool = False) -> Any:
     """JSON as plain values.
 
-    Raises ValueError: it is not JSON, a key is there twice, a number is not finite, a text holds half a surrogate
-    pair, or it is nested deeper than `MAX_DEPTH`.
+    Args:
+        text: what was read.
+        half_pairs: whether texts may hold half a surrogate pair, which the caller refuses by a better name.
+
+    Raises:
+        ValueError: it is not JSON, a key is there twice, a number is not finite, a text holds half a surrogate pair,
+            or it is nested deeper than `MAX_DEPTH`.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant, parse_int=_integer)
     except RecursionError:
         raise ValueError(f"nested deeper than {MAX_DEPTH}") from None
-    _check(value)
+    _check(value, half_pairs)
     return value
 
 
@@ -48,11 +54,17 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
+def _integer(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits; expected at most {MAX_DIGITS}")
+    return int(text)
+
+
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no number of JSON")
 
 
-def _check(value: Any) -> None:
+def _check(value: Any, half_pairs: bool) -> None:
     level = [value]
     for _ in range(MAX_DEPTH + 1):
         following: list[Any] = []
@@ -62,7 +74,7 @@ def _check(value: Any) -> None:
                 following += item.values()
             elif isinstance(item, list):
                 following += item
-            elif isinstance(item, str):
+            elif isinstance(item, str) and not half_pairs:
                 check_text(item)
             elif isinstance(item, float) and not math.isfinite(item):
                 raise ValueError("a number is too large")

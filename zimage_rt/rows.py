@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .cells import FILE, NUMBERS, WHOLE, convert_cell, shown
+from .cells import FILE, NUMBERS, WHOLE, convert_cell
+from .checks import shown
 from .columns import check_extra, column_kinds, dataclass_of, field_of, is_own_name, parts_of
 from .errors import RequestError
 from .metadata import PICTURES

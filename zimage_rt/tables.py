@@ -8,15 +8,14 @@ import dataclasses
 import hashlib
 import io
 import itertools
-import json
-import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from .cells import shown
+from .checks import shown
 from .errors import RequestError
+from .json_codec import parse_json
 
 DELIMITERS = (",", ";", "\t")
 # For a table of one column: a character that no text has, so that a comma in a prompt is a comma.
@@ -27,8 +26,6 @@ EXCEL = (".xlsx", ".xlsm")
 JSON_LINES = (".jsonl", ".ndjson")
 # Tables of other programs, which would be read as text of some encoding.
 OTHER_TABLES = (".xls", ".xlsb", ".ods", ".numbers", ".et", ".parquet")
-# Lists in lists of a JSON row; a request has none beyond the first.
-MAX_DEPTH = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,54 +234,11 @@ def _json_rows(text: str) -> Iterator[Row]:
             continue
         number += 1
         try:
-            values = JSON.decode(content.strip())
-        except (ValueError, RecursionError) as error:
-            why = "lists or objects inside one another without end" if isinstance(error, RecursionError) else error
-            yield Row(number, line, {}, f"is not JSON: {why}")
+            values = parse_json(content.strip(), half_pairs=True)  # the request names the field that holds one
+        except ValueError as error:
+            yield Row(number, line, {}, f"is not JSON: {error}")
             continue
-        if not isinstance(values, dict):
-            yield Row(number, line, {}, f"expected an object, got {type(values).__name__}")
-        elif not _is_flat(values):
-            yield Row(number, line, {}, f"expected at most {MAX_DEPTH} lists or objects inside one another, got more")
-        else:
+        if isinstance(values, dict):
             yield Row(number, line, values)
-
-
-def _is_flat(value: Any) -> bool:
-    """Whether no more than MAX_DEPTH lists and objects are inside one another."""
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        inner = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list))]
-        level = [item for items in inner for item in items]
-    return not any(isinstance(item, (dict, list)) for item in level)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in values:
-            raise ValueError(f"{shown(name)} is there twice")
-        values[name] = value
-    return values
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{shown(text)} is too large for a number")
-    return number
-
-
-def _no_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no number of JSON")
-
-
-def _integer(text: str) -> int:
-    if len(text) > MAX_DIGITS:
-        raise ValueError(f"a number of {len(text)} digits; expected at most {MAX_DIGITS}")
-    return int(text)
-
-
-MAX_DIGITS = 400
-# Python's reader takes NaN, numbers without end, and of a key that is there twice the last.
-JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_finite, parse_constant=_no_constant, parse_int=_integer)
+        else:
+            yield Row(number, line, {}, f"expected an object, got {type(values).__name__}")

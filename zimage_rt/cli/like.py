@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..cells import shown
+from ..checks import shown
 from ..engine import Engine
 from ..errors import RequestError
 from ..metadata import PictureRecord, pixels_sha256
