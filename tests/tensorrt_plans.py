@@ -22,6 +22,8 @@ from zimage_rt.manifest import (
 )
 
 WIDTH = 16
+# Not a module of Z-Image's, whose tensors have other names.
+MODULE = "chain"
 X, H, Y = (TensorSpec(name, "float32", ("batch", WIDTH)) for name in ("x", "hidden", "y"))
 # One tuned for little batches, one for large ones; they overlap from 4 to 8.
 PROFILES = ((1, 2, 8), (4, 16, 32))
@@ -65,18 +67,22 @@ def build(trt: Any, part: int, targets: tuple[str, ...]) -> bytes:
 
 
 def write_bundle(trt: Any, folder: Path, targets: tuple[str, ...]) -> Manifest:
-    """A bundle of one module, `transformer`, split into two plans."""
+    """A bundle of one module, `MODULE`, split into two plans."""
     folder.mkdir(parents=True, exist_ok=True)
     engines = []
     for part in (0, 1):
-        file = f"transformer.part{part}.engine"
+        file = f"{MODULE}.part{part}.engine"
         (folder / file).write_bytes(build(trt, part, targets))
         inputs = (X,) if part == 0 else (H, X)
         ranges = [ProfileRange(*((size, WIDTH) for size in sizes)) for sizes in PROFILES]
         profiles = tuple({spec.name: item for spec in inputs} for item in ranges)
         outputs = ((H, Y)[part],)
         engines.append(EngineSpec(file, trt.__name__, trt.__version__, targets, part, inputs, outputs, profiles))
-    module = ModuleSpec((X,), (Y,), "fp32", None, "transformer.safetensors", {}, engines=tuple(engines))
+    names = ["tokenizer.json", f"{MODULE}.safetensors"]
+    for name in names:
+        (folder / name).touch()
+    names += [engine.file for engine in engines]
+    module = ModuleSpec((X,), (Y,), "fp32", None, f"{MODULE}.safetensors", {}, engines=tuple(engines))
     size = ShapeRange(16, 16, 16)
     manifest = Manifest(
         name="plans",
@@ -86,8 +92,8 @@ def write_bundle(trt: Any, folder: Path, targets: tuple[str, ...]) -> Manifest:
         pipeline=PipelineSpec(16, 8, 32, 16, 3.0, "", "", 8, 0.0),
         shapes=ShapeRanges(ShapeRange(1, 2, 32), size, size, ShapeRange(1, 1, 1)),
         tokenizer="tokenizer.json",
-        modules={"transformer": module},
-        files={engine.file: hash_file(folder / engine.file) for engine in engines},
+        modules={MODULE: module},
+        files={name: hash_file(folder / name) for name in names},
     )
     write_manifest(manifest, folder)
     return manifest
@@ -95,5 +101,5 @@ def write_bundle(trt: Any, folder: Path, targets: tuple[str, ...]) -> Manifest:
 
 def with_engines(manifest: Manifest, *engines: EngineSpec) -> Manifest:
     """The manifest with other engines of its module."""
-    module = dataclasses.replace(manifest.modules["transformer"], engines=engines)
-    return dataclasses.replace(manifest, modules={"transformer": module})
+    module = dataclasses.replace(manifest.modules[MODULE], engines=engines)
+    return dataclasses.replace(manifest, modules={MODULE: module})

@@ -375,6 +375,33 @@ def test_ctrl_c_stops_a_batch_in_one_line(bundle: Path, tmp_path: Path) -> None:
     assert "of 500 rows are done; the same command resumes" in errors
 
 
+LOST = """
+import os, signal, sys, time
+from zimage_rt.batch import Batch
+
+class Pressed:
+    def __del__(self):  # Python ignores what is raised here
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.05)
+
+draw = Batch.draw
+def interrupted(self, row):
+    Pressed()
+    return draw(self, row)
+Batch.draw = interrupted
+from zimage_rt.cli.main import main
+main()
+"""
+
+
+def test_a_ctrl_c_that_python_drops_stops_a_batch_too(bundle: Path, tmp_path: Path) -> None:
+    table = write(tmp_path / "p.csv", "prompt\na cat\na dog\n")
+    arguments = ["batch", table, "-b", bundle, "-o", tmp_path / "out", *TINY]
+    run = subprocess.run([sys.executable, "-c", LOST, *map(str, arguments)], capture_output=True, text=True)
+    assert run.returncode == 130, run.stderr
+    assert "1 of 2 rows are done; the same command resumes" in run.stderr
+
+
 def test_failed_rows_are_told_and_the_rest_is_drawn(bundle: Path, tmp_path: Path) -> None:
     text = "prompt;seed;height\na cat;7;64\na dog;seven;64\na panda;8;100\n一只猫;9;80\n"
     out = tmp_path / "out"

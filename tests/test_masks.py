@@ -17,7 +17,7 @@ from zimage_rt.request import GenerateRequest, ResolvedRequest, resolve
 
 def resolved(image: Any, mask: Any, **fields: Any) -> ResolvedRequest:
     base = small_manifest()
-    module = base.modules["transformer"]
+    module = base.modules["t"]
     names = ("transformer", "tiny_vae_decoder", "tiny_vae_encoder")
     manifest = dataclasses.replace(base, modules=dict.fromkeys(names, module))
     return resolve(GenerateRequest("a cat", image=image, mask=mask, **fields), manifest)

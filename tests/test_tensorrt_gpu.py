@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tensorrt_plans import WIDTH, reference, write_bundle
+from tensorrt_plans import MODULE, WIDTH, reference, write_bundle
 
 from zimage_rt.backends import nvidia_driver
 from zimage_rt.backends.registry import load_backend
@@ -77,7 +77,7 @@ def test_a_split_module_runs(tmp_path: Path, name: str, cuda_graph: bool) -> Non
     manifest = write_bundle(trt, tmp_path / "bundle", (target,))
     for start in ("cold", "with the first start's cache"):
         backend = load_backend(name, {"cuda_graph": cuda_graph})
-        module = backend.open(tmp_path / "bundle", manifest, lambda name: None).module("transformer")
+        module = backend.open(tmp_path / "bundle", manifest, lambda name: None).module(MODULE)
         for batch in (1, 8, 32, 8, 70, 1, 1, 1):
             x = np.random.default_rng(batch).standard_normal((batch, WIDTH), dtype=np.float32)
             np.testing.assert_allclose(module({"x": x})["y"], reference(x), rtol=1e-3, atol=1e-3, err_msg=start)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tensorrt_plans import WIDTH, H, X, Y, with_engines, write_bundle
+from tensorrt_plans import MODULE, WIDTH, H, X, Y, with_engines, write_bundle
 
 import zimage_rt
 from zimage_rt.backends import _tensorrt_cache as caches
@@ -64,13 +64,13 @@ def manifest(built: Path) -> Manifest:
 
 @pytest.fixture
 def engines(manifest: Manifest) -> tuple[EngineSpec, ...]:
-    return manifest.modules["transformer"].engines
+    return manifest.modules[MODULE].engines
 
 
 def plans(folder: Path, manifest: Manifest, **changes: str) -> list[tuple[EngineSpec, bytes]]:
     """What would be shown to the library; the other files' check does nothing, as with `verify=False`."""
     options = {"backend": "tensorrt_rtx", "version": VERSION, "capability": "8.6"} | changes
-    found = checked_plans(folder, manifest, "transformer", lambda module: None, **options)
+    found = checked_plans(folder, manifest, MODULE, lambda module: None, **options)
     return [(engine, bytes(plan)) for engine, plan in found]
 
 
@@ -94,7 +94,7 @@ def test_of_plans_for_several_gpus_this_ones_are_taken(folder: Path, manifest: M
 def test_a_changed_byte_is_refused_whatever_verify_says(
     folder: Path, manifest: Manifest, part: int, place: float
 ) -> None:
-    path = folder / f"transformer.part{part}.engine"
+    path = folder / f"{MODULE}.part{part}.engine"
     content = bytearray(path.read_bytes())
     content[int(place * len(content)) if isinstance(place, float) else place] ^= 1
     path.write_bytes(content)
@@ -354,21 +354,21 @@ def test_the_library_sees_no_plan_before_its_hash_is_right(folder: Path, manifes
     backend.runtime = Untouched()
     pipeline = backend.open(folder, manifest, lambda module: None)
     with pytest.raises(pytest.fail.Exception, match="asked for get_engine_validity"):
-        pipeline.load(["transformer"])
+        pipeline.load([MODULE])
     for engine in engines:
         path = folder / engine.file
         content = path.read_bytes()
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         with pytest.raises(BundleMismatch, match="a plan is a program"):
-            pipeline.load(["transformer"])
+            pipeline.load([MODULE])
         path.write_bytes(content)
     stripped = with_engines(manifest, *(change(engine, stripped=True) for engine in engines))
     backend.check_plan = lambda label, plan: None
     backend.runtime = types.SimpleNamespace(deserialize_cuda_engine=lambda plan: None)
     checked: list[str] = []
     with pytest.raises(BundleMismatch, match="refuses the plan: it gave no reason"):
-        backend.open(folder, stripped, checked.append).load(["transformer"])
-    assert checked == ["transformer"], "the weights of a stripped plan are checked too"
+        backend.open(folder, stripped, checked.append).load([MODULE])
+    assert checked == [MODULE], "the weights of a stripped plan are checked too"
 
 
 # Backends that cannot run here.

@@ -16,6 +16,7 @@ from ..image_formats import check_quality
 from ..samplers import DEFAULT_SAMPLER
 from ..schedule import DEFAULT_SCHEDULE
 from ..tables import read_table
+from . import interrupt
 from .common import backend_options, fail, given_fields, load_loras, picture_line, stderr
 from .options import (
     AgainOver,
@@ -165,6 +166,7 @@ def _draw(work: Batch, done: int) -> None:
     ) as progress:
         task = progress.add_task(work.table.path.name, total=len(work.table.rows), completed=done)
         for row in work.remaining:
+            interrupt.check()
             drawn = work.draw(row)
             if isinstance(drawn, str):
                 fail(f"row {row.number} (line {row.line}): {drawn}")

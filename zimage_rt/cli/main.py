@@ -24,6 +24,7 @@ from ..samplers import DEFAULT_SAMPLER
 from ..saving import check_output, names_file, save_result
 from ..schedule import DEFAULT_SCHEDULE
 from . import doctor as doctor_report
+from . import interrupt
 from .batch import batch
 from .common import (
     backend_options,
@@ -90,6 +91,7 @@ def main() -> None:
     So do warnings about requests, without the exit status.
     """
     show_every_character()
+    interrupt.install()
     show = warnings.showwarning
     warnings.showwarning = lambda message, category, *where, **more: (
         warn(str(message)) if issubclass(category, RequestWarning) else show(message, category, *where, **more)
@@ -192,6 +194,7 @@ def generate(
                 load_lora(engine, path, weight, name, lora_partial or not recorded.get("strict", True))
     load_loras(engine, lora or [], lora_partial)
     for number, request in enumerate(requests):
+        interrupt.check()
         with Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
