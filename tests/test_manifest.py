@@ -71,7 +71,7 @@ def test_named_dims() -> None:
         (lambda data: data.update(name=[]), "name: expected a text, got a list"),
         (lambda data: data.update(modules=[]), "modules: expected an object, got a list"),
         (lambda data: data["pipeline"].update(shift=True), "shift: expected a number, got bool True"),
-        (lambda data: data["pipeline"].update(shift=10**400), "shift: expected a number, got one that is too large"),
+        (lambda data: data["pipeline"].update(shift=10**390), "shift: expected a number, got one that is too large"),
         (lambda data: data["pipeline"].update(shift=0), "shift: expected more than 0"),
         (lambda data: data["pipeline"].update(num_inference_steps=0), "num_inference_steps: expected 1 to"),
         (lambda data: data["pipeline"].update(size_multiple=12), "size_multiple: expected a multiple of 8"),

@@ -18,7 +18,7 @@ class BundleFiles:
         manifest: what it says of itself.
         verify: hash every file; without, only sizes are checked.
         modules: what is loaded with the engine, whose files `tell` counts.
-        on_stage: told `hash` in bytes before and after each of them, until `loaded`.
+        on_stage: told `hash` in bytes as they are read, until `loaded`.
     """
 
     def __init__(
@@ -41,17 +41,19 @@ class BundleFiles:
             raise BundleMismatch(f"{file}: not among the manifest's files; export the bundle again")
         # Once: 12 GB take seconds to hash, and two modules may read them.
         hashed = self._verify and file not in self._verified
+        before = sum(size for name, size in self._sizes.items() if name in self._verified)
+        total, read = sum(self._sizes.values()), 0
+
+        def tell(count: int) -> None:
+            nonlocal read
+            read += count
+            self._stages.tell("hash", before + read if file in self._sizes else before, total)
+
         if hashed:
-            self._tell()
-        check_file(self._bundle, file, self._manifest.files[file], content=hashed)
+            tell(0)
+        check_file(self._bundle, file, self._manifest.files[file], content=hashed, on_bytes=tell)
         self._verified.add(file)
-        if hashed:
-            self._tell()
 
     def loaded(self) -> None:
         """Tell nobody any more: what is read from now on belongs to a request."""
         self._stages = Stages()
-
-    def _tell(self) -> None:
-        done = sum(size for name, size in self._sizes.items() if name in self._verified)
-        self._stages.tell("hash", done, sum(self._sizes.values()))

@@ -219,13 +219,15 @@ class GenerateResult:
             self.images[part], self.seeds[part], self.timings, self.bundle_id, self.latents[part], self.records[part]
         )
 
-    def save(self, where: str | Path, *, sidecar: bool = True) -> list[Path]:
-        """Write the pictures as PNG with all it takes to draw them again; see `zimage_rt.saving`.
+    def save(self, where: str | Path, *, sidecar: bool = True, quality: int | None = None) -> list[Path]:
+        """Write the images with all it takes to draw them again; see `zimage_rt.saving`.
 
         Args:
-            where: `panda.png` for one picture, which replaces what has that name, `panda-000.png`, … for several;
-                anything else is a folder: `000-<seed>.png`, …, counting on from what it holds and replacing nothing.
+            where: `panda.png` (or `.jpg`, `.webp`) for one image, which replaces what has that name, `panda-000.png`, …
+                for several; anything else is a folder: `000-<seed>.png`, …, counting on from what it holds and
+                replacing nothing.
             sidecar: write each one's record beside it too, as `<name>.json`.
+            quality: of a JPEG or a WebP, 1 to 100; None takes 95 for JPEG, and WebP without loss.
 
         Returns:
             where the pictures are.

@@ -10,14 +10,13 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..batch import Batch, BatchOptions
-from ..engine import Engine
 from ..files import check_folder
 from ..image_formats import check_quality
 from ..samplers import DEFAULT_SAMPLER
 from ..schedule import DEFAULT_SCHEDULE
 from ..tables import read_table
 from . import interrupt
-from .common import backend_options, fail, given_fields, load_loras, picture_line, stderr
+from .common import backend_options, fail, given_fields, load_engine, load_loras, picture_line, stderr
 from .options import (
     AgainOver,
     Backend,
@@ -33,6 +32,7 @@ from .options import (
     FitSize,
     GuidanceScale,
     Height,
+    LiteralPrompt,
     LoraPartial,
     Loras,
     Mask,
@@ -102,6 +102,7 @@ def batch(
     batch_noise: BatchNoise = "separate",
     fit_size: FitSize = "exact",
     truncate_prompt: TruncatePrompt = False,
+    literal_prompt: LiteralPrompt = False,
     vae_tile: VaeTile = None,
     sidecar: Sidecar = True,
     sheet: Annotated[str | None, typer.Option(help="Of an .xlsx file, by its name. By default the first.")] = None,
@@ -133,7 +134,7 @@ def batch(
     check_quality(options.suffix, quality)
     check_folder(output)
     rows = read_table(table, encoding, sheet)
-    engine = Engine.load(bundle, backend=backend, backend_options=backend_options(backend_option or []))
+    engine = load_engine(bundle, backend, backend_options(backend_option or []))
     load_loras(engine, lora or [], lora_partial)
     work = Batch(engine, rows, output, options, restart=restart)
     with work.journal as journal:

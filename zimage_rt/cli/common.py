@@ -11,6 +11,7 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .. import __version__
 from ..engine import Engine
@@ -44,6 +45,24 @@ def given_fields(ctx: typer.Context) -> dict[str, Any]:
     known = {field.name for field in dataclasses.fields(GenerateRequest)}
     named = {FIELD_OF_OPTION.get(option, option): option for option in ctx.params}
     return {name: ctx.params[option] for name, option in named.items() if name in known and is_given(ctx, option)}
+
+
+def load_engine(bundle: Path, backend: str, options: dict[str, Any]) -> Engine:
+    """Load a bundle; on a terminal a bar shows how much of it is hashed and loaded."""
+    with Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TimeElapsedColumn(),
+        console=stderr,
+        transient=True,
+        disable=not stderr.is_terminal,
+    ) as progress:
+        task = progress.add_task(f"loading {bundle.name}", total=None)
+
+        def tell(stage: str, done: int, total: int) -> None:
+            progress.update(task, description=f"{bundle.name}: {stage}", completed=done, total=total)
+
+        return Engine.load(bundle, backend=backend, backend_options=options, progress=tell)
 
 
 def backend_options(texts: list[str]) -> dict[str, Any]:

@@ -9,13 +9,12 @@ from typing import Annotated, TypeVar
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..engine import Engine
 from ..errors import RequestError
 from ..explain import explain as draw_explanation
 from ..samplers import DEFAULT_SAMPLER
 from ..saving import check_output
 from ..schedule import DEFAULT_SCHEDULE
-from .common import backend_options, given_fields, json_line, load_loras, stderr
+from .common import backend_options, given_fields, json_line, load_engine, load_loras, stderr
 from .options import (
     Backend,
     BackendOptions,
@@ -77,7 +76,7 @@ def explain(
     fields = given_fields(ctx)
     for name in ("prompt", "seed"):
         fields.pop(name, None)
-    engine = Engine.load(bundle, backend=backend, backend_options=backend_options(backend_option or []))
+    engine = load_engine(bundle, backend, backend_options(backend_option or []))
     load_loras(engine, lora or [], lora_partial)
     with Progress(
         TextColumn("{task.description}", markup=False),

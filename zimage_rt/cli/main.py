@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from .. import __version__
 from ..backends.registry import probe_backends
 from ..bundle_folders import find_leftovers
-from ..engine import Engine
 from ..errors import RequestError, RequestWarning, ZImageError
 from ..manifest import Manifest, check_file, read_manifest
 from ..metadata import read_record
-from ..request import StepInfo
 from ..samplers import DEFAULT_SAMPLER
 from ..saving import check_output, names_file, save_result
 from ..schedule import DEFAULT_SCHEDULE
@@ -32,6 +31,7 @@ from .common import (
     given_fields,
     is_given,
     json_line,
+    load_engine,
     load_lora,
     load_loras,
     picture_line,
@@ -57,6 +57,7 @@ from .options import (
     FitSize,
     GuidanceScale,
     Height,
+    LiteralPrompt,
     LoraPartial,
     Loras,
     Mask,
@@ -165,6 +166,7 @@ def generate(
     batch_noise: BatchNoise = "separate",
     fit_size: FitSize = "exact",
     truncate_prompt: TruncatePrompt = False,
+    literal_prompt: LiteralPrompt = False,
     vae_tile: VaeTile = None,
     lora: Loras = None,
     lora_partial: LoraPartial = False,
@@ -185,7 +187,7 @@ def generate(
     fields = given_fields(ctx)
     fields.pop("prompt", None)  # each has a request of its own
     requests = requests_of(prompt or [], fields, record, like)
-    engine = Engine.load(bundle, backend=backend, backend_options=options)
+    engine = load_engine(bundle, backend, options)
     if record is not None:
         warn_of_differences(record, engine)
         if lora is None:
@@ -203,12 +205,10 @@ def generate(
             console=stderr,
             disable=not stderr.is_terminal and as_json,
         ) as progress:
-            task = progress.add_task(str(request.prompt)[:40], total=steps)
-
-            def on_step(info: StepInfo, progress: Progress = progress, task: Any = task) -> None:
-                progress.update(task, total=info.num_steps, completed=info.step + 1)
-
-            result = engine.run(request, callback=on_step)
+            text = str(request.prompt)[:40]
+            task = progress.add_task(text, total=steps)
+            result = engine.run(request, on_stage=partial(_show_stage, progress, task, text))
+            progress.update(task, description=text)
         more: dict[str, Any] = {}
         if record is not None and not prompt and not fields and lora is None:
             result, more["same"] = kept_alone(result, record)
@@ -223,6 +223,14 @@ def generate(
             else:
                 stages = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in result.timings.items())
                 print(f"{path}  {text}  (seed {image_seed}; {stages})")
+
+
+def _show_stage(progress: Progress, task: TaskID, text: str, stage: str, done: int, total: int) -> None:
+    """Count the steps on the bar; of the other stages the name is enough."""
+    if stage == "denoise":
+        progress.update(task, description=text, total=total, completed=done)
+    else:
+        progress.update(task, description=f"{text}: {stage} {done}/{total}" if total > 1 else f"{text}: {stage}")
 
 
 @app.command()

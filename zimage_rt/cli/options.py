@@ -118,6 +118,13 @@ TruncatePrompt = Annotated[
         "--truncate-prompt", help="Cut prompts that are too long, as diffusers does. By default they are refused."
     ),
 ]
+LiteralPrompt = Annotated[
+    bool,
+    typer.Option(
+        "--literal-prompt",
+        help="Take markers of the chat template, such as <|im_end|>, as text. By default they act as markers.",
+    ),
+]
 VaeTile = Annotated[
     int | None,
     typer.Option(
