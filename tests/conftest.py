@@ -54,6 +54,22 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
     return folder
 
 
+def copy_bundle(bundle: Path, folder: Path, *own: str) -> Path:
+    """A bundle whose manifest, and whose modules of some names, can be changed; the rest are symbolic links.
+
+    Hard links would be faults of the bundle's own: onnx refuses weights with a second name, and pytest keeps its
+    folders for a while. ONNX Runtime refuses weights that a link leads to from a graph that is none.
+    """
+
+    def copy(source: str, target: str) -> None:
+        if Path(source).name == "manifest.json" or Path(source).stem in own:
+            shutil.copy(source, target)
+        else:
+            Path(target).symlink_to(Path(source).absolute())
+
+    return shutil.copytree(bundle, folder, copy_function=copy)
+
+
 @pytest.fixture(scope="session")
 def bundle() -> Path:
     """The exported fp32 bundle of zimage-nano."""

@@ -6,7 +6,6 @@ import dataclasses
 import io
 import json
 import random
-import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import safetensors
+from conftest import copy_bundle
 from fuzzing import Kind, Wrong, check, kind, mutate_bytes, mutate_json, to_text
 from google.protobuf.message import DecodeError
 from PIL import Image
@@ -63,8 +63,7 @@ class ManifestText(Kind):
 
     def __init__(self, folder: Path, bundle: Path) -> None:
         super().__init__(folder, bundle)
-        self.copy = folder / "bundle"
-        shutil.copytree(bundle, self.copy, copy_function=_link_unless_manifest)
+        self.copy = copy_bundle(bundle, folder / "bundle")
         self.data = json.loads((bundle / "manifest.json").read_bytes())
 
     def run(self, rng: random.Random) -> None:
@@ -285,10 +284,3 @@ class Record(Kind):
                 use()
             except ZImageError as error:
                 check(bool(str(error)), "no message")
-
-
-def _link_unless_manifest(source: str, target: str) -> None:
-    if Path(source).name == "manifest.json":
-        shutil.copy(source, target)
-    else:
-        Path(target).symlink_to(Path(source).absolute())

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+from conftest import copy_bundle
 from onnx import TensorProto, helper
 
 import zimage_rt
@@ -21,8 +22,7 @@ MODULE = "tiny_vae_decoder"
 
 def bundle_with_graph(bundle: Path, folder: Path, change: Callable[[onnx.ModelProto], object]) -> Path:
     """A copy of a bundle whose tiny decoder's graph is another one, with its hash in the manifest."""
-    # Links for the other modules alone: ONNX Runtime refuses weights that a link leads to from a graph that is none.
-    shutil.copytree(bundle, folder, copy_function=_link_others)
+    copy_bundle(bundle, folder, MODULE)
     path = folder / f"{MODULE}.onnx"
     model = onnx.load(path, load_external_data=False)
     change(model)
@@ -31,13 +31,6 @@ def bundle_with_graph(bundle: Path, folder: Path, change: Callable[[onnx.ModelPr
     files = {**manifest.files, path.name: hash_file(path)}
     write_manifest(dataclasses.replace(manifest, files=files), folder)
     return folder
-
-
-def _link_others(source: str, target: str) -> None:
-    if Path(source).stem in (MODULE, "manifest"):
-        shutil.copy(source, target)
-    else:
-        Path(target).symlink_to(Path(source).absolute())
 
 
 def relocate(location: str) -> Callable[[onnx.ModelProto], object]:

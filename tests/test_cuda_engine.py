@@ -7,13 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from conftest import copy_bundle
 from cuda_reference import relative_error, require_gpu
 from lora_files import random_lora_of
 from zimage_rt.benchmarks.fidelity import psnr
 from zimage_rt.benchmarks.quality.__main__ import read_prompts
 
 import zimage_rt
-from zimage_rt.errors import BundleMismatch, Cancelled, LoraError, OutOfMemory, RequestError
+from zimage_rt.errors import BundleMismatch, Cancelled, LoraError, NotFinite, OutOfMemory, RequestError
 
 pytestmark = pytest.mark.gpu
 require_gpu()
@@ -385,3 +386,24 @@ def test_timings_say_what_the_device_took(bf16):
     result = bf16.generate(PROMPTS[0], seed=1)
     assert set(result.timings) == {"encode_prompt", "denoise", "decode", "total"}
     assert 0 < result.timings["denoise"] < result.timings["total"]
+
+
+def test_a_decoder_that_is_not_finite_is_an_error(bf16, cuda_bundles, tmp_path):
+    """Also where one pixel is: the device's rounding would make it black."""
+    before = bf16.generate("a panda", seed=1, num_inference_steps=2).images
+    latents = np.zeros((2, 16, 32, 32), np.float32)
+    for value in (np.nan, np.inf):
+        latents[1, 3, 5, 7] = value
+        with pytest.raises(NotFinite, match="tiny_vae_decoder"):
+            bf16.decode(latents, "tiny")
+    latents[1, 3, 5, 7] = 0.0
+    assert bf16.decode(latents, "tiny").shape == (2, 256, 256, 3)
+    path = copy_bundle(cuda_bundles["bf16"], tmp_path / "copy", "tiny_vae_decoder") / "tiny_vae_decoder.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-2:] = np.array([0x7FC0], np.uint16).tobytes()  # NaN in bf16: the last layer's last number
+    path.write_bytes(data)
+    broken = zimage_rt.Engine.load(tmp_path / "copy", backend="cuda", verify=False)
+    for callback in (None, lambda info: None):
+        with pytest.raises(NotFinite, match="tiny_vae_decoder"):
+            broken.generate("a panda", seed=1, num_inference_steps=2, callback=callback)
+    assert bf16.generate("a panda", seed=1, num_inference_steps=2).images.tobytes() == before.tobytes()

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import BUNDLE
+from conftest import BUNDLE, copy_bundle
 from lora_files import random_lora_of
 from PIL import Image
 from safetensors.numpy import load_file, save_file
@@ -34,18 +34,6 @@ SMALL: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 2}
 def zimage(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "zimage_rt.cli.main", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True)
-
-
-def copy_with(bundle: Path, folder: Path) -> Path:
-    """A bundle with a manifest of its own; the rest are symbolic links, which a bundle's files do not notice."""
-    return shutil.copytree(bundle, folder, copy_function=_link_unless_manifest)
-
-
-def _link_unless_manifest(source: str, target: str) -> None:
-    if Path(source).name == "manifest.json":
-        shutil.copy(source, target)
-    else:
-        Path(target).symlink_to(Path(source).absolute())
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -301,7 +289,7 @@ def test_a_lora_is_recorded_as_it_was_loaded(engine: zimage_rt.Engine, tmp_path:
 
 
 def test_a_bundle_is_recorded_as_it_was_loaded(bundle: Path, tmp_path: Path) -> None:
-    copied = copy_with(bundle, tmp_path / "copy")
+    copied = copy_bundle(bundle, tmp_path / "copy")
     engine = zimage_rt.Engine.load(copied)
     expected = read_manifest(bundle).bundle_id
     manifest = json.loads((copied / "manifest.json").read_text())
@@ -451,7 +439,7 @@ def test_like_repeats_to_the_byte_and_options_come_first(bundle: Path, picture: 
 
 
 def test_like_with_another_bundle_warns_with_both_ids(bundle: Path, picture: Path, tmp_path: Path) -> None:
-    other = copy_with(bundle, tmp_path / "other")
+    other = copy_bundle(bundle, tmp_path / "other")
     manifest = json.loads((other / "manifest.json").read_text())
     (other / "manifest.json").write_text(json.dumps(manifest | {"name": "zimage-other"}))
     run = zimage("generate", other, "--like", picture, "-o", tmp_path / "again.png")

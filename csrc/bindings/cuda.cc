@@ -489,6 +489,7 @@ PYBIND11_MODULE(_cuda, m) {
   py::register_local_exception<OutOfMemoryError>(m, "OutOfMemoryError", error);
   py::register_local_exception<WeightError>(m, "WeightError", PyExc_RuntimeError);
   py::register_local_exception<RangeError>(m, "RangeError", PyExc_RuntimeError);
+  py::register_local_exception<NotFiniteError>(m, "NotFiniteError", PyExc_RuntimeError);
   // A name of its own, so that it is not taken for a ValueError out of a callback.
   py::register_local_exception<std::invalid_argument>(m, "ArgumentError", PyExc_ValueError);
   m.def("device_count", &device_count);

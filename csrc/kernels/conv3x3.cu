@@ -61,6 +61,7 @@ void launch(const Conv3x3& args, const Device& device, cudaStream_t stream) {
   params.relu = args.relu;
   params.scale = args.scale;
   params.shift = args.shift;
+  params.not_finite = args.not_finite;
 
   // No more blocks than shared memory lets run at once: they walk over the tiles, so weights are
   // read once per block. 1 KB of a block's shared memory is the system's.

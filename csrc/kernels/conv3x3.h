@@ -34,6 +34,7 @@ struct Conv3x3 {
   bool upsample = false;  // the convolution sees the input doubled, (y, x) reading (y / 2, x / 2)
   int stride = 1;         // 1, or 2 for 64 -> 64 without upsample
   float scale = 1.0f, shift = 0.0f;  // kFloat only
+  int* not_finite = nullptr;  // kUint8 only, null for none: set to 1 if a value is not finite
   // On Hopper and later, start while the kernel before still drains, and load the weights
   // meanwhile. The weights must then be in place, not be written by that kernel.
   bool early_start = false;

@@ -90,6 +90,7 @@ struct Params {
   int upsample;  // 0 or 1: a shift
   bool relu;
   float scale, shift;
+  int* not_finite;
 };
 
 struct Tile {
@@ -320,6 +321,7 @@ __device__ inline void store_narrow(const Params& p, const Tile& tile, const Pla
         if (channel >= p.out_channels) continue;
         const float value = sums[row][n8][half * 2 + i] + bias[channel];
         if constexpr (kKind == Conv3x3Output::kUint8) {
+          if (!isfinite(value) && p.not_finite != nullptr) *p.not_finite = 1;
           static_cast<std::uint8_t*>(p.output)[pixel * p.out_channels + channel] = to_uint8(value);
         } else {
           const std::int64_t target =

@@ -264,8 +264,8 @@ void Pipeline::evaluate(const float* latents, int latent_height, int latent_widt
   gemm_.save_cache();
 }
 
-// Decodes to values of T: `run` is given the latents, the output and a workspace on the device, and
-// works on the side stream.
+// Decodes to values of T: `run` is given the latents, the output, where it says whether that is not
+// finite, and a workspace on the device, and works on the side stream.
 template <typename T, typename Run>
 void Pipeline::decode_to(const float* latents, int batch, int latent_height, int latent_width,
                          T* target, Run&& run) {
@@ -274,21 +274,24 @@ void Pipeline::decode_to(const float* latents, int batch, int latent_height, int
   const std::size_t in = size * latent_channels_, out = size * 3 * area(decoder);
   const std::size_t work = decoder.workspace_bytes(batch, latent_height, latent_width);
   Arena measure(nullptr);
-  measure.take<float>(in), measure.take<T>(out), measure.take(work);
+  measure.take<float>(in), measure.take<T>(out), measure.take<int>(1), measure.take(work);
   Arena memory = arena(side_memory_, measure.used(), "decoding");
   float* const in_at = memory.take<float>(in);
   T* const out_at = memory.take<T>(out);
+  int* const not_finite = memory.take<int>(1);
   const StreamDrain drain(side_stream_);
+  ZRT_CUDA(cudaMemsetAsync(not_finite, 0, sizeof(int), side_stream_.get()));
   upload_to(in_at, latents, in, side_stream_.get());
-  run(decoder, in_at, out_at, memory.take(work));
+  run(decoder, in_at, out_at, not_finite, memory.take(work));
   read_back(target, out_at, out * sizeof(T), side_stream_);
+  if (read_flag(not_finite, side_stream_)) throw NotFiniteError("tiny_vae_decoder");
 }
 
 void Pipeline::decode(const float* latents, int batch, int latent_height, int latent_width,
                       float* image) {
   ZRT_TURN;
   decode_to(latents, batch, latent_height, latent_width, image,
-            [&](const TinyVaeDecoder& decoder, const float* in, float* out, std::byte* work) {
+            [&](const TinyVaeDecoder& decoder, const float* in, float* out, int*, std::byte* work) {
               decoder.decode(in, out, batch, latent_height, latent_width, work, side_stream_.get());
             });
 }
@@ -296,11 +299,12 @@ void Pipeline::decode(const float* latents, int batch, int latent_height, int la
 void Pipeline::decode_pixels(const float* latents, int batch, int latent_height, int latent_width,
                              std::uint8_t* pixels) {
   ZRT_TURN;
-  decode_to(
-      latents, batch, latent_height, latent_width, pixels,
-      [&](const TinyVaeDecoder& decoder, const float* in, std::uint8_t* out, std::byte* work) {
-        decoder.decode_uint8(in, out, batch, latent_height, latent_width, work, side_stream_.get());
-      });
+  decode_to(latents, batch, latent_height, latent_width, pixels,
+            [&](const TinyVaeDecoder& decoder, const float* in, std::uint8_t* out, int* not_finite,
+                std::byte* work) {
+              decoder.decode_uint8(in, out, not_finite, batch, latent_height, latent_width, work,
+                                   side_stream_.get());
+            });
 }
 
 // Encodes values of T: `run` is given the image, the latents and a workspace on the device, and

@@ -39,6 +39,7 @@ struct Pipeline::SampleBuffers {
   ControlNet::Buffers control;  // unset without a control image
   // The decoder's, in the memory of the two above: it runs when they are done.
   std::uint8_t* pixels;
+  int* not_finite;  // [1]
   std::byte* decoder;
 };
 
@@ -84,6 +85,14 @@ struct Pipeline::Graph {
 template <typename Vae>
 std::size_t area(const Vae& vae) {
   return static_cast<std::size_t>(vae.factor()) * vae.factor();
+}
+
+// Waits for the stream and says what it left in a flag on the device.
+inline bool read_flag(const int* flag, const Stream& stream) {
+  int value = 0;
+  ZRT_CUDA(cudaMemcpyAsync(&value, flag, sizeof(int), cudaMemcpyDeviceToHost, stream.get()));
+  ZRT_CUDA(cudaStreamSynchronize(stream.get()));
+  return value != 0;
 }
 
 template <typename T>

@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -13,6 +14,7 @@
 #include "kernels/copy_rows.h"
 #include "kernels/patches.h"
 #include "programs/pipeline_detail.h"
+#include "programs/tiny_vae.h"
 #include "runtime/arena.h"
 #include "zimage_rt/check.h"
 
@@ -70,6 +72,7 @@ Pipeline::SampleBuffers Pipeline::plan(const SampleShape& shape, const SampleJob
   if (job.pixels != nullptr) {
     at.pixels =
         shared.take<std::uint8_t>(batch * 3 * grid.height * grid.width * area(*vae_decoder_));
+    at.not_finite = shared.take<int>(1);
     at.decoder =
         shared.take(vae_decoder_->workspace_bytes(shape.latent_samples, grid.height, grid.width));
   }
@@ -281,8 +284,9 @@ bool Pipeline::run_steps(const SampleShape& shape, const SampleJob& job, const S
     ZRT_CUDA(cudaEventRecord(denoised_.get(), stream_.get()));
     if (job.pixels != nullptr)
       run_piece(shape, job, Piece::kDecode, [&] {
-        vae_decoder_->decode_uint8(at.latents, at.pixels, shape.latent_samples, shape.latent_height,
-                                   shape.latent_width, at.decoder, stream_.get());
+        vae_decoder_->decode_uint8(at.latents, at.pixels, at.not_finite, shape.latent_samples,
+                                   shape.latent_height, shape.latent_width, at.decoder,
+                                   stream_.get());
       });
     ZRT_CUDA(cudaEventRecord(decoded_.get(), stream_.get()));
   };
@@ -345,10 +349,15 @@ bool Pipeline::sample(const SampleJob& job, SampleTimes& times) {
   if (!run_steps(shape, job, at, tables)) return false;
   const std::size_t batch = job.contexts.size();
   const PatchGrid grid = transformer.grid(shape);
+  const std::size_t values = batch * grid.values();
   if (job.pixels != nullptr)
     read_back(job.pixels, at.pixels, batch * 3 * grid.height * grid.width * area(*vae_decoder_),
               stream_);
-  read_back(job.latents, at.latents, sizeof(float) * batch * grid.values(), stream_);
+  read_back(job.latents, at.latents, sizeof(float) * values, stream_);
+  // Latents that are not finite are the transformer's fault, which the caller sees in them.
+  if (job.pixels != nullptr && read_flag(at.not_finite, stream_) &&
+      std::all_of(job.latents, job.latents + values, [](float x) { return std::isfinite(x); }))
+    throw NotFiniteError("tiny_vae_decoder");
   times.denoise = denoised_.since(started_) * 1e-3;
   times.decode = decoded_.since(denoised_) * 1e-3;
   gemm_.save_cache();

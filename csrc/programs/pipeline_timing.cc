@@ -106,15 +106,17 @@ std::vector<float> Pipeline::time_decode(int latent_height, int latent_width, in
   const std::size_t out =
       static_cast<std::size_t>(3) * latent_height * latent_width * area(decoder);
   Arena size(nullptr);
-  size.take<float>(count), size.take<std::uint8_t>(out), size.take(work);
+  size.take<float>(count), size.take<std::uint8_t>(out), size.take<int>(1), size.take(work);
   Arena memory = arena(side_memory_, size.used(), "decoding");
   float* const latents = memory.take<float>(count);
   auto* const pixels = memory.take<std::uint8_t>(out);
+  int* const not_finite = memory.take<int>(1);
   std::byte* const workspace = memory.take(work);
   const std::vector<float> x = noise(1, count);
   upload_to(latents, x.data(), count, stream_.get());
   return time(repeats, [&] {
-    decoder.decode_uint8(latents, pixels, 1, latent_height, latent_width, workspace, stream_.get());
+    decoder.decode_uint8(latents, pixels, not_finite, 1, latent_height, latent_width, workspace,
+                         stream_.get());
   });
 }
 

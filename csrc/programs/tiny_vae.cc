@@ -1,5 +1,9 @@
 #include "programs/tiny_vae.h"
 
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
 #include <stdexcept>
 #include <utility>
 
@@ -169,20 +173,27 @@ std::size_t TinyVaeDecoder::workspace_bytes(int /*batch*/, int latent_height,
   return kBuffers * buffer_bytes(latent_height, latent_width, factor());
 }
 
-void TinyVaeDecoder::decode_uint8(const float* latents, std::uint8_t* pixels, int batch,
-                                  int latent_height, int latent_width, std::byte* workspace,
-                                  cudaStream_t stream) const {
-  decode_to(latents, pixels, Conv3x3Output::kUint8, batch, latent_height, latent_width, workspace,
-            stream);
+void TinyVaeDecoder::decode_uint8(const float* latents, std::uint8_t* pixels, int* not_finite,
+                                  int batch, int latent_height, int latent_width,
+                                  std::byte* workspace, cudaStream_t stream) const {
+  ZRT_CUDA(cudaMemsetAsync(not_finite, 0, sizeof(int), stream));
+  Conv3x3 last;
+  last.output = pixels;
+  last.kind = Conv3x3Output::kUint8;
+  last.not_finite = not_finite;
+  decode_to(latents, last, batch, latent_height, latent_width, workspace, stream);
 }
 
 void TinyVaeDecoder::decode(const float* latents, float* image, int batch, int latent_height,
                             int latent_width, std::byte* workspace, cudaStream_t stream) const {
-  decode_to(latents, image, Conv3x3Output::kFloat, batch, latent_height, latent_width, workspace,
-            stream);
+  Conv3x3 last;
+  last.output = image;
+  last.kind = Conv3x3Output::kFloat;
+  last.scale = 2.0f, last.shift = -1.0f;  // the layers make [0, 1]
+  decode_to(latents, last, batch, latent_height, latent_width, workspace, stream);
 }
 
-void TinyVaeDecoder::decode_to(const float* latents, void* output, Conv3x3Output kind, int batch,
+void TinyVaeDecoder::decode_to(const float* latents, const Conv3x3& last, int batch,
                                int latent_height, int latent_width, std::byte* workspace,
                                cudaStream_t stream) const {
   const std::size_t bytes = buffer_bytes(latent_height, latent_width, factor());
@@ -190,7 +201,7 @@ void TinyVaeDecoder::decode_to(const float* latents, void* output, Conv3x3Output
       static_cast<std::size_t>(config_.latent_channels) * latent_height * latent_width;
   const std::size_t image_bytes = static_cast<std::size_t>(config_.image_channels) * latent_height *
                                   factor() * latent_width * factor() *
-                                  (kind == Conv3x3Output::kUint8 ? 1 : sizeof(float));
+                                  (last.kind == Conv3x3Output::kUint8 ? 1 : sizeof(float));
   for (int i = 0; i < batch; ++i) {
     PlanesToPixels input;
     input.input = latents + i * latent_count;
@@ -199,11 +210,9 @@ void TinyVaeDecoder::decode_to(const float* latents, void* output, Conv3x3Output
     input.channels = config_.latent_channels;
     input.height = latent_height, input.width = latent_width;
     latents_to_pixels(input, config_.scaling_factor, config_.shift_factor, stream);
-    Conv3x3 last;
-    last.output = static_cast<std::byte*>(output) + i * image_bytes;
-    last.kind = kind;
-    last.scale = 2.0f, last.shift = -1.0f;  // the layers make [0, 1]
-    layers_.run(workspace, bytes, latent_height, latent_width, last, stream);
+    Conv3x3 image = last;
+    image.output = static_cast<std::byte*>(last.output) + i * image_bytes;
+    layers_.run(workspace, bytes, latent_height, latent_width, image, stream);
   }
 }
 

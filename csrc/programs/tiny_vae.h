@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -22,6 +23,11 @@ struct TinyVaeConfig {
   // Of the transformer's latents: own = latents / scaling_factor + shift_factor.
   float scaling_factor = 1.0f;
   float shift_factor = 0.0f;
+};
+
+// A decoder made NaN or infinity of its latents; what it says is the module.
+struct NotFiniteError : std::runtime_error {
+  using std::runtime_error::runtime_error;
 };
 
 // The layers of either half in order, their weights packed for conv3x3 in one buffer.
@@ -66,17 +72,18 @@ class TinyVaeDecoder {
   std::size_t workspace_bytes(int batch, int latent_height, int latent_width) const;
 
   // latents fp32 [batch, latent_channels, latent_height, latent_width]
-  // -> pixels [batch, height, width, 3]. `workspace` is 16-byte aligned.
-  void decode_uint8(const float* latents, std::uint8_t* pixels, int batch, int latent_height,
-                    int latent_width, std::byte* workspace, cudaStream_t stream) const;
+  // -> pixels [batch, height, width, 3], and in `not_finite` [1] whether a value was NaN or
+  // infinite. `workspace` is 16-byte aligned.
+  void decode_uint8(const float* latents, std::uint8_t* pixels, int* not_finite, int batch,
+                    int latent_height, int latent_width, std::byte* workspace,
+                    cudaStream_t stream) const;
   // -> image fp32 [batch, 3, height, width] in about [-1, 1].
   void decode(const float* latents, float* image, int batch, int latent_height, int latent_width,
               std::byte* workspace, cudaStream_t stream) const;
 
  private:
-  void decode_to(const float* latents, void* output, Conv3x3Output kind, int batch,
-                 int latent_height, int latent_width, std::byte* workspace,
-                 cudaStream_t stream) const;
+  void decode_to(const float* latents, const Conv3x3& last, int batch, int latent_height,
+                 int latent_width, std::byte* workspace, cudaStream_t stream) const;
   TinyVaeConfig config_;
   TinyVaeLayers layers_;
 };
