@@ -70,7 +70,13 @@ std::unique_ptr<Weights> open_weights(const std::string& path,
 template <typename T>
 T get(const py::dict& config, const char* key) {
   if (!config.contains(key)) throw WeightError(std::string("the module's config has no ") + key);
-  return config[key].cast<T>();
+  try {
+    return config[key].cast<T>();
+  } catch (const py::cast_error&) {
+    throw WeightError("the module's config: " + std::string(key) + ": " +
+                      std::string(py::repr(config[key])).substr(0, 60) +
+                      " is of another type, or too large");
+  }
 }
 
 TextEncoderConfig text_encoder_config(const py::dict& config) {

@@ -177,11 +177,7 @@ class CudaPipeline:
         self._check(name)
         path = self._bundle / spec.weights
         with _errors(f"loading {name}", BundleMismatch):
-            tensors = _tensors(path)
-            try:
-                self.native.load(name, str(path), tensors, dict(spec.config))
-            except (KeyError, TypeError) as error:  # a number of the architecture is missing, or of another type
-                raise BundleMismatch(f"loading {name}: its config: {error}; export the bundle again") from error
+            self.native.load(name, str(path), _tensors(path), dict(spec.config))
         self._loaded.add(name)
 
     def patch(self, changes: Mapping[str, Sequence[Change]]) -> None:
