@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from zimage_rt.errors import ManifestError
+from zimage_rt.limits import MAX_GUIDANCE, MAX_STEPS
 from zimage_rt.manifest import ShapeRange, ShapeRanges
 
 from .builders import BUILDERS
@@ -76,8 +77,10 @@ class ExportRecipe:
                 raise RecipeError(f"config: expected any of {', '.join(PARTS[:-1])}, got {component!r}")
             if not isinstance(changes, Mapping):
                 raise RecipeError(f"config.{component}: expected a table, got {changes!r}")
-        if self.num_inference_steps < 1:
-            raise RecipeError(f"num_inference_steps: expected > 0, got {self.num_inference_steps}")
+        if not 1 <= self.num_inference_steps <= MAX_STEPS:
+            raise RecipeError(f"num_inference_steps: expected 1 to {MAX_STEPS}, got {self.num_inference_steps}")
+        if not 0 <= self.guidance_scale <= MAX_GUIDANCE:
+            raise RecipeError(f"guidance_scale: expected 0 to {MAX_GUIDANCE:g}, got {self.guidance_scale}")
 
 
 def _reject_unknown(table: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:

@@ -51,6 +51,8 @@ class Kind:
 
     #: The errors that may be raised; their messages must not be empty.
     errors: tuple[type[BaseException], ...] = (ZImageError,)
+    #: Characters of a message.
+    longest = 20_000
 
     def __init__(self, folder: Path, bundle: Path) -> None:
         self.folder, self.bundle = folder, bundle
@@ -64,7 +66,7 @@ class Kind:
         except self.errors as error:
             if not str(error).strip():
                 raise Wrong("an error without a message") from error
-            if len(str(error)) > 20_000:
+            if len(str(error)) > self.longest:
                 raise Wrong(f"a message of {len(str(error))} characters") from error
             return Outcome.REFUSED
         return Outcome.TAKEN
@@ -169,7 +171,8 @@ def nearly(rng: random.Random, value: Any) -> Any:
     if isinstance(value, bool):
         return rng.choice((int(value), str(value).lower(), None))
     if isinstance(value, int):
-        return rng.choice((value + 1, -value, float(value), value + 0.5, str(value), [value], bool(value)))
+        small = value % 1000
+        return rng.choice((value + 1, -value, float(small), small + 0.5, str(small), [value], bool(value)))
     if isinstance(value, float):
         return rng.choice((value * 2, -value, str(value), [value], int(value), complex_text(value)))
     if isinstance(value, str):

@@ -21,8 +21,12 @@ def _files(folder: Path) -> tuple[Path, ...]:
     """The files of a component: those that an index of shards names, or whatever safetensors files lie there."""
     index = sorted(folder.glob("*.safetensors.index.json"))
     if index:
-        names = sorted(set(read_json(index[0])["weight_map"].values()))
-        files = tuple(folder / name for name in names)
+        shards = read_json(index[0]).get("weight_map")
+        if not isinstance(shards, dict) or not all(
+            isinstance(name, str) and name == Path(name).name for name in shards.values()
+        ):
+            raise CheckpointError(f"{index[0]}: expected names of files beside it under weight_map; fetch it again")
+        files = tuple(folder / name for name in sorted(set(shards.values())))
         missing = [file for file in files if not file.is_file()]
         if missing:
             raise CheckpointError(f"{missing[0]} is missing, but {index[0].name} names it")

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from .component import Checkpoint, Component, read_json
+from .config_schema import SCHEMAS, check_config
 from .folder import read_component
 from .single_file import open_single_file
 
@@ -46,6 +47,10 @@ def open_checkpoint(
             {**old, **changes} if name == "scheduler" else dataclasses.replace(old, config={**old.config, **changes})
         )
         checkpoint = _with(checkpoint, name, changed)
+    for name in SCHEMAS:
+        part = getattr(checkpoint, name)
+        if part is not None:
+            check_config(name, part if name == "scheduler" else part.config, f"{path}: the config of {name}")
     return checkpoint
 
 

@@ -22,7 +22,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import fuzz_checkpoints  # noqa: F401
 import fuzz_files  # noqa: F401
+import fuzz_native  # noqa: F401
 import fuzz_requests  # noqa: F401
 from fuzzing import KINDS, TIME_LIMIT, Outcome, Wrong, generator, time_limit
 
