@@ -10,7 +10,6 @@ from pathlib import Path
 
 import fuzz_checkpoints  # noqa: F401
 import fuzz_files  # noqa: F401  registers its kinds
-import fuzz_native  # noqa: F401
 import fuzz_requests  # noqa: F401
 import pytest
 from fuzzing import KINDS, Kind, generator, time_limit

@@ -3,8 +3,8 @@
     python tests/hardware/kills.py engines/nano --times 100
 
 After each `kill -9` of a batch, every image under its final name must be whole and have its record, and the same
-command must end with every row drawn once, to the byte as an undisturbed batch draws it. After each of an export, the old
-bundle must still be read and hash as before, or the new one must; and the next export must remove what was left.
+command must end with every row drawn once, to the byte as an undisturbed batch draws it. After each of an export, the
+old bundle must still be read and hash as before, or the new one must; the next export must remove what was left.
 """
 
 from __future__ import annotations
