@@ -64,9 +64,7 @@ def test_one_name_in_several_formats_keeps_each_record(
 
 def test_quality_is_for_formats_that_have_one(result: zimage_rt.GenerateResult, tmp_path: Path) -> None:
     for suffix in (".jpg", ".webp"):
-        sizes = [
-            save_result(result, tmp_path / f"a{suffix}", quality=quality)[0].stat().st_size for quality in (5, 90, None)
-        ]
+        sizes = [result.save(tmp_path / f"a{suffix}", quality=quality)[0].stat().st_size for quality in (5, 90, None)]
         assert sizes[0] < sizes[1] < sizes[2]
     for suffix, quality, message in (
         (".png", 90, "a PNG keeps every pixel"),

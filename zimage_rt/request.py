@@ -238,7 +238,8 @@ class GenerateResult:
         """
         from .saving import save_result
 
-        return save_result(self, checks.path(where, "output"), sidecar=checks.flag(sidecar, "sidecar"))
+        sidecar = checks.flag(sidecar, "sidecar")
+        return save_result(self, checks.path(where, "output"), sidecar=sidecar, quality=quality)
 
 
 @dataclasses.dataclass(frozen=True)
