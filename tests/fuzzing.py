@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from zimage_rt.errors import ZImageError
+from zimage_rt.errors import MAX_MESSAGE, ZImageError
 
 # Seconds that one input may take.
 TIME_LIMIT = 20
@@ -52,7 +52,7 @@ class Kind:
     #: The errors that may be raised; their messages must not be empty.
     errors: tuple[type[BaseException], ...] = (ZImageError,)
     #: Characters of a message.
-    longest = 20_000
+    longest = MAX_MESSAGE + 10
 
     def __init__(self, folder: Path, bundle: Path) -> None:
         self.folder, self.bundle = folder, bundle

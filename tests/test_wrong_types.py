@@ -15,10 +15,10 @@ from PIL import Image
 
 import zimage_rt
 from zimage_rt import limits
-from zimage_rt.errors import BackendUnavailable, RequestError, ZImageError
+from zimage_rt.errors import MAX_MESSAGE, BackendUnavailable, RequestError, ZImageError
 from zimage_rt.explain import explain
 from zimage_rt.manifest import ShapeRange
-from zimage_rt.request import GenerateRequest, SecondPass, resolve
+from zimage_rt.request import GenerateRequest, SecondPass, make_request, resolve
 
 SMALL: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 1, "seed": 3}
 
@@ -314,3 +314,15 @@ def test_what_does_not_fit_into_memory_is_typed(engine: zimage_rt.Engine, monkey
     with pytest.raises(zimage_rt.OutOfMemory, match=r"Unable to allocate 4.00 TiB; ask for a smaller") as caught:
         engine.generate("a panda", **SMALL)
     assert isinstance(caught.value, ZImageError)
+
+
+def test_a_message_is_no_longer_than_a_screen(bundle: Path) -> None:
+    long = "x" * 200_000
+    for call in (
+        lambda: zimage_rt.Engine.load(bundle, backend=long),
+        lambda: zimage_rt.Engine.load(bundle, backend_options={long: 1}),
+        lambda: make_request(prompt="a", **{long: 1}),
+    ):
+        with pytest.raises(ZImageError) as caught:
+            call()
+        assert 20 < len(str(caught.value)) <= MAX_MESSAGE + 3

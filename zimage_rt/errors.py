@@ -5,8 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+# Characters of a message: about a screen. Names and values in messages come from whoever asks.
+MAX_MESSAGE = 3000
+
+
 class ZImageError(Exception):
-    """Base of every error zimage_rt raises on purpose."""
+    """Base of every error zimage_rt raises on purpose; a message that is too long is cut in its middle."""
+
+    def __init__(self, message: str = "") -> None:
+        if len(message) > MAX_MESSAGE:
+            half = MAX_MESSAGE // 2
+            message = f"{message[:half]} … {message[-half:]}"
+        super().__init__(message)
 
 
 class ManifestError(ZImageError):
