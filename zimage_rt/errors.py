@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-
 # Characters of a message: about a screen. Names and values in messages come from whoever asks.
 MAX_MESSAGE = 3000
 
