@@ -323,3 +323,10 @@ def test_what_is_whole(tmp_path: Path) -> None:
     assert not is_whole(path, size)
     path.mkdir()
     assert not is_whole(path, size)
+
+
+def test_a_row_with_fewer_images_leaves_none_of_the_old_ones(engine: zimage_rt.Engine, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for count in (3, 1, 2):
+        draw_all(engine, write(tmp_path / "p.csv", f"prompt,num_images\na panda,{count}\n"), out)
+        assert len(list(out.glob("*.png"))) == len(list(out.glob("*.json"))) == count

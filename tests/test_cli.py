@@ -12,6 +12,7 @@ from lora_files import random_lora_of
 from PIL import Image
 
 from zimage_rt.manifest import read_manifest
+from zimage_rt.metadata import read_record
 
 
 def zimage(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -119,3 +120,18 @@ def test_inspect_says_what_is_damaged(bundle: Path, tmp_path: Path) -> None:
     run = zimage("inspect", copied, "--json")
     assert run.returncode == 1
     assert "expected" in json.loads(run.stdout)["file_states"]["tiny_vae_decoder.safetensors"]
+
+
+def test_loras_of_one_file_name_are_used_together(bundle: Path, tmp_path: Path) -> None:
+    manifest = read_manifest(bundle)
+    files = [tmp_path / folder / "pytorch_lora_weights.safetensors" for folder in ("one", "two", "three")]
+    for seed, file in enumerate(files):
+        file.parent.mkdir()
+        random_lora_of(manifest, file, seed=seed)
+    arguments = [argument for file in files for argument in ("--lora", file)]
+    run = zimage(
+        "generate", bundle, "-p", "a", "-o", tmp_path / "a.png", "--steps", 1, "--width", 64, "--height", 64, *arguments
+    )
+    assert run.returncode == 0, run.stderr
+    names = [lora["name"] for lora in read_record(tmp_path / "a.png").loras]
+    assert names == ["pytorch_lora_weights", "pytorch_lora_weights-2", "pytorch_lora_weights-3"]

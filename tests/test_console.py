@@ -16,7 +16,7 @@ import pytest
 from batch_helpers import TINY, write, zimage
 
 import zimage_rt
-from zimage_rt.cli.common import FIELD_OF_OPTION
+from zimage_rt.cli.common import FIELD_OF_OPTION, printable
 from zimage_rt.cli.like import recorded_backend
 from zimage_rt.cli.main import app
 from zimage_rt.metadata import PictureRecord, read_record
@@ -277,3 +277,25 @@ def test_like_takes_neither_backend_nor_options_by_itself(bundle: Path, tmp_path
     run = zimage("generate", bundle, "-p", "a cat", "--like-backend", "-o", tmp_path / "d.png")
     assert run.returncode == 1
     assert "--like-backend: expected --like beside it" in run.stderr
+
+
+def test_control_characters_of_a_record_are_not_sent_to_the_terminal(bundle: Path, tmp_path: Path) -> None:
+    engine = zimage_rt.Engine.load(bundle)
+    prompt = "\x1b]0;title\x07\x1b[2J\x9b31m a cat"
+    path = engine.generate(prompt, seed=1, height=64, width=64, num_inference_steps=1).save(tmp_path / "a.png")[0]
+    for more in ([], ["--json"]):
+        command = ["generate", bundle, "--like", path, "-o", tmp_path / "b.png", *more]
+        run = subprocess.run([sys.executable, "-m", "zimage_rt.cli.main", *map(str, command)], capture_output=True)
+        assert run.returncode == 0, run.stderr
+        shown = (run.stdout + run.stderr).decode()
+        assert not set(shown) & {"\x1b", "\x07", "\x9b"}, shown
+    assert "\\x1b" in printable(prompt) and printable("一只猫 👨‍👩‍👧\n") == "一只猫 👨‍👩‍👧\n"
+
+
+def test_onnxruntime_keeps_no_device_id(bundle: Path, tmp_path: Path) -> None:
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")
+    }
+    command = [sys.executable, "-m", "zimage_rt.cli.main", "doctor"]
+    subprocess.run(command, env={**environment, "HOME": str(tmp_path)}, check=True, capture_output=True)
+    assert not [path for path in tmp_path.rglob("*") if "icrosoft" in path.name or path.name == "deviceid"]

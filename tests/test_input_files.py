@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import random
 import struct
 import zlib
@@ -185,3 +186,33 @@ def test_damaged_files_are_read_or_refused(tmp_path: Path) -> None:
             assert str(error).startswith("image: ")
             outcomes["refused"] += 1
     assert min(outcomes.values()) > 40
+
+
+def test_a_png_with_a_wrong_checksum_is_refused(tmp_path: Path) -> None:
+    """Pillow decodes it: a flipped bit inside of the pixels is another image, and no error."""
+    gradient = np.add.outer(np.arange(64), np.arange(64)).astype(np.uint8)
+    path = tmp_path / "a.png"
+    Image.fromarray(np.stack([gradient] * 3, -1)).save(path)
+    content = path.read_bytes()
+    start, end = content.index(b"IDAT") + 6, content.index(b"IEND") - 12
+    for place in range(start, end, 7):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(RequestError, match="cannot be read as a picture"):
+            read_image(path, "image")
+    path.write_bytes(content)
+    assert read_image(path, "image").size == (64, 64)
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.png"
+    os.mkfifo(pipe)
+    for path in (pipe, tmp_path):
+        with pytest.raises(RequestError, match="is no file"):
+            read_image(path, "image")
+
+
+def test_a_large_image_is_refused_without_a_warning(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "a.png")
+    with pytest.raises(RequestError, match="at most 89000000 pixels"):
+        read_image(tmp_path / "a.png", "image")
+    assert not recwarn.list

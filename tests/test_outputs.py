@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import json
 import os
 import subprocess
@@ -188,3 +190,39 @@ def test_commands_write_other_formats(bundle: Path, tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     assert Image.open(tmp_path / "out" / "00001.webp").format == "WEBP"
     assert read_record(tmp_path / "out" / "00001.webp").request["prompt"] == "a cat"
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_a_full_disk_leaves_the_image_and_its_record_as_they_were(
+    result: zimage_rt.GenerateResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    path = tmp_path / f"a{suffix}"
+    result.save(path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert len(before) == 2
+    calls = []
+
+    def full(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 2:  # the sidecar fits, the image does not
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            dataclasses.replace(result, images=255 - result.images).save(path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_a_file_of_somebody_elses_is_no_sidecar(bundle: Path, result: zimage_rt.GenerateResult, tmp_path: Path) -> None:
+    own = tmp_path / "keep.json"
+    own.write_text('{"mine": 1}')
+    with pytest.raises(RequestError, match=r"keep.json is there and is no record of an image"):
+        result.save(tmp_path / "keep.png")
+    command = [sys.executable, "-m", "zimage_rt.cli.main", "generate", bundle, "-p", "a", "-o", tmp_path / "keep.png"]
+    run = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert run.returncode == 1 and "keep.json is there" in run.stderr
+    assert own.read_text() == '{"mine": 1}'
+    assert [file.name for file in tmp_path.iterdir()] == ["keep.json"]
+    result.save(tmp_path / "keep.png", sidecar=False)
+    assert own.read_text() == '{"mine": 1}'

@@ -4,7 +4,12 @@
 >>> engine.generate("一只熊猫", seed=7).pil_images[0].save("panda.png")
 """
 
+import os
 from importlib.metadata import version
+
+# ONNX Runtime 1.32 keeps a device id and a queue of events for Microsoft under ~/.cache unless it is told not to before
+# it is imported (findings/onnxruntime-telemetry.sh). Who wants that sets the variable to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 from .engine import Engine
 from .errors import (

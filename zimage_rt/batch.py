@@ -13,7 +13,7 @@ from .checks import MAX_SHOWN
 from .engine import Engine
 from .errors import RequestError
 from .files import check_folder
-from .image_formats import FORMATS, check_quality
+from .image_formats import FORMATS, check_quality, sidecar_path
 from .journal import Journal
 from .manifest import hash_file
 from .metadata import save_picture
@@ -163,6 +163,7 @@ class Batch:
             self.journal.add(row.number, error=reason, line=row.line, **more)
             return reason
         request = result.records[0].request
+        before = self.journal.lines.get(row.number, {}).get("pictures", [])
         self.journal.add(
             row.number,
             pictures=[path.name for path in paths],
@@ -173,6 +174,10 @@ class Batch:
             timings=result.timings,
             **more,
         )
+        for name in set(before) - {path.name for path in paths}:  # the row had more images, or other names
+            old = self.journal.folder / Path(name).name
+            old.unlink(missing_ok=True)
+            sidecar_path(old).unlink(missing_ok=True)
         self._done.add(row.number)
         return result, paths
 

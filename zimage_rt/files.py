@@ -6,6 +6,7 @@ import contextlib
 import os
 import tempfile
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 from .errors import RequestError
@@ -24,20 +25,36 @@ def write_whole(path: Path, content: bytes, *, replace: bool = True) -> None:
         OSError: the folder is missing or cannot be written, or the disk is full; it names the file, and nothing is
             left behind.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    write_together({path: content}, replace=replace)
+
+
+def write_together(contents: Mapping[Path, bytes], *, replace: bool = True) -> None:
+    """Write files of one folder as `write_whole` does, all of them or none; the last gets its name last.
+
+    All are on the disk under temporary names before the first is renamed, so that a full disk changes none of them.
+
+    Raises as `write_whole`.
+    """
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp") for path in contents}
+    linked: list[Path] = []
+    path = next(iter(contents))
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if replace:
-            temporary.replace(path)
-        else:
-            _link(temporary, path)
-            temporary.unlink(missing_ok=True)
+        for path, content in contents.items():
+            with temporary[path].open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for path in contents:
+            if replace:
+                temporary[path].replace(path)
+            else:
+                _link(temporary[path], path)
+                linked.append(path)
+                temporary[path].unlink(missing_ok=True)
     except BaseException as error:
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            for name in (*temporary.values(), *linked):
+                name.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise named_error(error, path) from error
         raise

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -63,9 +65,10 @@ def read_image(value: Any, name: str, notes: list[str] | None = None) -> Image:
     if not isinstance(value, (str, os.PathLike)):
         raise RequestError(f"{name}: expected a PIL image, an array or a path, got {type(value).__name__}")
     path = checks.path(value, name)
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise RequestError(f"{name}: {path} is no file; expected an image's file of {', '.join(FORMATS)}")
     try:
-        # The header alone: the pixels are decoded once their number is known.
-        image = Image.open(path, formats=FORMATS)
+        image = _open(path)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise RequestError(f"{name}: {path}: expected at most {limits.MAX_INPUT_PIXELS} pixels: {error}") from error
     except FileNotFoundError as error:
@@ -81,6 +84,20 @@ def read_image(value: Any, name: str, notes: list[str] | None = None) -> Image:
         if notes is not None and image.format != "MPO" and getattr(image, "is_animated", False):
             notes.append(f"{name}: {path.name} has several frames or pages; the first one is used")
         return read
+
+
+def _open(path: Path) -> Image:
+    """The header alone: the pixels are decoded once their number is known. A PNG's checksums are all compared."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        image = Image.open(path, formats=FORMATS)
+        if image.format == "PNG":
+            with image:
+                image.verify()  # which Pillow does not do when it decodes, and which uses the image up
+            image = Image.open(path, formats=FORMATS)
+    return image
 
 
 def _check_size(size: tuple[int, ...], name: str) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from .errors import MetadataError, RequestError
-from .files import write_whole
+from .files import write_together
 from .image import read_image
 from .image_formats import FORMATS, encode_image, sidecar_path
 from .json_codec import from_json, parse_json
@@ -207,23 +207,34 @@ def save_picture(
     an image is, its sidecar is. `quality` is for JPEG and WebP, see `encode_image`. Returns the image's bytes.
 
     Raises:
+        RequestError: a file that is no record has the sidecar's name.
         FileExistsError: one of the names is taken, and `replace` is False; nothing was written.
-        OSError: the folder is missing, cannot be written, or is full.
+        OSError: the folder is missing, cannot be written, or is full; what was there is as it was.
     """
     # Here, not when it is drawn: who does not save does not pay for it.
     record = dataclasses.replace(record, pixels_sha256=pixels_sha256(pixels))
     parameters, text = parameters_text(record), record.to_json()
     encoded = encode_image(pixels, path.suffix, {"parameters": parameters, KEY: text}, parameters, quality)
-    beside = sidecar_path(path)
+    contents = {path: encoded}
     if sidecar:
-        write_whole(beside, text.encode() + b"\n", replace=replace)
-    try:
-        write_whole(path, encoded, replace=replace)
-    except FileExistsError:
-        if sidecar:
-            beside.unlink()
-        raise
+        check_sidecar(path)
+        contents = {sidecar_path(path): text.encode() + b"\n", **contents}
+    write_together(contents, replace=replace)
     return len(encoded)
+
+
+def check_sidecar(path: Path) -> None:
+    """Raise RequestError if a file that is no record has the name of an image's sidecar: it is somebody's own."""
+    beside = sidecar_path(path)
+    if not beside.exists():
+        return
+    try:
+        read_record(beside)
+    except MetadataError as error:
+        raise RequestError(
+            f"output: {beside} is there and is no record of an image, so that it is not replaced ({error}); "
+            "name another output, move it away, or write no sidecar (sidecar=False, --no-sidecar)"
+        ) from error
 
 
 def parameters_text(record: PictureRecord) -> str:

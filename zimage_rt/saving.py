@@ -10,7 +10,7 @@ import numpy as np
 from .errors import RequestError
 from .files import check_folder, check_path
 from .image_formats import FORMATS, check_quality
-from .metadata import PictureRecord, save_picture
+from .metadata import PictureRecord, check_sidecar, save_picture
 from .request import GenerateResult
 
 # A name with an ending like a file's that is not there is rather a slip than a folder.
@@ -38,12 +38,14 @@ def names_file(where: Path) -> bool:
     return False
 
 
-def check_output(where: Path, *, quality: int | None = None) -> None:
+def check_output(where: Path, *, quality: int | None = None, sidecar: bool = False) -> None:
     """Raise RequestError unless images can be written there; before they are drawn. Leaves nothing behind."""
     check_path(where)
     if names_file(where):
         check_quality(where.suffix, quality)
         check_folder(where.parent)
+        if sidecar:
+            check_sidecar(where)
     else:
         check_quality(".png", quality)
         check_folder(where)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import sys
+import unicodedata
 import warnings
 from pathlib import Path
 from typing import Any
@@ -24,14 +26,24 @@ stderr = Console(stderr=True)
 FIELD_OF_OPTION = {"steps": "num_inference_steps"}
 
 
+def printable(text: str) -> str:
+    """Text for a terminal: control characters, which can come from records and prompts, as escapes."""
+    return "".join(
+        character
+        if character == "\n" or unicodedata.category(character) not in ("Cc", "Cf") or character == "\u200d"
+        else character.encode("unicode_escape").decode()
+        for character in text
+    )
+
+
 def warn(text: str) -> None:
     """One line on standard error."""
-    stderr.print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    stderr.print(f"warning: {printable(text)}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def fail(text: str) -> None:
     """One line on standard error, of something that went wrong."""
-    stderr.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
+    stderr.print(printable(text), style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 def is_given(ctx: typer.Context, option: str) -> bool:
@@ -87,7 +99,15 @@ def load_loras(engine: Engine, texts: list[str], partly: bool = False) -> None:
             weight = float(number)
         except ValueError:  # no weight: a "=" belongs to the name
             path, weight = text, 1.0
-        load_lora(engine, path or text, weight if path else 1.0, partly=partly)
+        load_lora(engine, path or text, weight if path else 1.0, _free_name(engine, Path(path or text)), partly)
+
+
+def _free_name(engine: Engine, path: Path) -> str | None:
+    """A name for a LoRA whose file has the name of one that is on: diffusers calls them all the same."""
+    own = path.name if path.is_dir() else path.stem
+    if own not in engine.loras:
+        return None
+    return next(name for i in itertools.count(2) if (name := f"{own}-{i}") not in engine.loras)
 
 
 def load_lora(engine: Engine, path: str | Path, weight: float, name: str | None = None, partly: bool = False) -> None:
@@ -114,7 +134,8 @@ def json_line(value: Any, indent: int | None = None) -> str:
         text.encode()
     except UnicodeEncodeError:  # half a character, which JSON can escape
         return json.dumps(value, indent=indent)
-    return text
+    # JSON escapes the control characters below a space; these are commands to some terminals, too.
+    return re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def version_option(program: str) -> Any:

@@ -14,7 +14,7 @@ from ..explain import explain as draw_explanation
 from ..samplers import DEFAULT_SAMPLER
 from ..saving import check_output
 from ..schedule import DEFAULT_SCHEDULE
-from .common import backend_options, given_fields, json_line, load_engine, load_loras, stderr
+from .common import backend_options, given_fields, json_line, load_engine, load_loras, printable, stderr
 from .options import (
     Backend,
     BackendOptions,
@@ -85,7 +85,7 @@ def explain(
         TimeElapsedColumn(),
         console=stderr,
     ) as progress:
-        task = progress.add_task(prompt[:40], total=None)
+        task = progress.add_task(printable(prompt[:40]), total=None)
         sheet = draw_explanation(
             engine,
             prompt,
@@ -102,7 +102,7 @@ def explain(
     if as_json:
         print(json_line({"file": str(path), **sheet.data}))
     else:
-        print(f"{path}  {prompt}  ({len(sheet.data['cells'])} pictures, seed {seed})")
+        print(printable(f"{path}  {prompt}  ({len(sheet.data['cells'])} pictures, seed {seed})"))
 
 
 def _numbers(text: str, option: str, kind: Callable[[str], Number]) -> list[Number]:

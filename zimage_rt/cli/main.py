@@ -35,6 +35,7 @@ from .common import (
     load_lora,
     load_loras,
     picture_line,
+    printable,
     stderr,
     version_option,
     warn,
@@ -177,7 +178,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON line for each image.")] = False,
 ) -> None:
     """Draw images; prints where they are and what each stage took."""
-    check_output(output, quality=quality)
+    check_output(output, quality=quality, sidecar=sidecar)
     record = None if like is None else read_record(like)
     options = backend_options(backend_option or [])
     if like_backend and record is None:
@@ -205,7 +206,7 @@ def generate(
             console=stderr,
             disable=not stderr.is_terminal and as_json,
         ) as progress:
-            text = str(request.prompt)[:40]
+            text = printable(str(request.prompt)[:40])
             task = progress.add_task(text, total=steps)
             result = engine.run(request, on_stage=partial(_show_stage, progress, task, text))
             progress.update(task, description=text)
@@ -222,7 +223,7 @@ def generate(
                 print(picture_line(path, text, image_seed, result.timings, result.bundle_id, **told))
             else:
                 stages = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in result.timings.items())
-                print(f"{path}  {text}  (seed {image_seed}; {stages})")
+                print(printable(f"{path}  {text}  (seed {image_seed}; {stages})"))
 
 
 def _show_stage(progress: Progress, task: TaskID, text: str, stage: str, done: int, total: int) -> None:
