@@ -204,11 +204,16 @@ def nothing(_: dict[str, Any]) -> None:
         (nothing, {"control_layers_places": [0, 2]}, CheckpointError, r"rising numbers below 2, got \[0, 2\]"),
         (nothing, {"control_layers_places": [1]}, CheckpointError, "expected 0 first"),
         (nothing, {"control_layers_places": [0, 0]}, CheckpointError, "control_layers_places: expected rising"),
-        (nothing, {"control_layers_places": ["0"]}, CheckpointError, "control_layers_places: expected rising"),
+        (
+            nothing,
+            {"control_layers_places": ["0"]},
+            CheckpointError,
+            "control_layers_places.0.: expected a whole number",
+        ),
         (nothing, {"control_refiner_layers_places": [1]}, CheckpointError, "control_refiner_layers_places: expected"),
         (nothing, {"add_control_noise_refiner": "magic"}, CheckpointError, "expected one of None, 'control_layers'"),
         (nothing, {"control_in_dim": 8}, CheckpointError, "control_in_dim: expected 16 channels or more, got 8"),
-        (nothing, {"control_in_dim": ...}, CheckpointError, "its config lacks or spoils 'control_in_dim'"),
+        (nothing, {"control_in_dim": ...}, CheckpointError, "the config of controlnet: missing key 'control_in_dim'"),
         (nothing, {"_class_name": "FluxControlNetModel"}, CheckpointError, "is a FluxControlNetModel"),
     ],
 )
