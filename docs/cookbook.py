@@ -117,7 +117,8 @@ def recipe(title: str, scenes: Sequence[Scene], needs: Path | None = None) -> Ca
 
 @recipe("A prompt, in any language", singles(("red apple", "white"), ("penguin", "green"), ("house", "purple")))
 def prompt(engine: zimage_rt.Engine) -> list[np.ndarray]:
-    """The same seed gives the same picture, on every machine; several prompts run as one batch."""
+    """The same seed gives the same picture: to the byte on one machine, but for rounding on another. Several prompts
+    run as one batch."""
     result = engine.generate(
         ["a red apple, white background", "一只企鹅，绿色背景", "一个 house，purple background"], seed=3
     )

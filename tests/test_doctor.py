@@ -16,6 +16,7 @@ import pytest
 
 from zimage_rt import _core
 from zimage_rt.backends import nvidia_driver, registry
+from zimage_rt.backends.cuda_libraries import has_code
 
 NAMES = [
     "onnxruntime/cpu",
@@ -85,6 +86,25 @@ def test_with_a_gpu_the_cuda_backend_runs_on_what_the_driver_sees() -> None:
     # The CUDA runtime and the driver count the same memory.
     assert cuda["devices"][0]["memory"] == nvidia_driver.query().devices[0].memory
     assert set(cuda["versions"]) == {"architectures", "cublasLt", "cudnn"}
+
+
+@pytest.mark.parametrize(
+    ("architectures", "runs", "does_not"),
+    [
+        ("80-real,89-real,90a-real,120", ["8.0", "8.6", "8.9", "9.0", "12.0", "12.1", "13.0"], ["7.5", "10.0", "11.0"]),
+        ("90a-real", ["9.0"], ["8.9", "10.0", "12.0"]),
+        ("100f-real", ["10.0", "10.3"], ["9.0", "11.0"]),
+        ("80", ["8.0", "9.0", "10.0"], ["7.5"]),
+        ("native", ["8.0", "10.0"], []),
+    ],
+)
+def test_a_build_says_which_gpus_it_has_code_for(architectures: str, runs: list[str], does_not: list[str]) -> None:
+    def fits(capability: str) -> bool:
+        major, _, minor = capability.partition(".")
+        return has_code(architectures, (int(major), int(minor)))
+
+    assert [fits(capability) for capability in runs] == [True] * len(runs)
+    assert [fits(capability) for capability in does_not] == [False] * len(does_not)
 
 
 def test_the_table_cuts_no_command() -> None:

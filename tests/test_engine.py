@@ -159,6 +159,8 @@ def test_unknown_backend_and_option(bundle: Path) -> None:
         zimage_rt.Engine.load(bundle, backend="teapot")
     with pytest.raises(zimage_rt.RequestError, match="num_threads"):
         zimage_rt.Engine.load(bundle, backend_options={"num_threads": 0})
+    with pytest.raises(zimage_rt.RequestError, match=r"expected one of num_threads, provider, .*, got 'foo'$"):
+        zimage_rt.Engine.load(bundle, backend_options={"foo": "bar"})
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ pytest.importorskip("transformers")
 from export_checkpoints import changed_transformer, copy_with, recipe  # noqa: E402
 from zimage_rt.export.bundle import export  # noqa: E402
 from zimage_rt.export.checkpoint import open_checkpoint  # noqa: E402
+from zimage_rt.export.checkpoint.safetensors_file import tensor_names  # noqa: E402
 from zimage_rt.export.errors import (  # noqa: E402
     CheckpointError,
     DiskFullError,
@@ -55,6 +56,23 @@ def test_damaged_file(small_checkpoint: Path, tmp_path: Path):
     folder = copy_with(small_checkpoint, tmp_path / "checkpoint", transformer=broken)
     with pytest.raises(CheckpointError, match="cannot be read"):
         open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"<!DOCTYPE html>", "a web page.*: fetch it again"),
+        (b"\x80\2}q\0." + bytes(64), "a pickle.*: convert it to safetensors"),
+        (b"PK\3\4" + bytes(64), "a pickle or an archive.*: convert it to safetensors"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer.*: fetch it again"),
+        (b"GGUF\3\0\0\0" + bytes(64), "a GGUF file.*: GGUF is only read by zimage-export, as a transformer"),
+    ],
+)
+def test_a_file_that_is_not_safetensors_is_called_what_it_is(tmp_path: Path, content: bytes, message: str):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors cannot be read: it seems to be {message}"):
+        tensor_names(path)
 
 
 @pytest.mark.parametrize(

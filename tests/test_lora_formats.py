@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -407,15 +408,64 @@ def test_a_foreign_file_is_called_what_it_is_in_ten_lines(engine, tmp_path, kind
 @pytest.mark.parametrize(
     ("content", "kind"),
     [
-        (b"GGUF\3\0\0\0" + bytes(64), "a GGUF file"),
-        (b"PK\3\4" + bytes(64), "a pickle or an archive"),
-        (b"<html>", "a web page"),
+        (b"GGUF\3\0\0\0" + bytes(64), "a GGUF file.*: GGUF is only read by zimage-export"),
+        (b"PK\3\4" + bytes(64), "a pickle or an archive.*: convert it to safetensors"),
+        (b"\x80\2}q\0." + bytes(64), "a pickle.*: convert it to safetensors"),
+        (b"<html>", "a web page.*: fetch it again"),
     ],
 )
 def test_a_file_of_another_format_is_called_what_it_is(engine, tmp_path, content, kind):
     (tmp_path / "a.safetensors").write_bytes(content)
     with pytest.raises(LoraError, match=f"it seems to be {kind}"):
         engine.load_lora(tmp_path / "a.safetensors")
+
+
+# Reads the LoRAs that its arguments name, as a user to whom permissions apply: root reads everything.
+READ_AS_USER = """
+import mmap, os, sys  # mmap: numpy imports it late, perhaps from a folder that is closed to the user
+from pathlib import Path
+from zimage_rt.errors import LoraError
+from zimage_rt.lora_file import is_folder, read_lora
+if os.geteuid() == 0:
+    os.seteuid(65534)
+for path in map(Path, sys.argv[1:]):
+    try:
+        is_folder(path)
+        read_lora(path)
+        print("read")
+    except LoraError as error:
+        print(error)
+"""
+
+
+def test_what_may_not_be_read_is_said():
+    with tempfile.TemporaryDirectory() as name:  # not tmp_path, whose folders are closed to other users
+        root = Path(name)
+        root.chmod(0o755)
+        (file := root / "style.safetensors").touch(0o000)
+        for folder in (closed := root / "closed", unlisted := root / "unlisted"):
+            (folder / "lora").mkdir(parents=True)
+            (folder / "lora" / "adapter_model.safetensors").write_bytes(b"")
+        peft = root / "peft"
+        peft.mkdir()
+        halves = {"lora_A": torch.ones(2, 384), "lora_B": torch.ones(384, 2)}
+        tensors = {f"transformer.{TO_OUT}.{half}.weight": value for half, value in halves.items()}
+        write(peft / "adapter_model.safetensors", tensors)
+        (peft / "adapter_model.safetensors").chmod(0o644)
+        (config := peft / "adapter_config.json").touch(0o000)
+        closed.chmod(0o000)
+        (unlisted / "lora").chmod(0o000)
+        paths = [file, closed / "style.safetensors", closed / "lora", unlisted / "lora", peft]
+        command = [sys.executable, "-c", READ_AS_USER, *map(str, paths)]
+        try:
+            run = subprocess.run(command, capture_output=True, text=True)
+        finally:
+            closed.chmod(0o755)
+            (unlisted / "lora").chmod(0o755)
+    assert run.returncode == 0, run.stderr
+    meant = [*paths[:3], unlisted / "lora" / "adapter_model.safetensors", config]
+    for line, path in zip(run.stdout.splitlines(), meant, strict=True):
+        assert line.startswith(f"{path} cannot be read: permission denied; let this user")
 
 
 def half_foreign(make: Maker) -> Example:

@@ -50,6 +50,13 @@ def test_round_trip(tmp_path: Path) -> None:
     assert again.bundle_id == manifest.bundle_id
 
 
+def test_a_file_is_no_bundle(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"weights")
+    with pytest.raises(ManifestError, match=r"model\.safetensors is a file; expected a bundle's folder"):
+        read_manifest(file)
+
+
 def test_named_dims() -> None:
     manifest = small_manifest()
     assert manifest.shapes.of("latent_height", manifest.pipeline) == ShapeRange(8, 32, 64, 2)

@@ -60,7 +60,18 @@ BEGIN = {"image_latents": np.zeros((1, 16, 32, 32), np.float32)}
         ({"vae": "huge"}, "vae: expected tiny or full"),
         ({"vae": "full"}, "this bundle has no full VAE"),
         ({"latents": np.zeros((1, 16, 8, 8), np.float32)}, r"latents: expected \[1, 16, 32, 32\]"),
-        ({"latents": np.full((1, 16, 32, 32), np.inf, np.float32)}, "latents: expected finite"),
+        ({"latents": np.full((1, 16, 32, 32), np.inf, np.float32)}, "latents: .*got values that are not fin"),
+        ({"latents": np.full((1, 16, 32, 32), np.nan, np.float32)}, "latents: .*got values that are not fin"),
+        ({"latents": np.zeros((1, 16, 32, 32))}, "latents: expected finite float32 values, got float64"),
+        (
+            {"image": np.zeros((10, 256, 3), np.uint8)},
+            "height: expected 64 to 512 in steps of 16, got 10 from the image; give height and width to scale it",
+        ),
+        ({"image": np.zeros((256, 1000, 3), np.uint8)}, "width: .* got 1000 from the image; give height and width to"),
+        (
+            {"image": np.zeros((256, 1000, 3), np.uint8), "width": 1000},
+            "width: .* got 1000; the nearest|got 1000; choo",
+        ),
     ],
 )
 def test_impossible_requests_are_named(fields: dict, message: str) -> None:

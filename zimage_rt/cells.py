@@ -76,7 +76,8 @@ def _whole(value: Any, folder: Path) -> int:
 
 def _numbers(value: Any, folder: Path) -> tuple[float, ...]:
     if isinstance(value, str):
-        return tuple(_number(item, folder) for item in re.split(r"[\s,;，；]+", value.strip(" ,;，；")))
+        # A place with nothing in it, as in 1,,0.5, is a forgotten number: _number refuses it.
+        return tuple(_number(item, folder) for item in re.split(r"\s*[,;，；]\s*|\s+", value.strip()))
     if not isinstance(value, list):
         raise TypeError
     return tuple(_number(_real(item), folder) for item in value)

@@ -18,7 +18,7 @@ import numpy as np
 
 from .backends.base import Change, Dense, LowRank, Pipeline
 from .errors import LoraError, LoraWarning, OutOfMemory, RequestError
-from .lora_file import LoraFile, read_lora
+from .lora_file import LoraFile, is_folder, read_lora
 from .lora_kinds import seems_to_be
 from .lora_layers import Layer, LoraLayer, VectorChange, WholeLayer, same_product
 from .lora_names import MODULES, LayerNames, VectorNames, half_split
@@ -388,7 +388,7 @@ class LoraSet:
 
     def load(self, path: Path, weight: float, name: str | None, strict: bool = True) -> str:
         """See `Engine.load_lora`."""
-        name = name or (path.name if path.is_dir() else path.stem)
+        name = name or (path.name if is_folder(path) else path.stem)
         weight = _checked(name, weight)
         try:
             lora = place(read_lora(path), self._manifest, self._bundle, strict=strict)

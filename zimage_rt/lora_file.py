@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from .errors import LoraError
-from .lora_kinds import file_kind, other_adapter
+from .lora_kinds import file_kind, other_adapter, remedy
 from .lora_layers import Factors, Layer, LoraLayer, VectorChange, WholeLayer, loha, lokr
 from .lora_settings import Scales, read_scales
 from .tensor_file import TensorFile
@@ -82,9 +82,20 @@ class _LayerError(ValueError):
 
 def weights_file(path: Path) -> Path:
     """The weights of a LoRA that is a file, or a folder as PEFT and diffusers write it."""
-    if not path.is_dir():
+    if not is_folder(path):
         return path
-    return next((path / name for name in _FOLDER_FILES if (path / name).is_file()), path / _FOLDER_FILES[0])
+    try:
+        return next((path / name for name in _FOLDER_FILES if (path / name).is_file()), path / _FOLDER_FILES[0])
+    except PermissionError:
+        return path / _FOLDER_FILES[0]
+
+
+def is_folder(path: Path) -> bool:
+    """Whether it is a folder; a place that may not be looked at is none, and whoever reads it is told why."""
+    try:
+        return path.is_dir()
+    except PermissionError:
+        return False
 
 
 def read_lora(path: Path) -> LoraFile:
@@ -104,10 +115,18 @@ def read_lora(path: Path) -> LoraFile:
         raise LoraError(f"{path}: no such file; expected a LoRA's .safetensors file") from None
     except LoraError:
         raise
-    except (OSError, ValueError) as error:
+    except PermissionError as error:
+        raise LoraError(
+            f"{path} cannot be read: permission denied; let this user read the file and enter its folders"
+        ) from error
+    except OSError as error:
+        raise LoraError(
+            f"{path} cannot be read: {error.strerror or error}; expected a LoRA's .safetensors file"
+        ) from error
+    except ValueError as error:
         kind = file_kind(path)
         what = f"it seems to be {kind}" if kind else str(error)
-        raise LoraError(f"{path}: {what}; expected a LoRA's .safetensors file: fetch it again") from error
+        raise LoraError(f"{path}: {what}; expected a LoRA's .safetensors file: {remedy(kind)}") from error
     parts, unknown = _sort(file.tensors)
     problems, bad = [_unknown(key) for key in unknown], list(unknown)
     scales = read_scales(path, file, any("alpha" in roles for roles in parts.values()))

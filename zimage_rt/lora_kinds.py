@@ -49,6 +49,13 @@ _MAGIC = (
 )
 
 
+# What to do about such a file, by the first word of these that its kind has.
+_REMEDIES = (
+    ("pickle", "convert it to safetensors; a pickle is not read, because reading one runs what is in it"),
+    ("GGUF", "GGUF is only read by zimage-export, as a transformer or a text encoder"),
+)
+
+
 def other_adapter(key: str) -> str | None:
     """The way to change a model that a key belongs to, where it is one that is not read."""
     return next((kind for pattern, kind in _OTHER_ADAPTERS if pattern.search(key)), None)
@@ -77,3 +84,8 @@ def file_kind(path: Path) -> str | None:
     except OSError:
         return None
     return next((kind for magic, kind in _MAGIC if start.startswith(magic)), None)
+
+
+def remedy(kind: str | None) -> str:
+    """What to do about a file that is not safetensors, by what `file_kind` says of it."""
+    return next((what for word, what in _REMEDIES if word in (kind or "")), "fetch it again")

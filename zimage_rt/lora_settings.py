@@ -116,6 +116,8 @@ def read_scales(path: Path, file: TensorFile, has_alphas: bool) -> Scales:
                 _matches(path, pattern, component)
     except LoraError:
         raise
+    except PermissionError as error:
+        raise LoraError(f"{config} cannot be read: permission denied; let this user read it") from error
     except (OSError, ValueError) as error:
         raise LoraError(f"{path}: PEFT's settings of it cannot be read: {error}; fetch it again") from error
     return scales

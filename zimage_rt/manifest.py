@@ -317,6 +317,8 @@ def read_manifest(bundle: Path) -> Manifest:
     except FileNotFoundError:
         what = "the folder has no manifest.json" if bundle.is_dir() else "there is no such folder"
         raise ManifestError(f"{bundle} is not a bundle: {what}. Make one with: zimage-export RECIPE.toml") from None
+    except NotADirectoryError:
+        raise ManifestError(f"{bundle} is a file; expected a bundle's folder, which zimage-export makes") from None
     except (OSError, ValueError) as error:
         raise ManifestError(f"{path} cannot be read: {error}. It was damaged: export the bundle again") from error
     version = data.get("schema_version") if isinstance(data, dict) else None

@@ -495,8 +495,10 @@ def _seeds(seed: Any, batch: int, *, joint: bool) -> tuple[int, ...]:
 def _latents(array: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarray:
     if array.shape != shape:
         raise RequestError(f"{name}: expected {list(shape)}, got {list(array.shape)}")
-    if array.dtype != np.float32 or not np.isfinite(array).all():
+    if array.dtype != np.float32:
         raise RequestError(f"{name}: expected finite float32 values, got {array.dtype}")
+    if not np.isfinite(array).all():
+        raise RequestError(f"{name}: expected finite float32 values, got values that are not finite")
     return array
 
 

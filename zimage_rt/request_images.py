@@ -80,6 +80,12 @@ def side(
                 f"{name}: expected {allowed.min} to {allowed.max} in steps of {allowed.multiple}, got {size}; the "
                 f"nearest {which}, or let fit_size='nearest' take {near[0]}"
             )
+        if value is None and picture is not None:
+            source = "control_image" if request.image is None else "image"
+            raise RequestError(
+                f"{name}: expected {allowed.min} to {allowed.max} in steps of {allowed.multiple}, got "
+                f"{getattr(picture, name)} from the {source}; give height and width to scale it"
+            )
         raise RequestError(
             f"{name}: expected {allowed.min} to {allowed.max} in steps of {allowed.multiple}, "
             f"got {size}; choose a size in that range, or export the bundle with a wider one"

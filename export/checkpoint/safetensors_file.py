@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from zimage_rt.lora_kinds import file_kind, remedy
+
 from ..errors import CheckpointError, TensorError
 from . import foreign
 from .layouts import ALTERNATIVES, FLOATS, FP8, READERS, Layer, RawTensor, block_fp8, unmarked_scale
@@ -69,6 +71,11 @@ def _raw(path: Path) -> tuple[dict[str, RawTensor], dict[str, str]]:
             )
         return tensors, file.metadata() or {}
     except (SafetensorError, OSError) as error:
+        kind = file_kind(path)
+        if kind is not None:
+            raise CheckpointError(
+                f"{path} cannot be read: it seems to be {kind}; expected a safetensors file: {remedy(kind)}"
+            ) from error
         raise CheckpointError(
             f"{path} cannot be read: {error}; the file is damaged or still being downloaded"
         ) from error

@@ -17,7 +17,7 @@ from ..manifest import Manifest, ModuleSpec
 from ..not_finite import check_finite
 from ..tensor_file import TensorFile
 from .base import MAX_DEVICE, Change, CheckModule, Dense, Device, LowRank, Module, Probe, SampleJob
-from .cuda_libraries import SONAMES, find_library, library_version
+from .cuda_libraries import SONAMES, find_library, has_code, library_version
 from .nvidia_driver import query
 
 try:
@@ -130,6 +130,12 @@ def _device_problem(device: int) -> str | None:
     if info["compute_capability"] < (8, 0):
         found = "{}.{}".format(*info["compute_capability"])
         return f"{info['name']} has compute capability {found}; expected 8.0 or later: use backend='onnxruntime'"
+    if not has_code(_cuda.architectures, info["compute_capability"]):
+        found = "{}.{}".format(*info["compute_capability"])
+        return (
+            f"{info['name']} has compute capability {found}; this build has code for {_cuda.architectures}: build it "
+            "for that GPU (make cuda CUDA_ARCHITECTURES=…), or use backend='onnxruntime'"
+        )
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -35,3 +36,25 @@ def library_version(name: str) -> str:
     get.restype = ctypes.c_size_t
     number = get()
     return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
+
+
+def has_code(architectures: str, compute_capability: tuple[int, int]) -> bool:
+    """Whether what was built for these architectures, in CMake's words (`80-real,90a-real,120`), runs on a GPU.
+
+    Machine code runs on later GPUs of the same generation, that of `90a` on no other GPU; without `-real` there is code
+    that the driver compiles for any later GPU.
+    """
+    for word in architectures.split(","):
+        match = re.fullmatch(r"(\d+)(\d)([af]?)(-real|-virtual)?", word)
+        if match is None:  # CMake's `native` and `all`: only the driver knows
+            return True
+        built = int(match[1]), int(match[2])
+        if match[3] == "a":
+            runs = compute_capability == built
+        elif match[3] == "f" or match[4] == "-real":
+            runs = compute_capability[0] == built[0] and compute_capability >= built
+        else:
+            runs = compute_capability >= built
+        if runs:
+            return True
+    return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,12 @@ BACKENDS: dict[str, tuple[str, str, str]] = {
 
 
 def load_backend(name: str, options: Mapping[str, Any]) -> Backend:
-    """Build the named backend. Raises BackendUnavailable, naming the extra to install."""
+    """Build the named backend with its options.
+
+    Raises:
+        BackendUnavailable: its library is not here; names the extra to install.
+        RequestError: it has no option of a name, or a value is wrong.
+    """
     if not isinstance(name, str) or name not in BACKENDS:
         raise BackendUnavailable(f"backend: expected one of {', '.join(BACKENDS)}, got {shown(name)}")
     module, attribute, extra = BACKENDS[name]
@@ -30,6 +36,10 @@ def load_backend(name: str, options: Mapping[str, Any]) -> Backend:
         raise BackendUnavailable(
             f"backend {name!r}: {error}; install it with: pip install 'zimage-rt[{extra}]'"
         ) from error
+    known = inspect.signature(cls).parameters
+    for option in options:
+        if option not in known:
+            raise RequestError(f"backend {name!r}: expected one of {', '.join(known)}, got {shown(option)}")
     try:
         return cls(**options)
     except TypeError as error:
