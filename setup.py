@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 import pybind11
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
@@ -89,7 +89,14 @@ class Wheel(bdist_wheel):
         return python, abi, platform
 
 
+# Two folders of the top level are installed inside of the package (package-dir in pyproject.toml).
+INSIDE = ("export", "benchmarks")
+
 setup(
+    packages=[
+        *find_packages(str(ROOT), include=["zimage_rt", "zimage_rt.*"]),
+        *(f"zimage_rt.{name}" for top in INSIDE for name in find_packages(str(ROOT), include=[top, f"{top}.*"])),
+    ],
     ext_modules=[Extension("zimage_rt._core", sources=[]), Extension("zimage_rt._cuda", sources=[])],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
 )

@@ -26,19 +26,13 @@ from zimage_rt.benchmarks.library_ceiling import LibraryCeiling
 from zimage_rt.benchmarks.random_bundle import NANO, SIZES, configs_of, write_random_bundle
 from zimage_rt.benchmarks.random_checkpoint import random_checkpoint
 from zimage_rt.benchmarks.report import OURS, Report
-from zimage_rt.benchmarks.systems.torch_best import (
-    COMPILE_MODES,
-    TinyDecoder,
-    TorchBestSystem,
-    load_model,
-    run_encoder,
-)
+from zimage_rt.benchmarks.systems.torch_best import COMPILE_MODES, TinyDecoder, TorchBestSystem, load_model, run_encoder
 from zimage_rt.benchmarks.timing import Run, interleave, timed, wall_times
 from zimage_rt.export.modeling.transformer import SEQUENCE_MULTIPLE, TransformerConfig
 from zimage_rt.export.precision import PRECISIONS
 
 import zimage_rt
-from zimage_rt.manifest import MANIFEST_NAME
+from zimage_rt.bundle.manifest import MANIFEST_NAME
 
 PRECISION_OF_REFERENCES = "bf16"  # diffusers and transformers are timed in the format they are used in
 EVALUATIONS = 8

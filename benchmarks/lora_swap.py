@@ -22,7 +22,7 @@ import typer
 from safetensors.torch import save_file
 
 import zimage_rt
-from zimage_rt.manifest import Manifest
+from zimage_rt.bundle.manifest import Manifest
 
 MODULES = ("context_refiner", "transformer")
 

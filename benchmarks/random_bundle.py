@@ -29,7 +29,7 @@ from zimage_rt.export.precision import PRECISIONS
 from zimage_rt.export.recipe import ExportRecipe
 
 import zimage_rt
-from zimage_rt.manifest import Manifest, ModuleSpec, hash_file, write_manifest
+from zimage_rt.bundle.manifest import Manifest, ModuleSpec, hash_file, write_manifest
 
 NANO = Path("checkpoints/zimage-nano")
 SIZES = ("full", "nano")

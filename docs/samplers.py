@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from zimage_rt.samplers import SAMPLERS, Sampler
-from zimage_rt.schedule import SCHEDULES
+from zimage_rt.sampling.samplers import SAMPLERS, Sampler
+from zimage_rt.sampling.schedules import SCHEDULES
 
 PAGE = Path(__file__).parent / "samplers.md"
 NOISE = {"none": "", "stream": "seed + 1", "brownian": "Brownian, seed"}
@@ -18,7 +18,7 @@ NOISE = {"none": "", "stream": "seed + 1", "brownian": "Brownian, seed"}
 
 def evaluations(sampler: Sampler) -> str:
     """How often the model runs in 8 steps of `simple`."""
-    from zimage_rt.schedule import schedule_sigmas
+    from zimage_rt.sampling.schedules import schedule_sigmas
 
     return str(len(sampler.rows(schedule_sigmas("simple", 8, 3.0, spare_step=sampler.spare_step), 3.0)))
 

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 import zimage_rt
-from zimage_rt.batch import Batch, BatchOptions
-from zimage_rt.tables import read_table
+from zimage_rt.batch.batch import Batch, BatchOptions
+from zimage_rt.batch.table import read_table
 
 
 def main() -> int:

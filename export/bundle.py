@@ -12,7 +12,7 @@ from types import ModuleType
 
 import onnx_ir as ir
 
-from zimage_rt.manifest import (
+from zimage_rt.bundle.manifest import (
     EngineSpec,
     FileEntry,
     Manifest,

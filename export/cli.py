@@ -12,10 +12,10 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from zimage_rt.bundle.manifest import Manifest
 from zimage_rt.cli.common import version_option
 from zimage_rt.cli.start import INTERRUPTED, show_every_character
 from zimage_rt.errors import ZImageError
-from zimage_rt.manifest import Manifest
 
 from .builders import builder_for
 from .builders._tensorrt_options import parse_sm, parse_split

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from zimage_rt.files import write_whole
+from zimage_rt.atomic_write import write_whole
 
 FOLDER = Path("~/.cache/zimage_rt/graphs")
 KEPT = 64  # files; that of zimage-nano's transformer, seven blocks, is 1.3 MB

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zimage_rt.manifest import TensorSpec
+from zimage_rt.bundle.manifest import TensorSpec
 
 from .checkpoint import Checkpoint, Component
 from .controlnet import check_keys, control_config

@@ -15,7 +15,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from zimage_rt.manifest import Parity, ParityCase, TensorSpec
+from zimage_rt.bundle.manifest import Parity, ParityCase, TensorSpec
 
 from . import reference_weights
 from .checkpoint import Checkpoint, Component

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from zimage_rt.bundle.manifest import ShapeRange, ShapeRanges
 from zimage_rt.errors import ManifestError
 from zimage_rt.limits import MAX_GUIDANCE, MAX_STEPS
-from zimage_rt.manifest import ShapeRange, ShapeRanges
 
 from .builders import BUILDERS
 from .builders._tensorrt_options import TensorRTOptions

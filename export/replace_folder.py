@@ -11,8 +11,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from zimage_rt.bundle_folders import find_leftovers, new_prefix, old_prefix
-from zimage_rt.files import sync_folder
+from zimage_rt.atomic_write import sync_folder
+from zimage_rt.bundle.folders import find_leftovers, new_prefix, old_prefix
 
 from . import weights
 from .errors import ExportError

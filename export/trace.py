@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from zimage_rt.manifest import TensorSpec
+from zimage_rt.bundle.manifest import TensorSpec
 
 from .errors import ExportError
 

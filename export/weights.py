@@ -14,7 +14,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from zimage_rt.manifest import LinearPlace
+from zimage_rt.bundle.manifest import LinearPlace
 
 from .checkpoint import Component
 from .errors import DiskFullError, TensorError

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import zimage_rt
-from zimage_rt.batch import Batch, BatchOptions
-from zimage_rt.tables import read_table
+from zimage_rt.batch.batch import Batch, BatchOptions
+from zimage_rt.batch.table import read_table
 
 TINY = ("--height", 64, "--width", 64, "--steps", 1)
 DEFAULTS = {"height": 64, "width": 64, "num_inference_steps": 1}

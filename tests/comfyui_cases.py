@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from zimage_rt import _core
-from zimage_rt.samplers import SAMPLERS, sampler_table, step_noise
-from zimage_rt.schedule import denoise_sigmas
+from zimage_rt.sampling.samplers import SAMPLERS, sampler_table, step_noise
+from zimage_rt.sampling.schedules import denoise_sigmas
 
 SHIFT = 3.0
 C, H, W = np.meshgrid(np.arange(16), np.arange(8), np.arange(8), indexing="ij")

@@ -21,14 +21,14 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import load as load_safetensors
 
 import zimage_rt
+from zimage_rt.bundle.json_codec import parse_json, to_json
+from zimage_rt.bundle.manifest import read_manifest
+from zimage_rt.bundle.onnx_files import external_files
+from zimage_rt.bundle.safetensors_file import TensorFile
 from zimage_rt.errors import ZImageError
-from zimage_rt.json_codec import parse_json, to_json
-from zimage_rt.lora import combine, place
-from zimage_rt.lora_file import read_lora
-from zimage_rt.manifest import read_manifest
-from zimage_rt.metadata import KEY, read_record
-from zimage_rt.onnx_files import external_files
-from zimage_rt.tensor_file import TensorFile
+from zimage_rt.lora.file import read_lora
+from zimage_rt.lora.manager import combine, place
+from zimage_rt.metadata.record import KEY, read_record
 
 SMALL: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 1, "seed": 1}
 
@@ -91,7 +91,7 @@ class BundleFile(Kind):
         self.names = sorted(read_manifest(bundle).files, key=lambda name: (bundle / name).stat().st_size)[:9]
 
     def run(self, rng: random.Random) -> None:
-        from zimage_rt.manifest import check_file
+        from zimage_rt.bundle.manifest import check_file
 
         name = rng.choice(self.names)
         content = (self.bundle / name).read_bytes()

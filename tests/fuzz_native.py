@@ -9,8 +9,8 @@ import numpy as np
 from fuzzing import STRANGE, Kind, check, kind
 
 from zimage_rt import _core
-from zimage_rt.samplers import SAMPLERS, sampler_table, step_noise
-from zimage_rt.schedule import SCHEDULES, schedule_sigmas
+from zimage_rt.sampling.samplers import SAMPLERS, sampler_table, step_noise
+from zimage_rt.sampling.schedules import SCHEDULES, schedule_sigmas
 
 SHAPES = (
     (1, 16, 4, 4),

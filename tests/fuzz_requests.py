@@ -15,13 +15,13 @@ from fuzzing import STRANGE, Kind, check, kind, mutate_bytes, mutate_json, to_te
 from PIL import Image
 
 import zimage_rt
+from zimage_rt.batch.journal import Journal
+from zimage_rt.batch.rows import RowReader
+from zimage_rt.batch.table import Row, read_table
+from zimage_rt.bundle.manifest import read_manifest
 from zimage_rt.errors import RequestError, ZImageError
-from zimage_rt.image import read_image
-from zimage_rt.journal import Journal
-from zimage_rt.manifest import read_manifest
-from zimage_rt.request import SecondPass, make_request, resolve
-from zimage_rt.rows import RowReader
-from zimage_rt.tables import Row, read_table
+from zimage_rt.image.convert import read_image
+from zimage_rt.request.request import SecondPass, make_request, resolve
 
 
 class Fails:

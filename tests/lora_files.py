@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from zimage_rt.lora import MODULES
-from zimage_rt.manifest import Manifest
+from zimage_rt.bundle.manifest import Manifest
+from zimage_rt.lora.manager import MODULES
 
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3", "adaLN_modulation.0")
 

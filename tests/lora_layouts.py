@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from zimage_rt.backends.merge import merged
-from zimage_rt.lora import MODULES, PlacedLora, combine
-from zimage_rt.manifest import Manifest
-from zimage_rt.tensor_file import TensorFile
+from zimage_rt.bundle.manifest import Manifest
+from zimage_rt.bundle.safetensors_file import TensorFile
+from zimage_rt.lora.manager import MODULES, PlacedLora, combine
 
 TO_Q, TO_K, TO_V = (f"layers.0.attention.to_{part}" for part in "qkv")
 TO_OUT = "noise_refiner.0.attention.to_out.0"

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from zimage_rt.manifest import (
+from zimage_rt.bundle.manifest import (
     EngineSpec,
     Manifest,
     ModuleSpec,

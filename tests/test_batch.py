@@ -17,13 +17,13 @@ from batch_helpers import DEFAULTS, TINY, journal_lines, write, zimage
 from PIL import Image
 
 import zimage_rt
-from zimage_rt.batch import Batch, BatchOptions
+from zimage_rt.batch.batch import Batch, BatchOptions
+from zimage_rt.batch.journal import Journal
+from zimage_rt.batch.rows import RowReader, Template, row_seed
+from zimage_rt.batch.table import Table, read_table
 from zimage_rt.errors import RequestError
-from zimage_rt.journal import Journal
-from zimage_rt.metadata import read_record
-from zimage_rt.request import SecondPass
-from zimage_rt.rows import RowReader, Template, row_seed
-from zimage_rt.tables import Table, read_table
+from zimage_rt.metadata.record import read_record
+from zimage_rt.request.request import SecondPass
 
 
 def command(*arguments: object) -> list[str]:
@@ -377,7 +377,7 @@ def test_ctrl_c_stops_a_batch_in_one_line(bundle: Path, tmp_path: Path) -> None:
 
 LOST = """
 import os, signal, sys, time
-from zimage_rt.batch import Batch
+from zimage_rt.batch.batch import Batch
 
 class Pressed:
     def __del__(self):  # Python ignores what is raised here

@@ -13,14 +13,14 @@ from lora_files import random_lora_of
 from PIL import Image
 
 import zimage_rt
-from zimage_rt import batch_plan
-from zimage_rt.batch import Batch, BatchOptions
-from zimage_rt.batch_plan import plan_rows
+from zimage_rt.batch import plan as batch_plan
+from zimage_rt.batch.batch import Batch, BatchOptions
+from zimage_rt.batch.plan import plan_rows
+from zimage_rt.batch.rows import RowContent, row_seed
+from zimage_rt.batch.table import Row, read_table
+from zimage_rt.bundle.manifest import hash_file
 from zimage_rt.errors import RequestError
-from zimage_rt.image_formats import is_whole
-from zimage_rt.manifest import hash_file
-from zimage_rt.rows import RowContent, row_seed
-from zimage_rt.tables import Row, read_table
+from zimage_rt.image.formats import is_whole
 
 
 def test_a_changed_lora_is_another_batch(engine: zimage_rt.Engine, tmp_path: Path) -> None:

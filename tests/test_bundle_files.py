@@ -13,9 +13,9 @@ from conftest import copy_bundle
 from onnx import TensorProto, helper
 
 import zimage_rt
+from zimage_rt.bundle.manifest import hash_file, read_manifest, write_manifest
+from zimage_rt.bundle.onnx_files import external_files
 from zimage_rt.errors import BundleMismatch
-from zimage_rt.manifest import hash_file, read_manifest, write_manifest
-from zimage_rt.onnx_files import external_files
 
 MODULE = "tiny_vae_decoder"
 

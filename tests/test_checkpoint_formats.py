@@ -28,7 +28,7 @@ from zimage_rt.export.parity import session  # noqa: E402
 from zimage_rt.export.precision import BF16  # noqa: E402
 from zimage_rt.export.recipe import DEFAULT_SHAPES  # noqa: E402
 
-from zimage_rt.manifest import ShapeRange  # noqa: E402
+from zimage_rt.bundle.manifest import ShapeRange  # noqa: E402
 
 PREFIX = "model.diffusion_model."
 # What Comfy-Org quantises: five matrices and the modulation of every block.

@@ -23,7 +23,7 @@ from zimage_rt.export.bundle import export  # noqa: E402
 from zimage_rt.export.checkpoint import open_checkpoint  # noqa: E402
 from zimage_rt.export.errors import CheckpointError, ReaderUnavailable, TensorError  # noqa: E402
 
-from zimage_rt.manifest import read_manifest  # noqa: E402
+from zimage_rt.bundle.manifest import read_manifest  # noqa: E402
 
 # Where a block of 256 has its fp16 scales: gguf-py writes none of these formats, so their bytes are drawn.
 SCALES = {Kind.Q2_K: (80, 82), Kind.Q3_K: (108,), Kind.Q4_K: (0, 2), Kind.Q5_K: (0, 2), Kind.Q6_K: (208,)}

@@ -10,8 +10,8 @@ import pytest
 from comfyui_cases import COMFYUI, SHIFT, TOLERANCE, TOLERANCES, check_small, load_reference, small_cases, start
 
 from zimage_rt import _core
-from zimage_rt.samplers import SAMPLERS, sample_reference, step_noise
-from zimage_rt.schedule import denoise_sigmas, schedule_sigmas
+from zimage_rt.sampling.samplers import SAMPLERS, sample_reference, step_noise
+from zimage_rt.sampling.schedules import denoise_sigmas, schedule_sigmas
 
 
 @pytest.fixture(scope="module")

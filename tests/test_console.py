@@ -19,7 +19,7 @@ import zimage_rt
 from zimage_rt.cli.common import FIELD_OF_OPTION, printable
 from zimage_rt.cli.like import recorded_backend
 from zimage_rt.cli.main import app
-from zimage_rt.metadata import PictureRecord, read_record
+from zimage_rt.metadata.record import PictureRecord, read_record
 
 PROMPT = "一只猫 \U0001f600"
 COMMANDS = ("generate", "batch", "explain", "inspect", "doctor")
@@ -108,7 +108,7 @@ def test_a_missing_extra_is_named(program: str, module: str, extra: str) -> None
 
 
 def test_a_broken_installation_is_not_taken_for_a_missing_extra() -> None:
-    run = run_start("zimage", "import zimage_rt; sys.modules['zimage_rt.schedule'] = None", "--help")
+    run = run_start("zimage", "import zimage_rt; sys.modules['zimage_rt.sampling.schedules'] = None", "--help")
     assert run.returncode == 1
     assert "ModuleNotFoundError" in run.stderr
 

@@ -24,9 +24,9 @@ from zimage_rt.benchmarks.fidelity import psnr
 from zimage_rt.export.bundle import export
 
 import zimage_rt
+from zimage_rt.bundle.manifest import read_manifest, write_manifest
 from zimage_rt.errors import BundleMismatch, MetadataError, RequestError
-from zimage_rt.manifest import read_manifest, write_manifest
-from zimage_rt.request import SecondPass, resolve
+from zimage_rt.request.request import SecondPass, resolve
 
 # In dB: what images that show different things stay below, far from rounding (`SAME_PICTURE`): 13 to 37 are measured.
 DIFFERENT = 40

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from zimage_rt import _core
-from zimage_rt.guidance import apply_guidance, guidance_scales
-from zimage_rt.samplers import sample_reference, sampler_table, step_noise
-from zimage_rt.schedule import flow_match_sigmas
+from zimage_rt.sampling.guidance import apply_guidance, guidance_scales
+from zimage_rt.sampling.samplers import sample_reference, sampler_table, step_noise
+from zimage_rt.sampling.schedules import flow_match_sigmas
 
 
 @pytest.mark.parametrize("shape", [(1, 16, 32, 32), (1,), (2,), (5,), (15,), (16,), (17,), (3, 7, 11)])

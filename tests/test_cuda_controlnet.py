@@ -19,8 +19,8 @@ from zimage_rt.benchmarks.fidelity import psnr
 import zimage_rt
 from zimage_rt.backends.base import Module
 from zimage_rt.backends.registry import load_backend
+from zimage_rt.bundle.manifest import read_manifest
 from zimage_rt.errors import BundleMismatch, Cancelled, OutOfMemory
-from zimage_rt.manifest import read_manifest
 
 pytestmark = pytest.mark.gpu
 require_gpu()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from cuda_reference import TOLERANCE, cast, relative_error, require_gpu, to_float
 
-from zimage_rt.image import to_signed, to_uint8
+from zimage_rt.image.convert import to_signed, to_uint8
 
 pytestmark = pytest.mark.gpu
 cuda = require_gpu()

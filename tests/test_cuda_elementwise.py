@@ -7,7 +7,7 @@ import pytest
 from cuda_reference import TOLERANCE, cast, patches_of, relative_error, require_gpu, to_float
 
 from zimage_rt import _core
-from zimage_rt.samplers import blend_kept, sampler_table
+from zimage_rt.sampling.samplers import blend_kept, sampler_table
 
 pytestmark = pytest.mark.gpu
 cuda = require_gpu()

@@ -16,9 +16,9 @@ import pytest
 from cuda_reference import require_gpu
 
 from zimage_rt.backends.registry import load_backend
+from zimage_rt.bundle.manifest import read_manifest
+from zimage_rt.bundle.safetensors_file import TensorFile
 from zimage_rt.errors import BundleMismatch
-from zimage_rt.manifest import read_manifest
-from zimage_rt.tensor_file import TensorFile
 
 pytestmark = pytest.mark.gpu
 cuda = require_gpu()

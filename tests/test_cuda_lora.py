@@ -12,8 +12,8 @@ from cuda_reference import relative_error, require_gpu
 from lora_files import random_lora_of, write
 
 import zimage_rt
-from zimage_rt.lora import MODULES
-from zimage_rt.manifest import Manifest
+from zimage_rt.bundle.manifest import Manifest
+from zimage_rt.lora.manager import MODULES
 
 pytestmark = pytest.mark.gpu
 require_gpu()

@@ -9,7 +9,7 @@ import pytest
 from comfyui_cases import COMFYUI, check_small, load_reference, small_cases, start
 from cuda_reference import patches_of, require_gpu
 
-from zimage_rt.sampler_tables import HISTORY
+from zimage_rt.sampling.tables import HISTORY
 
 pytestmark = pytest.mark.gpu
 cuda = require_gpu()

@@ -13,9 +13,9 @@ import openpyxl
 import pytest
 from batch_helpers import TINY, journal_lines, zimage
 
-from zimage_rt import excel
+from zimage_rt.batch import excel
+from zimage_rt.batch.table import read_table
 from zimage_rt.errors import RequestError
-from zimage_rt.tables import read_table
 
 
 def save(path: Path, *rows: list[Any], title: str = "Sheet", formats: dict[str, str] | None = None) -> Path:

@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 
 import zimage_rt
-from zimage_rt import fonts
-from zimage_rt.contact_sheet import MARGIN, Picture, Section, _Pen, draw_sheet
 from zimage_rt.errors import RequestError, RequestWarning
 from zimage_rt.explain import KEY, MAX_STRIP, Explanation, explain
-from zimage_rt.fonts import find_font
+from zimage_rt.image import fonts
+from zimage_rt.image.contact_sheet import MARGIN, Picture, Section, _Pen, draw_sheet
+from zimage_rt.image.fonts import find_font
 
 SMALL = {"height": 64, "width": 96}
 

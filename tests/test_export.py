@@ -23,15 +23,13 @@ from zimage_rt.benchmarks.random_checkpoint import random_checkpoint, read_confi
 from zimage_rt.export import weights  # noqa: E402
 from zimage_rt.export.bundle import export  # noqa: E402
 from zimage_rt.export.checkpoint import open_checkpoint  # noqa: E402
-from zimage_rt.export.errors import (  # noqa: E402
-    TensorError,
-)
+from zimage_rt.export.errors import TensorError  # noqa: E402
 from zimage_rt.export.modules import plan_modules  # noqa: E402
 from zimage_rt.export.parity import load_reference, reference_function, session  # noqa: E402
 from zimage_rt.export.precision import FP16, FP32, Precision  # noqa: E402
 
-from zimage_rt.manifest import check_file, read_manifest  # noqa: E402
-from zimage_rt.schedule import flow_match_sigmas  # noqa: E402
+from zimage_rt.bundle.manifest import check_file, read_manifest  # noqa: E402
+from zimage_rt.sampling.schedules import flow_match_sigmas  # noqa: E402
 
 
 def test_bundle_is_complete_and_every_module_equals_its_reference(small_bundle: Path):

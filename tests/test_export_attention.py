@@ -26,7 +26,7 @@ from zimage_rt.export.modules import plan_modules  # noqa: E402
 from zimage_rt.export.parity import session  # noqa: E402
 from zimage_rt.export.precision import FP32  # noqa: E402
 
-from zimage_rt.manifest import EngineSpec, ShapeRange, read_manifest  # noqa: E402
+from zimage_rt.bundle.manifest import EngineSpec, ShapeRange, read_manifest  # noqa: E402
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="pip install 'zimage-rt[tensorrt-rtx]'"

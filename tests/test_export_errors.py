@@ -21,17 +21,10 @@ from export_checkpoints import changed_transformer, copy_with, recipe  # noqa: E
 from zimage_rt.export.bundle import export  # noqa: E402
 from zimage_rt.export.checkpoint import open_checkpoint  # noqa: E402
 from zimage_rt.export.checkpoint.safetensors_file import tensor_names  # noqa: E402
-from zimage_rt.export.errors import (  # noqa: E402
-    CheckpointError,
-    DiskFullError,
-    ExportError,
-    ParityError,
-    RecipeError,
-    TensorError,
-)
+from zimage_rt.export.errors import CheckpointError, DiskFullError, ExportError, ParityError, RecipeError, TensorError  # noqa: E402
 from zimage_rt.export.recipe import read_recipe  # noqa: E402
 
-from zimage_rt.manifest import read_manifest  # noqa: E402
+from zimage_rt.bundle.manifest import read_manifest  # noqa: E402
 
 # --- checkpoints and modules ------------------------------------------------------------------------------------------
 

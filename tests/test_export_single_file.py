@@ -15,11 +15,9 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from single_files import comfyui_names  # noqa: E402
 from zimage_rt.export.bundle import export  # noqa: E402
 from zimage_rt.export.checkpoint import open_checkpoint  # noqa: E402
-from zimage_rt.export.errors import (  # noqa: E402
-    CheckpointError,
-)
+from zimage_rt.export.errors import CheckpointError  # noqa: E402
 
-from zimage_rt.manifest import read_manifest  # noqa: E402
+from zimage_rt.bundle.manifest import read_manifest  # noqa: E402
 
 
 def ldm_vae(name: str) -> str:

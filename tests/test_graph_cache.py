@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 from zimage_rt.export import graph_cache  # noqa: E402
 from zimage_rt.export.trace import trace  # noqa: E402
 
-from zimage_rt.manifest import TensorSpec  # noqa: E402
+from zimage_rt.bundle.manifest import TensorSpec  # noqa: E402
 
 
 class Tracer:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from zimage_rt.errors import RequestError
-from zimage_rt.image import flatten, read_image, read_mask
+from zimage_rt.image.convert import flatten, read_image, read_mask
 
 
 def rgb(value: Any, background: str = "white") -> list[int]:

@@ -152,7 +152,7 @@ def test_pictures_of_every_kind_begin_a_request(
 
 
 def test_exif_and_alpha_are_honoured(tmp_path: Path) -> None:
-    from zimage_rt.image import flatten, read_image
+    from zimage_rt.image.convert import flatten, read_image
 
     turned = np.asarray(read_image(str(exif_turned(tmp_path / "turned.jpg")), "image"))
     assert turned.shape == (64, 128, 3)

@@ -17,9 +17,9 @@ from PIL import Image, PngImagePlugin
 
 import zimage_rt
 from zimage_rt.errors import RequestError
-from zimage_rt.image import FORMATS, flatten, read_image
+from zimage_rt.image.convert import FORMATS, flatten, read_image
 from zimage_rt.limits import MAX_INPUT_PIXELS
-from zimage_rt.request import GenerateRequest, resolve
+from zimage_rt.request.request import GenerateRequest, resolve
 
 RED, BLUE = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue")
 

@@ -24,12 +24,12 @@ from zimage_rt.backends.base import LowRank
 from zimage_rt.backends.merge import merged
 from zimage_rt.backends.modules import ModulePipeline
 from zimage_rt.backends.registry import load_backend
+from zimage_rt.bundle.manifest import read_manifest
 from zimage_rt.errors import LoraError, RequestError
-from zimage_rt.lora import LoraSet
-from zimage_rt.lora import place as place_lora
-from zimage_rt.lora_file import LoraFile, LoraLayer
-from zimage_rt.manifest import read_manifest
-from zimage_rt.turns import Turns
+from zimage_rt.lora.file import LoraFile, LoraLayer
+from zimage_rt.lora.manager import LoraSet
+from zimage_rt.lora.manager import place as place_lora
+from zimage_rt.rwlock import Turns
 
 PROMPT, SEED = "a panda on a blue background", 3
 

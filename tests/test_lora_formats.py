@@ -25,11 +25,11 @@ from zimage_rt.benchmarks.fidelity import psnr
 
 import zimage_rt
 from zimage_rt.backends.base import Dense, LowRank
+from zimage_rt.bundle.manifest import Manifest, read_manifest
+from zimage_rt.bundle.safetensors_file import _FP8
 from zimage_rt.errors import LoraError, LoraWarning
-from zimage_rt.lora import MODULES, combine, place
-from zimage_rt.lora_file import read_lora
-from zimage_rt.manifest import Manifest, read_manifest
-from zimage_rt.tensor_file import _FP8
+from zimage_rt.lora.file import read_lora
+from zimage_rt.lora.manager import MODULES, combine, place
 
 PROMPT = "a panda on a blue background"
 

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from zimage_rt.benchmarks.fidelity import psnr
 
 import zimage_rt
-from zimage_rt.lora import place
-from zimage_rt.lora_file import read_lora
-from zimage_rt.manifest import read_manifest
+from zimage_rt.bundle.manifest import read_manifest
+from zimage_rt.lora.file import read_lora
+from zimage_rt.lora.manager import place
 
 NAMES = ["to_q", "to_v", "to_out.0", "w2", "layers.1.adaLN_modulation.0"]
 

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from zimage_rt.errors import BundleMismatch, ManifestError
-from zimage_rt.json_codec import to_json
-from zimage_rt.manifest import (
+from zimage_rt.bundle.json_codec import to_json
+from zimage_rt.bundle.manifest import (
     FileEntry,
     Manifest,
     ModuleSpec,
@@ -25,6 +24,7 @@ from zimage_rt.manifest import (
     read_manifest,
     write_manifest,
 )
+from zimage_rt.errors import BundleMismatch, ManifestError
 
 
 def small_manifest() -> Manifest:

@@ -12,7 +12,7 @@ from PIL import Image
 from test_manifest import small_manifest
 
 from zimage_rt.errors import RequestError
-from zimage_rt.request import GenerateRequest, ResolvedRequest, resolve
+from zimage_rt.request.request import GenerateRequest, ResolvedRequest, resolve
 
 
 def resolved(image: Any, mask: Any, **fields: Any) -> ResolvedRequest:
@@ -73,7 +73,7 @@ def test_a_mask_of_another_shape_is_refused_with_both_sizes() -> None:
     ],
 )
 def test_shapes_are_the_same_up_to_rounding(size: tuple[int, int], same: bool) -> None:
-    from zimage_rt.image import _same_shape
+    from zimage_rt.image.convert import _same_shape
 
     assert _same_shape(size, (1024, 768)) == same
     assert _same_shape((1024, 768), size) == same

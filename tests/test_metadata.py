@@ -21,12 +21,12 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import zimage_rt
+from zimage_rt.atomic_write import write_whole
+from zimage_rt.bundle.manifest import hash_file, read_manifest
 from zimage_rt.errors import LoraWarning, MetadataError, RequestError
-from zimage_rt.files import write_whole
-from zimage_rt.manifest import hash_file, read_manifest
-from zimage_rt.metadata import read_record
-from zimage_rt.request import SecondPass
-from zimage_rt.samplers import FORMER_SAMPLERS, FORMER_SCHEDULES
+from zimage_rt.metadata.record import read_record
+from zimage_rt.request.request import SecondPass
+from zimage_rt.sampling.samplers import FORMER_SAMPLERS, FORMER_SCHEDULES
 
 SMALL: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 2}
 

@@ -18,11 +18,11 @@ from batch_helpers import TINY, write, zimage
 from PIL import Image
 
 import zimage_rt
+from zimage_rt.atomic_write import check_folder, write_whole
 from zimage_rt.errors import MetadataError, RequestError
-from zimage_rt.files import check_folder, write_whole
-from zimage_rt.image_formats import EXIF_FOLDER, USER_COMMENT, check_quality, encode_image, sidecar_path
-from zimage_rt.metadata import parameters_text, read_record
-from zimage_rt.saving import check_output, save_result
+from zimage_rt.image.formats import EXIF_FOLDER, USER_COMMENT, check_quality, encode_image, sidecar_path
+from zimage_rt.metadata.record import parameters_text, read_record
+from zimage_rt.metadata.save import check_output
 
 SMALL: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 2}
 
@@ -77,7 +77,7 @@ def test_quality_is_for_formats_that_have_one(result: zimage_rt.GenerateResult, 
         with pytest.raises(RequestError, match=message):
             check_quality(suffix, quality)
     with pytest.raises(RequestError, match="a PNG keeps every pixel"):
-        save_result(result, tmp_path / "folder", quality=90)
+        result.save(tmp_path / "folder", quality=90)
     assert not (tmp_path / "folder").exists()
 
 
@@ -156,7 +156,7 @@ def test_commands_refuse_outputs_before_they_load_an_engine(tmp_path: Path) -> N
 FULL = """
 import resource, signal, sys
 from pathlib import Path
-from zimage_rt.files import write_whole
+from zimage_rt.atomic_write import write_whole
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 write_whole(Path(sys.argv[1]), bytes(100_000))

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from zimage_rt.cells import NUMBER, NUMBERS, WHOLE, convert_cell
+from zimage_rt.batch.cells import NUMBER, NUMBERS, WHOLE, convert_cell
+from zimage_rt.batch.rows import Template
+from zimage_rt.bundle.json_codec import from_json, parse_json, to_json
+from zimage_rt.bundle.manifest import ShapeRange, TensorSpec
+from zimage_rt.bundle.onnx_files import external_files
 from zimage_rt.errors import ManifestError, RequestError
-from zimage_rt.image import read_image
-from zimage_rt.json_codec import from_json, parse_json, to_json
-from zimage_rt.manifest import ShapeRange, TensorSpec
-from zimage_rt.onnx_files import external_files
-from zimage_rt.rows import Template
+from zimage_rt.image.convert import read_image
 
 # Tests in CI are the same every time, and have no database of their own.
 quick = settings(max_examples=150, deadline=None, derandomize=True, database=None)

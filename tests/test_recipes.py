@@ -18,7 +18,7 @@ from test_export_single_file import single_file  # noqa: E402, F401  (a fixture)
 from zimage_rt.export.bundle import export  # noqa: E402
 from zimage_rt.export.recipe import read_recipe  # noqa: E402
 
-from zimage_rt.manifest import Manifest  # noqa: E402
+from zimage_rt.bundle.manifest import Manifest  # noqa: E402
 
 MODULES = ["context_refiner", "text_encoder", "tiny_vae_decoder", "tiny_vae_encoder", "transformer"]
 # The small checkpoint's, which no tensor's shape shows; the original's is what a single file is taken to have.

@@ -13,7 +13,7 @@ from zimage_rt.export import replace_folder
 from zimage_rt.export.errors import ExportError
 from zimage_rt.export.replace_folder import replacing
 
-from zimage_rt.bundle_folders import find_leftovers
+from zimage_rt.bundle.folders import find_leftovers
 
 
 def put(out: Path, text: str) -> None:

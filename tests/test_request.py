@@ -9,8 +9,8 @@ import pytest
 from test_manifest import small_manifest
 
 from zimage_rt.errors import RequestError
-from zimage_rt.request import GenerateRequest, resolve
-from zimage_rt.schedule import flow_match_sigmas, schedule_sigmas
+from zimage_rt.request.request import GenerateRequest, resolve
+from zimage_rt.sampling.schedules import flow_match_sigmas, schedule_sigmas
 
 
 def manifest():

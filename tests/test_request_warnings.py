@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import zimage_rt
-from zimage_rt.metadata import read_record
-from zimage_rt.request import GenerateRequest, SecondPass, resolve
+from zimage_rt.metadata.record import read_record
+from zimage_rt.request.request import GenerateRequest, SecondPass, resolve
 
 SMALL: dict[str, Any] = {"height": 64, "width": 64}
 RED = np.full((64, 64, 3), (255, 0, 0), np.uint8)

@@ -17,8 +17,15 @@ from diffusers import (
 )
 
 from zimage_rt import _core
-from zimage_rt.samplers import DEFAULT_SAMPLER, FORMER_SAMPLERS, FORMER_SCHEDULES, SAMPLERS, sampler_table, step_noise
-from zimage_rt.schedule import (
+from zimage_rt.sampling.samplers import (
+    DEFAULT_SAMPLER,
+    FORMER_SAMPLERS,
+    FORMER_SCHEDULES,
+    SAMPLERS,
+    sampler_table,
+    step_noise,
+)
+from zimage_rt.sampling.schedules import (
     DEFAULT_SCHEDULE,
     SCHEDULES,
     custom_sigmas,

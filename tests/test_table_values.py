@@ -10,11 +10,11 @@ import pytest
 from batch_helpers import DEFAULTS, TINY, draw_all, journal_lines, write, zimage
 
 import zimage_rt
-from zimage_rt.cells import FILE, FLAG, NUMBER, NUMBERS, TEXT, WHOLE, convert_cell
-from zimage_rt.columns import field_of
+from zimage_rt.batch.cells import FILE, FLAG, NUMBER, NUMBERS, TEXT, WHOLE, convert_cell
+from zimage_rt.batch.columns import field_of
+from zimage_rt.batch.rows import RowReader, Template
+from zimage_rt.batch.table import read_table
 from zimage_rt.errors import RequestError
-from zimage_rt.rows import RowReader, Template
-from zimage_rt.tables import read_table
 
 HOSTILE = [
     ('{"prompt": "half \\ud800"}', "RequestError: prompt:"),

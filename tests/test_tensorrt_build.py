@@ -35,7 +35,7 @@ from zimage_rt.export.modules import plan_modules  # noqa: E402
 from zimage_rt.export.parity import TOLERANCES, load_reference, reference_function, sample, session  # noqa: E402
 from zimage_rt.export.precision import BF16, BF16_NATIVE, FP16_WIDE  # noqa: E402
 
-from zimage_rt.manifest import (  # noqa: E402
+from zimage_rt.bundle.manifest import (  # noqa: E402
     EngineSpec,
     Manifest,
     ModuleSpec,

@@ -29,8 +29,8 @@ from zimage_rt.backends._tensorrt_plans import (
 )
 from zimage_rt.backends.base import Device
 from zimage_rt.backends.registry import BACKENDS, load_backend, probe_backends
+from zimage_rt.bundle.manifest import EngineSpec, Manifest, ShapeRange, ShapeRanges, TensorSpec, read_manifest
 from zimage_rt.errors import BackendUnavailable, BundleMismatch, RequestError
-from zimage_rt.manifest import EngineSpec, Manifest, ShapeRange, ShapeRanges, TensorSpec, read_manifest
 
 trt = pytest.importorskip(
     "tensorrt_rtx", reason="builds plans with TensorRT-RTX: pip install 'zimage-rt[tensorrt-rtx]'"

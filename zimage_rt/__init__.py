@@ -26,8 +26,9 @@ from .errors import (
     RequestWarning,
     ZImageError,
 )
-from .metadata import PictureRecord, read_record
-from .request import GenerateRequest, GenerateResult, SecondPass, StepInfo
+from .metadata.record import PictureRecord, read_record
+from .request.request import GenerateRequest, SecondPass, StepInfo
+from .result import GenerateResult
 from .session import Session
 
 __version__ = version("zimage-rt")

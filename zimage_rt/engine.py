@@ -18,19 +18,19 @@ import numpy as np
 from . import checks, limits
 from .backends.base import Backend, Control, Inpaint, OnStep, ReadLatents, SampleJob
 from .backends.registry import load_backend
-from .bundle_files import BundleFiles
+from .bundle.manifest import Manifest, read_manifest
+from .bundle.tokenizer import PromptTokenizer, check_prompt
+from .bundle.verify import BundleFiles
 from .errors import Cancelled, NotFinite, OutOfMemory, RequestError, RequestWarning
 from .gate import Gate
-from .guidance import guidance_scales
-from .image import latent_mask, paste, resize_images, resize_latents
-from .lora import ActiveLora, LoraSet
-from .manifest import Manifest, read_manifest
-from .metadata import make_provenance, make_records, recorded_fields
+from .image.convert import latent_mask, paste, resize_images, resize_latents
+from .image.tiled_decode import decode_tiled
+from .lora.manager import ActiveLora, LoraSet
+from .metadata.record import make_provenance, make_records, recorded_fields
 from .not_finite import with_causes
-from .request import (
+from .request.request import (
     Callback,
     GenerateRequest,
-    GenerateResult,
     ResolvedRequest,
     ResolvedSecondPass,
     StepInfo,
@@ -40,13 +40,13 @@ from .request import (
     resolve_tile,
     resolve_vae,
 )
-from .rng import prepare_noise
-from .samplers import sampler_table, step_noise
-from .schedule import add_noise
+from .result import GenerateResult
+from .rwlock import Turns
+from .sampling.guidance import guidance_scales
+from .sampling.noise import prepare_noise
+from .sampling.samplers import sampler_table, step_noise
+from .sampling.schedules import add_noise
 from .stages import OnStage, Stages, timed
-from .tiles import decode_tiled
-from .tokenizer import PromptTokenizer, check_prompt
-from .turns import Turns
 
 # Encoded prompts kept for reuse; a context is a few hundred kilobytes at full size.
 CONTEXT_CACHE_SIZE = 64

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from . import checks, limits
-from .contact_sheet import MIN_CELL, Picture, Section, draw_sheet
+from .atomic_write import write_whole
 from .engine import Engine
 from .errors import RequestError
-from .files import write_whole
-from .request import GenerateRequest, StepInfo, resolve
-from .samplers import sampler_table
+from .image.contact_sheet import MIN_CELL, Picture, Section, draw_sheet
+from .request.request import GenerateRequest, StepInfo, resolve
+from .sampling.samplers import sampler_table
 
 if TYPE_CHECKING:
     from PIL.Image import Image

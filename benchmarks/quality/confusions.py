@@ -27,7 +27,7 @@ import typer
 from zimage_rt.benchmarks.quality.judge import COMPARE, DATA, Atlas, Judge, resize
 from zimage_rt.benchmarks.systems.base import System, load_system
 
-from zimage_rt.contact_sheet import Picture, Section, draw_sheet
+from zimage_rt.image.contact_sheet import Picture, Section, draw_sheet
 
 STYLE_WORDS = {"noto": "classic", "flat": "flat"}
 CANVAS, PLACE = 256, (128, 128)  # a single drawing stands in the middle

@@ -26,7 +26,7 @@ from zimage_rt.benchmarks.quality.judge import DATA, UNSEEN, Atlas, Judge, summa
 from zimage_rt.benchmarks.quality.judges import judges
 from zimage_rt.benchmarks.systems.base import System, load_system
 
-from zimage_rt.manifest import read_manifest
+from zimage_rt.bundle.manifest import read_manifest
 
 SCALES = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0)
 KINDS = ("single", "pair")

@@ -16,7 +16,7 @@ from zimage_rt.benchmarks.quality.judge import DATA, canvas_name
 from zimage_rt.benchmarks.quality.judges import judges
 from zimage_rt.benchmarks.systems.base import load_system
 
-from zimage_rt.contact_sheet import Picture, Section, draw_sheet
+from zimage_rt.image.contact_sheet import Picture, Section, draw_sheet
 
 COLUMNS = 8
 CELL = 112

@@ -38,7 +38,7 @@ from zimage_rt.export.modeling.transformer import (
 from zimage_rt.export.precision import BF16, PRECISIONS, Precision
 from zimage_rt.export.tokenizer import chat_template, tokenizer_file
 
-from zimage_rt.schedule import flow_match_sigmas
+from zimage_rt.sampling.schedules import flow_match_sigmas
 
 FINAL_NORM_EPS = 1e-6
 THREADS = min(8, os.cpu_count() or 1)  # tensors that are read at once

@@ -68,7 +68,7 @@ struct SampleJob {
   std::vector<int> context_rows;
   std::vector<const float*> negatives;
   std::vector<int> negative_rows;
-  std::vector<SamplerStep> steps;  // a table of zimage_rt/samplers.py
+  std::vector<SamplerStep> steps;  // a table of zimage_rt/sampling/samplers.py
   Guidance guidance;
   const float* mask = nullptr;  // of an inpainting (zimage_rt/sampler.h), else null
   const float* image = nullptr;

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from zimage_rt.manifest import EngineSpec, PipelineSpec, ProfileRange, ShapeRanges, TensorSpec
+from zimage_rt.bundle.manifest import EngineSpec, PipelineSpec, ProfileRange, ShapeRanges, TensorSpec
 
 from ..errors import BuildError, BuilderUnavailable, BuildMemoryError, ExportError, RecipeError
 from ..modules import Blocks, ModulePlan

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from zimage_rt.manifest import ShapeRanges
+from zimage_rt.bundle.manifest import ShapeRanges
 
 from ..errors import RecipeError
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from zimage_rt.json_codec import parse_json
-from zimage_rt.manifest import shape_text
+from zimage_rt.bundle.json_codec import parse_json
+from zimage_rt.bundle.manifest import shape_text
 
 from ..errors import CheckpointError, TensorError
 from .tensor import CheckpointTensor

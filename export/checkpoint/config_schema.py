@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from zimage_rt.json_codec import from_json
+from zimage_rt.bundle.json_codec import from_json
 
 from ..errors import CheckpointError
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from zimage_rt.lora_kinds import file_kind, remedy
+from zimage_rt.lora.kinds import file_kind, remedy
 
 from ..errors import CheckpointError, TensorError
 from . import foreign

@@ -24,9 +24,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from zimage_rt.bundle_folders import find_leftovers
-from zimage_rt.manifest import check_file, read_manifest
-from zimage_rt.metadata import pixels_sha256, read_record
+from zimage_rt.bundle.folders import find_leftovers
+from zimage_rt.bundle.manifest import check_file, read_manifest
+from zimage_rt.metadata.record import pixels_sha256, read_record
 
 ROWS = 12
 

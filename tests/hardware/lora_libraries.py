@@ -31,9 +31,9 @@ from lycoris import LycorisNetwork, create_lycoris  # type: ignore[import-not-fo
 from zimage_rt.benchmarks.fidelity import psnr  # noqa: E402
 
 import zimage_rt  # noqa: E402
-from zimage_rt.lora import place  # noqa: E402
-from zimage_rt.lora_file import read_lora  # noqa: E402
-from zimage_rt.manifest import read_manifest  # noqa: E402
+from zimage_rt.bundle.manifest import read_manifest  # noqa: E402
+from zimage_rt.lora.file import read_lora  # noqa: E402
+from zimage_rt.lora.manager import place  # noqa: E402
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "LoRA": {"algo": "lora", "linear_dim": 4, "linear_alpha": 2.0},

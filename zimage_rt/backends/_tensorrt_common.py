@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from cuda.bindings import __version__ as cuda_bindings_version
 
+from ..bundle.manifest import EngineSpec, Manifest, ModuleSpec, TensorSpec
 from ..checks import shown
 from ..errors import BackendUnavailable, BundleMismatch, OutOfMemory, RequestError, ZImageError
-from ..manifest import EngineSpec, Manifest, ModuleSpec, TensorSpec
 from . import nvidia_driver
 from ._cuda_runtime import Buffer, Gpu, Graph, runtime_problem
 from ._tensorrt_plans import (

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..bundle.manifest import EngineSpec, Manifest, ModuleSpec, ProfileRange, TensorSpec, check_file, shape_text
 from ..errors import BundleMismatch, RequestError
-from ..manifest import EngineSpec, Manifest, ModuleSpec, ProfileRange, TensorSpec, check_file, shape_text
 from .base import CheckModule
 
 Shape = tuple[int, ...]

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ..manifest import Manifest
+from ..bundle.manifest import Manifest
 
 # The highest number of a GPU that is looked for.
 MAX_DEVICE = 1023
@@ -96,11 +96,12 @@ class SampleJob:
         latents: float32 `[batch, channels, latent_height, latent_width]`, the caller's; changed in place.
         contexts: `[1, context_tokens, dim]` each.
         negatives: the same, read where the guidance is on.
-        steps: float32 `[evaluations, 12]`, a table of `samplers.py`.
-        guidance_scales: float32 `[evaluations, batch]`, from `guidance.py`; 0 is none.
+        steps: float32 `[evaluations, 12]`, a table of `sampling/samplers.py`.
+        guidance_scales: float32 `[evaluations, batch]`, from `sampling/guidance.py`; 0 is none.
         cfg_normalization: > 0 limits a guided prediction's norm to that multiple of the positive one's.
         inpaint: what is kept of a picture, or None.
-        step_noise: float32 `[draws, *latents.shape]`, from `samplers.py`, for the rows that take some; None without.
+        step_noise: float32 `[draws, *latents.shape]`, from `sampling/samplers.py`, for the rows that take
+            some; None without.
         control: what a ControlNet follows, or None; guided predictions follow it on both sides.
         on_step: called after each step of the schedule. A backend may have begun the next step by then, which a False
             does not take back.

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from .. import _core, checks
+from ..bundle.manifest import Manifest, ModuleSpec
+from ..bundle.safetensors_file import TensorFile
 from ..errors import BackendUnavailable, BundleMismatch, LoraError, NotFinite, OutOfMemory, RequestError, ZImageError
-from ..manifest import Manifest, ModuleSpec
 from ..not_finite import check_finite
-from ..tensor_file import TensorFile
 from .base import MAX_DEVICE, Change, CheckModule, Dense, Device, LowRank, Module, Probe, SampleJob
 from .cuda_libraries import SONAMES, find_library, has_code, library_version
 from .nvidia_driver import query

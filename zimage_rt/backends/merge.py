@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..bundle.safetensors_file import TensorFile, narrow, widen
 from ..errors import BundleMismatch, LoraError
-from ..tensor_file import TensorFile, narrow, widen
 from .base import Change, Dense
 
 # Multiplications made at a time. A piece of the matrix in fp32 then stays in the cache between its passes, and OpenBLAS

@@ -11,7 +11,7 @@ import numpy as np
 
 from .. import _core
 from ..errors import RequestError
-from ..image import to_signed, to_uint8
+from ..image.convert import to_signed, to_uint8
 from ..not_finite import check_finite
 from .base import Change, CheckModule, Control, Module, OnStep, SampleJob
 

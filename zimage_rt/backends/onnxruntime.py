@@ -11,9 +11,9 @@ import numpy as np
 import onnxruntime as ort
 
 from .. import checks
+from ..bundle.manifest import Manifest, ModuleSpec, shape_text
+from ..bundle.onnx_files import external_files
 from ..errors import BundleMismatch, OutOfMemory, RequestError, ZImageError
-from ..manifest import Manifest, ModuleSpec, shape_text
-from ..onnx_files import external_files
 from .base import MAX_DEVICE, Change, CheckModule, Probe
 from .merge import merged
 from .modules import ModulePipeline

@@ -7,9 +7,9 @@ from typing import Any
 
 import tensorrt as trt
 
+from ..bundle.manifest import ModuleSpec
 from ..checks import flag
 from ..errors import BundleMismatch
-from ..manifest import ModuleSpec
 from ._tensorrt_common import Part, TensorRTBackendBase
 from ._tensorrt_plans import initializers, map_tensors
 from .base import Probe

@@ -9,9 +9,9 @@ from typing import Any, cast
 
 import tensorrt_rtx as trt
 
+from ..bundle.manifest import Manifest
 from ..checks import choice, flag, path
 from ..errors import BundleMismatch
-from ..manifest import Manifest
 from ._tensorrt_cache import cache_file, cache_folder, read_cache, write_cache
 from ._tensorrt_common import Part, TensorRTBackendBase
 from .base import CheckModule, Probe

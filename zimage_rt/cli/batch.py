@@ -9,12 +9,12 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..batch import Batch, BatchOptions
-from ..files import check_folder
-from ..image_formats import check_quality
-from ..samplers import DEFAULT_SAMPLER
-from ..schedule import DEFAULT_SCHEDULE
-from ..tables import read_table
+from ..atomic_write import check_folder
+from ..batch.batch import Batch, BatchOptions
+from ..batch.table import read_table
+from ..image.formats import check_quality
+from ..sampling.samplers import DEFAULT_SAMPLER
+from ..sampling.schedules import DEFAULT_SCHEDULE
 from . import interrupt
 from .common import backend_options, fail, given_fields, load_engine, load_loras, picture_line, stderr
 from .options import (

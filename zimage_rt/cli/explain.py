@@ -11,9 +11,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..errors import RequestError
 from ..explain import explain as draw_explanation
-from ..samplers import DEFAULT_SAMPLER
-from ..saving import check_output
-from ..schedule import DEFAULT_SCHEDULE
+from ..metadata.save import check_output
+from ..sampling.samplers import DEFAULT_SAMPLER
+from ..sampling.schedules import DEFAULT_SCHEDULE
 from .common import backend_options, given_fields, json_line, load_engine, load_loras, printable, stderr
 from .options import (
     Backend,

@@ -10,8 +10,9 @@ from .. import __version__
 from ..checks import shown
 from ..engine import Engine
 from ..errors import RequestError
-from ..metadata import PictureRecord, pixels_sha256
-from ..request import GenerateRequest, GenerateResult
+from ..metadata.record import PictureRecord, pixels_sha256
+from ..request.request import GenerateRequest
+from ..result import GenerateResult
 from .common import stderr, warn
 
 # Options of backends that are numbers, switches or a word of our own, and those words (docs/backends.md). Those that

@@ -15,13 +15,13 @@ from rich.table import Table
 
 from .. import __version__
 from ..backends.registry import probe_backends
-from ..bundle_folders import find_leftovers
+from ..bundle.folders import find_leftovers
+from ..bundle.manifest import Manifest, check_file, read_manifest
 from ..errors import RequestError, RequestWarning, ZImageError
-from ..manifest import Manifest, check_file, read_manifest
-from ..metadata import read_record
-from ..samplers import DEFAULT_SAMPLER
-from ..saving import check_output, names_file, save_result
-from ..schedule import DEFAULT_SCHEDULE
+from ..metadata.record import read_record
+from ..metadata.save import check_output, names_file
+from ..sampling.samplers import DEFAULT_SAMPLER
+from ..sampling.schedules import DEFAULT_SCHEDULE
 from . import doctor as doctor_report
 from . import interrupt
 from .batch import batch
@@ -215,7 +215,7 @@ def generate(
             result, more["same"] = kept_alone(result, record)
         named = names_file(output) and len(requests) > 1
         where = output.with_name(f"{output.stem}-{number:03d}{output.suffix}") if named else output
-        paths = save_result(result, where, sidecar=sidecar, quality=quality)
+        paths = result.save(where, sidecar=sidecar, quality=quality)
         for path, drawn in zip(paths, result.records, strict=True):
             text, image_seed = drawn.request["prompt"], drawn.request["seed"]
             if as_json:
@@ -250,7 +250,7 @@ def inspect(
             states[name] = str(error)
     damaged = {name: state for name, state in states.items() if state != "ok"}
     if as_json:
-        from ..json_codec import to_json
+        from ..bundle.json_codec import to_json
 
         report = to_json(manifest) | {"bundle_id": manifest.bundle_id, "file_states": states, "ok": not damaged}
         print(json_line(report, indent=1))

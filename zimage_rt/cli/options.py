@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from ..backends.registry import BACKENDS
-from ..rows import read_numbers, read_parts
-from ..samplers import SAMPLERS
-from ..schedule import SCHEDULES
+from ..batch.rows import read_numbers, read_parts
+from ..sampling.samplers import SAMPLERS
+from ..sampling.schedules import SCHEDULES
 
 OF_SIZE = "Pixels, a multiple of what the bundle serves (16 in most). By default the image's, or the bundle's own size."
 

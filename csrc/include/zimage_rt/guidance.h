@@ -6,7 +6,7 @@
 namespace zimage_rt {
 
 // Classifier-free guidance as diffusers' ZImagePipeline has it, with a scale for each evaluation
-// and sample. zimage_rt/guidance.py makes the scales and is the reference of the formulas.
+// and sample. zimage_rt/sampling/guidance.py makes the scales and is the reference of the formulas.
 struct Guidance {
   std::vector<float> scales;   // [evaluations, batch]; 0: no guidance
   float normalization = 0.0f;  // > 0: the guided prediction's norm is at most this times the

@@ -1,0 +1,1 @@
+"""Tables of requests, drawn into a folder that a journal describes."""

@@ -1,0 +1,261 @@
+"""Many requests from a table, one after another; a batch that was killed goes on where it stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..atomic_write import check_folder
+from ..bundle.manifest import hash_file
+from ..checks import MAX_SHOWN
+from ..engine import Engine
+from ..errors import RequestError
+from ..image.formats import FORMATS, check_quality, sidecar_path
+from ..metadata.record import save_picture
+from ..request.request import GenerateRequest, StepInfo, resolve
+from ..result import GenerateResult
+from .journal import Journal
+from .names import row_stems
+from .plan import DoneRows, plan_rows
+from .rows import RowReader, Template
+from .table import Row, Table
+
+# Of a row's failure, in the journal; longer ones are cut.
+MAX_REASON = 20 * MAX_SHOWN
+# Request fields that have a meaning beside an image alone, which may be a row's own.
+BESIDE_IMAGE = ("denoise", "strength", "mask")
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchOptions:
+    """What is the same for all rows.
+
+    Attributes:
+        template: makes the prompts from columns.
+        defaults: request fields, where a row says nothing.
+        seed: what the seeds of rows without one are made of.
+        sidecar: write each image's record beside it too.
+        name: makes the files' names from columns, e.g. `{sku}.png`; the row's number if None.
+        format: `png`, `jpg` or `webp`; by the ending of `name`, else PNG, if None.
+        quality: 1 to 100, for JPEG and WebP, see `image_formats.encode_image`.
+    """
+
+    template: str | None = None
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    seed: int = 0
+    sidecar: bool = True
+    name: str | None = None
+    format: str | None = None
+    quality: int | None = None
+
+    @property
+    def suffix(self) -> str:
+        """The ending of the images' files. Raises RequestError for a format that is not written."""
+        named = next((suffix for suffix in FORMATS if (self.name or "").casefold().endswith(suffix)), None)
+        wanted = None if self.format is None else f".{self.format.removeprefix('.').lower()}"
+        if wanted is not None and wanted not in FORMATS:
+            known = ", ".join(suffix[1:] for suffix in FORMATS)
+            raise RequestError(f"format: expected one of {known}, got {self.format!r}")
+        if wanted is not None and named is not None and FORMATS[wanted] != FORMATS[named]:
+            raise RequestError(f"format: expected that of the name {self.name!r}, got {self.format!r}; leave one out")
+        return named or wanted or ".png"
+
+
+class Batch:
+    """A table being drawn into a folder.
+
+    A row that is done stays so as long as it says the same, wherever it stands in the table. It is drawn again if its
+    images are gone or cut off, or if the images that it begins from hold other bytes now: the folder then holds what
+    the table says. An input that is gone leaves what was drawn from it alone.
+
+    Args:
+        engine: what draws.
+        table: the rows.
+        folder: where the images go; it is made.
+        options: see `BatchOptions`.
+        restart: draw everything anew.
+
+    Attributes:
+        rows: the table's, with their numbers in the batch; a new row of a table that was begun without it may have a
+            number beyond the table's.
+        notes: what is not as the folder had it, one sentence each.
+
+    Raises:
+        RequestError: a column or an option is impossible, two rows have one name, or the folder holds another batch.
+    """
+
+    def __init__(
+        self, engine: Engine, table: Table, folder: Path, options: BatchOptions, *, restart: bool = False
+    ) -> None:
+        self.table = table
+        self.notes: list[str] = []
+        self._engine = engine
+        self._options = options
+        self._suffix = options.suffix
+        check_quality(self._suffix, options.quality)
+        check_folder(folder)
+        template = None if options.template is None else Template(options.template)
+        name = None if options.name is None else Template(options.name, "name")
+        self._reader = RowReader(table, template, options.defaults, options.seed, name)
+        # What no row could make good fails now, not once a row.
+        resolve(GenerateRequest("a prompt", **_checkable(options.defaults)), engine.manifest)
+        if name is not None:
+            row_stems(table.rows, self._reader, name)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.journal = Journal(folder, self._header(), restart=restart)
+        try:
+            plan = plan_rows(table.rows, self._reader.content, self.journal.lines)
+            self.rows, self._contents = plan.rows, plan.contents
+            self._stems = {} if name is None else row_stems(plan.rows, self._reader, name)
+            self._claim()
+            self._done = self._find_done(plan.known)
+        except BaseException:
+            self.journal.__exit__()
+            raise
+        extra = dict.fromkeys(column for content in self._contents.values() for column in content.extra)
+        if extra:
+            self.notes.append(f"no request fields, and kept in the journal: {', '.join(extra)}")
+        if plan.removed:
+            self.notes.append(
+                f"{len(plan.removed)} rows of the journal are no longer in the table; their images stay: "
+                f"{', '.join(self.journal.pictures[plan.removed[0]])}{', …' if len(plan.removed) > 1 else ''}"
+            )
+
+    @property
+    def remaining(self) -> list[Row]:
+        """The rows that are not done; those that failed are tried again."""
+        return [row for row in self.rows if row.number not in self._done]
+
+    @property
+    def errors(self) -> dict[int, str]:
+        """Why each of the table's rows failed that did, by its number."""
+        return {number: error for number, error in self.journal.errors.items() if number in self._contents}
+
+    def draw(
+        self, row: Row, on_step: Callable[[StepInfo], None] | None = None
+    ) -> tuple[GenerateResult, list[Path]] | str:
+        """Draw one of `rows`, save it, and write it into the journal, in that order.
+
+        Returns:
+            the result and where its images are, or why the row failed.
+
+        Raises:
+            OSError: an image or the journal cannot be written; the batch cannot go on.
+        """
+        content = self._contents[row.number]
+        more: dict[str, Any] = {"key": content.key, "extra": dict(content.extra)}
+        drawn = False
+        try:
+            result = self._engine.run(self._reader.request(row), callback=on_step)
+            drawn = True
+            paths = [self.journal.folder / name for name in self._names(row, len(result.seeds))]
+            sizes = [
+                save_picture(path, pixels, record, sidecar=self._options.sidecar, quality=self._options.quality)
+                for path, pixels, record in zip(paths, result.images, result.records, strict=True)
+            ]
+        except Exception as error:  # whatever is wrong with a row, or with drawing it, must not cost the others
+            if drawn and isinstance(error, OSError):
+                raise  # the folder's fault, and so every row's
+            reason = f"{type(error).__name__}: {error}"
+            reason = reason if len(reason) <= MAX_REASON else f"{reason[:MAX_REASON]}…"
+            self._done.discard(row.number)
+            self.journal.add(row.number, error=reason, line=row.line, **more)
+            return reason
+        request = result.records[0].request
+        before = self.journal.lines.get(row.number, {}).get("pictures", [])
+        self.journal.add(
+            row.number,
+            pictures=[path.name for path in paths],
+            sizes=sizes,
+            inputs={field: (request[field] or {}).get("sha256", "") for field in self._reader.inputs(row)},
+            prompt=request["prompt"],
+            seeds=list(result.seeds),
+            timings=result.timings,
+            **more,
+        )
+        for name in set(before) - {path.name for path in paths}:  # the row had more images, or other names
+            old = self.journal.folder / Path(name).name
+            old.unlink(missing_ok=True)
+            sidecar_path(old).unlink(missing_ok=True)
+        self._done.add(row.number)
+        return result, paths
+
+    def _header(self) -> dict[str, Any]:
+        options = self._options
+        engine = self._engine
+        header: dict[str, Any] = {
+            "template": options.template,
+            "options": {name: _recorded(value) for name, value in options.defaults.items()},
+            "seed": options.seed,
+            "bundle": engine.bundle_id,
+            "loras": [
+                {name: value for name, value in lora.to_json().items() if name != "path"}
+                for lora in engine.active_loras
+            ],
+            "backend": {"name": engine.backend, "options": engine.backend_options},
+        }
+        return header | {"name": options.name, "format": self._suffix[1:], "quality": options.quality}
+
+    def _find_done(self, known: frozenset[int]) -> set[int]:
+        """The rows that need no drawing; notes say why others do that were drawn."""
+        files = DoneRows(self.journal.folder)
+        done: set[int] = set()
+        broken, changed = [], []
+        moved = []
+        for row in self.rows:
+            line = self.journal.lines.get(row.number)
+            if row.number not in known or line is None or "error" in line:
+                continue
+            if not files.are_whole(line):
+                broken.append(row.number)
+            elif files.has_changed_inputs(line, self._reader.inputs(row)):
+                changed.append(row.number)
+            else:
+                done.add(row.number)
+                extra = dict(self._contents[row.number].extra)
+                if extra != line["extra"]:
+                    moved.append({**line, "extra": extra})
+        if moved:
+            self.journal.add_lines(moved)  # a new price: the image stays
+        for numbers, why in ((broken, "images are gone or cut off"), (changed, "input images were changed")):
+            if numbers:
+                shown = ", ".join(map(str, numbers[:5])) + (", …" if len(numbers) > 5 else "")
+                self.notes.append(f"{len(numbers)} rows are drawn again, because their {why}: {shown}")
+        return done
+
+    def _claim(self) -> None:
+        """Make the names by `name` the batch's own. Raises RequestError where another file has one of them."""
+        if not self._stems:
+            return
+        names = [name for row in self.rows if row.number in self._stems for name in self._names(row)]
+        new = [name for name in names if name not in self.journal.claims]
+        present = {path.name for path in self.journal.folder.iterdir()}
+        taken = next((name for name in new if name in present), None)
+        if taken is not None:
+            raise RequestError(
+                f"name: {self.journal.folder / taken} is there already, and not of this batch; choose another folder, "
+                "or move it away"
+            )
+        if new:
+            self.journal.add_lines([{"claims": new}])
+
+    def _names(self, row: Row, count: int | None = None) -> list[str]:
+        count = self._reader.count(row) if count is None else count
+        stem = self._stems.get(row.number, f"{row.number:05d}")
+        if count <= 1:
+            return [f"{stem}{self._suffix}"]
+        return [f"{stem}-{i:03d}{self._suffix}" for i in range(min(count, 1000))]
+
+
+def _checkable(defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults that can be checked without a row: what belongs to an image waits for one."""
+    return {name: value for name, value in defaults.items() if name not in BESIDE_IMAGE or defaults.get("image")}
+
+
+def _recorded(value: Any) -> Any:
+    """An option as JSON; a file by its path and hash."""
+    if isinstance(value, Path):
+        return {"path": str(value), "sha256": hash_file(value).sha256}
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value

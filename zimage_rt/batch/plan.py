@@ -1,0 +1,102 @@
+"""Which rows of a table are those of a journal: by what they say, not by where they stand."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..bundle.manifest import hash_file
+from ..image.formats import is_whole
+from .rows import RowContent, hash_json
+from .table import Row
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A table's rows beside a journal.
+
+    Attributes:
+        rows: of the table, with the numbers that they have in the batch: their names and seeds follow from them.
+        contents: what each row says, by its number.
+        known: numbers of the rows that the journal has.
+        removed: numbers of the journal's drawn rows that the table has no more; their images stay.
+    """
+
+    rows: tuple[Row, ...]
+    contents: Mapping[int, RowContent]
+    known: frozenset[int]
+    removed: tuple[int, ...]
+
+
+def plan_rows(rows: Sequence[Row], read: Callable[[Row], RowContent], lines: Mapping[int, Mapping[str, Any]]) -> Plan:
+    """Number the rows of a table so that those of the journal keep theirs. Takes time in proportion to both.
+
+    A row is one of the journal if it says the same, also when it stands elsewhere now. Of several alike the one with
+    the same other columns is taken, else the first. A row that the journal does not have gets the number of its place
+    in the table where that is free or was a row's that is gone, so that a row that was changed is drawn in its old
+    one's place, else a number that nobody had.
+    """
+    contents = [read(row) for row in rows]
+    exact: dict[tuple[str, str], deque[int]] = defaultdict(deque)
+    alike: dict[str, deque[int]] = defaultdict(deque)
+    for number, line in lines.items():
+        exact[line["key"], hash_json(line.get("extra", {}))].append(number)
+        alike[line["key"]].append(number)
+    numbers: list[int | None] = [None] * len(rows)
+    taken: set[int] = set()
+    for found in (
+        [exact.get((content.key, hash_json(dict(content.extra)))) for content in contents],
+        [alike.get(content.key) for content in contents],
+    ):
+        for place, candidates in enumerate(found):
+            while numbers[place] is None and candidates:
+                number = candidates.popleft()
+                if number not in taken:
+                    numbers[place] = number
+                    taken.add(number)
+    known = frozenset(taken)
+    for place, known_number in enumerate(numbers):
+        if known_number is None and place + 1 not in taken:
+            numbers[place] = place + 1
+    taken.update(number for number in numbers if number is not None)
+    unused = (number for number in itertools.count(max(lines, default=0) + 1) if number not in taken)
+    numbered = [next(unused) if number is None else number for number in numbers]
+    taken.update(numbered)
+    return Plan(
+        rows=tuple(dataclasses.replace(row, number=number) for row, number in zip(rows, numbered, strict=True)),
+        contents=dict(zip(numbered, contents, strict=True)),
+        known=known,
+        removed=tuple(number for number, line in lines.items() if number not in taken and "error" not in line),
+    )
+
+
+class DoneRows:
+    """Whether what a journal says was drawn is still so."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._hashes: dict[Path, str | None] = {}
+
+    def are_whole(self, line: Mapping[str, Any]) -> bool:
+        """Whether a row's images are there, and whole."""
+        return all(
+            is_whole(self._folder / Path(name).name, size)
+            for name, size in zip(line["pictures"], line["sizes"], strict=True)
+        )
+
+    def has_changed_inputs(self, line: Mapping[str, Any], inputs: Mapping[str, Path]) -> bool:
+        """Whether an image that a row was drawn from holds other bytes now. One that is gone contradicts nothing."""
+        return any(self._hash(path) not in (None, line["inputs"].get(field)) for field, path in inputs.items())
+
+    def _hash(self, path: Path) -> str | None:
+        """Of a file, read once for all rows that share it; None where it cannot be read."""
+        if path not in self._hashes:
+            try:
+                self._hashes[path] = hash_file(path).sha256
+            except (OSError, ValueError):
+                self._hashes[path] = None
+        return self._hashes[path]

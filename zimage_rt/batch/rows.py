@@ -1,0 +1,239 @@
+"""Rows of a table to requests: columns are request fields, by their own types; templates take the rest."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import string
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..checks import shown
+from ..errors import RequestError
+from ..metadata.record import PICTURES
+from ..request.request import GenerateRequest
+from .cells import FILE, NUMBERS, WHOLE, convert_cell
+from .columns import check_extra, column_kinds, dataclass_of, field_of, is_own_name, parts_of
+from .table import Row, Table
+
+
+class Template:
+    """A text with columns in it: `a {animal} on a {colour} background`; `{{` and `}}` are braces.
+
+    Args:
+        text: the template.
+        what: its name in errors.
+
+    Raises:
+        RequestError: the braces are not whole, or hold more than a column's name.
+    """
+
+    def __init__(self, text: str, what: str = "template") -> None:
+        self._what = what
+        try:
+            self._parts = list(string.Formatter().parse(text))
+        except ValueError as error:
+            raise RequestError(f"{what}: {error}; write {{{{ and }}}} for braces that are text") from error
+        for _, name, spec, conversion in self._parts:
+            if name is not None and (not name or spec or conversion):
+                raise RequestError(f"{what}: expected a column's name in braces, got {text!r}")
+        self.text = text
+        self.columns = tuple(name for _, name, _, _ in self._parts if name is not None)
+
+    def fill(self, values: Mapping[str, Any]) -> str:
+        """The text of a row. Raises RequestError where the row has nothing to put in."""
+        filled = []
+        for literal, name, _, _ in self._parts:
+            filled.append(literal)
+            if name is None:
+                continue
+            value = values.get(name)
+            if isinstance(value, bool) or not isinstance(value, (str, int, float)) or not str(value).strip():
+                raise RequestError(f"{self._what}: expected text for {{{name}}}, got {shown(value)}")
+            filled.append(str(value).strip())
+        return "".join(filled)
+
+
+@dataclasses.dataclass(frozen=True)
+class RowContent:
+    """What a row says, sorted by what it is for.
+
+    Attributes:
+        key: hash of all that it is drawn and named by: two rows of the same key are drawn alike but for their seeds.
+        extra: the other columns, for the journal.
+    """
+
+    key: str
+    extra: Mapping[str, Any]
+
+
+class RowReader:
+    """Makes requests of a table's rows.
+
+    Args:
+        table: the rows.
+        template: makes the prompt, in place of the column `prompt`.
+        defaults: request fields that a row may say otherwise.
+        seed: what the seeds of rows without one are made of.
+        name: makes the names of a row's files; its columns may have any name.
+
+    Raises:
+        RequestError: a column looks like a slip of a request field's name, or there is no prompt.
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        template: Template | None,
+        defaults: Mapping[str, Any],
+        seed: int,
+        name: Template | None = None,
+    ) -> None:
+        self._folder = table.path.parent
+        self._template = template
+        self._name = name
+        self._defaults = dict(defaults)
+        self._seed = seed
+        self._columns_are_checked = table.columns is not None
+        if table.columns is not None:
+            self._check([column for column in table.columns if column])
+
+    def request(self, row: Row) -> GenerateRequest:
+        """The request of a row. Raises RequestError, with the column that is wrong."""
+        if row.problem is not None:
+            raise RequestError(row.problem)
+        values = _flattened(row.values)
+        if not self._columns_are_checked:
+            self._check(list(values))
+        fields = self._defaults | {"seed": row_seed(self._seed, row.number)}
+        again: dict[str, Any] = {}
+        for column, value in values.items():
+            name = self._field(column)
+            if name is None or value is None or (self._template is not None and name == "prompt"):
+                continue
+            converted = convert_cell(column, column_kinds()[name], value, self._folder)
+            outer, dot, inner = name.partition(".")
+            if dot:
+                again.setdefault(outer, {})[inner] = converted
+            else:
+                fields[name] = converted
+        for name, inner_fields in again.items():
+            fields[name] = dataclass_of(name)(**inner_fields)
+        if self._template is not None:
+            fields["prompt"] = self._template.fill(row.values)
+        if not str(fields.setdefault("prompt", "")).strip() and not _has_other_wishes(fields):
+            raise RequestError("prompt: expected what to draw, got nothing")
+        return GenerateRequest(**fields)
+
+    def content(self, row: Row) -> RowContent:
+        """What identifies a row, whether or not it can be drawn."""
+        values = _flattened(row.values)
+        used: dict[str, Any] = {} if row.problem is None else {"problem": row.problem}
+        extra: dict[str, Any] = {}
+        for column, value in values.items():
+            field = self._field(column)
+            if field is None:
+                extra[column] = value
+            else:
+                used[f"field {field}"] = value
+        for template in (self._template, self._name):
+            used |= {f"column {column}": row.values.get(column) for column in (template.columns if template else ())}
+        return RowContent(hash_json(used), extra)
+
+    def inputs(self, row: Row) -> dict[str, Path]:
+        """The image files that a row names, by field; those that are no path are left out, and fail later."""
+        found: dict[str, Path] = {}
+        for column, value in row.values.items():
+            name = self._field(column)
+            if name is not None and name in PICTURES and value is not None:
+                with contextlib.suppress(RequestError):
+                    found[name] = convert_cell(column, FILE, value, self._folder)
+        return found
+
+    def count(self, row: Row) -> int:
+        """How many images a row asks for; 1 where what it says is no number, and it will fail."""
+        for column, value in row.values.items():
+            if self._field(column) == "num_images" and value is not None:
+                try:
+                    return convert_cell(column, WHOLE, value)
+                except RequestError:
+                    return 1
+        return self._defaults.get("num_images", 1)
+
+    def _field(self, column: str) -> str | None:
+        """A column's request field. One that the template names by another name than the field's is the template's."""
+        if self._template is not None and column in self._template.columns and not is_own_name(column):
+            return None
+        return field_of(column)
+
+    def _check(self, columns: Sequence[str]) -> None:
+        taken = {template.text: template.columns for template in (self._template, self._name) if template is not None}
+        used = {column for names in taken.values() for column in names}
+        for what, template in (("template", self._template), ("name", self._name)):
+            missing = [name for name in (() if template is None else template.columns) if name not in columns]
+            if missing:
+                raise RequestError(f"{what}: there is no column {missing[0]!r}; there are: {', '.join(columns)}")
+        seen: dict[str, str] = {}
+        for column in columns:
+            field = self._field(column)
+            if field is None:
+                if column not in used:
+                    check_extra(column)
+            elif field in seen:
+                raise RequestError(f"columns {seen[field]!r} and {column!r}: expected one of them; they are the same")
+            else:
+                seen[field] = column
+        if self._template is None and "prompt" not in seen:
+            raise RequestError(f"expected a column `prompt`, or a --template; there are: {', '.join(columns)}")
+        if self._template is not None and "prompt" in seen and seen["prompt"] not in used:
+            raise RequestError("template: takes the place of the column `prompt`; put {prompt} in, or take it out")
+
+
+def read_parts(name: str, text: str) -> Any:
+    """`scale=2,strength=0.4` for a field that has parts, e.g. `second_pass`. Raises RequestError."""
+    kinds, known = column_kinds(), parts_of(name)
+    parts: dict[str, Any] = {}
+    for item in filter(None, text.split(",")):
+        part, equals, value = (piece.strip() for piece in item.partition("="))
+        if not equals or part not in known:
+            raise RequestError(f"{name}: expected name=value of {', '.join(known)}, commas between them, got {item!r}")
+        parts[part] = convert_cell(f"{name}.{part}", kinds[f"{name}.{part}"], value)
+    return dataclass_of(name)(**parts)
+
+
+def read_numbers(name: str, text: str) -> tuple[float, ...]:
+    """`1.0,0.6,0.3` for a field of numbers. Raises RequestError."""
+    return convert_cell(name, NUMBERS, text)
+
+
+def row_seed(base: int, number: int) -> int:
+    """The seed of row `number`: 32 bits of a hash.
+
+    Not base + number: batches of neighbouring seeds would share most of their noise, and so would the images of a row
+    that asks for several and those of the rows after it.
+    """
+    return int.from_bytes(hashlib.sha256(f"{base}:{number}".encode()).digest()[:4])
+
+
+def hash_json(value: Any) -> str:
+    """SHA-256 (hex) of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _has_other_wishes(fields: Mapping[str, Any]) -> bool:
+    """Whether a request without text may be meant so: it has an image, or guidance, and is checked later."""
+    return bool(fields.get("guidance_scale")) or any(fields.get(name) is not None for name in PICTURES)
+
+
+def _flattened(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"second_pass": {"scale": 2}}` to `{"second_pass.scale": 2}`; other objects stay whole."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and value and parts_of(name):
+            flat |= {f"{name}.{part}": item for part, item in value.items()}
+        else:
+            flat[name] = value
+    return flat

@@ -1,0 +1,64 @@
+"""A bundle's files, each checked once before it is first read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ..errors import BundleMismatch
+from .manifest import Manifest, check_file
+
+
+class BundleFiles:
+    """Checks files against the manifest.
+
+    Args:
+        bundle: the folder.
+        manifest: what it says of itself.
+        verify: hash every file; without, only sizes are checked.
+        modules: what is loaded with the engine, whose files `tell` counts.
+        on_stage: told `hash` in bytes as they are read, until `loaded`.
+    """
+
+    def __init__(
+        self,
+        bundle: Path,
+        manifest: Manifest,
+        verify: bool,
+        modules: Sequence[str],
+        on_stage: Callable[[str, int, int], object] | None,
+    ) -> None:
+        self._bundle, self._manifest, self._verify = bundle, manifest, verify
+        self._verified: set[str] = set()
+        self._on_stage = on_stage
+        names = {manifest.tokenizer, *(file for module in modules for file in manifest.module_files(module))}
+        self._sizes = {name: manifest.files[name].size for name in names if name in manifest.files}
+
+    def check_module(self, name: str) -> None:
+        """Check the files that a module reads. Raises BundleMismatch."""
+        for file in self._manifest.module_files(name):
+            self.check(file)
+
+    def check(self, file: str) -> None:
+        """Check one file. Raises BundleMismatch."""
+        if file not in self._manifest.files:
+            raise BundleMismatch(f"{file}: not among the manifest's files; export the bundle again")
+        # Once: 12 GB take seconds to hash, and two modules may read them.
+        hashed = self._verify and file not in self._verified
+        before = sum(size for name, size in self._sizes.items() if name in self._verified)
+        total, read = sum(self._sizes.values()), 0
+
+        def tell(count: int) -> None:
+            nonlocal read
+            read += count
+            if self._on_stage is not None:
+                self._on_stage("hash", before + read if file in self._sizes else before, total)
+
+        if hashed:
+            tell(0)
+        check_file(self._bundle, file, self._manifest.files[file], content=hashed, on_bytes=tell)
+        self._verified.add(file)
+
+    def loaded(self) -> None:
+        """Tell nobody any more: what is read from now on belongs to a request."""
+        self._on_stage = None

@@ -1,0 +1,1 @@
+"""Arrays and images: pixel formats, sizes, tiles, sheets."""

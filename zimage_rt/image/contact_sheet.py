@@ -1,0 +1,197 @@
+"""Pictures with labels on one sheet."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import RequestWarning
+from .fonts import PACKAGE, Font, find_font
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MARGIN = 16
+GAP = 6
+LABEL_SIZE = 13
+HEADING_SIZE = 15
+TITLE_SIZE = 18
+LINE = 1.35  # line height of text, in its size
+# Under this a picture shows nothing, and its label does not fit.
+MIN_CELL = 88
+INK, FAINT, PAPER = "#202020", "#606060", "#ffffff"
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A picture, uint8 `[height, width, 3]`, and what stands under it."""
+
+    pixels: np.ndarray
+    label: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """Rows of pictures under a title.
+
+    Attributes:
+        title: above it.
+        columns: a heading for each column, or None.
+        rows: a label, on the left, and the pictures of each row; as many in each.
+        cell: the longer side of a picture on the sheet, in pixels.
+        shrink: whether the pictures may be smaller, so that the section is no wider than those before it.
+    """
+
+    title: str
+    columns: Sequence[str] | None
+    rows: Sequence[tuple[str, Sequence[Picture]]]
+    cell: int
+    shrink: bool = False
+
+
+def draw_sheet(titles: Sequence[str], sections: Sequence[Section], font: str | Path | None = None) -> Image:
+    """Draw a sheet.
+
+    Args:
+        titles: lines above all; the first is larger.
+        sections: from top to bottom.
+        font: a TrueType file; Pillow's own font if None, or one of this system's, if that has more of the characters.
+
+    Raises:
+        RequestError: the font cannot be read.
+
+    Warns:
+        RequestWarning: the font lacks characters of the titles, which are then drawn as `_`.
+    """
+    from PIL import Image, ImageDraw
+
+    texts = "".join("".join(title.split()) for title in titles)
+    chosen = find_font(texts) if font is None else Font(font)
+    missing = chosen.missing(texts)
+    if missing:
+        instead = f"install one, e.g. Debian's package {PACKAGE}, or name one" if font is None else "name another"
+        warnings.warn(
+            f"font: {'no font found here' if font is None else font} has {''.join(missing[:10])}, drawn as _ on the "
+            f"sheet; {instead} with --font",
+            RequestWarning,
+            stacklevel=2,
+        )
+    pen = _Pen(chosen)
+    left = max(pen.width(label) for section in sections for label, _ in section.rows) + 2 * GAP
+    room = max(
+        (len(section.rows[0][1]) * (section.cell + GAP) for section in sections if not section.shrink), default=0
+    )
+    cells = [_cell_size(section, room) for section in sections]
+    widest = max(len(section.rows[0][1]) * (cell + GAP) for section, cell in zip(sections, cells, strict=True))
+    headings = max(pen.width(section.title, HEADING_SIZE) for section in sections)
+    width = 2 * MARGIN + max(left + widest, headings)
+    header = [
+        (line, TITLE_SIZE if number == 0 else LABEL_SIZE, FAINT if number else INK)
+        for number, title in enumerate(titles)
+        for line in pen.wrapped(title, width - 2 * MARGIN, TITLE_SIZE if number == 0 else LABEL_SIZE)
+    ]
+    label_height = round(LABEL_SIZE * LINE)
+    title_height = round(TITLE_SIZE * LINE)
+    height = 2 * MARGIN + sum(round(size * LINE) for _, size, _ in header)
+    for section, cell in zip(sections, cells, strict=True):
+        height += 2 * GAP + title_height + (label_height if section.columns else 0)
+        height += sum(_row_height(row, cell) + label_height + GAP for _, row in section.rows)
+    sheet = Image.new("RGB", (width, height), PAPER)
+    pen.draw = ImageDraw.Draw(sheet)
+
+    y = MARGIN
+    for line, size, colour in header:
+        pen.text(MARGIN, y, line, size, colour)
+        y += round(size * LINE)
+    for section, cell in zip(sections, cells, strict=True):
+        y += 2 * GAP
+        pen.text(MARGIN, y, section.title, HEADING_SIZE, INK)
+        y += title_height
+        for column, heading in enumerate(section.columns or ()):
+            pen.label(MARGIN + left + column * (cell + GAP), y, heading, cell, INK)
+        y += label_height if section.columns else 0
+        for label, row in section.rows:
+            tall = _row_height(row, cell)
+            pen.text(MARGIN, y + (tall - label_height) // 2, label, LABEL_SIZE, INK)
+            for column, picture in enumerate(row):
+                x = MARGIN + left + column * (cell + GAP)
+                sheet.paste(_scaled(picture, cell), (x, y))
+                pen.label(x, y + tall, picture.label, cell, FAINT)
+            y += tall + label_height + GAP
+    return sheet
+
+
+def _cell_size(section: Section, room: int) -> int:
+    if not section.shrink or room == 0:
+        return section.cell
+    return max(min(section.cell, room // len(section.rows[0][1]) - GAP), min(section.cell, MIN_CELL))
+
+
+def _size(picture: Picture, cell: int) -> tuple[int, int]:
+    """Width and height on the sheet."""
+    height, width = picture.pixels.shape[:2]
+    longer = max(height, width)
+    return max(1, round(width * cell / longer)), max(1, round(height * cell / longer))
+
+
+def _scaled(picture: Picture, cell: int) -> Image:
+    from PIL import Image
+
+    return Image.fromarray(picture.pixels).resize(_size(picture, cell), Image.Resampling.LANCZOS)
+
+
+def _row_height(row: Sequence[Picture], cell: int) -> int:
+    return max(_size(picture, cell)[1] for picture in row)
+
+
+class _Pen:
+    """Text in one font, with `_` in place of characters that the font does not have."""
+
+    draw: Any
+
+    def __init__(self, font: Font) -> None:
+        self._font = font
+
+    def _at(self, size: int) -> Any:
+        return self._font.at(size)
+
+    def width(self, text: str, size: int = LABEL_SIZE) -> int:
+        """In pixels, rounded up."""
+        return -int(-self._at(size).getlength(text) // 1)
+
+    def label(self, x: int, y: int, text: str, width: int, colour: str) -> None:
+        """Write one line no wider than `width`: smaller, and at last cut, where it would be."""
+        size = next((size for size in range(LABEL_SIZE, 8, -1) if self.width(text, size) <= width), 8)
+        while text and self.width(text, size) > width:
+            text = text[:-1]
+        self.text(x, y, text, size, colour)
+
+    def text(self, x: int, y: int, text: str, size: int, colour: str) -> None:
+        """Write one line, its top left corner at x, y."""
+        self.draw.text((x, y), text, fill=colour, font=self._at(size))
+
+    def wrapped(self, text: str, width: int, size: int) -> list[str]:
+        """Lines no wider than `width`, broken at spaces where there are some."""
+        lines: list[str] = []
+        rest = self._drawable(" ".join(text.split()))
+        while rest:
+            end = len(rest)
+            while end > 1 and self.width(rest[:end], size) > width:
+                space = rest.rfind(" ", 0, end)
+                end = space if space > 0 else end - 1
+            lines.append(rest[:end])
+            rest = rest[end:].lstrip()
+        return lines
+
+    def _drawable(self, text: str) -> str:
+        missing = self._font.missing(text)
+        if not missing:
+            return text
+        kept = "".join("_" if character in missing else character for character in text)
+        # The text itself is in the file, whole.
+        return f"{kept}   (_: not in this font; give --font, or read the file's own text)"

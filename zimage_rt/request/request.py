@@ -1,0 +1,454 @@
+"""What a caller asks for and what comes back. Everything is checked before any work is done."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .. import checks, limits
+from ..bundle.manifest import Manifest
+from ..bundle.tokenizer import check_prompt
+from ..errors import RequestError
+from ..image.convert import read_image
+from ..sampling.noise import MAX_SEED
+from ..sampling.samplers import DEFAULT_SAMPLER, SAMPLERS
+from ..sampling.schedules import DEFAULT_SCHEDULE
+from .images import fitted, image_and_mask, read_control_image, side
+from .schedule import resolve_sigmas
+from .warnings_of import without_effect
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+VAES = ("tiny", "full")
+# Whose noise an image of a batch gets: that of its own seed, or its part of what the first seed gives for all of them.
+BATCH_NOISE = ("separate", "comfyui")
+_LATENTS = "float32 [batch, 16, height / 8, width / 8]"
+
+
+@dataclasses.dataclass(frozen=True)
+class StepInfo:
+    """What a callback is told after each step.
+
+    Attributes:
+        step: from 0; `num_steps` of them.
+        sigma, sigma_next: noise level before and after the step.
+        stage: 0, or 1 in the second pass of a request that has one.
+        read_latents: returns `latents`. Call it, like `preview`, before the callback returns.
+        preview: returns uint8 images `[batch, height, width, 3]` of the latents, through the tiny VAE.
+    """
+
+    step: int
+    num_steps: int
+    sigma: float
+    sigma_next: float
+    read_latents: Callable[[], np.ndarray]
+    preview: Callable[[], np.ndarray]
+    stage: int = 0
+
+    @property
+    def latents(self) -> np.ndarray:
+        """float32 `[batch, 16, latent_height, latent_width]`, read-only, valid until the callback returns."""
+        return self.read_latents()
+
+
+# Returns False to cancel; anything else, None too, goes on.
+Callback = Callable[[StepInfo], bool | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class SecondPass:
+    """Draw again over what was drawn: at a larger size for detail, or at the same size to refine.
+
+    Attributes:
+        scale: how much larger, e.g. 2.0; 1.0 refines. The size is rounded to what the bundle serves.
+        strength: how much of the schedule is run again, as in image-to-image: above 1 - 1/N with N steps, nothing of
+            the first pass is left.
+        method: `pixel` decodes, resizes the picture and encodes it; `latent` resizes the latents, which is
+            faster and wants more strength.
+        num_inference_steps: of the schedule that strength is a part of; None takes the first pass's.
+        denoise: ComfyUI's measure, in place of strength: see `GenerateRequest.denoise`.
+    """
+
+    scale: float = 2.0
+    strength: float = 0.4
+    method: str = "pixel"
+    num_inference_steps: int | None = None
+    denoise: float | None = None
+
+
+SECOND_PASS_METHODS = ("pixel", "latent")
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateRequest:
+    """One request. `Engine.generate` takes the same names.
+
+    Attributes:
+        prompt: one prompt, or several for a batch.
+        negative_prompt: what to steer away from; one for all prompts or one each. It needs `guidance_scale` > 0;
+            without, it does nothing, and a RequestWarning says so.
+        height, width: pixels.
+        num_inference_steps: function evaluations (guided ones count once).
+        guidance_scale: 0 means none; `pred = pos + scale * (pos - neg)` as in diffusers.
+        cfg_truncation: guidance is off where 1 - sigma exceeds this.
+        cfg_normalization: > 0 limits the guided prediction's norm to that multiple of the positive one's.
+        dynamic_cfg: 0 to 1: how far the scale follows the prompt's length and the step; `sampling/guidance.py` has the
+            formula.
+        seed: one for the first image (image i gets seed + i), or one for each image; drawn at
+            random if None, and reported in the result.
+        num_images: images for each prompt.
+        vae: `tiny` or `full`.
+        latents: start from these, float32 `[batch, 16, height / 8, width / 8]`, not from the seed's noise.
+        sampler: a name of `samplers.SAMPLERS`; plain ones give ComfyUI's numbers, `diffusers_…` diffusers'.
+        schedule: a name of `schedule.SCHEDULES`, likewise; the default is Z-Image's own.
+        sigmas: a schedule of your own, falling from at most 1, before the checkpoint's shift and without the last 0.
+        image: begin from this picture: a `PIL.Image`, a path, or an array `[height, width, 3]` (also without the 3, or
+            with 1 or 4): uint8, uint16 from 0 to 65535, floats from 0 to 1, or bool. 16-bit grey is read by its
+            range; a `PIL.Image` without a known range (mode `I` or `F`) is refused. Its size, cut to what the bundle
+            serves, is the default of `height` and `width`.
+        image_latents: the same as latents, float32 `[batch, 16, height / 8, width / 8]`: what `GenerateResult.latents`
+            holds, so that nothing is decoded and encoded again.
+        strength: how much of the schedule is run on `image`: 0.3 retouches it, 1 ignores it. So does everything above
+            1 - 1/N with N steps (0.875 with 8), as in diffusers: all steps are run then, from noise alone. A
+            RequestWarning says so where it is less than 1.
+        mask: what of `image` to draw anew, white, and what to keep, black; kept pixels are the image's own bytes. It
+            has the shape of the image as that is seen (turned by its EXIF data), at any size, and is fitted with it.
+        mask_feather: how soft the mask's edge is, in pixels.
+        fit: how an image of another shape, and its mask, is fitted: `crop`, `pad` or `stretch`.
+        control_image: what a ControlNet is to follow (edges, depth, a pose), given and fitted as `image` is; the bundle
+            must have been exported with one. Where nothing else says a size, it is this one's.
+        control_scale: how closely: diffusers' `controlnet_conditioning_scale`. 0 draws as if there were none.
+        second_pass: draw once more over the result, see `SecondPass`; `height` and `width` are the first pass's.
+        vae_tile: decode in tiles of this many pixels, for sizes that do not fit in memory whole.
+        shift: the schedule's timestep shift, more than 0; None takes the bundle's (3.0 for Z-Image-Turbo).
+        denoise: ComfyUI's measure of how far to go from `image`, in place of `strength`: of the schedule of
+            int(num_inference_steps / denoise) steps the last `num_inference_steps` are run, all of them evaluated.
+        batch_noise: `separate`: image i of a batch is drawn from its own seed and can be drawn alone; `comfyui`: all
+            noise of the batch is one stream of the one seed, so that image i > 0 needs the whole batch.
+        fit_size: `exact` refuses a height or width that is no multiple of what the bundle serves; `nearest` takes the
+            nearest that is, the smaller of two.
+        truncate_prompt: cut prompts that are longer than the bundle serves, as diffusers does: the end, with the chat
+            template's last tokens. The record's `warnings` say so.
+        literal_prompt: take markers of the chat template in prompts, such as `<|im_end|>`, as text; without, they act
+            as markers, as in diffusers. It holds for negative prompts, too.
+    """
+
+    prompt: str | Sequence[str]
+    negative_prompt: str | Sequence[str] = ""
+    height: int | None = None
+    width: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    cfg_truncation: float = 1.0
+    cfg_normalization: float = 0.0
+    dynamic_cfg: float = 0.0
+    seed: int | Sequence[int] | None = None
+    num_images: int = 1
+    vae: str | None = None
+    latents: np.ndarray | None = None
+    sampler: str = DEFAULT_SAMPLER
+    schedule: str = DEFAULT_SCHEDULE
+    sigmas: Sequence[float] | None = None
+    image: Any = None
+    image_latents: np.ndarray | None = None
+    strength: float = 0.6
+    mask: Any = None
+    mask_feather: float = 0.0
+    fit: str = "crop"
+    control_image: Any = None
+    control_scale: float = 0.75
+    second_pass: SecondPass | None = None
+    vae_tile: int | None = None
+    shift: float | None = None
+    denoise: float | None = None
+    batch_noise: str = "separate"
+    fit_size: str = "exact"
+    truncate_prompt: bool = False
+    literal_prompt: bool = False
+
+
+def make_request(**fields: Any) -> GenerateRequest:
+    """A request from its fields by name. Raises RequestError for one that there is not, with those that there are."""
+    try:
+        return GenerateRequest(**fields)
+    except TypeError as error:
+        known = ", ".join(GenerateRequest.__dataclass_fields__)
+        raise RequestError(f"{error}; known fields: {known}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class ResolvedSecondPass:
+    """A second pass with its size and its sigmas, and the control image at that size."""
+
+    height: int
+    width: int
+    method: str
+    sigmas: np.ndarray
+    control_image: np.ndarray | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ResolvedRequest:
+    """A request with every default filled in and every field checked; one entry an image.
+
+    `sigmas` are those that are run; `image` and `control_image` are uint8 `[height, width, 3]`, `mask` is uint8
+    `[height, width]`, 255 where to draw. `warnings` say what of the request has no effect, one sentence each.
+    """
+
+    prompts: tuple[str, ...]
+    negative_prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    height: int
+    width: int
+    sampler: str
+    sigmas: np.ndarray
+    guidance_scale: float
+    cfg_truncation: float
+    cfg_normalization: float
+    dynamic_cfg: float
+    vae: str
+    latents: np.ndarray | None
+    image: np.ndarray | None
+    image_latents: np.ndarray | None
+    mask: np.ndarray | None
+    control_image: np.ndarray | None
+    control_scale: float
+    second_pass: ResolvedSecondPass | None
+    vae_tile: int | None
+    shift: float
+    batch_noise: str
+    truncate_prompt: bool
+    literal_prompt: bool
+    warnings: tuple[str, ...] = ()
+
+
+def resolve(request: GenerateRequest, manifest: Manifest) -> ResolvedRequest:
+    """Check a request against what the bundle serves. Raises RequestError."""
+    if not isinstance(request, GenerateRequest):
+        raise RequestError(f"request: expected a GenerateRequest, got {type(request).__name__}")
+    defaults = manifest.pipeline
+    prompts, negatives, num_images = _prompts(request, manifest)
+    batch = len(prompts) * num_images
+    notes: list[str] = []
+    guidance = defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
+    guidance = checks.number(guidance, "guidance_scale", limits.MAX_GUIDANCE)
+    vae = resolve_vae(request.vae, manifest)
+    latents = None if request.latents is None else checks.array(request.latents, "latents", _LATENTS)
+    image_latents = None
+    if request.image_latents is not None:
+        image_latents = checks.array(request.image_latents, "image_latents", _LATENTS)
+    picture = None if request.image is None else read_image(request.image, "image", notes)
+    control = read_control_image(request, manifest, notes)
+    begins = picture is not None or latents is not None or image_latents is not None
+    # Beside guidance or an image, no text means no wish of its own, as in diffusers and ComfyUI.
+    if not (begins or control is not None or guidance > 0) and not all(prompt.strip() for prompt in prompts):
+        raise RequestError(
+            "prompt: expected some text, got an empty one; say what to draw, or give an image or a guidance_scale of "
+            "more than 0, with which an empty prompt has a meaning"
+        )
+    shown = picture if begins else control
+    height, width = (side(request, manifest, name, shown, image_latents) for name in ("height", "width"))
+    if height * width > limits.MAX_PIXELS:
+        raise RequestError(f"height and width: expected at most {limits.MAX_PIXELS} pixels, got {height * width}")
+    if image_latents is not None:
+        if picture is not None or latents is not None:
+            raise RequestError(
+                "image_latents: expected it without `image` and `latents`; all three say what to begin with"
+            )
+        if request.mask is not None:
+            raise RequestError("mask: expected an image, whose pixels are kept; give `image`, not `image_latents`")
+    image, mask = image_and_mask(request, picture, height, width, notes)
+    shift = _shift(request, manifest)
+    again = _second_pass(request, manifest, shift, height, width, control)
+    encodes = image is not None or (again is not None and again.method == "pixel")
+    if (encodes or control is not None) and f"{vae}_vae_encoder" not in manifest.modules:
+        name = "image" if encodes else "control_image"
+        raise RequestError(f'{name}: this bundle has no {vae} VAE encoder; export it again with vae = ["{vae}"]')
+    factor = defaults.vae_scale_factor
+    shape = (batch, defaults.latent_channels, height // factor, width // factor)
+    batch_noise = checks.choice(request.batch_noise, "batch_noise", BATCH_NOISE)
+    resolved = ResolvedRequest(
+        prompts=tuple(prompt for prompt in prompts for _ in range(num_images)),
+        negative_prompts=tuple(text for text in negatives for _ in range(num_images)),
+        seeds=_seeds(request.seed, batch, joint=batch_noise == "comfyui"),
+        height=height,
+        width=width,
+        sampler=checks.choice(request.sampler, "sampler", SAMPLERS),
+        sigmas=resolve_sigmas(
+            schedule=request.schedule,
+            sampler=request.sampler,
+            sigmas=request.sigmas,
+            num_inference_steps=request.num_inference_steps,
+            default_steps=defaults.num_inference_steps,
+            shift=shift,
+            begins=image is not None or image_latents is not None,
+            strength=request.strength,
+            denoise=request.denoise,
+        ),
+        guidance_scale=guidance,
+        cfg_truncation=checks.number(request.cfg_truncation, "cfg_truncation"),
+        cfg_normalization=checks.number(request.cfg_normalization, "cfg_normalization", limits.MAX_GUIDANCE),
+        dynamic_cfg=checks.number(request.dynamic_cfg, "dynamic_cfg", 1.0),
+        vae=vae,
+        latents=None if latents is None else _latents(latents, shape, "latents"),
+        image=image,
+        image_latents=None if image_latents is None else _latents(image_latents, shape, "image_latents"),
+        mask=mask,
+        control_image=None if control is None else fitted(control, width, height, request.fit),
+        control_scale=checks.number(request.control_scale, "control_scale", limits.MAX_CONTROL_SCALE),
+        second_pass=again,
+        vae_tile=resolve_tile(request.vae_tile, manifest),
+        shift=shift,
+        batch_noise=batch_noise,
+        truncate_prompt=checks.flag(request.truncate_prompt, "truncate_prompt"),
+        literal_prompt=checks.flag(request.literal_prompt, "literal_prompt"),
+    )
+    checks.number(request.strength, "strength", 1.0)
+    return dataclasses.replace(resolved, warnings=(*notes, *without_effect(request, resolved)))
+
+
+def _prompts(request: GenerateRequest, manifest: Manifest) -> tuple[tuple[str, ...], tuple[str, ...], int]:
+    """Prompts, as many negative prompts, and images for each; no more together than one batch holds."""
+    allowed = manifest.shapes.batch
+    most, tokens = min(allowed.max, limits.MAX_BATCH), manifest.shapes.prompt_tokens.max
+    prompts = _texts(request.prompt, "prompt", most, tokens)
+    if not prompts:
+        raise RequestError("prompt: expected at least one, got an empty list")
+    negatives = _texts(request.negative_prompt, "negative_prompt", most, tokens)
+    if len(negatives) not in (1, len(prompts)):
+        raise RequestError(f"negative_prompt: expected 1 or {len(prompts)}, one for each prompt, got {len(negatives)}")
+    num_images = checks.integer(request.num_images, "num_images", 1, most)
+    batch = len(prompts) * num_images
+    if batch > most or batch not in allowed:
+        raise RequestError(
+            f"batch: expected at most {most} images a request, got {batch} "
+            f"({len(prompts)} prompts, {num_images} each); split the request"
+        )
+    return prompts, negatives * len(prompts) if len(negatives) == 1 else negatives, num_images
+
+
+def resolve_vae(vae: Any, manifest: Manifest) -> str:
+    """The VAE of that name, or for None the first that the bundle has. Raises RequestError where it has none."""
+    if vae is None:
+        vae = next((v for v in VAES if f"{v}_vae_decoder" in manifest.modules), "tiny")
+    if not isinstance(vae, str) or vae not in VAES:
+        raise RequestError(f"vae: expected tiny or full, got {checks.shown(vae)}")
+    if f"{vae}_vae_decoder" not in manifest.modules:
+        raise RequestError(f'vae: this bundle has no {vae} VAE; export it again with vae = ["{vae}"]')
+    return vae
+
+
+def _shift(request: GenerateRequest, manifest: Manifest) -> float:
+    if request.shift is None:
+        return manifest.pipeline.shift
+    shift = checks.number(request.shift, "shift", limits.MAX_SHIFT)
+    if shift < limits.MIN_SHIFT:
+        raise RequestError(
+            f"shift: expected more than 0, at which every sigma is 0: {limits.MIN_SHIFT:g} to {limits.MAX_SHIFT:g}, "
+            f"got {shift:g}"
+        )
+    return shift
+
+
+def resolve_tile(value: Any, manifest: Manifest) -> int | None:
+    """A tile's side in pixels; None for none. Raises RequestError."""
+    if value is None:
+        return None
+    multiple = manifest.pipeline.size_multiple
+    size = checks.integer(value, "vae_tile", 8 * multiple, limits.MAX_SIDE)
+    if size % multiple:
+        raise RequestError(f"vae_tile: expected a multiple of {multiple}, got {size}")
+    return size
+
+
+def _second_pass(
+    request: GenerateRequest, manifest: Manifest, shift: float, height: int, width: int, control: Image | None
+) -> ResolvedSecondPass | None:
+    again = request.second_pass
+    if again is None:
+        return None
+    if not isinstance(again, SecondPass):
+        raise RequestError(f"second_pass: expected a SecondPass, got {type(again).__name__}")
+    if request.mask is not None:
+        raise RequestError("second_pass and mask: expected one of them; draw again over the result in a second request")
+    scale = checks.number(again.scale, "second_pass.scale", limits.MAX_UPSCALE)
+    sizes = []
+    for name, size in (("height", height), ("width", width)):
+        allowed = getattr(manifest.shapes, name)
+        larger = round(size * scale / allowed.multiple) * allowed.multiple
+        if larger not in allowed:
+            raise RequestError(
+                f"second_pass.scale: {scale:g} times {name} {size} is {larger}; this bundle serves {allowed.min} to "
+                f"{allowed.max}: choose another scale or size"
+            )
+        sizes.append(larger)
+    own = again.num_inference_steps is not None
+    sigmas = resolve_sigmas(
+        schedule=request.schedule,
+        sampler=request.sampler,
+        sigmas=None if own else request.sigmas,
+        num_inference_steps=again.num_inference_steps if own else request.num_inference_steps,
+        default_steps=manifest.pipeline.num_inference_steps,
+        shift=shift,
+        begins=True,  # with the first pass's image
+        strength=again.strength,
+        denoise=again.denoise,
+        prefix="second_pass.",
+    )
+    method = checks.choice(again.method, "second_pass.method", SECOND_PASS_METHODS)
+    # From the picture itself: it may be larger than the first pass.
+    control_image = None if control is None else fitted(control, sizes[1], sizes[0], request.fit)
+    return ResolvedSecondPass(sizes[0], sizes[1], method, sigmas, control_image)
+
+
+def _texts(value: Any, name: str, most: int, max_tokens: int) -> tuple[str, ...]:
+    what = "a string or a list of strings"
+    texts = (value,) if isinstance(value, str) else checks.items(value, name, what, most)
+    for text in texts:
+        if not isinstance(text, str):
+            raise RequestError(f"{name}: expected {what}, got one with {checks.shown(text)}")
+    return tuple(check_prompt(text, name, max_tokens) for text in texts)
+
+
+def _seeds(seed: Any, batch: int, *, joint: bool) -> tuple[int, ...]:
+    if seed is None:
+        # 32 bits: what people can copy by hand, and all of a seed that the generator uses.
+        seed = secrets.randbits(32)
+    if isinstance(seed, str) or not isinstance(seed, (Sequence, np.ndarray)):
+        first = checks.integer(seed, "seed", 0, MAX_SEED)
+        return (first,) * batch if joint else tuple((first + i) % (MAX_SEED + 1) for i in range(batch))
+    given = checks.items(seed, "seed", f"one number or {batch} of them", limits.MAX_BATCH)
+    if len(given) != batch:
+        raise RequestError(f"seed: expected one number or {batch} of them, got {len(given)}")
+    seeds = tuple(checks.integer(item, "seed", 0, MAX_SEED) for item in given)
+    if joint and len(set(seeds)) > 1:
+        raise RequestError("seed: expected one for all images with batch_noise 'comfyui', got several")
+    return seeds
+
+
+def _latents(array: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarray:
+    if array.shape != shape:
+        raise RequestError(f"{name}: expected {list(shape)}, got {list(array.shape)}")
+    if array.dtype != np.float32:
+        raise RequestError(f"{name}: expected finite float32 values, got {array.dtype}")
+    if not np.isfinite(array).all():
+        raise RequestError(f"{name}: expected finite float32 values, got values that are not finite")
+    return array
+
+
+def check_latents(latents: Any, manifest: Manifest) -> None:
+    """Raise RequestError unless these are latents of a size that the bundle decodes, in a batch of any size."""
+    pipeline, shapes = manifest.pipeline, manifest.shapes
+    shape: tuple[int, ...] = latents.shape if isinstance(latents, np.ndarray) else ()
+    heights, widths = (sizes.scaled(1, pipeline.vae_scale_factor) for sizes in (shapes.height, shapes.width))
+    if len(shape) != 4 or not (shape[1] == pipeline.latent_channels and shape[2] in heights and shape[3] in widths):
+        raise RequestError(
+            f"latents: expected an array [batch, {pipeline.latent_channels}, {heights.min} to {heights.max}, "
+            f"{widths.min} to {widths.max}], got {list(shape) or type(latents).__name__}"
+        )
+    _latents(latents, (min(max(shape[0], 1), limits.MAX_BATCH), *shape[1:]), "latents")

@@ -1,0 +1,1 @@
+"""Noise levels, samplers, guidance and noise: what the loop is given."""

@@ -1,0 +1,236 @@
+"""Samplers as tables: each is a list of function evaluations with a linear update behind them.
+
+The loop that runs a table is one and in C++ (`csrc/runtime/sampler.cc`); `sample_reference` is what it is held to.
+`SAMPLERS` is the one list of them; their rows are in `sampling/tables.py`.
+
+Plain names are ComfyUI's and give its numbers (0.33.0, commit 783545f6); those that begin with `diffusers_` are
+diffusers'.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from .. import _core
+from . import tables as sampler_tables
+from .guidance import apply_guidance
+from .schedules import add_noise
+from .tables import HISTORY, SamplerStep
+
+# Where a sampler's noise between steps comes from: nowhere, a generator of seed + 1, or a Brownian path of the seed.
+NONE, STREAM, BROWNIAN = "none", "stream", "brownian"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """A sampler.
+
+    Attributes:
+        name: what requests say.
+        label: what other programs call it.
+        source: whose numbers it has: `ComfyUI`, `diffusers`, or both.
+        help: one line for people who choose.
+        rows: `(sigmas, shift)` to its evaluations; sigmas float32, falling to 0.
+        noise: `none`, `stream` or `brownian`.
+        spare_step: schedules are made for it with one step more, and lose the last sigma before 0.
+    """
+
+    name: str
+    label: str
+    source: str
+    help: str
+    rows: Callable[[np.ndarray, float], list[SamplerStep]]
+    noise: str = NONE
+    spare_step: bool = False
+
+
+# Every sampler: requests, records, the command line's help and docs/samplers.md have them from here.
+SAMPLERS: dict[str, Sampler] = {
+    sampler.name: sampler
+    for sampler in (
+        Sampler("euler", "Euler", "both", "The default: one evaluation a step.", sampler_tables.euler),
+        Sampler("heun", "Heun", "both", "Two evaluations a step, second order.", sampler_tables.heun),
+        Sampler(
+            "diffusers_dpmpp_2m",
+            "DPM++ 2M",
+            "diffusers",
+            "DPMSolverMultistepScheduler's: second order, in lambda.",
+            sampler_tables.diffusers_dpmpp_2m,
+        ),
+        Sampler("dpmpp_2m", "DPM++ 2M", "ComfyUI", "Second order, in ln sigma.", sampler_tables.dpmpp_2m),
+        Sampler(
+            "res_multistep",
+            "RES Multistep",
+            "ComfyUI",
+            "What the Z-Image templates use: second order, exponential.",
+            sampler_tables.res_multistep,
+        ),
+        Sampler(
+            "dpm_2",
+            "DPM2",
+            "ComfyUI",
+            "Two evaluations a step, the second in the middle.",
+            sampler_tables.dpm_2,
+            spare_step=True,
+        ),
+        Sampler(
+            "gradient_estimation",
+            "Gradient Estimation",
+            "ComfyUI",
+            "Euler with twice the slope less the one before.",
+            sampler_tables.gradient_estimation,
+        ),
+        Sampler(
+            "uni_pc",
+            "UniPC",
+            "ComfyUI",
+            "Predictor and corrector of third order.",
+            sampler_tables.uni_pc,
+            spare_step=True,
+        ),
+        Sampler(
+            "uni_pc_bh2",
+            "UniPC BH2",
+            "ComfyUI",
+            "The same with the other weighting.",
+            sampler_tables.uni_pc_bh2,
+            spare_step=True,
+        ),
+        Sampler("ddim", "DDIM", "ComfyUI", "Euler by another name.", sampler_tables.euler),
+        Sampler(
+            "euler_ancestral",
+            "Euler a",
+            "ComfyUI",
+            "Euler with new noise in every step.",
+            sampler_tables.euler_ancestral,
+            STREAM,
+        ),
+        Sampler(
+            "res_multistep_ancestral",
+            "RES Multistep a",
+            "ComfyUI",
+            "RES with new noise in every step.",
+            sampler_tables.res_multistep_ancestral,
+            STREAM,
+        ),
+        Sampler("lcm", "LCM", "ComfyUI", "The clean image under new noise, for few steps.", sampler_tables.lcm, STREAM),
+        Sampler("er_sde", "ER SDE", "ComfyUI", "Third order, with noise.", sampler_tables.er_sde, STREAM),
+        Sampler(
+            "dpmpp_sde",
+            "DPM++ SDE",
+            "ComfyUI",
+            "Two evaluations a step, with Brownian noise.",
+            sampler_tables.dpmpp_sde,
+            BROWNIAN,
+        ),
+        Sampler(
+            "dpmpp_2m_sde",
+            "DPM++ 2M SDE",
+            "ComfyUI",
+            "Second order, with Brownian noise.",
+            sampler_tables.dpmpp_2m_sde,
+            BROWNIAN,
+        ),
+        Sampler(
+            "dpmpp_3m_sde",
+            "DPM++ 3M SDE",
+            "ComfyUI",
+            "Third order, with Brownian noise.",
+            sampler_tables.dpmpp_3m_sde,
+            BROWNIAN,
+        ),
+    )
+}
+DEFAULT_SAMPLER = "euler"
+
+# What 0.1.x called its ways, which were diffusers': records and journals without the new names mean these.
+FORMER_SAMPLERS = {"dpmpp_2m": "diffusers_dpmpp_2m"}
+FORMER_SCHEDULES = {
+    "simple": "diffusers_simple",
+    "normal": "former_normal",
+    "karras": "diffusers_karras",
+    "exponential": "diffusers_exponential",
+    "beta": "diffusers_beta",
+}
+
+
+def sampler_table(sampler: str, sigmas: np.ndarray, shift: float) -> np.ndarray:
+    """The rows of a sampler over a schedule, float32 `[evaluations, 12]`: the loop's argument."""
+    return np.array([step.numbers() for step in SAMPLERS[sampler].rows(sigmas, shift)], np.float32)
+
+
+def step_noise(
+    sampler: str, sigmas: np.ndarray, shift: float, seeds: Sequence[int], sample_shape: tuple[int, ...], *, joint: bool
+) -> np.ndarray | None:
+    """The noise that a sampler's rows take, float32 `[draws, len(seeds), *sample_shape]`; None if they take none.
+
+    A sample's noise comes from its own seed, so that it can be drawn alone; or, `joint`, the batch's from the first
+    seed as from one array, as ComfyUI draws it. A stream is that of seed + 1; a Brownian path takes all 64 bits of the
+    seed, over the range of the sigmas.
+    """
+    rows = [step for step in SAMPLERS[sampler].rows(sigmas, shift) if step.noise]
+    if not rows:
+        return None
+    shape = (len(seeds), *sample_shape) if joint else sample_shape
+    own = list(seeds[:1] if joint else seeds)
+    if SAMPLERS[sampler].noise == BROWNIAN:
+        intervals = [step.interval for step in rows if step.interval is not None]
+        low = float(sigmas[sigmas > 0].min())
+        drawn = _core.brownian_noise(own, low, float(sigmas.max()), intervals, shape)
+    else:
+        drawn = _core.stream_noise([(seed + 1) % 2**64 for seed in own], len(rows), shape)
+    return drawn.reshape(len(rows), len(seeds), *sample_shape)
+
+
+def blend_kept(
+    latents: np.ndarray, mask: np.ndarray, image: np.ndarray, noise: np.ndarray, sigma: np.float32
+) -> np.ndarray:
+    """Keep the picture where the mask is 0: its latents at the noise level that the others have reached."""
+    return (np.float32(1) - mask) * add_noise(image, noise, sigma) + mask * latents
+
+
+def sample_reference(
+    predict: Callable[[np.ndarray, float, bool, np.ndarray], None],
+    steps: np.ndarray,
+    latents: np.ndarray,
+    guidance_scales: np.ndarray,
+    cfg_normalization: float,
+    inpaint: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
+    step_noise: np.ndarray | None = None,
+) -> np.ndarray:
+    """The C++ loop's reference, in numpy: the arguments of `_core.sample` without a callback.
+
+    `predict(latents, timestep, guided, noise_pred)` fills `noise_pred`, `[batch, ...]`, or `[2 * batch, ...]`
+    (positive, then negative) where `guided`; `inpaint` is (mask, image, noise).
+    """
+    latents = np.array(latents, dtype=np.float32)
+    kept = np.zeros((HISTORY, *latents.shape), np.float32)
+    drawn = iter(() if step_noise is None else step_noise)
+    batch = latents.shape[0]
+    for row, scales in zip(steps, guidance_scales, strict=True):
+        sigma, sigma_next, x, pred, *history, noise, keep_x, keep_pred, slot, ends = row
+        timestep, guided = float(np.float32(1) - sigma), bool((scales > 0).any())
+        noise_pred = np.empty((batch * (2 if guided else 1), *latents.shape[1:]), np.float32)
+        predict(latents, timestep, guided, noise_pred)
+        if guided:
+            positive, negative = noise_pred[:batch], noise_pred[batch:]
+            noise_pred = np.concatenate(
+                [
+                    apply_guidance(positive[i : i + 1], negative[i : i + 1], float(scale), cfg_normalization)
+                    for i, scale in enumerate(scales)
+                ]
+            )
+        after = x * latents + pred * noise_pred
+        for weight, array in zip(history, kept, strict=True):
+            after += weight * array
+        if noise:
+            after += noise * next(drawn)
+        if keep_x or keep_pred:
+            kept[int(slot)] = keep_x * latents + keep_pred * noise_pred
+        latents = after
+        if ends and inpaint is not None:
+            latents = blend_kept(latents, *inpaint, sigma_next)
+    return latents
