@@ -207,7 +207,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe.png"
     os.mkfifo(pipe)
     for path in (pipe, tmp_path):
-        with pytest.raises(RequestError, match="is no file"):
+        with pytest.raises(RequestError, match="cannot be read as a picture: it is no file"):
             read_image(path, "image")
 
 

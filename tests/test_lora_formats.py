@@ -425,7 +425,7 @@ READ_AS_USER = """
 import mmap, os, sys  # mmap: numpy imports it late, perhaps from a folder that is closed to the user
 from pathlib import Path
 from zimage_rt.errors import LoraError
-from zimage_rt.lora_file import is_folder, read_lora
+from zimage_rt.lora.file import is_folder, read_lora
 if os.geteuid() == 0:
     os.seteuid(65534)
 for path in map(Path, sys.argv[1:]):

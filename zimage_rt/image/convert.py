@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import stat
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,9 +66,9 @@ def read_image(value: Any, name: str, notes: list[str] | None = None) -> Image:
     if not isinstance(value, (str, os.PathLike)):
         raise RequestError(f"{name}: expected a PIL image, an array or a path, got {type(value).__name__}")
     path = checks.path(value, name)
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise RequestError(f"{name}: {path} is no file; expected an image's file of {', '.join(FORMATS)}")
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+            raise OSError("it is no file")
         image = _open(path)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise RequestError(f"{name}: {path}: expected at most {limits.MAX_INPUT_PIXELS} pixels: {error}") from error
