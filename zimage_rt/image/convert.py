@@ -75,8 +75,9 @@ def read_image(value: Any, name: str, notes: list[str] | None = None) -> Image:
     except FileNotFoundError as error:
         raise RequestError(f"{name}: {path} cannot be read as a picture: there is no such file") from error
     except Exception as error:  # Pillow has no error of its own for damaged files
+        reason = getattr(error, "strerror", None) or error  # an OSError's text has the path in it once more
         raise RequestError(
-            f"{name}: {path} cannot be read as a picture: {error}; expected an undamaged file of {', '.join(FORMATS)}"
+            f"{name}: {path} cannot be read as a picture: {reason}; expected an undamaged file of {', '.join(FORMATS)}"
         ) from error
     with image:
         _check_size(image.size, name)
