@@ -11,7 +11,8 @@
 
 namespace zimage_rt {
 
-// A table of zimage_rt/sampling/samplers.py: float32 [evaluations, 12], the columns of SamplerStep in order.
+// A table of zimage_rt/sampling/samplers.py: float32 [evaluations, 12], the columns of SamplerStep
+// in order.
 inline std::vector<SamplerStep> sampler_steps(
     const pybind11::array_t<float, pybind11::array::c_style>& rows) {
   constexpr pybind11::ssize_t columns = 12;

@@ -24,9 +24,9 @@ class Denoiser {
 // the next noise:
 //   latents = x * latents + pred * noise_pred + sum_k history[k] * kept[k] + noise * drawn
 //   kept[slot] = keep_x * latents + keep_pred * noise_pred      (of the latents before the update)
-// Every sampler of zimage_rt/sampling/samplers.py is a table of these, so that there is one loop. Euler is
-// x = 1, pred = sigma_next - sigma, and nothing kept. Rows with noise take the drawn arrays in
-// their order.
+// Every sampler of zimage_rt/sampling/samplers.py is a table of these, so that there is one loop.
+// Euler is x = 1, pred = sigma_next - sigma, and nothing kept. Rows with noise take the drawn
+// arrays in their order.
 struct SamplerStep {
   static constexpr int kHistory = 3;
 
