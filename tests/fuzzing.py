@@ -174,7 +174,7 @@ def nearly(rng: random.Random, value: Any) -> Any:
         small = value % 1000
         return rng.choice((value + 1, -value, float(small), small + 0.5, str(small), [value], bool(value)))
     if isinstance(value, float):
-        return rng.choice((value * 2, -value, str(value), [value], int(value), complex_text(value)))
+        return rng.choice((value * 2, -value, str(value), [value], str(value)[:3], complex_text(value)))
     if isinstance(value, str):
         return rng.choice((value.upper(), value + "\0", [value], len(value), value[: len(value) // 2], "../" + value))
     if isinstance(value, list):

@@ -330,3 +330,16 @@ def test_a_row_with_fewer_images_leaves_none_of_the_old_ones(engine: zimage_rt.E
     for count in (3, 1, 2):
         draw_all(engine, write(tmp_path / "p.csv", f"prompt,num_images\na panda,{count}\n"), out)
         assert len(list(out.glob("*.png"))) == len(list(out.glob("*.json"))) == count
+
+
+def test_a_journal_with_a_name_that_no_file_can_have_is_refused(engine: zimage_rt.Engine, tmp_path: Path) -> None:
+    table, out = write(tmp_path / "p.csv", "prompt\na panda\n"), tmp_path / "out"
+    draw_all(engine, table, out)
+    path = out / "journal.jsonl"
+    content = path.read_text()
+    for name in ("00001\\ud83d.png", "00001\\u0000.png", ""):
+        path.write_text(content.replace("00001.png", name))
+        for restart in (False, True):
+            with pytest.raises(RequestError, match="was damaged"):
+                Batch(engine, read_table(table), out, BatchOptions(defaults=DEFAULTS), restart=restart)
+    assert (out / "00001.png").is_file()

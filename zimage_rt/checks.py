@@ -28,6 +28,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"
 
 
+def shown_text(text: str, most: int = 400) -> str:
+    """Another library's or reader's words for a message, cut where they are long."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def flag(value: Any, name: str) -> bool:
     """True or False, numpy's too; no number stands for one."""
     if not isinstance(value, (bool, np.bool_)):

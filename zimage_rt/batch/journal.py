@@ -195,7 +195,7 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 def _check_line(line: Mapping[str, Any], version: Any) -> None:
     """Raise ValueError unless a line is one of a row or of claims. Version 1 had names alone."""
     if "claims" in line:
-        right = _is_texts(line["claims"])
+        right = _are_names(line["claims"])
     else:
         kinds: dict[str, type] = {"error": str} if "error" in line else {"pictures": list}
         if version == SCHEMA_VERSION:
@@ -203,7 +203,7 @@ def _check_line(line: Mapping[str, Any], version: Any) -> None:
         row = line.get("row")
         right = isinstance(row, int) and not isinstance(row, bool) and row > 0
         right = right and all(isinstance(line.get(name), kind) for name, kind in kinds.items())
-        right = right and ("pictures" not in kinds or _is_texts(line["pictures"]))
+        right = right and ("pictures" not in kinds or _are_names(line["pictures"]))
         if right and "sizes" in kinds:
             sizes = line["sizes"]
             right = len(sizes) == len(line["pictures"]) and all(type(size) is int for size in sizes)
@@ -212,8 +212,16 @@ def _check_line(line: Mapping[str, Any], version: Any) -> None:
         raise ValueError(f"{shown(line)} is no row")
 
 
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+def _are_names(value: Any) -> bool:
+    """Whether it is a list of names that a file can have."""
+    return isinstance(value, list) and all(isinstance(item, str) and item and _is_name(item) for item in value)
+
+
+def _is_name(text: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:  # half a surrogate pair
+        return False
 
 
 def _lock(folder: Path) -> IO[bytes]:

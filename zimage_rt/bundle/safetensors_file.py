@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..checks import shown_text
 from .json_codec import parse_json
 
 # Bytes of a header, as the safetensors library has it.
@@ -59,7 +60,7 @@ class TensorFile:
                 self.tensors: Mapping[str, Any] = header
                 end = _check_places({name: _place(name, entry) for name, entry in header.items()})
             except ValueError as error:
-                raise ValueError(f"its header is damaged ({error})") from error
+                raise ValueError(f"its header is damaged ({shown_text(str(error))})") from error
         if 8 + length + end != size:
             what = "cut short" if 8 + length + end > size else "more bytes than its header tells of"
             raise ValueError(f"{what}: {size} bytes of {8 + length + end}")
