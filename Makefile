@@ -61,7 +61,8 @@ native: $(VENV)/dev
 	$(BIN)/python cmake/second_compiler.py build/cuda/compile_commands.json
 	tests/sanitizers.sh $(BIN)/python
 
-$(BUNDLE)/manifest.json: $(VENV)/installed engines/nano.toml $(CHECKPOINT) $(shell find export -name '*.py')
+# Installing more, as `make test` does after `make demo`, makes no other bundle.
+$(BUNDLE)/manifest.json: engines/nano.toml $(CHECKPOINT) $(shell find export -name '*.py') | $(VENV)/installed
 	$(BIN)/zimage-export engines/nano.toml
 
 bundle: $(BUNDLE)/manifest.json
