@@ -226,3 +226,10 @@ def test_a_file_of_somebody_elses_is_no_sidecar(bundle: Path, result: zimage_rt.
     assert [file.name for file in tmp_path.iterdir()] == ["keep.json"]
     result.save(tmp_path / "keep.png", sidecar=False)
     assert own.read_text() == '{"mine": 1}'
+
+
+def test_a_file_of_somebody_elses_in_a_folder_is_passed_over(result: zimage_rt.GenerateResult, tmp_path: Path) -> None:
+    own = tmp_path / f"000-{result.seeds[0]}.json"
+    own.write_text('{"mine": 1}')
+    assert [path.name for path in result.save(tmp_path)] == [f"001-{result.seeds[0]}.png"]
+    assert own.read_text() == '{"mine": 1}'

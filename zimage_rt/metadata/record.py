@@ -217,7 +217,8 @@ def save_picture(
     encoded = encode_image(pixels, path.suffix, {"parameters": parameters, KEY: text}, parameters, quality)
     contents = {path: encoded}
     if sidecar:
-        check_sidecar(path)
+        if replace:
+            check_sidecar(path)
         contents = {sidecar_path(path): text.encode() + b"\n", **contents}
     write_together(contents, replace=replace)
     return len(encoded)
