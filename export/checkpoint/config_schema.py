@@ -21,6 +21,8 @@ MAX_LAYERS = 1000
 MAX_ENTRIES = 64
 
 Sizes = tuple[int, ...]
+# A field that may be left out, though not be null; its default is known to `modeling/` alone.
+ABSENT: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,14 +34,14 @@ class Transformer:
     n_refiner_layers: int
     n_heads: int
     cap_feat_dim: int
-    in_channels: int = 16
-    norm_eps: float = 1e-5
-    qk_norm: bool = True
-    rope_theta: float = 256.0
-    t_scale: float = 1000.0
-    axes_dims: Sizes = (32, 48, 48)
-    axes_lens: Sizes = (1024, 512, 512)
-    all_patch_size: Sizes = (2,)
+    in_channels: int = ABSENT
+    norm_eps: float = ABSENT
+    qk_norm: bool = ABSENT
+    rope_theta: float = ABSENT
+    t_scale: float = ABSENT
+    axes_dims: Sizes = ABSENT
+    axes_lens: Sizes = ABSENT
+    all_patch_size: Sizes = ABSENT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,7 @@ class TextEncoder:
     num_attention_heads: int
     num_key_value_heads: int | None = None
     head_dim: int | None = None
-    rms_norm_eps: float = 1e-6
+    rms_norm_eps: float = ABSENT
     rope_theta: float | None = None
     rope_parameters: Mapping[str, Any] | None = None
 
@@ -70,9 +72,9 @@ class FullVae:
     out_channels: int
     scaling_factor: float | None = None
     shift_factor: float | None = None
-    mid_block_add_attention: bool = True
-    use_quant_conv: bool = True
-    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = ABSENT
+    use_quant_conv: bool = ABSENT
+    use_post_quant_conv: bool = ABSENT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +100,7 @@ class ControlNet:
     control_in_dim: int
     control_layers_places: Sizes
     control_refiner_layers_places: Sizes | None = None
-    n_refiner_layers: int = 2
+    n_refiner_layers: int = ABSENT
     add_control_noise_refiner: str | None = None
 
 
@@ -106,7 +108,7 @@ class ControlNet:
 class Scheduler:
     """FlowMatchEulerDiscreteScheduler."""
 
-    shift: float = 3.0
+    shift: float = ABSENT
 
 
 SCHEMAS: Mapping[str, type[Any]] = {
