@@ -103,6 +103,16 @@ def time_limit(seconds: int = TIME_LIMIT) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+def try_inputs(name: str, tried: Kind, count: int) -> None:
+    """The first inputs of a kind; raises AssertionError with the number of one that was answered otherwise."""
+    for number in range(count):
+        try:
+            with time_limit():
+                tried.attempt(generator(name, number))
+        except Exception as error:
+            raise AssertionError(f"{name}, input {number}: {type(error).__name__}: {error}") from error
+
+
 def mutate_bytes(rng: random.Random, content: bytes, most: int = 4) -> bytes:
     """One to `most` changes of some bytes: other, missing, doubled, moved or added ones."""
     data = bytearray(content)

@@ -5,16 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from fuzz_native import NativeCall
-from fuzzing import generator, time_limit
+from fuzzing import try_inputs
 
 INPUTS = 1500
 
 
 def test_native_calls_are_refused_or_right(tmp_path: Path) -> None:
-    tried = NativeCall(tmp_path, tmp_path)
-    for number in range(INPUTS):
-        try:
-            with time_limit():
-                tried.attempt(generator("native call", number))
-        except Exception as error:
-            raise AssertionError(f"input {number}: {type(error).__name__}: {error}") from error
+    try_inputs("native call", NativeCall(tmp_path, tmp_path), INPUTS)

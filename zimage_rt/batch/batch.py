@@ -9,7 +9,7 @@ from typing import Any
 
 from ..atomic_write import check_folder
 from ..bundle.manifest import hash_file
-from ..checks import MAX_SHOWN
+from ..checks import MAX_SHOWN, shown_text
 from ..engine import Engine
 from ..errors import RequestError
 from ..image.formats import FORMATS, check_quality, sidecar_path
@@ -159,7 +159,7 @@ class Batch:
             if drawn and isinstance(error, OSError):
                 raise  # the folder's fault, and so every row's
             reason = f"{type(error).__name__}: {error}"
-            reason = reason if len(reason) <= MAX_REASON else f"{reason[:MAX_REASON]}…"
+            reason = shown_text(reason, MAX_REASON)
             self._done.discard(row.number)
             self.journal.add(row.number, error=reason, line=row.line, **more)
             return reason

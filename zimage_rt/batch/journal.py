@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from .. import checks
 from ..atomic_write import named_error, write_whole
 from ..bundle.json_codec import parse_json
 from ..checks import shown
@@ -219,9 +220,10 @@ def _are_names(value: Any) -> bool:
 
 def _is_name(text: str) -> bool:
     try:
-        return b"\0" not in os.fsencode(text)
-    except UnicodeEncodeError:  # half a surrogate pair
+        checks.path(text, "name")
+    except RequestError:
         return False
+    return True
 
 
 def _lock(folder: Path) -> IO[bytes]:

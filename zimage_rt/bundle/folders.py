@@ -20,10 +20,10 @@ def find_leftovers(bundle: Path) -> list[Path]:
     bundle = bundle.absolute()
     prefixes = (new_prefix(bundle), old_prefix(bundle))
     found = [path for path in bundle.parent.glob(f".{bundle.name}.*") if path.name.startswith(prefixes)]
-    return sorted(path for path in found if not is_in_use(path))
+    return sorted(path for path in found if not _is_in_use(path))
 
 
-def is_in_use(path: Path) -> bool:
+def _is_in_use(path: Path) -> bool:
     """Whether the process that made a folder of an export still runs."""
     process = path.name.rpartition(".")[2].partition("-")[2].partition("-")[0]
     return process.isdigit() and Path(f"/proc/{process}").exists()

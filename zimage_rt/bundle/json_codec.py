@@ -75,7 +75,7 @@ def _check(value: Any, half_pairs: bool) -> None:
             elif isinstance(item, list):
                 following += item
             elif isinstance(item, str) and not half_pairs:
-                check_text(item)
+                _check_text(item)
             elif isinstance(item, float) and not math.isfinite(item):
                 raise ValueError("a number is too large")
         if not following:
@@ -84,7 +84,7 @@ def _check(value: Any, half_pairs: bool) -> None:
     raise ValueError(f"nested deeper than {MAX_DEPTH}")
 
 
-def check_text(text: str) -> None:
+def _check_text(text: str) -> None:
     """Raise ValueError for a text with half a surrogate pair, which no file and no terminal takes."""
     try:
         text.encode()
