@@ -5,7 +5,7 @@
 
 A recipe's arguments are the engines that it wants, by name (`ENGINES`); bundles other than nano's own are exported into
 a temporary folder. A recipe whose checkpoint or adapter is not in the repository is left out, with a line on stderr.
-Each recipe names the scenes that its pictures must show, on every machine: `tests/test_cookbook.py` judges them.
+Each recipe names the scenes that its pictures must show, on every machine: `tests/docs/test_cookbook.py` judges them.
 """
 
 from __future__ import annotations

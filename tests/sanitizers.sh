@@ -27,5 +27,5 @@ export LD_PRELOAD="$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=lib
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$build/site
 cd "$build"
 "$python" -c "import zimage_rt._core as core; assert core.__file__.startswith('$build'), core.__file__"
-"$python" -m pytest -q -p no:cacheprovider -c "$root/pyproject.toml" "$root/tests/test_core.py" "$root/tests/test_samplers.py" \
-  "$root/tests/test_fuzz_native.py"
+"$python" -m pytest -q -p no:cacheprovider -c "$root/pyproject.toml" "$root/tests/native/test_core.py" "$root/tests/sampling/test_samplers.py" \
+  "$root/tests/native/test_fuzz_native.py"

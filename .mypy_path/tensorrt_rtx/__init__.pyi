@@ -1,4 +1,4 @@
-# Written by tests/tensorrt_api.py from the bindings of tensorrt_rtx 1.7.1.116: what this package uses of them.
+# Written by tests/helpers/tensorrt_api.py from the bindings of tensorrt_rtx 1.7.1.116: what this package uses of them.
 import collections.abc
 import typing
 from typing import Any, ClassVar, overload

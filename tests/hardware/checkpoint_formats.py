@@ -3,9 +3,10 @@
     pip install comfy-kitchen==0.2.40
     python tests/hardware/checkpoint_formats.py
 
-For every layout a random matrix is quantised by comfy-kitchen's own code, or by tests/quantized_files.py where it only
-reads. It is stored under ComfyUI's names and read by the exporter; the judge is comfy-kitchen's eager dequantisation on
-the CPU. That rounds scales to its output's dtype first: in fp32 it is the exporter's number, in bf16 within 0.4 %.
+For every layout a random matrix is quantised by comfy-kitchen's own code, or by tests/helpers/quantized_files.py
+where it only reads. It is stored under ComfyUI's names and read by the exporter; the judge is comfy-kitchen's eager
+dequantisation on the CPU. That rounds scales to its output's dtype first: in fp32 it is the exporter's number, in bf16
+within 0.4 %.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from comfy_kitchen.tensor import (
 from safetensors.torch import save_file
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 from quantized_files import awq_w4a16
 from zimage_rt.export.checkpoint import open_safetensors

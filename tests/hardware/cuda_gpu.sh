@@ -27,8 +27,8 @@ run() {
   [[ $status -eq 0 ]] || failed+=("$name")
 }
 
-kernels=(tests/test_cuda_elementwise.py tests/test_cuda_samplers.py tests/test_cuda_gemm.py tests/test_cuda_attention.py tests/test_cuda_conv.py)
-engine=(tests/test_cuda_loading.py tests/test_cuda_engine.py tests/test_cuda_features.py tests/test_cuda_controlnet.py)
+kernels=(tests/backends/test_cuda_elementwise.py tests/backends/test_cuda_samplers.py tests/backends/test_cuda_gemm.py tests/backends/test_cuda_attention.py tests/backends/test_cuda_conv.py)
+engine=(tests/backends/test_cuda_loading.py tests/backends/test_cuda_engine.py tests/backends/test_cuda_features.py tests/backends/test_cuda_controlnet.py)
 pytest=("$python" -m pytest -q -p no:cacheprovider --tb=short)
 
 for part in $parts; do
@@ -41,7 +41,7 @@ for part in $parts; do
       for tool in memcheck racecheck; do
         for file in "${kernels[@]}"; do
           skip=()
-          [[ $tool == racecheck ]] && skip=(--deselect tests/test_cuda_gemm.py::test_gemm)
+          [[ $tool == racecheck ]] && skip=(--deselect tests/backends/test_cuda_gemm.py::test_gemm)
           run "sanitizer-$tool-$(basename "$file" .py)" compute-sanitizer --tool "$tool" --error-exitcode 9 \
             "${pytest[@]}" -x "$file" "${skip[@]}" \
             -k "not 4224 and not 1500 and not 512 and not many and not 3840 and not 10240 and not 2560"

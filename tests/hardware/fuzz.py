@@ -20,7 +20,7 @@ import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 import fuzz_checkpoints  # noqa: F401
 import fuzz_files  # noqa: F401

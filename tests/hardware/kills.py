@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 from zimage_rt.bundle.folders import find_leftovers
 from zimage_rt.bundle.manifest import check_file, read_manifest

@@ -21,13 +21,13 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "helpers"))
 
-from conftest import BUNDLE, CHECKPOINT  # noqa: E402
 from diffusers import ZImagePipeline  # noqa: E402
 from lora_layouts import changes_of  # noqa: E402
 from lora_pictures import ours, picture_of  # noqa: E402
 from lycoris import LycorisNetwork, create_lycoris  # type: ignore[import-not-found]  # noqa: E402
+from shared import BUNDLE, CHECKPOINT  # noqa: E402
 from zimage_rt.benchmarks.fidelity import psnr  # noqa: E402
 
 import zimage_rt  # noqa: E402

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from conftest import BUNDLE, SAME_PICTURE
+from shared import BUNDLE, SAME_PICTURE
 from zimage_rt.benchmarks.fidelity import psnr
 from zimage_rt.benchmarks.quality.judge import Judge
 

@@ -14,9 +14,9 @@ models=${*:-SandyBridge Haswell}
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 failed=()
-export PYTHONPATH=tests
+export PYTHONPATH=tests/helpers
 # No tests with processes of their own, which would not be emulated.
-tests=(tests/test_core.py tests/test_samplers.py)
+tests=(tests/native/test_core.py tests/sampling/test_samplers.py)
 picked="randn or guidance or loop_equals or diffusers or same_end or schedule"
 
 command -v qemu-x86_64 >/dev/null || { echo "no qemu-x86_64: apt-get install qemu-user" >&2; exit 2; }

@@ -46,7 +46,7 @@ start=$SECONDS
   fail "building the plans"
 echo "== built in $((SECONDS - start)) s: $(du -ch "$bundle"/*.engine | tail -n 1 | cut -f 1) of plans"
 
-"$python" -m pytest -q -p no:cacheprovider -rs tests/test_tensorrt_gpu.py || fail "the tests on a GPU"
+"$python" -m pytest -q -p no:cacheprovider -rs tests/backends/test_tensorrt_gpu.py || fail "the tests on a GPU"
 
 set -o pipefail
 "$python" tests/hardware/tensorrt_parity.py --backend "$backend" --bundle "$bundle" --reference "$reference" \

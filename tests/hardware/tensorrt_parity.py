@@ -23,7 +23,7 @@ import zimage_rt
 from zimage_rt.backends.registry import probe_backends
 from zimage_rt.errors import RequestError
 
-# tests/test_cuda_engine.py asks the same of our own programs; ONNX Runtime's fp16 against its fp32 gives more.
+# tests/backends/test_cuda_engine.py asks the same of our own programs; ONNX Runtime's fp16 against its fp32 gives more.
 MEAN_DB = 38.0
 
 SETTINGS: dict[str, dict[str, Any]] = {

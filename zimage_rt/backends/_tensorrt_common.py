@@ -1,7 +1,7 @@
 """What `tensorrt` and `tensorrt_rtx` share: loading plans, binding our own memory, choosing profiles, running.
 
-The two libraries have the same runtime API (tests/test_tensorrt_api.py holds them to that), so one code path serves
-both, and each backend's file has only what the other library lacks.
+The two libraries have the same runtime API (tests/backends/test_tensorrt_api.py holds them to that), so one code path
+serves both, and each backend's file has only what the other library lacks.
 """
 
 from __future__ import annotations

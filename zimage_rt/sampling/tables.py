@@ -4,7 +4,7 @@ x are the latents, v the prediction, sign flipped, so that dx/dsigma = v; the cl
 goes from sigma to sigma'. Flow models have x = (1 - sigma) image + sigma noise; lambda = ln((1 - sigma) / sigma).
 
 Coefficients are in float64 from float32 sigmas; the loop is in float32. What the samplers are is in docs/samplers.md;
-those of ComfyUI are held to its numbers by tests/test_comfyui_samplers.py.
+those of ComfyUI are held to its numbers by tests/sampling/test_comfyui_samplers.py.
 """
 
 from __future__ import annotations
