@@ -58,6 +58,16 @@ def small_bundle(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="session")
+def single_file(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`small_checkpoint` as one file, as ComfyUI loads it."""
+    from single_files import write_single_file
+
+    path = tmp_path_factory.mktemp("single") / "z_image.safetensors"
+    write_single_file(small_checkpoint, path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def cuda_bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """zimage-nano's bundles by precision: fp32 for ONNX Runtime, the others' weights for the `cuda` backend."""
     from zimage_rt.export.bundle import export

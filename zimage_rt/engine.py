@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from . import checks, limits
-from .backends.base import Backend, Control, Inpaint, OnStep, ReadLatents, SampleJob
+from .backends.base import Backend, Conditioning, Control, Guidance, Inpaint, OnStep, ReadLatents, SampleJob
 from .backends.registry import load_backend
 from .bundle.manifest import Manifest, read_manifest
 from .bundle.tokenizer import PromptTokenizer, check_prompt
@@ -266,26 +266,28 @@ class Engine:
         stages.tell("denoise", 0, len(sigmas) - 1)
         job = SampleJob(
             latents=latents,
-            contexts=contexts,
-            negatives=negatives,
+            conditioning=Conditioning(contexts, negatives, control),
             steps=steps,
-            guidance_scales=guidance_scales(
-                steps[:, 0],
-                request.guidance_scale,
-                request.cfg_truncation,
-                request.dynamic_cfg,
-                # Only dynamic guidance looks at how long a prompt is.
-                [
-                    self._tokenizer(prompt, truncate=request.truncate_prompt, literal=request.literal_prompt).shape[1]
-                    if request.dynamic_cfg
-                    else 0
-                    for prompt in request.prompts
-                ],
+            guidance=Guidance(
+                guidance_scales(
+                    steps[:, 0],
+                    request.guidance_scale,
+                    request.cfg_truncation,
+                    request.dynamic_cfg,
+                    # Only dynamic guidance looks at how long a prompt is.
+                    [
+                        self._tokenizer(prompt, truncate=request.truncate_prompt, literal=request.literal_prompt).shape[
+                            1
+                        ]
+                        if request.dynamic_cfg
+                        else 0
+                        for prompt in request.prompts
+                    ],
+                ),
+                request.cfg_normalization,
             ),
-            cfg_normalization=request.cfg_normalization,
             inpaint=inpaint,
             step_noise=noise,
-            control=control,
             on_step=stages.with_steps(on_step, len(latents) if whole else 0),
         )
         cancelled = Cancelled("the callback asked to stop; no image was made")

@@ -12,50 +12,11 @@ pytest.importorskip("transformers")
 
 from export_checkpoints import recipe  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
-from single_files import comfyui_names  # noqa: E402
 from zimage_rt.export.bundle import export  # noqa: E402
 from zimage_rt.export.checkpoint import open_checkpoint  # noqa: E402
 from zimage_rt.export.errors import CheckpointError  # noqa: E402
 
 from zimage_rt.bundle.manifest import read_manifest  # noqa: E402
-
-
-def ldm_vae(name: str) -> str:
-    """diffusers' name of a VAE tensor -> ldm's (as ComfyUI has it)."""
-    for i in range(4):
-        name = name.replace(f"up_blocks.{i}.", f"up.{3 - i}.").replace(f"down_blocks.{i}.", f"down.{i}.")
-    for i in range(2):
-        name = name.replace(f"mid_block.resnets.{i}.", f"mid.block_{i + 1}.")
-    for old, new in (
-        ("mid_block.attentions.0.", "mid.attn_1."),
-        ("resnets.", "block."),
-        ("upsamplers.0.", "upsample."),
-        ("downsamplers.0.", "downsample."),
-        ("conv_shortcut", "nin_shortcut"),
-        ("conv_norm_out", "norm_out"),
-        ("group_norm", "norm"),
-        ("to_out.0", "proj_out"),
-        ("to_q", "q"),
-        ("to_k", "k"),
-        ("to_v", "v"),
-    ):
-        name = name.replace(old, new)
-    return name
-
-
-@pytest.fixture(scope="session")
-def single_file(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    source = load_file(small_checkpoint / "transformer" / "diffusion_pytorch_model.safetensors")
-    tensors = comfyui_names(source)
-    for name, tensor in load_file(small_checkpoint / "text_encoder" / "model.safetensors").items():
-        tensors[f"text_encoders.qwen3_4b.transformer.model.{name}"] = tensor
-    for name, tensor in load_file(small_checkpoint / "vae" / "diffusion_pytorch_model.safetensors").items():
-        if "attentions" in name and tensor.ndim == 2:
-            tensor = tensor[:, :, None, None]
-        tensors["vae." + ldm_vae(name)] = tensor
-    path = tmp_path_factory.mktemp("single") / "z_image.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    return path
 
 
 def test_single_file_gives_the_same_weights_as_the_folder(

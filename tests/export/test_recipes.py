@@ -14,7 +14,6 @@ pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 from shared import ROOT  # noqa: E402
-from test_export_single_file import single_file  # noqa: E402, F401  (a fixture)
 from zimage_rt.export.bundle import export  # noqa: E402
 from zimage_rt.export.recipe import read_recipe  # noqa: E402
 
@@ -54,7 +53,7 @@ def test_a_diffusers_folder(from_folder: tuple[Manifest, Path]) -> None:
 
 
 def test_comfyui_s_models_folder(
-    single_file: Path,  # noqa: F811
+    single_file: Path,
     small_checkpoint: Path,
     from_folder: tuple[Manifest, Path],
     tmp_path: Path,

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from manifests import small_manifest
 from PIL import Image
-from test_manifest import small_manifest
 
 from zimage_rt.errors import RequestError
 from zimage_rt.request.request import GenerateRequest, ResolvedRequest, resolve

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from test_manifest import small_manifest
+from manifests import small_manifest
 
 from zimage_rt.errors import RequestError
 from zimage_rt.request.request import GenerateRequest, resolve

@@ -60,14 +60,14 @@ class Probe:
     devices: Sequence[Device] = ()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Inpaint:
-    """A picture of which parts are kept, as latents.
+    """The image of which parts are kept, as latents.
 
     Attributes:
         mask: float32 `[batch, 1, latent_height, latent_width]`: 1 to draw, 0 to keep.
-        image: float32 `[batch, channels, latent_height, latent_width]`, the picture's latents.
-        noise: like `image`; what the loop's latents began as.
+        image: float32 `[batch, channels, latent_height, latent_width]`, the image's latents.
+        noise: like `image`; the loop's first latents.
     """
 
     mask: np.ndarray
@@ -75,47 +75,69 @@ class Inpaint:
     noise: np.ndarray
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Control:
-    """What a ControlNet follows.
+    """The input of a ControlNet.
 
     Attributes:
         latents: float32 `[batch, control_in_dim, latent_height, latent_width]`: the control image's, zeros behind them.
-        scale: what the ControlNet's hints are multiplied by; more than 0.
+        scale: the factor of the ControlNet's hints; more than 0.
     """
 
     latents: np.ndarray
     scale: float
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Conditioning:
+    """Everything the transformer reads beside the latents and the timestep; entry i belongs to sample i.
+
+    Attributes:
+        contexts: float32 `[1, context_tokens, dim]` each, from `Pipeline.context`.
+        negatives: the same for the negative prompts; read at guided evaluations, empty without guidance.
+        control: the input of the ControlNet, or None; guided predictions use it on both sides.
+    """
+
+    contexts: Sequence[np.ndarray]
+    negatives: Sequence[np.ndarray] = ()
+    control: Control | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Guidance:
+    """Classifier-free guidance over the evaluations of a loop.
+
+    Attributes:
+        scales: float32 `[evaluations, batch]`, from `sampling/guidance.py`; 0 is none.
+        normalization: > 0 limits a guided prediction's norm to that multiple of the positive one's.
+    """
+
+    scales: np.ndarray
+    normalization: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class SampleJob:
-    """One request to the sampler loop; entry i of `contexts` and `negatives` belongs to sample i.
+    """One request to the sampler loop.
 
     Attributes:
         latents: float32 `[batch, channels, latent_height, latent_width]`, the caller's; changed in place.
-        contexts: `[1, context_tokens, dim]` each.
-        negatives: the same, read where the guidance is on.
+        conditioning: the prompts and the control image of every sample.
         steps: float32 `[evaluations, 12]`, a table of `sampling/samplers.py`.
-        guidance_scales: float32 `[evaluations, batch]`, from `sampling/guidance.py`; 0 is none.
-        cfg_normalization: > 0 limits a guided prediction's norm to that multiple of the positive one's.
-        inpaint: what is kept of a picture, or None.
+        guidance: its scale for every evaluation and sample.
         step_noise: float32 `[draws, *latents.shape]`, from `sampling/samplers.py`, for the rows that take
             some; None without.
-        control: what a ControlNet follows, or None; guided predictions follow it on both sides.
+        inpaint: the image of which parts are kept, or None.
         on_step: called after each step of the schedule. A backend may have begun the next step by then, which a False
             does not take back.
     """
 
     latents: np.ndarray
-    contexts: Sequence[np.ndarray]
-    negatives: Sequence[np.ndarray]
+    conditioning: Conditioning
     steps: np.ndarray
-    guidance_scales: np.ndarray
-    cfg_normalization: float = 0.0
-    inpaint: Inpaint | None = None
+    guidance: Guidance
     step_noise: np.ndarray | None = None
-    control: Control | None = None
+    inpaint: Inpaint | None = None
     on_step: OnStep | None = None
 
 

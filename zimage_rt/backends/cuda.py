@@ -220,22 +220,23 @@ class CudaPipeline:
         return self._run(job, decode=True)
 
     def _run(self, job: SampleJob, decode: bool) -> tuple[np.ndarray, dict[str, float]] | None:
-        name = "transformer" if job.control is None else "controlnet"
+        control = job.conditioning.control
+        name = "transformer" if control is None else "controlnet"
         self.load([name])
         with _errors("drawing"):
             result = self.native.sample(
                 latents=job.latents,
-                contexts=list(job.contexts),
-                negatives=list(job.negatives),
+                contexts=list(job.conditioning.contexts),
+                negatives=list(job.conditioning.negatives),
                 steps=job.steps,
-                guidance_scales=job.guidance_scales,
-                cfg_normalization=job.cfg_normalization,
+                guidance_scales=job.guidance.scales,
+                cfg_normalization=job.guidance.normalization,
                 mask=None if job.inpaint is None else job.inpaint.mask,
                 image=None if job.inpaint is None else job.inpaint.image,
                 noise=None if job.inpaint is None else job.inpaint.noise,
                 step_noise=job.step_noise,
-                control_latents=None if job.control is None else job.control.latents,
-                control_scale=0.0 if job.control is None else job.control.scale,
+                control_latents=None if control is None else control.latents,
+                control_scale=0.0 if control is None else control.scale,
                 decode=decode,
                 callback=job.on_step,
             )

@@ -13,7 +13,7 @@ from .. import _core
 from ..errors import RequestError
 from ..image.convert import to_signed, to_uint8
 from ..not_finite import check_finite
-from .base import Change, CheckModule, Control, Module, OnStep, SampleJob
+from .base import Change, CheckModule, Conditioning, Module, OnStep, SampleJob
 
 # Loads a module by name with changed weights.
 LoadPatched = Callable[[str, Sequence[Change]], Module]
@@ -89,15 +89,15 @@ class ModulePipeline:
 
     def sample(self, job: SampleJob) -> bool:
         """See `Pipeline`; the loop is `csrc/runtime/sampler.cc`."""
-        name = "transformer" if job.control is None else "controlnet"
-        denoiser = ModuleDenoiser(name, self.module(name), job.contexts, job.negatives, job.control)
+        name = "transformer" if job.conditioning.control is None else "controlnet"
+        denoiser = ModuleDenoiser(name, self.module(name), job.conditioning)
         kept = {} if job.inpaint is None else vars(job.inpaint)
         finished = _core.sample(
             denoiser,
             job.steps,
             job.latents,
-            job.guidance_scales,
-            job.cfg_normalization,
+            job.guidance.scales,
+            job.guidance.normalization,
             step_noise=job.step_noise,
             callback=None if job.on_step is None else _with_latents_here(job.on_step),
             **kept,
@@ -156,15 +156,13 @@ class ModuleDenoiser:
         self,
         name: str,
         transformer: Module,
-        contexts: Sequence[np.ndarray],
-        negatives: Sequence[np.ndarray],
-        control: Control | None = None,
+        conditioning: Conditioning,
     ) -> None:
-        self._name, self._transformer, self._control = name, transformer, control
-        self._batch = len(contexts)
+        self._name, self._transformer, self._control = name, transformer, conditioning.control
+        self._batch = len(conditioning.contexts)
         self._groups = {
-            False: _group_by_length(contexts),
-            True: _group_by_length([*contexts, *negatives]),
+            False: _group_by_length(conditioning.contexts),
+            True: _group_by_length([*conditioning.contexts, *conditioning.negatives]),
         }
 
     def __call__(self, latents: np.ndarray, timestep: float, guided: bool, noise_pred: np.ndarray) -> None:
