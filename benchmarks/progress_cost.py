@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import typer
 
 import zimage_rt
-from zimage_rt.request.request import Callback, StepInfo
+from zimage_rt.request.types import Callback, StepInfo
 
 PROMPT = "a small red house beside a quiet lake under tall pine trees"
 SIZES = (256, 512, 1024)

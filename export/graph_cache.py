@@ -15,7 +15,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from zimage_rt.atomic_write import write_whole
+from zimage_rt.atomic_write import atomic_write
 
 FOLDER = Path("~/.cache/zimage_rt/graphs")
 KEPT = 64  # files; that of zimage-nano's transformer, seven blocks, is 1.3 MB
@@ -59,7 +59,7 @@ def cached(key: str, trace: Callable[[], ir.Model], folder: Path | None = FOLDER
 def _keep(model: ir.Model, path: Path) -> None:
     """Write a graph; drop the oldest."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, _serialised(model))
+    atomic_write(path, _serialised(model))
     by_age = sorted(path.parent.glob("*.onnx"), key=lambda file: file.stat().st_mtime)
     for file in by_age[:-KEPT]:
         file.unlink(missing_ok=True)

@@ -26,12 +26,14 @@ from .errors import (
     RequestWarning,
     ZImageError,
 )
-from .metadata.record import PictureRecord, read_record
-from .request.request import GenerateRequest, SecondPass, StepInfo
+from .metadata.record import ImageRecord, read_record
+from .request.types import GenerateRequest, SecondPass, StepInfo
 from .result import GenerateResult
 from .session import Session
 
 __version__ = version("zimage-rt")
+# The name of 0.2 and before.
+PictureRecord = ImageRecord
 
 __all__ = [
     "BackendUnavailable",
@@ -40,6 +42,7 @@ __all__ = [
     "Engine",
     "GenerateRequest",
     "GenerateResult",
+    "ImageRecord",
     "LoraError",
     "LoraWarning",
     "ManifestError",

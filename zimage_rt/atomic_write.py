@@ -1,4 +1,4 @@
-"""Files that are whole or not there at all."""
+"""Atomic file writes: a file is complete under its name, or the name is as it was."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .errors import RequestError
 MAX_NAME = 200
 
 
-def write_whole(path: Path, content: bytes, *, replace: bool = True) -> None:
+def atomic_write(path: Path, content: bytes, *, replace: bool = True) -> None:
     """Write a file under a temporary name, then rename it: no reader, and no crash, sees half of it.
 
     It is on the disk, its name too, when this returns.
@@ -25,15 +25,15 @@ def write_whole(path: Path, content: bytes, *, replace: bool = True) -> None:
         OSError: the folder is missing or cannot be written, or the disk is full; it names the file, and nothing is
             left behind.
     """
-    write_together({path: content}, replace=replace)
+    atomic_write_all({path: content}, replace=replace)
 
 
-def write_together(contents: Mapping[Path, bytes], *, replace: bool = True) -> None:
-    """Write files of one folder as `write_whole` does, all of them or none; the last gets its name last.
+def atomic_write_all(contents: Mapping[Path, bytes], *, replace: bool = True) -> None:
+    """Write files of one folder as `atomic_write` does, all of them or none; the last gets its name last.
 
     All are on the disk under temporary names before the first is renamed, so that a full disk changes none of them.
 
-    Raises as `write_whole`.
+    Raises as `atomic_write`.
     """
     temporary = {path: path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp") for path in contents}
     linked: list[Path] = []

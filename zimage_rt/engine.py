@@ -28,20 +28,10 @@ from .image.tiled_decode import decode_tiled
 from .lora.manager import ActiveLora, LoraSet
 from .metadata.record import make_provenance, make_records, recorded_fields
 from .not_finite import with_causes
-from .request.request import (
-    Callback,
-    GenerateRequest,
-    ResolvedRequest,
-    ResolvedSecondPass,
-    StepInfo,
-    check_latents,
-    make_request,
-    resolve,
-    resolve_tile,
-    resolve_vae,
-)
+from .request.resolve import ResolvedRequest, ResolvedSecondPass, check_latents, resolve, resolve_tile, resolve_vae
+from .request.types import Callback, GenerateRequest, StepInfo, make_request
 from .result import GenerateResult
-from .rwlock import Turns
+from .rwlock import FairRWLock
 from .sampling.guidance import guidance_scales
 from .sampling.noise import prepare_noise
 from .sampling.samplers import sampler_table, step_noise
@@ -83,8 +73,8 @@ class Engine:
         self._tokenizer = PromptTokenizer(bundle, manifest)
         self.pipeline = backend.open(bundle, manifest, self._files.check_module)
         self._gate = Gate(max_concurrency)
-        self._turns = Turns()  # no request sees the weights change
-        self._loras = LoraSet(manifest, self.pipeline, self._turns, self._weights_changed, bundle)
+        self._weights_lock = FairRWLock()  # no request sees the weights change
+        self._loras = LoraSet(manifest, self.pipeline, self._weights_lock, self._weights_changed, bundle)
 
     @classmethod
     def load(
@@ -183,7 +173,7 @@ class Engine:
             resolved = self._tokenized(resolve(request, self.manifest))
             for text in resolved.warnings:
                 warnings.warn(text, RequestWarning, stacklevel=3)  # at whoever called `generate` or `run`
-            with self._turns.together():
+            with self._weights_lock.read():
                 return self._run_resolved(request, resolved, callback, Stages(on_stage))
 
     def _run_resolved(
@@ -365,7 +355,7 @@ class Engine:
 
     def _encode_prompt(self, prompt: str, truncate: bool, literal: bool) -> np.ndarray:
         key = (prompt, truncate, literal)
-        with self._gate.place(), self._turns.together():
+        with self._gate.place(), self._weights_lock.read():
             with self._lock:
                 if key in self._contexts:
                     self._contexts.move_to_end(key)
@@ -410,7 +400,7 @@ class Engine:
         """
         check_latents(latents, self.manifest)
         vae, tile = resolve_vae(vae, self.manifest), resolve_tile(tile, self.manifest)
-        with self._gate.place(), self._turns.together(), _out_of_memory_typed():
+        with self._gate.place(), self._weights_lock.read(), _out_of_memory_typed():
             return self._decode(latents, vae, tile, Stages())
 
     def _decode(self, latents: np.ndarray, vae: str, tile: int | None, stages: Stages) -> np.ndarray:

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from . import checks, limits
-from .atomic_write import write_whole
+from .atomic_write import atomic_write
 from .engine import Engine
 from .errors import RequestError
 from .image.contact_sheet import MIN_CELL, Picture, Section, draw_sheet
-from .request.request import GenerateRequest, StepInfo, resolve
+from .request.resolve import resolve
+from .request.types import GenerateRequest, StepInfo
 from .sampling.samplers import sampler_table
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class Explanation:
         encoded = io.BytesIO()
         self.image.save(encoded, "PNG", pnginfo=text)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, encoded.getvalue())
+        atomic_write(path, encoded.getvalue())
         return path
 
 

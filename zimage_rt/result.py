@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import checks
-from .metadata.record import PictureRecord
+from .metadata.record import ImageRecord
 from .metadata.save import save_images
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class GenerateResult:
     timings: dict[str, float]
     bundle_id: str
     latents: np.ndarray
-    records: tuple[PictureRecord, ...] = ()
+    records: tuple[ImageRecord, ...] = ()
 
     @property
     def pil_images(self) -> list[Image]:
@@ -45,9 +45,14 @@ class GenerateResult:
 
         return [Image.fromarray(image) for image in self.images]
 
-    def only(self, index: int) -> GenerateResult:
-        """One picture's part of the result."""
-        part = slice(index, index + 1)
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> GenerateResult:
+        """One image as a result of its own, with the timings of the whole request. Raises IndexError."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"result: expected an index below {len(self)}, got {index}")
+        part = slice(index % len(self), index % len(self) + 1)
         return GenerateResult(
             self.images[part], self.seeds[part], self.timings, self.bundle_id, self.latents[part], self.records[part]
         )

@@ -1,4 +1,4 @@
-"""Who may run beside whom: requests run together, a change of the weights runs alone."""
+"""A fair readers–writer lock: requests share it, a change of the weights takes it exclusively."""
 
 from __future__ import annotations
 
@@ -10,42 +10,42 @@ from contextlib import contextmanager
 from .errors import RequestError
 
 
-class Turns:
-    """A lock that many threads may hold together, or one alone, in the order they came: nobody waits for ever."""
+class FairRWLock:
+    """Many readers or one writer, in the order of arrival: a writer that waits holds up later readers."""
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
         self._tickets = itertools.count()
-        # Of all that wait or run, the oldest first.
-        self._together: dict[int, None] = {}
-        self._alone: dict[int, None] = {}
+        # Tickets that wait or run, the oldest first.
+        self._readers: dict[int, None] = {}
+        self._writers: dict[int, None] = {}
         self._own = threading.local()
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """Run beside others; may be entered again by a thread that is inside."""
-        if getattr(self._own, "inside", False):
-            # Without a new turn: who waits to be alone waits for this thread.
+    def read(self) -> Iterator[None]:
+        """Share the lock; a thread that reads already may enter again."""
+        if getattr(self._own, "reads", False):
+            # No new ticket: a writer that waits for this thread would be waited for by it.
             yield
             return
-        with self._turn(self._together, lambda ticket: _first(self._alone, ticket) >= ticket):
-            self._own.inside = True
+        with self._hold(self._readers, lambda ticket: _first(self._writers, ticket) >= ticket):
+            self._own.reads = True
             try:
                 yield
             finally:
-                self._own.inside = False
+                self._own.reads = False
 
     @contextmanager
-    def alone(self, doing: str) -> Iterator[None]:
-        """Run when nobody else does. Raises RequestError inside `together()`: it would wait for itself."""
-        if getattr(self._own, "inside", False):
+    def write(self, doing: str) -> Iterator[None]:
+        """Hold the lock alone. Raises RequestError for a thread that reads: it would wait for itself."""
+        if getattr(self._own, "reads", False):
             raise RequestError(f"{doing}: cannot be called while a request runs, as from its callback; call it after")
-        everyone = (self._together, self._alone)
-        with self._turn(self._alone, lambda ticket: all(_first(kind, ticket) >= ticket for kind in everyone)):
+        everyone = (self._readers, self._writers)
+        with self._hold(self._writers, lambda ticket: all(_first(kind, ticket) >= ticket for kind in everyone)):
             yield
 
     @contextmanager
-    def _turn(self, kind: dict[int, None], may_run: Callable[[int], bool]) -> Iterator[None]:
+    def _hold(self, kind: dict[int, None], may_run: Callable[[int], bool]) -> Iterator[None]:
         with self._condition:
             ticket = next(self._tickets)
             kind[ticket] = None
@@ -59,5 +59,5 @@ class Turns:
                 self._condition.notify_all()
 
 
-def _first(kind: dict[int, None], default: int) -> int:
-    return next(iter(kind), default)
+def _first(tickets: dict[int, None], default: int) -> int:
+    return next(iter(tickets), default)

@@ -455,7 +455,7 @@ def _logger(trt: Any) -> Any:
 
 def _monitor(trt: Any, advance: Callable[[int], None], stop: threading.Event) -> Any:
     class Monitor(trt.IProgressMonitor):
-        """Turns TensorRT's nested phases into one number; called from its threads."""
+        """FairRWLock TensorRT's nested phases into one number; called from its threads."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)

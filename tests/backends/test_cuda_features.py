@@ -9,7 +9,7 @@ import pytest
 from cuda_reference import require_gpu
 from zimage_rt.benchmarks.fidelity import psnr
 
-from zimage_rt.request.request import SecondPass
+from zimage_rt.request.types import SecondPass
 from zimage_rt.session import Session
 
 pytestmark = pytest.mark.gpu

@@ -19,7 +19,7 @@ import zimage_rt
 from zimage_rt.cli.common import FIELD_OF_OPTION, printable
 from zimage_rt.cli.like import recorded_backend
 from zimage_rt.cli.main import app
-from zimage_rt.metadata.record import PictureRecord, read_record
+from zimage_rt.metadata.record import ImageRecord, read_record
 
 PROMPT = "一只猫 \U0001f600"
 COMMANDS = ("generate", "batch", "explain", "inspect", "doctor")
@@ -225,8 +225,8 @@ def test_every_option_of_a_batch_reaches_its_rows(bundle: Path, tmp_path: Path) 
 # A stranger's image
 
 
-def record_with(backend: str, options: dict[str, Any]) -> PictureRecord:
-    return PictureRecord("1", backend, options, "id", "name", "fp32", {}, None, [], {})
+def record_with(backend: str, options: dict[str, Any]) -> ImageRecord:
+    return ImageRecord("1", backend, options, "id", "name", "fp32", {}, None, [], {})
 
 
 def test_a_backend_is_taken_from_an_image_only_when_asked(capsys: pytest.CaptureFixture[str]) -> None:

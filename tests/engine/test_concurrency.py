@@ -13,7 +13,7 @@ import pytest
 
 import zimage_rt
 from zimage_rt.gate import Gate
-from zimage_rt.request.request import SecondPass
+from zimage_rt.request.types import SecondPass
 
 SMALL: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 2, "seed": 3}
 

@@ -26,7 +26,8 @@ from zimage_rt.export.bundle import export
 import zimage_rt
 from zimage_rt.bundle.manifest import read_manifest, write_manifest
 from zimage_rt.errors import BundleMismatch, MetadataError, RequestError
-from zimage_rt.request.request import SecondPass, resolve
+from zimage_rt.request.resolve import resolve
+from zimage_rt.request.types import SecondPass
 
 # In dB: what images that show different things stay below, far from rounding (`SAME_PICTURE`): 13 to 37 are measured.
 DIFFERENT = 40

@@ -29,7 +29,7 @@ from zimage_rt.errors import LoraError, RequestError
 from zimage_rt.lora.file import LoraFile, LoraLayer
 from zimage_rt.lora.manager import LoraSet
 from zimage_rt.lora.manager import place as place_lora
-from zimage_rt.rwlock import Turns
+from zimage_rt.rwlock import FairRWLock
 
 PROMPT, SEED = "a panda on a blue background", 3
 
@@ -248,7 +248,7 @@ def test_a_bf16_bundle_rounds_the_sum(small_checkpoint, small_bundle, tmp_path):
     for bundle in (small_bundle, half):
         manifest = read_manifest(bundle)
         pipeline = load_backend("onnxruntime", {}).open(bundle, manifest, lambda name: None)
-        loras = LoraSet(manifest, pipeline, Turns(), lambda modules: None)
+        loras = LoraSet(manifest, pipeline, FairRWLock(), lambda modules: None)
         before = pipeline.module("transformer")(inputs)["noise_pred"]
         loras.load(path, 1.0, None)
         outputs.append(pipeline.module("transformer")(inputs)["noise_pred"])
@@ -461,14 +461,14 @@ def test_no_request_sees_half_a_lora(engine, lora, small, tmp_path):
 def test_a_bundle_without_the_layers_places_says_to_export_again(loaded, lora, tmp_path):
     modules = {name: dataclasses.replace(spec, linears={}) for name, spec in loaded.manifest.modules.items()}
     manifest = dataclasses.replace(loaded.manifest, modules=modules)
-    loras = LoraSet(manifest, loaded.pipeline, Turns(), lambda modules: None)
+    loras = LoraSet(manifest, loaded.pipeline, FairRWLock(), lambda modules: None)
     with pytest.raises(LoraError, match="export it again"):
         loras.load(write(tmp_path / "style.safetensors", peft(lora)), 1.0, None)
 
 
 def test_a_backend_that_cannot_says_so(loaded, lora, tmp_path):
     pipeline = ModulePipeline(lambda name: loaded.pipeline.module(name), lambda name: None)
-    loras = LoraSet(loaded.manifest, pipeline, Turns(), lambda modules: None)
+    loras = LoraSet(loaded.manifest, pipeline, FairRWLock(), lambda modules: None)
     with pytest.raises(RequestError, match="backend='onnxruntime' or 'cuda'"):
         loras.load(write(tmp_path / "style.safetensors", peft(lora)), 1.0, None)
     assert loras.weights == {}
@@ -486,7 +486,7 @@ def test_what_was_there_comes_back_where_a_change_fails(loaded, lora, tmp_path):
                     raise zimage_rt.OutOfMemory("no room")
 
     pipeline: Any = Failing()
-    loras = LoraSet(loaded.manifest, pipeline, Turns(), lambda modules: None)
+    loras = LoraSet(loaded.manifest, pipeline, FairRWLock(), lambda modules: None)
     path = write(tmp_path / "style.safetensors", peft(lora))
     loras.load(path, 1.0, "one")
     before = dict(pipeline.now)

@@ -21,11 +21,11 @@ from safetensors.numpy import load_file, save_file
 from shared import BUNDLE, copy_bundle
 
 import zimage_rt
-from zimage_rt.atomic_write import write_whole
+from zimage_rt.atomic_write import atomic_write
 from zimage_rt.bundle.manifest import hash_file, read_manifest
 from zimage_rt.errors import LoraWarning, MetadataError, RequestError
 from zimage_rt.metadata.record import read_record
-from zimage_rt.request.request import SecondPass
+from zimage_rt.request.types import SecondPass
 from zimage_rt.sampling.samplers import FORMER_SAMPLERS, FORMER_SCHEDULES
 
 SMALL: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 2}
@@ -102,7 +102,7 @@ def test_a_picture_of_a_batch_is_drawn_with_its_batch(engine: zimage_rt.Engine, 
     record = read_record(result.save(tmp_path)[3])
     assert (record.request["prompt"], record.request["seed"]) == ("一只企鹅", 8)
     assert record.batch is not None
-    again = engine.run(record.to_request()).only(record.batch["index"])
+    again = engine.run(record.to_request())[record.batch["index"]]
     assert again.images.tobytes() == result.images[3].tobytes()
     assert again.seeds == (8,)
     alone = record.to_request(seed=8)
@@ -204,9 +204,9 @@ def test_folders_without_links_replace_nothing(
     monkeypatch.setattr(os, "link", unsupported)
     result = engine.generate("a cat", seed=3, **SMALL)
     assert [result.save(tmp_path)[0].name for _ in range(2)] == ["000-3.png", "001-3.png"]
-    write_whole(tmp_path / "a", b"1", replace=False)
+    atomic_write(tmp_path / "a", b"1", replace=False)
     with pytest.raises(FileExistsError):
-        write_whole(tmp_path / "a", b"2", replace=False)
+        atomic_write(tmp_path / "a", b"2", replace=False)
     assert (tmp_path / "a").read_bytes() == b"1"
     assert not list(tmp_path.glob(".*"))
 

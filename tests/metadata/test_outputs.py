@@ -18,7 +18,7 @@ from batch_helpers import TINY, write, zimage
 from PIL import Image
 
 import zimage_rt
-from zimage_rt.atomic_write import check_folder, write_whole
+from zimage_rt.atomic_write import atomic_write, check_folder
 from zimage_rt.errors import MetadataError, RequestError
 from zimage_rt.image.formats import EXIF_FOLDER, USER_COMMENT, check_quality, encode_image, sidecar_path
 from zimage_rt.metadata.record import parameters_text, read_record
@@ -156,10 +156,10 @@ def test_commands_refuse_outputs_before_they_load_an_engine(tmp_path: Path) -> N
 FULL = """
 import resource, signal, sys
 from pathlib import Path
-from zimage_rt.atomic_write import write_whole
+from zimage_rt.atomic_write import atomic_write
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-write_whole(Path(sys.argv[1]), bytes(100_000))
+atomic_write(Path(sys.argv[1]), bytes(100_000))
 """
 
 
@@ -171,7 +171,7 @@ def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
     assert run.stderr.splitlines()[-1] == f"OSError: [Errno 27] File too large: '{path}'"
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(FileNotFoundError, match=r"none/cat\.png"):
-        write_whole(tmp_path / "none" / "cat.png", b"")
+        atomic_write(tmp_path / "none" / "cat.png", b"")
 
 
 def test_commands_write_other_formats(bundle: Path, tmp_path: Path) -> None:

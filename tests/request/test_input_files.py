@@ -19,7 +19,8 @@ import zimage_rt
 from zimage_rt.errors import RequestError
 from zimage_rt.image.convert import FORMATS, flatten, read_image
 from zimage_rt.limits import MAX_INPUT_PIXELS
-from zimage_rt.request.request import GenerateRequest, resolve
+from zimage_rt.request.resolve import resolve
+from zimage_rt.request.types import GenerateRequest
 
 RED, BLUE = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue")
 

@@ -9,7 +9,8 @@ import pytest
 from manifests import small_manifest
 
 from zimage_rt.errors import RequestError
-from zimage_rt.request.request import GenerateRequest, resolve
+from zimage_rt.request.resolve import resolve
+from zimage_rt.request.types import GenerateRequest
 from zimage_rt.sampling.schedules import flow_match_sigmas, schedule_sigmas
 
 

@@ -16,7 +16,8 @@ import pytest
 
 import zimage_rt
 from zimage_rt.metadata.record import read_record
-from zimage_rt.request.request import GenerateRequest, SecondPass, resolve
+from zimage_rt.request.resolve import resolve
+from zimage_rt.request.types import GenerateRequest, SecondPass
 
 SMALL: dict[str, Any] = {"height": 64, "width": 64}
 RED = np.full((64, 64, 3), (255, 0, 0), np.uint8)

@@ -11,7 +11,7 @@ from zimage_rt.benchmarks.fidelity import psnr
 import zimage_rt
 from zimage_rt.errors import Cancelled, RequestError
 from zimage_rt.image.tiled_decode import decode_tiled
-from zimage_rt.request.request import SecondPass
+from zimage_rt.request.types import SecondPass
 
 PROMPT = "a red apple, green background"
 

@@ -13,8 +13,9 @@ from ..checks import MAX_SHOWN, shown_text
 from ..engine import Engine
 from ..errors import RequestError
 from ..image.formats import FORMATS, check_quality, sidecar_path
-from ..metadata.record import save_picture
-from ..request.request import GenerateRequest, StepInfo, resolve
+from ..metadata.record import save_image
+from ..request.resolve import resolve
+from ..request.types import GenerateRequest, StepInfo
 from ..result import GenerateResult
 from .journal import Journal
 from .names import row_stems
@@ -152,7 +153,7 @@ class Batch:
             drawn = True
             paths = [self.journal.folder / name for name in self._names(row, len(result.seeds))]
             sizes = [
-                save_picture(path, pixels, record, sidecar=self._options.sidecar, quality=self._options.quality)
+                save_image(path, pixels, record, sidecar=self._options.sidecar, quality=self._options.quality)
                 for path, pixels, record in zip(paths, result.images, result.records, strict=True)
             ]
         except Exception as error:  # whatever is wrong with a row, or with drawing it, must not cost the others

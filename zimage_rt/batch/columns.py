@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import RequestError
 from ..metadata.record import PICTURES
-from ..request.request import GenerateRequest
+from ..request.types import GenerateRequest
 from .cells import FILE, FLAG, NUMBER, NUMBERS, TEXT, WHOLE
 
 # Names beside the fields' own. They are compared without case, and with `_` for spaces and hyphens.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .. import checks
-from ..atomic_write import named_error, write_whole
+from ..atomic_write import atomic_write, named_error
 from ..bundle.json_codec import parse_json
 from ..checks import shown
 from ..errors import RequestError
@@ -133,7 +133,7 @@ class Journal:
                 f"{self.folder}: holds images of another batch and no {JOURNAL_NAME}; choose another folder"
             )
         # A killed process may have left an image under a claimed name: it stays the batch's.
-        write_whole(self.path, _encoded(header) + (_encoded({"claims": claims}) if claims else b""))
+        atomic_write(self.path, _encoded(header) + (_encoded({"claims": claims}) if claims else b""))
         self.claims.update(claims)
         for name in old:
             (self.folder / name).unlink(missing_ok=True)

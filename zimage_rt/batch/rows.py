@@ -14,7 +14,7 @@ from typing import Any
 from ..checks import shown
 from ..errors import RequestError
 from ..metadata.record import PICTURES
-from ..request.request import GenerateRequest
+from ..request.types import GenerateRequest
 from .cells import FILE, NUMBERS, WHOLE, convert_cell
 from .columns import check_extra, column_kinds, dataclass_of, field_of, is_own_name, parts_of
 from .table import Row, Table

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from .. import __version__
 from ..engine import Engine
 from ..errors import RequestError
-from ..request.request import GenerateRequest
+from ..request.types import GenerateRequest
 
 stderr = Console(stderr=True)
 

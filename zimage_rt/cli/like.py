@@ -10,8 +10,8 @@ from .. import __version__
 from ..checks import shown
 from ..engine import Engine
 from ..errors import RequestError
-from ..metadata.record import PictureRecord, pixels_sha256
-from ..request.request import GenerateRequest
+from ..metadata.record import ImageRecord, pixels_sha256
+from ..request.types import GenerateRequest
 from ..result import GenerateResult
 from .common import stderr, warn
 
@@ -33,7 +33,7 @@ PLAIN_WORDS = ("cpu", "cuda", "host", "lazy", "eager", "none", "nv_tensorrt_rtx"
 
 
 def requests_of(
-    prompts: list[str], fields: dict[str, Any], record: PictureRecord | None, like: Path | None
+    prompts: list[str], fields: dict[str, Any], record: ImageRecord | None, like: Path | None
 ) -> list[GenerateRequest]:
     """What `zimage generate` is to draw: a request for each prompt, or the one that a picture holds.
 
@@ -64,7 +64,7 @@ def requests_of(
     return requests
 
 
-def request_like(record: PictureRecord, picture: Path, overrides: dict[str, Any]) -> GenerateRequest:
+def request_like(record: ImageRecord, picture: Path, overrides: dict[str, Any]) -> GenerateRequest:
     """The recorded request with fields of the command line in place of its own. Raises MetadataError."""
     overrides = dict(overrides)
     if overrides.keys() & {"num_inference_steps", "schedule", "denoise"}:
@@ -76,7 +76,7 @@ def request_like(record: PictureRecord, picture: Path, overrides: dict[str, Any]
     return record.to_request(picture.parent, **overrides)
 
 
-def recorded_backend(record: PictureRecord, backend: str, *, take: bool) -> tuple[str, dict[str, Any]]:
+def recorded_backend(record: ImageRecord, backend: str, *, take: bool) -> tuple[str, dict[str, Any]]:
     """The backend and options to use beside `--like`: the command's, or, with `take`, what of the record is harmless.
 
     An image may come from anyone, and options can name libraries to load and folders to write: those are never taken.
@@ -111,7 +111,7 @@ def _is_harmless(name: str, value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float)) or value in PLAIN_WORDS
 
 
-def warn_of_differences(record: PictureRecord, engine: Engine) -> None:
+def warn_of_differences(record: ImageRecord, engine: Engine) -> None:
     """Say on standard error what is not as it was when the picture was drawn, so that it may come out otherwise."""
     there = f"{record.bundle_name} {record.precision}, bundle {record.bundle_id}"
     here = f"{engine.manifest.name} {engine.manifest.precision}, bundle {engine.bundle_id}"
@@ -129,9 +129,9 @@ def warn_of_differences(record: PictureRecord, engine: Engine) -> None:
             warn(f"the picture was drawn by {recorded}; this is {now}: it may come out otherwise")
 
 
-def kept_alone(result: GenerateResult, record: PictureRecord) -> tuple[GenerateResult, bool]:
+def select_and_compare(result: GenerateResult, record: ImageRecord) -> tuple[GenerateResult, bool]:
     """Of a batch that was drawn again, the picture of the record; and whether it is the same to the byte."""
-    result = result.only(0 if record.batch is None else record.batch["index"])
+    result = result[0 if record.batch is None else record.batch["index"]]
     same = pixels_sha256(result.images[0]) == record.pixels_sha256
     if same:
         stderr.print("the same picture to the byte", highlight=False)

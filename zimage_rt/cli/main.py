@@ -41,7 +41,7 @@ from .common import (
     warn,
 )
 from .explain import explain
-from .like import kept_alone, recorded_backend, requests_of, warn_of_differences
+from .like import recorded_backend, requests_of, select_and_compare, warn_of_differences
 from .options import (
     AgainOver,
     Backend,
@@ -212,7 +212,7 @@ def generate(
             progress.update(task, description=text)
         more: dict[str, Any] = {}
         if record is not None and not prompt and not fields and lora is None:
-            result, more["same"] = kept_alone(result, record)
+            result, more["same"] = select_and_compare(result, record)
         named = names_file(output) and len(requests) > 1
         where = output.with_name(f"{output.stem}-{number:03d}{output.suffix}") if named else output
         paths = result.save(where, sidecar=sidecar, quality=quality)

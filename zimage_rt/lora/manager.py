@@ -20,7 +20,7 @@ from ..backends.base import Change, Dense, LowRank, Pipeline
 from ..bundle.manifest import LinearPlace, Manifest
 from ..bundle.safetensors_file import TensorFile, widen
 from ..errors import LoraError, LoraWarning, OutOfMemory, RequestError
-from ..rwlock import Turns
+from ..rwlock import FairRWLock
 from .file import LoraFile, is_folder, read_lora
 from .kinds import seems_to_be
 from .layers import Layer, LoraLayer, VectorChange, WholeLayer, same_product
@@ -354,7 +354,7 @@ class LoraSet:
 
     Args:
         manifest, pipeline: the engine's.
-        turns: every request runs in `turns.together()`.
+        weights_lock: every request reads under it.
         changed: called with the modules that have new weights, before any request runs on them.
         bundle: the bundle's folder; without, DoRA, whole weights, biases and norms are refused.
     """
@@ -363,12 +363,12 @@ class LoraSet:
         self,
         manifest: Manifest,
         pipeline: Pipeline,
-        turns: Turns,
+        weights_lock: FairRWLock,
         changed: Callable[[Collection[str]], None],
         bundle: Path | None = None,
     ) -> None:
         self._bundle = bundle
-        self._manifest, self._pipeline, self._turns, self._changed = manifest, pipeline, turns, changed
+        self._manifest, self._pipeline, self._weights_lock, self._changed = manifest, pipeline, weights_lock, changed
         self._loaded: dict[str, tuple[PlacedLora, float]] = {}
         self._paths: dict[str, Path] = {}
 
@@ -396,7 +396,7 @@ class LoraSet:
             raise
         except MemoryError as error:
             raise OutOfMemory(f"{path}: too little memory to read it; nothing was changed: free memory") from error
-        with self._turns.alone("load_lora"):
+        with self._weights_lock.write("load_lora"):
             if name in self._loaded:
                 raise RequestError(
                     f"a LoRA named {name!r} is loaded already; unload_lora({name!r}) first, or give another name"
@@ -411,14 +411,14 @@ class LoraSet:
     def set(self, weights: Mapping[str, float]) -> None:
         """See `Engine.set_loras`."""
         checked = {name: _checked(name, weight) for name, weight in weights.items()}
-        with self._turns.alone("set_loras"):
+        with self._weights_lock.write("set_loras"):
             for name in checked:
                 self._known(name)
             self._apply({name: (lora, checked.get(name, 0.0)) for name, (lora, _) in self._loaded.items()})
 
     def unload(self, name: str) -> None:
         """See `Engine.unload_lora`."""
-        with self._turns.alone("unload_lora"):
+        with self._weights_lock.write("unload_lora"):
             self._known(name)
             self._apply({other: value for other, value in self._loaded.items() if other != name})
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..atomic_write import write_together
+from ..atomic_write import atomic_write_all
 from ..bundle.json_codec import from_json, parse_json
 from ..bundle.manifest import Manifest, hash_file
 from ..errors import MetadataError, RequestError
@@ -26,7 +26,8 @@ from ..image.convert import read_image
 from ..image.formats import FORMATS, encode_image, sidecar_path
 from ..lora.file import weights_file
 from ..lora.settings import SETTINGS_FILE
-from ..request.request import GenerateRequest, ResolvedRequest
+from ..request.resolve import ResolvedRequest
+from ..request.types import GenerateRequest
 from ..sampling.samplers import FORMER_SAMPLERS, FORMER_SCHEDULES, SAMPLERS
 from ..sampling.schedules import SCHEDULES
 from .schema import MAX_BYTES, check_parts
@@ -42,7 +43,7 @@ PICTURES = ("image", "mask", "control_image")
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-    """What all images of an engine have in common; see `PictureRecord`. The engine makes it once, when it is loaded."""
+    """What all images of an engine have in common; see `ImageRecord`. The engine makes it once, when it is loaded."""
 
     version: str
     backend: str
@@ -53,7 +54,7 @@ class Provenance:
 
 
 @dataclasses.dataclass(frozen=True)
-class PictureRecord:
+class ImageRecord:
     """How one picture was made.
 
     Attributes:
@@ -155,7 +156,7 @@ def make_records(
     fields: Mapping[str, Any],
     resolved: ResolvedRequest,
     timings: Mapping[str, float],
-) -> tuple[PictureRecord, ...]:
+) -> tuple[ImageRecord, ...]:
     """One record for each image of a request, with its `recorded_fields` and the LoRAs it was drawn with."""
     together = {
         "prompts": list(resolved.prompts),
@@ -163,7 +164,7 @@ def make_records(
         "seeds": list(resolved.seeds),
     }
     return tuple(
-        PictureRecord(
+        ImageRecord(
             **vars(provenance),
             request={
                 **fields,
@@ -191,10 +192,10 @@ def pixels_sha256(pixels: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest()
 
 
-def save_picture(
+def save_image(
     path: Path,
     pixels: np.ndarray,
-    record: PictureRecord,
+    record: ImageRecord,
     *,
     sidecar: bool = True,
     replace: bool = True,
@@ -220,7 +221,7 @@ def save_picture(
         if replace:
             check_sidecar(path)
         contents = {sidecar_path(path): text.encode() + b"\n", **contents}
-    write_together(contents, replace=replace)
+    atomic_write_all(contents, replace=replace)
     return len(encoded)
 
 
@@ -238,7 +239,7 @@ def check_sidecar(path: Path) -> None:
         ) from error
 
 
-def parameters_text(record: PictureRecord) -> str:
+def parameters_text(record: ImageRecord) -> str:
     """The request as AUTOMATIC1111 writes it into `parameters`, which Civitai and many viewers read."""
     request = record.request
     lines = [" ".join([request["prompt"], *(f"<lora:{lora['name']}:{lora['weight']:g}>" for lora in record.loras)])]
@@ -272,7 +273,7 @@ def _strength(part: Mapping[str, Any]) -> Any:
     return part["strength"] if part.get("denoise") is None else part["denoise"]
 
 
-def read_record(path: str | Path) -> PictureRecord:
+def read_record(path: str | Path) -> ImageRecord:
     """Read how a picture was made, from the PNG, from the sidecar beside it, or from a sidecar that is named itself.
 
     Raises:
@@ -327,7 +328,7 @@ def _png_text(path: Path) -> str | None:
         raise MetadataError(f"{path}: this PNG is cut off or damaged ({error}); copy it again, whole") from error
 
 
-def _parse(text: str | bytes, path: Path) -> PictureRecord:
+def _parse(text: str | bytes, path: Path) -> ImageRecord:
     try:
         data = parse_json(text)
     except ValueError as error:
@@ -340,9 +341,9 @@ def _parse(text: str | bytes, path: Path) -> PictureRecord:
     if version < SCHEMA_VERSION:
         data = {**ADDED_FIELDS, **data}
     todo = "it was damaged, or written by another version"
-    from_json(PictureRecord, data, f"{path}: record", MetadataError, todo)
+    from_json(ImageRecord, data, f"{path}: record", MetadataError, todo)
     check_parts(data, _version(), path, PICTURES)
-    return PictureRecord(**{**data, "request": _with_todays_names(data["request"])})
+    return ImageRecord(**{**data, "request": _with_todays_names(data["request"])})
 
 
 def _with_todays_names(request: Mapping[str, Any]) -> dict[str, Any]:

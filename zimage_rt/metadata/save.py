@@ -11,7 +11,7 @@ import numpy as np
 from ..atomic_write import check_folder, check_path
 from ..errors import RequestError
 from ..image.formats import FORMATS, check_quality
-from .record import PictureRecord, check_sidecar, save_picture
+from .record import ImageRecord, check_sidecar, save_image
 
 # A name with an ending like a file's that is not there is rather a slip than a folder.
 ENDING = re.compile(r"\.[A-Za-z][A-Za-z0-9]{1,4}")
@@ -53,7 +53,7 @@ def check_output(where: Path, *, quality: int | None = None, sidecar: bool = Fal
 
 def save_images(
     images: np.ndarray,
-    records: Sequence[PictureRecord],
+    records: Sequence[ImageRecord],
     where: Path,
     *,
     sidecar: bool = True,
@@ -68,14 +68,14 @@ def save_images(
             paths = [where.with_name(f"{where.stem}-{i:03d}{where.suffix}") for i in range(len(pictures))]
         where.parent.mkdir(parents=True, exist_ok=True)
         for path, (pixels, record) in zip(paths, pictures, strict=True):
-            save_picture(path, pixels, record, sidecar=sidecar, quality=quality)
+            save_image(path, pixels, record, sidecar=sidecar, quality=quality)
         return paths
     check_quality(".png", quality)
     where.mkdir(parents=True, exist_ok=True)
     return _save_all(where, pictures, sidecar)
 
 
-def _save_all(folder: Path, pictures: list[tuple[np.ndarray, PictureRecord]], sidecar: bool) -> list[Path]:
+def _save_all(folder: Path, pictures: list[tuple[np.ndarray, ImageRecord]], sidecar: bool) -> list[Path]:
     """Save under the next numbers. Others may be doing the same: who finds a name taken takes the one after."""
     numbers = [int(match[1]) for path in folder.glob("*.png") if (match := re.match(r"(\d+)-", path.name))]
     number = max(numbers, default=-1) + 1
@@ -85,7 +85,7 @@ def _save_all(folder: Path, pictures: list[tuple[np.ndarray, PictureRecord]], si
             path = folder / f"{number:03d}-{record.request['seed']}.png"
             number += 1
             try:
-                save_picture(path, pixels, record, sidecar=sidecar, replace=False)
+                save_image(path, pixels, record, sidecar=sidecar, replace=False)
             except FileExistsError:
                 continue
             paths.append(path)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..bundle.json_codec import from_json, read_value
 from ..errors import MetadataError
-from ..request.request import GenerateRequest
+from ..request.types import GenerateRequest
 
 # A record with the prompts of a large batch has some hundred kilobytes.
 MAX_BYTES = 16 << 20
@@ -33,7 +33,7 @@ class LoraReference:
 
 @dataclasses.dataclass(frozen=True)
 class BatchReference:
-    """What an image was drawn together with; see `PictureRecord.batch`."""
+    """What an image was drawn together with; see `ImageRecord.batch`."""
 
     index: int
     prompts: tuple[str, ...]

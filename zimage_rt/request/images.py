@@ -14,7 +14,7 @@ from ..image.convert import FITS, fit_image, flatten, read_image, read_mask
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from .request import GenerateRequest
+    from .types import GenerateRequest
 
 # What becomes of a size that no bundle can serve: it is refused, or the nearest that is served is taken.
 FIT_SIZES = ("exact", "nearest")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from .request import GenerateRequest, ResolvedRequest, SecondPass
+    from .resolve import ResolvedRequest
+    from .types import GenerateRequest, SecondPass
 
 # Fields that only something else gives an effect, and what; they are warned of where they are not at their defaults.
 GUIDANCE = "guidance; ask for a guidance_scale of more than 0"
