@@ -5,12 +5,12 @@
 """
 
 import os
-from importlib.metadata import version
 
 # ONNX Runtime 1.32 keeps a device id and a queue of events for Microsoft under ~/.cache unless it is told not to before
 # it is imported (findings/onnxruntime-telemetry.sh). Who wants that sets the variable to 0.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
+from ._version import __version__
 from .engine import Engine
 from .errors import (
     BackendUnavailable,
@@ -26,12 +26,12 @@ from .errors import (
     RequestWarning,
     ZImageError,
 )
-from .metadata.record import ImageRecord, read_record
+from .metadata.image_file import read_record
+from .metadata.record import ImageRecord
 from .request.types import GenerateRequest, SecondPass, StepInfo
 from .result import GenerateResult
 from .session import Session
 
-__version__ = version("zimage-rt")
 # The name of 0.2 and before.
 PictureRecord = ImageRecord
 

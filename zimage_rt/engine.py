@@ -28,8 +28,9 @@ from .image.tiled_decode import decode_tiled
 from .lora.manager import ActiveLora, LoraSet
 from .metadata.record import make_provenance, make_records, recorded_fields
 from .not_finite import with_causes
+from .request.codec import make_request
 from .request.resolve import ResolvedRequest, ResolvedSecondPass, check_latents, resolve, resolve_tile, resolve_vae
-from .request.types import Callback, GenerateRequest, StepInfo, make_request
+from .request.types import Callback, GenerateRequest, StepInfo
 from .result import GenerateResult
 from .rwlock import FairRWLock
 from .sampling.guidance import guidance_scales

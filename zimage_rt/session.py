@@ -11,7 +11,8 @@ import numpy as np
 from . import checks, limits
 from .engine import Engine
 from .errors import RequestError
-from .request.types import Callback, GenerateRequest, make_request
+from .request.codec import make_request
+from .request.types import Callback, GenerateRequest
 from .result import GenerateResult
 
 # What a turn is, and which engines may do it, the best first.

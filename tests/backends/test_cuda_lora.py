@@ -13,7 +13,7 @@ from lora_files import random_lora_of, write
 
 import zimage_rt
 from zimage_rt.bundle.manifest import Manifest
-from zimage_rt.lora.manager import MODULES
+from zimage_rt.bundle.modules import LORA_MODULES
 
 pytestmark = pytest.mark.gpu
 require_gpu()
@@ -22,7 +22,7 @@ PROMPT = "a panda"
 TOLERANCE = {"bf16": 2e-2, "fp16": 4e-3}  # of a whole module against fp32, as in test_cuda_engine.py
 
 
-def whole_lora_of(manifest: Manifest, path: Path, modules: tuple[str, ...] = MODULES) -> Path:
+def whole_lora_of(manifest: Manifest, path: Path, modules: tuple[str, ...] = LORA_MODULES) -> Path:
     """A LoKr of full rank of every linear layer, DoRA for some of them, and differences of biases and norms."""
     generator = torch.Generator().manual_seed(7)
     tensors = {}

@@ -22,7 +22,7 @@ from zimage_rt.batch.journal import Journal
 from zimage_rt.batch.rows import RowReader, Template, row_seed
 from zimage_rt.batch.table import Table, read_table
 from zimage_rt.errors import RequestError
-from zimage_rt.metadata.record import read_record
+from zimage_rt.metadata.image_file import read_record
 from zimage_rt.request.types import SecondPass
 
 

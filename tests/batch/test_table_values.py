@@ -10,11 +10,11 @@ import pytest
 from batch_helpers import DEFAULTS, TINY, draw_all, journal_lines, write, zimage
 
 import zimage_rt
-from zimage_rt.batch.cells import FILE, FLAG, NUMBER, NUMBERS, TEXT, WHOLE, convert_cell
 from zimage_rt.batch.columns import field_of
 from zimage_rt.batch.rows import RowReader, Template
 from zimage_rt.batch.table import read_table
 from zimage_rt.errors import RequestError
+from zimage_rt.request.values import FILE, FLAG, NUMBER, NUMBERS, TEXT, WHOLE, read_value
 
 HOSTILE = [
     ('{"prompt": "half \\ud800"}', "RequestError: prompt:"),
@@ -141,9 +141,9 @@ def test_half_a_character_does_not_stop_the_command(bundle: Path, tmp_path: Path
 def test_cells_are_read_by_their_kind(kind: str, value: Any, expected: Any) -> None:
     if expected is None:
         with pytest.raises(RequestError, match=f"column: expected {kind}, got"):
-            convert_cell("column", kind, value, Path("in"))
+            read_value("column", kind, value, Path("in"))
     else:
-        found = convert_cell("column", kind, value, Path("in"))
+        found = read_value("column", kind, value, Path("in"))
         assert (type(found), found) == (type(expected), expected)
 
 

@@ -12,7 +12,7 @@ from lora_files import random_lora_of
 from PIL import Image
 
 from zimage_rt.bundle.manifest import read_manifest
-from zimage_rt.metadata.record import read_record
+from zimage_rt.metadata.image_file import read_record
 
 
 def zimage(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -19,7 +19,8 @@ import zimage_rt
 from zimage_rt.cli.common import FIELD_OF_OPTION, printable
 from zimage_rt.cli.like import recorded_backend
 from zimage_rt.cli.main import app
-from zimage_rt.metadata.record import ImageRecord, read_record
+from zimage_rt.metadata.image_file import read_record
+from zimage_rt.metadata.record import ImageRecord
 
 PROMPT = "一只猫 \U0001f600"
 COMMANDS = ("generate", "batch", "explain", "inspect", "doctor")

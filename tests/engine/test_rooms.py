@@ -11,7 +11,7 @@ from shared import ROOT
 PACKAGE = ROOT / "zimage_rt"
 # From the lowest up: a room, or a module of the top, imports what stands before it, and its own room.
 ORDER = (
-    ("errors", "limits", "checks", "atomic_write", "rwlock", "gate", "not_finite", "_core", "_cuda"),
+    ("_version", "errors", "limits", "checks", "atomic_write", "rwlock", "gate", "not_finite", "_core", "_cuda"),
     ("sampling",),
     ("bundle",),
     ("image",),
@@ -26,12 +26,10 @@ ORDER = (
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
-# Names of the package itself: its version, which is known without importing anything else.
-OF_THE_PACKAGE = "__version__"
 
 
 def imports(path: Path) -> list[tuple[str, int]]:
-    """What a module of the package imports from it: the room or the module of the top, and the line."""
+    """The rooms and top-level modules that a module of the package imports, with the lines."""
     package = ["zimage_rt", *path.relative_to(PACKAGE).parts[:-1]]
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -44,7 +42,7 @@ def imports(path: Path) -> list[tuple[str, int]]:
         else:
             continue
         found += [(name.split(".")[1], node.lineno) for name in names if name.startswith("zimage_rt.")]
-    return [(name, line) for name, line in found if name != OF_THE_PACKAGE]
+    return found
 
 
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

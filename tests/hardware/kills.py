@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 from zimage_rt.bundle.folders import find_leftovers
 from zimage_rt.bundle.manifest import check_file, read_manifest
-from zimage_rt.metadata.record import pixels_sha256, read_record
+from zimage_rt.metadata.image_file import read_record
+from zimage_rt.metadata.references import pixels_sha256
 
 ROWS = 12
 

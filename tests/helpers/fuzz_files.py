@@ -28,7 +28,7 @@ from zimage_rt.bundle.safetensors_file import TensorFile
 from zimage_rt.errors import ZImageError
 from zimage_rt.lora.file import read_lora
 from zimage_rt.lora.manager import combine, place
-from zimage_rt.metadata.record import KEY, read_record
+from zimage_rt.metadata.image_file import KEY, read_record
 
 SMALL: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 1, "seed": 1}
 

@@ -21,8 +21,9 @@ from zimage_rt.batch.table import Row, read_table
 from zimage_rt.bundle.manifest import read_manifest
 from zimage_rt.errors import RequestError, ZImageError
 from zimage_rt.image.convert import read_image
+from zimage_rt.request.codec import make_request
 from zimage_rt.request.resolve import resolve
-from zimage_rt.request.types import SecondPass, make_request
+from zimage_rt.request.types import SecondPass
 
 
 class Fails:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from zimage_rt.bundle.manifest import Manifest
-from zimage_rt.lora.manager import MODULES
+from zimage_rt.bundle.modules import LORA_MODULES
 
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3", "adaLN_modulation.0")
 
@@ -93,7 +93,7 @@ def changed(model: nn.Module, lora: Lora, weight: float = 1.0) -> None:
             model.get_submodule(name).weight += weight * delta.float()
 
 
-def random_lora_of(manifest: Manifest, path: Path, seed: int, modules: tuple[str, ...] = MODULES) -> Path:
+def random_lora_of(manifest: Manifest, path: Path, seed: int, modules: tuple[str, ...] = LORA_MODULES) -> Path:
     """A LoRA of every linear layer of a bundle's modules, written as PEFT does; it needs no model."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from zimage_rt.backends.merge import merged
 from zimage_rt.bundle.manifest import Manifest
+from zimage_rt.bundle.modules import LORA_MODULES
 from zimage_rt.bundle.safetensors_file import TensorFile
-from zimage_rt.lora.manager import MODULES, PlacedLora, combine
+from zimage_rt.lora.manager import PlacedLora, combine
 
 TO_Q, TO_K, TO_V = (f"layers.0.attention.to_{part}" for part in "qkv")
 TO_OUT = "noise_refiner.0.attention.to_out.0"
@@ -379,7 +380,7 @@ def changes_of(
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """What a placed LoRA adds to the stored weights, in the checkpoint's names and order: matrices, and vectors."""
     matrices, vectors = {}, {}
-    for module in MODULES:
+    for module in LORA_MODULES:
         spec = manifest.module(module)
         path = bundle / spec.weights
         file = TensorFile(path)

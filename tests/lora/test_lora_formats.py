@@ -26,10 +26,11 @@ from zimage_rt.benchmarks.fidelity import psnr
 import zimage_rt
 from zimage_rt.backends.base import Dense, LowRank
 from zimage_rt.bundle.manifest import Manifest, read_manifest
+from zimage_rt.bundle.modules import LORA_MODULES
 from zimage_rt.bundle.safetensors_file import _FP8
 from zimage_rt.errors import LoraError, LoraWarning
 from zimage_rt.lora.file import read_lora
-from zimage_rt.lora.manager import MODULES, combine, place
+from zimage_rt.lora.manager import combine, place
 
 PROMPT = "a panda on a blue background"
 
@@ -155,7 +156,7 @@ def test_dora_takes_the_norms_of_what_a_bundle_stores(base, bundle, manifest, tm
     for name, value in stored.items():
         if value.ndim == 2 and name.endswith(".weight"):
             stored[name] = value.to(dtype)
-    for module in MODULES:
+    for module in LORA_MODULES:
         other = manifest.module(module).weights
         (tmp_path / other).symlink_to(bundle / other) if module != "transformer" else save_file(
             stored, tmp_path / other
@@ -519,7 +520,7 @@ def test_a_plain_lora_stays_a_product_of_thin_matrices(base, bundle, manifest, t
     model = ZImageTransformer2DModel.from_pretrained(CHECKPOINT / "transformer")
     path = write(tmp_path / "a.safetensors", peft(random_lora(model, seed=1)))
     placed = place(read_lora(path), manifest)
-    for module in MODULES:
+    for module in LORA_MODULES:
         assert all(isinstance(change, LowRank) for change in combine([(placed, 1.0)], module))
 
 

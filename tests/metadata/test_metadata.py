@@ -24,7 +24,7 @@ import zimage_rt
 from zimage_rt.atomic_write import atomic_write
 from zimage_rt.bundle.manifest import hash_file, read_manifest
 from zimage_rt.errors import LoraWarning, MetadataError, RequestError
-from zimage_rt.metadata.record import read_record
+from zimage_rt.metadata.image_file import read_record
 from zimage_rt.request.types import SecondPass
 from zimage_rt.sampling.samplers import FORMER_SAMPLERS, FORMER_SCHEDULES
 

@@ -21,7 +21,8 @@ import zimage_rt
 from zimage_rt.atomic_write import atomic_write, check_folder
 from zimage_rt.errors import MetadataError, RequestError
 from zimage_rt.image.formats import EXIF_FOLDER, USER_COMMENT, check_quality, encode_image, sidecar_path
-from zimage_rt.metadata.record import parameters_text, read_record
+from zimage_rt.metadata.a1111 import parameters_text
+from zimage_rt.metadata.image_file import read_record
 from zimage_rt.metadata.save import check_output
 
 SMALL: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 2}

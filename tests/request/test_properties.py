@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from zimage_rt.batch.cells import NUMBER, NUMBERS, WHOLE, convert_cell
 from zimage_rt.batch.rows import Template
 from zimage_rt.bundle.json_codec import from_json, parse_json, to_json
 from zimage_rt.bundle.manifest import ShapeRange, TensorSpec
 from zimage_rt.bundle.onnx_files import external_files
 from zimage_rt.errors import ManifestError, RequestError
 from zimage_rt.image.convert import read_image
+from zimage_rt.request.values import NUMBER, NUMBERS, WHOLE, read_value
 
 # Tests in CI are the same every time, and have no database of their own.
 quick = settings(max_examples=150, deadline=None, derandomize=True, database=None)
@@ -69,7 +69,7 @@ def test_dataclasses_are_read_from_what_they_write_and_from_nothing_else(value: 
 def test_numbers_are_read_as_they_are_written(text: str) -> None:
     for kind in (WHOLE, NUMBER, NUMBERS):
         try:
-            read = convert_cell("column", kind, text)
+            read = read_value("column", kind, text)
         except RequestError as error:
             assert "column" in str(error)
             continue
@@ -80,8 +80,8 @@ def test_numbers_are_read_as_they_are_written(text: str) -> None:
 @quick
 @given(st.floats(allow_nan=False, allow_infinity=False), st.integers(-(2**63), 2**64))
 def test_every_number_that_python_writes_is_read(number: float, whole: int) -> None:
-    assert convert_cell("column", NUMBER, repr(number)) == number
-    assert convert_cell("column", WHOLE, str(whole)) == whole
+    assert read_value("column", NUMBER, repr(number)) == number
+    assert read_value("column", WHOLE, str(whole)) == whole
 
 
 @quick

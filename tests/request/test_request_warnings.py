@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import zimage_rt
-from zimage_rt.metadata.record import read_record
+from zimage_rt.metadata.image_file import read_record
 from zimage_rt.request.resolve import resolve
 from zimage_rt.request.types import GenerateRequest, SecondPass
 

@@ -18,8 +18,9 @@ from zimage_rt import limits
 from zimage_rt.bundle.manifest import ShapeRange
 from zimage_rt.errors import MAX_MESSAGE, BackendUnavailable, RequestError, ZImageError
 from zimage_rt.explain import explain
+from zimage_rt.request.codec import make_request
 from zimage_rt.request.resolve import resolve
-from zimage_rt.request.types import GenerateRequest, SecondPass, make_request
+from zimage_rt.request.types import GenerateRequest, SecondPass
 
 SMALL: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 1, "seed": 3}
 

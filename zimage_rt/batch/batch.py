@@ -13,7 +13,7 @@ from ..checks import MAX_SHOWN, shown_text
 from ..engine import Engine
 from ..errors import RequestError
 from ..image.formats import FORMATS, check_quality, sidecar_path
-from ..metadata.record import save_image
+from ..metadata.image_file import save_image
 from ..request.resolve import resolve
 from ..request.types import GenerateRequest, StepInfo
 from ..result import GenerateResult

@@ -1,23 +1,19 @@
-"""Columns of a table by name: which request field each one is, also by the names that people give them."""
+"""Columns of a table by name: the request field of each, also by the names that people give them."""
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import functools
-import types
-import typing
 import unicodedata
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 from ..errors import RequestError
-from ..metadata.record import PICTURES
+from ..request.codec import DIFFUSERS_NAMES, field_kinds
 from ..request.types import GenerateRequest
-from .cells import FILE, FLAG, NUMBER, NUMBERS, TEXT, WHOLE
 
-# Names beside the fields' own. They are compared without case, and with `_` for spaces and hyphens.
+# Names beside the fields' own and diffusers'. They are compared without case, and with `_` for spaces and hyphens.
 ALIASES: Mapping[str, str] = {
+    **DIFFUSERS_NAMES,
     "steps": "num_inference_steps",
     "guidance": "guidance_scale",
     "提示词": "prompt",
@@ -68,18 +64,18 @@ def field_of(column: str) -> str | None:
     """The request field that a column is, `second_pass.scale` for a part of one; None if it is none."""
     name = _normalized(column)
     name = ALIASES.get(name, name)
-    return name if name in column_kinds() else None
+    return name if name in field_kinds() else None
 
 
 def is_own_name(column: str) -> bool:
     """Whether a column has a field's very name, not another one for it."""
-    return column in column_kinds()
+    return column in field_kinds()
 
 
 @functools.cache
 def check_extra(column: str) -> None:
     """Raise RequestError for a column that is no request field but looks as if it were meant as one."""
-    kinds, name = column_kinds(), _normalized(column)
+    kinds, name = field_kinds(), _normalized(column)
     if name in AMBIGUOUS:
         raise RequestError(
             f"column {column!r}: {AMBIGUOUS[name]}; to keep it as it is, put it into --name or rename it"
@@ -90,48 +86,5 @@ def check_extra(column: str) -> None:
         raise RequestError(f"column {column!r}: expected a request field ({', '.join(kinds)}), or another name{meant}")
 
 
-@functools.cache
-def column_kinds() -> Mapping[str, str]:
-    """What each request field that a table can hold is, by column; a part of a field of parts is `field.part`."""
-    kinds: dict[str, str] = {}
-    for name, hint in typing.get_type_hints(GenerateRequest).items():
-        if name in PICTURES:
-            kinds[name] = FILE
-            continue
-        for member in _members(hint):
-            if dataclasses.is_dataclass(member):
-                parts = typing.get_type_hints(member).items()
-                kinds |= {f"{name}.{part}": kind for part, inner in parts if (kind := _kind(inner)) is not None}
-        kind = _kind(hint)
-        if kind is not None:
-            kinds[name] = kind
-    return kinds
-
-
-@functools.cache
-def parts_of(field: str) -> Collection[str]:
-    """The parts of a field that has some, e.g. `scale` of second_pass."""
-    return tuple(name.partition(".")[2] for name in column_kinds() if name.startswith(f"{field}."))
-
-
-@functools.cache
-def dataclass_of(field: str) -> Any:
-    """What the parts of a field make."""
-    hint = typing.get_type_hints(GenerateRequest)[field]
-    return next(member for member in _members(hint) if dataclasses.is_dataclass(member))
-
-
 def _normalized(column: str) -> str:
     return "_".join(unicodedata.normalize("NFKC", column).casefold().replace("-", " ").split())
-
-
-def _members(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-
-
-def _kind(hint: Any) -> str | None:
-    members = _members(hint)
-    for member, kind in ((str, TEXT), (bool, FLAG), (int, WHOLE), (float, NUMBER), (Sequence[float], NUMBERS)):
-        if member in members:
-            return kind
-    return None

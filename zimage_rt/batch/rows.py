@@ -13,10 +13,10 @@ from typing import Any
 
 from ..checks import shown
 from ..errors import RequestError
-from ..metadata.record import PICTURES
+from ..request.codec import IMAGES, parts_of, read_fields
 from ..request.types import GenerateRequest
-from .cells import FILE, NUMBERS, WHOLE, convert_cell
-from .columns import check_extra, column_kinds, dataclass_of, field_of, is_own_name, parts_of
+from ..request.values import FILE, WHOLE, read_value
+from .columns import check_extra, field_of, is_own_name
 from .table import Row, Table
 
 
@@ -108,20 +108,14 @@ class RowReader:
         values = _flattened(row.values)
         if not self._columns_are_checked:
             self._check(list(values))
-        fields = self._defaults | {"seed": row_seed(self._seed, row.number)}
-        again: dict[str, Any] = {}
+        said: dict[str, Any] = {}
+        labels: dict[str, str] = {}
         for column, value in values.items():
             name = self._field(column)
             if name is None or value is None or (self._template is not None and name == "prompt"):
                 continue
-            converted = convert_cell(column, column_kinds()[name], value, self._folder)
-            outer, dot, inner = name.partition(".")
-            if dot:
-                again.setdefault(outer, {})[inner] = converted
-            else:
-                fields[name] = converted
-        for name, inner_fields in again.items():
-            fields[name] = dataclass_of(name)(**inner_fields)
+            said[name], labels[name] = value, column
+        fields = self._defaults | {"seed": row_seed(self._seed, row.number)} | read_fields(said, self._folder, labels)
         if self._template is not None:
             fields["prompt"] = self._template.fill(row.values)
         if not str(fields.setdefault("prompt", "")).strip() and not _has_other_wishes(fields):
@@ -148,9 +142,9 @@ class RowReader:
         found: dict[str, Path] = {}
         for column, value in row.values.items():
             name = self._field(column)
-            if name is not None and name in PICTURES and value is not None:
+            if name is not None and name in IMAGES and value is not None:
                 with contextlib.suppress(RequestError):
-                    found[name] = convert_cell(column, FILE, value, self._folder)
+                    found[name] = read_value(column, FILE, value, self._folder)
         return found
 
     def count(self, row: Row) -> int:
@@ -158,7 +152,7 @@ class RowReader:
         for column, value in row.values.items():
             if self._field(column) == "num_images" and value is not None:
                 try:
-                    return convert_cell(column, WHOLE, value)
+                    return read_value(column, WHOLE, value)
                 except RequestError:
                     return 1
         return self._defaults.get("num_images", 1)
@@ -192,23 +186,6 @@ class RowReader:
             raise RequestError("template: takes the place of the column `prompt`; put {prompt} in, or take it out")
 
 
-def read_parts(name: str, text: str) -> Any:
-    """`scale=2,strength=0.4` for a field that has parts, e.g. `second_pass`. Raises RequestError."""
-    kinds, known = column_kinds(), parts_of(name)
-    parts: dict[str, Any] = {}
-    for item in filter(None, text.split(",")):
-        part, equals, value = (piece.strip() for piece in item.partition("="))
-        if not equals or part not in known:
-            raise RequestError(f"{name}: expected name=value of {', '.join(known)}, commas between them, got {item!r}")
-        parts[part] = convert_cell(f"{name}.{part}", kinds[f"{name}.{part}"], value)
-    return dataclass_of(name)(**parts)
-
-
-def read_numbers(name: str, text: str) -> tuple[float, ...]:
-    """`1.0,0.6,0.3` for a field of numbers. Raises RequestError."""
-    return convert_cell(name, NUMBERS, text)
-
-
 def row_seed(base: int, number: int) -> int:
     """The seed of row `number`: 32 bits of a hash.
 
@@ -225,7 +202,7 @@ def hash_json(value: Any) -> str:
 
 def _has_other_wishes(fields: Mapping[str, Any]) -> bool:
     """Whether a request without text may be meant so: it has an image, or guidance, and is checked later."""
-    return bool(fields.get("guidance_scale")) or any(fields.get(name) is not None for name in PICTURES)
+    return bool(fields.get("guidance_scale")) or any(fields.get(name) is not None for name in IMAGES)
 
 
 def _flattened(values: Mapping[str, Any]) -> dict[str, Any]:

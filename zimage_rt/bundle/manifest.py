@@ -18,19 +18,11 @@ from typing import Any
 
 from ..errors import BundleMismatch, ManifestError
 from .json_codec import from_json, parse_json, to_json
+from .modules import MODULES
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 PRECISIONS = ("fp32", "fp16", "bf16")
-# The names at the border of each module, which the code around them uses.
-BORDERS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "text_encoder": (("input_ids",), ("prompt_embeds",)),
-    "context_refiner": (("prompt_embeds",), ("context",)),
-    "transformer": (("latents", "timestep", "context"), ("noise_pred",)),
-    "controlnet": (("latents", "timestep", "context", "control_latents", "control_scale"), ("noise_pred",)),
-    **{f"{vae}_vae_encoder": (("image",), ("latents",)) for vae in ("tiny", "full")},
-    **{f"{vae}_vae_decoder": (("latents",), ("image",)) for vae in ("tiny", "full")},
-}
 
 # What to do about a manifest that cannot be read.
 _AGAIN = "export the bundle again"
@@ -366,8 +358,9 @@ def _module_problems(name: str, module: ModuleSpec, manifest: Manifest) -> Itera
     base = module.base
     if base is not None and (base not in manifest.modules or manifest.modules[base].base is not None):
         yield f"base: expected a module with weights of its own, got {base!r}"
-    if name in BORDERS:
-        for side, wanted in zip(("inputs", "outputs"), BORDERS[name], strict=True):
+    if name in MODULES:
+        for side in ("inputs", "outputs"):
+            wanted = getattr(MODULES[name], side)
             found = tuple(tensor.name for tensor in getattr(module, side))
             if found != wanted:
                 yield f"{side}: expected {', '.join(wanted)}, got {', '.join(found) or 'none'}"

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .. import __version__
+from .._version import __version__
 from ..engine import Engine
 from ..errors import RequestError
 from ..request.types import GenerateRequest

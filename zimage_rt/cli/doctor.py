@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from .. import __version__
+from .._version import __version__
 from ..backends.base import Device, Probe
 from .common import json_line
 

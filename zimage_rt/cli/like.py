@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
+from .._version import __version__
 from ..checks import shown
 from ..engine import Engine
 from ..errors import RequestError
-from ..metadata.record import ImageRecord, pixels_sha256
+from ..metadata.record import ImageRecord
+from ..metadata.references import pixels_sha256
 from ..request.types import GenerateRequest
 from ..result import GenerateResult
 from .common import stderr, warn

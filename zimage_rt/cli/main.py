@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .. import __version__
+from .._version import __version__
 from ..backends.registry import probe_backends
 from ..bundle.folders import find_leftovers
 from ..bundle.manifest import Manifest, check_file, read_manifest
 from ..errors import RequestError, RequestWarning, ZImageError
-from ..metadata.record import read_record
+from ..metadata.image_file import read_record
 from ..metadata.save import check_output, names_file
 from ..sampling.samplers import DEFAULT_SAMPLER
 from ..sampling.schedules import DEFAULT_SCHEDULE

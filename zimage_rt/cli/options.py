@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..backends.registry import BACKENDS
-from ..batch.rows import read_numbers, read_parts
+from ..request.codec import read_numbers, read_parts
 from ..sampling.samplers import SAMPLERS
 from ..sampling.schedules import SCHEDULES
 

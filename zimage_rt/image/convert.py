@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import _core, checks, limits
+from .. import checks, limits
+from .._core import paste as core_paste
 from ..errors import OutOfMemory, RequestError
 from .modes import from_array, to_8_bits
 
@@ -242,4 +243,4 @@ def resize_latents(latents: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def paste(drawn: np.ndarray, original: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Drawn pictures uint8 `[batch, height, width, 3]` over the original: where the mask is 0, its very bytes."""
-    return _core.paste(drawn, original, mask)
+    return core_paste(drawn, original, mask)

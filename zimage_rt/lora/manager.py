@@ -18,15 +18,14 @@ import numpy as np
 
 from ..backends.base import Change, Dense, LowRank, Pipeline
 from ..bundle.manifest import LinearPlace, Manifest
+from ..bundle.modules import LORA_MODULES
 from ..bundle.safetensors_file import TensorFile, widen
 from ..errors import LoraError, LoraWarning, OutOfMemory, RequestError
 from ..rwlock import FairRWLock
 from .file import LoraFile, is_folder, read_lora
 from .kinds import seems_to_be
 from .layers import Layer, LoraLayer, VectorChange, WholeLayer, same_product
-from .names import MODULES, LayerNames, VectorNames, half_split
-
-__all__ = ["MODULES", "LoraSet", "PlacedLora", "combine", "place"]
+from .names import LayerNames, VectorNames, half_split
 
 # Two writings of the same update differ by their roundings: bf16 has 8 bits.
 _SAME = 0.01
@@ -78,7 +77,7 @@ class _BaseWeights:
     def vectors(self) -> VectorNames:
         """The names of biases and norms."""
         if self._vectors is None:
-            self._vectors = VectorNames(self._manifest, {module: self._file(module) for module in MODULES})
+            self._vectors = VectorNames(self._manifest, {module: self._file(module) for module in LORA_MODULES})
         return self._vectors
 
     def _file(self, module: str) -> TensorFile:
@@ -428,7 +427,7 @@ class LoraSet:
 
     def _apply(self, wanted: dict[str, tuple[PlacedLora, float]]) -> None:
         """Give the modules the weights of `wanted`, or leave everything as it is and raise."""
-        modules = [module for module in MODULES if _on(wanted, module) != _on(self._loaded, module)]
+        modules = [module for module in LORA_MODULES if _on(wanted, module) != _on(self._loaded, module)]
         try:
             self._pipeline.patch({module: combine(_on(wanted, module), module) for module in modules})
         except BaseException:

@@ -8,11 +8,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..bundle.manifest import LinearPlace, Manifest
+from ..bundle.modules import LORA_MODULES
 from ..bundle.safetensors_file import TensorFile
 from ..errors import LoraError
-
-# The modules that a LoRA may change. No two of them have a layer of the same name.
-MODULES = ("text_encoder", "context_refiner", "transformer")
 
 # What tools write before a layer's name, any number of them; then it is the checkpoint's.
 _PREFIXES = re.compile(
@@ -44,7 +42,7 @@ class LayerNames:
 
     def __init__(self, manifest: Manifest) -> None:
         self.places: dict[str, tuple[str, LinearPlace]] = {}
-        for module in MODULES:
+        for module in LORA_MODULES:
             for name, place in manifest.module(module).linears.items():
                 self.places[name] = (module, place)
         if not self.places:

@@ -11,7 +11,8 @@ import numpy as np
 from ..atomic_write import check_folder, check_path
 from ..errors import RequestError
 from ..image.formats import FORMATS, check_quality
-from .record import ImageRecord, check_sidecar, save_image
+from .image_file import check_sidecar, save_image
+from .record import ImageRecord
 
 # A name with an ending like a file's that is not there is rather a slip than a folder.
 ENDING = re.compile(r"\.[A-Za-z][A-Za-z0-9]{1,4}")

@@ -48,7 +48,7 @@ def image_and_mask(
             raise RequestError("mask: expected an image that it belongs to; give `image` too")
         return None, None
     if request.latents is not None:
-        raise RequestError("image and latents: expected one of them; both say what to begin with")
+        raise RequestError("image and latents: expected one of them; both say what to begin with", field="image")
     image = fitted(picture, width, height, fit)
     if request.mask is None:
         return image, None

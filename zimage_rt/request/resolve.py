@@ -11,6 +11,7 @@ import numpy as np
 
 from .. import checks, limits
 from ..bundle.manifest import Manifest
+from ..bundle.modules import VAES, vae_decoder, vae_encoder
 from ..bundle.tokenizer import check_prompt
 from ..errors import RequestError
 from ..image.convert import read_image
@@ -18,7 +19,7 @@ from ..sampling.noise import MAX_SEED
 from ..sampling.samplers import SAMPLERS
 from .images import fitted, image_and_mask, read_control_image, side
 from .schedule import resolve_sigmas
-from .types import BATCH_NOISE, SECOND_PASS_METHODS, VAES, GenerateRequest, SecondPass
+from .types import BATCH_NOISE, SECOND_PASS_METHODS, GenerateRequest, SecondPass
 from .warnings_of import without_effect
 
 if TYPE_CHECKING:
@@ -100,7 +101,9 @@ def resolve(request: GenerateRequest, manifest: Manifest) -> ResolvedRequest:
     shown = picture if begins else control
     height, width = (side(request, manifest, name, shown, image_latents) for name in ("height", "width"))
     if height * width > limits.MAX_PIXELS:
-        raise RequestError(f"height and width: expected at most {limits.MAX_PIXELS} pixels, got {height * width}")
+        raise RequestError(
+            f"height and width: expected at most {limits.MAX_PIXELS} pixels, got {height * width}", field="height"
+        )
     if image_latents is not None:
         if picture is not None or latents is not None:
             raise RequestError(
@@ -112,7 +115,7 @@ def resolve(request: GenerateRequest, manifest: Manifest) -> ResolvedRequest:
     shift = _shift(request, manifest)
     again = _second_pass(request, manifest, shift, height, width, control)
     encodes = image is not None or (again is not None and again.method == "pixel")
-    if (encodes or control is not None) and f"{vae}_vae_encoder" not in manifest.modules:
+    if (encodes or control is not None) and vae_encoder(vae) not in manifest.modules:
         name = "image" if encodes else "control_image"
         raise RequestError(f'{name}: this bundle has no {vae} VAE encoder; export it again with vae = ["{vae}"]')
     factor = defaults.vae_scale_factor
@@ -173,7 +176,8 @@ def _prompts(request: GenerateRequest, manifest: Manifest) -> tuple[tuple[str, .
     if batch > most or batch not in allowed:
         raise RequestError(
             f"batch: expected at most {most} images a request, got {batch} "
-            f"({len(prompts)} prompts, {num_images} each); split the request"
+            f"({len(prompts)} prompts, {num_images} each); split the request",
+            field="num_images" if num_images > 1 else "prompt",
         )
     return prompts, negatives * len(prompts) if len(negatives) == 1 else negatives, num_images
 
@@ -181,10 +185,10 @@ def _prompts(request: GenerateRequest, manifest: Manifest) -> tuple[tuple[str, .
 def resolve_vae(vae: Any, manifest: Manifest) -> str:
     """The VAE of that name, or for None the first that the bundle has. Raises RequestError where it has none."""
     if vae is None:
-        vae = next((v for v in VAES if f"{v}_vae_decoder" in manifest.modules), "tiny")
+        vae = next((v for v in VAES if vae_decoder(v) in manifest.modules), "tiny")
     if not isinstance(vae, str) or vae not in VAES:
         raise RequestError(f"vae: expected tiny or full, got {checks.shown(vae)}")
-    if f"{vae}_vae_decoder" not in manifest.modules:
+    if vae_decoder(vae) not in manifest.modules:
         raise RequestError(f'vae: this bundle has no {vae} VAE; export it again with vae = ["{vae}"]')
     return vae
 
@@ -221,7 +225,9 @@ def _second_pass(
     if not isinstance(again, SecondPass):
         raise RequestError(f"second_pass: expected a SecondPass, got {type(again).__name__}")
     if request.mask is not None:
-        raise RequestError("second_pass and mask: expected one of them; draw again over the result in a second request")
+        raise RequestError(
+            "second_pass and mask: expected one of them; draw again over the result in a second request", field="mask"
+        )
     scale = checks.number(again.scale, "second_pass.scale", limits.MAX_UPSCALE)
     sizes = []
     for name, size in (("height", height), ("width", width)):

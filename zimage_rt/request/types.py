@@ -8,11 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import RequestError
 from ..sampling.samplers import DEFAULT_SAMPLER
 from ..sampling.schedules import DEFAULT_SCHEDULE
 
-VAES = ("tiny", "full")
 # Whose noise an image of a batch gets: that of its own seed, or its part of what the first seed gives for all of them.
 BATCH_NOISE = ("separate", "comfyui")
 
@@ -157,12 +155,3 @@ class GenerateRequest:
     fit_size: str = "exact"
     truncate_prompt: bool = False
     literal_prompt: bool = False
-
-
-def make_request(**fields: Any) -> GenerateRequest:
-    """A request from its fields by name. Raises RequestError for one that there is not, with those that there are."""
-    try:
-        return GenerateRequest(**fields)
-    except TypeError as error:
-        known = ", ".join(GenerateRequest.__dataclass_fields__)
-        raise RequestError(f"{error}; known fields: {known}") from error

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .. import _core
+from .._core import randn
 
 MAX_SEED = 2**64 - 1
 
@@ -22,5 +22,5 @@ def prepare_noise(seeds: tuple[int, ...], sample_shape: tuple[int, ...], *, join
         `torch.randn(1, *sample_shape, generator=torch.Generator("cpu").manual_seed(seeds[i]))`.
     """
     if joint:
-        return _core.randn(seeds[0], [len(seeds), *sample_shape])
-    return np.stack([_core.randn(seed, list(sample_shape)) for seed in seeds])
+        return randn(seeds[0], [len(seeds), *sample_shape])
+    return np.stack([randn(seed, list(sample_shape)) for seed in seeds])

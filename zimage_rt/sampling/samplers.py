@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from .. import _core
+from .._core import brownian_noise, stream_noise
 from . import tables as sampler_tables
 from .guidance import apply_guidance
 from .schedules import add_noise
@@ -179,9 +179,9 @@ def step_noise(
     if SAMPLERS[sampler].noise == BROWNIAN:
         intervals = [step.interval for step in rows if step.interval is not None]
         low = float(sigmas[sigmas > 0].min())
-        drawn = _core.brownian_noise(own, low, float(sigmas.max()), intervals, shape)
+        drawn = brownian_noise(own, low, float(sigmas.max()), intervals, shape)
     else:
-        drawn = _core.stream_noise([(seed + 1) % 2**64 for seed in own], len(rows), shape)
+        drawn = stream_noise([(seed + 1) % 2**64 for seed in own], len(rows), shape)
     return drawn.reshape(len(rows), len(seeds), *sample_shape)
 
 

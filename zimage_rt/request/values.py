@@ -1,4 +1,4 @@
-"""Cells of a table and JSON values to what a request field wants, strictly by the field's kind."""
+"""Texts and JSON values to the values of a request's fields, strictly by the kind of the field."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import Any
 from ..checks import shown
 from ..errors import RequestError
 
+# The kinds, as messages call them.
 TEXT, WHOLE, NUMBER, NUMBERS, FILE = "text", "a whole number", "a number", "numbers", "a path"
 FLAG = "true or false"
+WEIGHTS = "names with weights, such as style=0.8"
 FLAGS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 # What Python's int() and float() take beyond this (1_000, nan, other scripts' digits) is rather a slip than a number.
 NUMERAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
@@ -20,14 +22,14 @@ FULL_WIDTH = str.maketrans("０１２３４５６７８９．－＋", "012345678
 LARGEST_EXACT = 2**53
 
 
-def convert_cell(column: str, kind: str, value: Any, folder: Path = Path()) -> Any:
-    """A cell's text, or a JSON value, as a field of that kind wants it.
+def read_value(name: str, kind: str, value: Any, folder: Path = Path()) -> Any:
+    """A text, or a JSON value, converted to a kind of value.
 
     Args:
-        column: its name in errors.
-        kind: one of TEXT, WHOLE, NUMBER, NUMBERS, FILE and FLAG.
+        name: the field's or column's name, for errors.
+        kind: one of the kinds above.
         value: text is read for every kind; other JSON values must be of the kind.
-        folder: where relative paths begin.
+        folder: the folder of relative paths.
 
     Raises:
         RequestError: the value is not of that kind.
@@ -35,7 +37,7 @@ def convert_cell(column: str, kind: str, value: Any, folder: Path = Path()) -> A
     try:
         return CONVERTERS[kind](value, folder)
     except (ValueError, TypeError, OverflowError, KeyError):
-        raise RequestError(f"{column}: expected {kind}, got {shown(value)}") from None
+        raise RequestError(f"{name}: expected {kind}, got {shown(value)}", field=name) from None
 
 
 def _text(value: Any, folder: Path) -> str:
@@ -96,6 +98,18 @@ def _real(value: Any) -> int | float:
     return value
 
 
+def _weights(value: Any, folder: Path) -> dict[str, float]:
+    if isinstance(value, str):
+        pairs = [item.rpartition("=") for item in re.split(r"[;,；，]", value) if item.strip()]
+        named = {(name or weight).strip(): _number(weight, folder) if name else 1.0 for name, _, weight in pairs}
+        if len(named) < len(pairs):
+            raise ValueError
+        return named
+    if not isinstance(value, dict):
+        raise TypeError
+    return {_text(name, folder): _number(_real(weight), folder) for name, weight in value.items()}
+
+
 CONVERTERS: Mapping[str, Callable[[Any, Path], Any]] = {
     TEXT: _text,
     FILE: _file,
@@ -103,4 +117,5 @@ CONVERTERS: Mapping[str, Callable[[Any, Path], Any]] = {
     NUMBER: _number,
     WHOLE: _whole,
     NUMBERS: _numbers,
+    WEIGHTS: _weights,
 }

@@ -1,0 +1,160 @@
+"""Images with their records: a PNG holds its record as text, and a sidecar `<name>.json` holds it beside any image.
+
+A PNG has two texts: `zimage_rt`, JSON that `read_record` reads back, and `parameters`, the lines of AUTOMATIC1111.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .._version import __version__
+from ..atomic_write import atomic_write_all
+from ..bundle.json_codec import from_json, parse_json
+from ..errors import MetadataError, RequestError
+from ..image.formats import FORMATS, encode_image, sidecar_path
+from ..request.codec import IMAGES
+from ..sampling.samplers import FORMER_SAMPLERS, FORMER_SCHEDULES
+from .a1111 import parameters_text
+from .record import SCHEMA_VERSION, ImageRecord
+from .references import pixels_sha256
+from .schema import MAX_BYTES, check_parts
+
+KEY = "zimage_rt"
+# The fields that records of an older schema lack, with their meaning: the first had no `warnings`.
+ADDED_FIELDS: Mapping[str, Any] = {"warnings": []}
+
+
+def save_image(
+    path: Path,
+    pixels: np.ndarray,
+    record: ImageRecord,
+    *,
+    sidecar: bool = True,
+    replace: bool = True,
+    quality: int | None = None,
+) -> int:
+    """Write uint8 `[height, width, 3]` in the format of its name, and its record.
+
+    A PNG holds the record; JPEG and WebP hold the parameters alone, as AUTOMATIC1111 writes them. The record is also
+    beside it, see `sidecar_path`. Each file is written whole under a temporary name and renamed, the image last: where
+    an image is, its sidecar is. `quality` is for JPEG and WebP, see `encode_image`. Returns the image's bytes.
+
+    Raises:
+        RequestError: a file that is no record has the sidecar's name.
+        FileExistsError: one of the names is taken, and `replace` is False; nothing was written.
+        OSError: the folder is missing, cannot be written, or is full; what was there is as it was.
+    """
+    # Here, not when it is drawn: who does not save does not pay for it.
+    record = dataclasses.replace(record, pixels_sha256=pixels_sha256(pixels))
+    parameters, text = parameters_text(record), record.to_json()
+    encoded = encode_image(pixels, path.suffix, {"parameters": parameters, KEY: text}, parameters, quality)
+    contents = {path: encoded}
+    if sidecar:
+        if replace:
+            check_sidecar(path)
+        contents = {sidecar_path(path): text.encode() + b"\n", **contents}
+    atomic_write_all(contents, replace=replace)
+    return len(encoded)
+
+
+def check_sidecar(path: Path) -> None:
+    """Raise RequestError if a file that is no record has the name of an image's sidecar: it is somebody's own."""
+    beside = sidecar_path(path)
+    if not beside.exists():
+        return
+    try:
+        read_record(beside)
+    except MetadataError as error:
+        raise RequestError(
+            f"output: {beside} is there and is no record of an image, so that it is not replaced ({error}); "
+            "name another output, move it away, or write no sidecar (sidecar=False, --no-sidecar)"
+        ) from error
+
+
+def read_record(path: str | Path) -> ImageRecord:
+    """Read how a picture was made, from the PNG, from the sidecar beside it, or from a sidecar that is named itself.
+
+    Raises:
+        MetadataError: there is no such file, it is no PNG, is cut off or damaged, or holds no record.
+    """
+    path = Path(path)
+    is_sidecar = path.suffix == ".json"
+    sidecar = path if is_sidecar else sidecar_path(path)
+    try:
+        if FORMATS.get(path.suffix.lower(), "PNG") != "PNG":
+            if path.is_file() and not sidecar.is_file():
+                raise MetadataError(
+                    f"{path}: expected {sidecar.name} beside it, which holds its record; {path.suffix} holds none"
+                )
+            path.stat()
+        elif not is_sidecar:
+            text = _png_text(path)
+            if text is not None:
+                return _parse(text, path)
+            if not sidecar.is_file():
+                raise MetadataError(
+                    f"{path}: expected a PNG that zimage_rt wrote, got one without its text `{KEY}`, and there is no "
+                    f"{sidecar.name} beside it; some programs strip such text: use the file as it was saved"
+                )
+        if sidecar.stat().st_size > MAX_BYTES:
+            raise MetadataError(f"{sidecar}: expected a record of at most {MAX_BYTES >> 20} MiB, got more")
+        return _parse(sidecar.read_bytes(), sidecar)
+    except FileNotFoundError:
+        raise MetadataError(f"{path}: there is no such file; name a PNG that zimage_rt wrote, or its sidecar") from None
+    except (OSError, ValueError) as error:
+        raise MetadataError(f"{path} cannot be read: {error}") from error
+
+
+def _png_text(path: Path) -> str | None:
+    """The text of our key, None if there is none. The whole file is checked, so that half a picture is not taken."""
+    from PIL import Image
+
+    with path.open("rb") as file:
+        signature = file.read(8)
+    if signature != b"\x89PNG\r\n\x1a\n":
+        raise MetadataError(
+            f"{path}: expected a PNG, got something else; other formats carry no record: use the PNG, or its sidecar"
+        )
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.verify()  # checksums to the end; it uses the file up
+        with Image.open(path, formats=["PNG"]) as image:
+            image.load()  # text may stand behind the pixels
+            return image.info.get(KEY)
+    # What Pillow raises for damage: it has no error of its own for it.
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise MetadataError(f"{path}: this PNG is cut off or damaged ({error}); copy it again, whole") from error
+
+
+def _parse(text: str | bytes, path: Path) -> ImageRecord:
+    try:
+        data = parse_json(text)
+    except ValueError as error:
+        raise MetadataError(f"{path}: its record cannot be read ({error}); it was damaged") from error
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if not isinstance(version, int) or isinstance(version, bool):
+        raise MetadataError(f"{path}: expected a record that zimage_rt wrote, got other JSON; name an image's sidecar")
+    if version > SCHEMA_VERSION:
+        raise MetadataError(f"{path}: expected a record of schema {SCHEMA_VERSION}, got {version}; upgrade zimage_rt")
+    if version < SCHEMA_VERSION:
+        data = {**ADDED_FIELDS, **data}
+    todo = "it was damaged, or written by another version"
+    from_json(ImageRecord, data, f"{path}: record", MetadataError, todo)
+    check_parts(data, __version__, path, IMAGES)
+    return ImageRecord(**{**data, "request": _with_todays_names(data["request"])})
+
+
+def _with_todays_names(request: Mapping[str, Any]) -> dict[str, Any]:
+    """A recorded request whose sampler and schedule have the names that they have now.
+
+    0.1 called diffusers' ways by ComfyUI's names. Its requests have no `shift`, which all later ones have.
+    """
+    if "shift" in request:
+        return dict(request)
+    names = {"sampler": FORMER_SAMPLERS, "schedule": FORMER_SCHEDULES}
+    return {name: names.get(name, {}).get(value, value) if name in names else value for name, value in request.items()}
