@@ -4,6 +4,7 @@
 >>> engine.generate("一只熊猫", seed=7).pil_images[0].save("panda.png")
 """
 
+import logging
 import os
 
 # ONNX Runtime 1.32 keeps a device id and a queue of events for Microsoft under ~/.cache unless it is told not to before
@@ -16,6 +17,7 @@ from .errors import (
     BackendUnavailable,
     BundleMismatch,
     Cancelled,
+    EngineClosed,
     LoraError,
     LoraWarning,
     ManifestError,
@@ -32,6 +34,8 @@ from .request.types import GenerateRequest, SecondPass, StepInfo
 from .result import GenerateResult
 from .session import Session
 
+# A library says nothing by itself: programs that want its log add a handler.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 # The name of 0.2 and before.
 PictureRecord = ImageRecord
 
@@ -40,6 +44,7 @@ __all__ = [
     "BundleMismatch",
     "Cancelled",
     "Engine",
+    "EngineClosed",
     "GenerateRequest",
     "GenerateResult",
     "ImageRecord",

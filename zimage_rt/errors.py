@@ -8,8 +8,6 @@ from typing import ClassVar
 
 # Characters of a message: about a screen. Names and values in messages come from whoever asks.
 MAX_MESSAGE = 3000
-
-
 # The field that a message is about, which is how one begins: `second_pass.scale: expected …`.
 _FIELD = re.compile(r"([A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)?): ")
 

@@ -4,60 +4,71 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 
 from .errors import RequestError
 
 
 class FairRWLock:
-    """Many readers or one writer, in the order of arrival: a writer that waits holds up later readers."""
+    """Many readers of one state, or one writer, in the order of arrival.
+
+    A state is whatever readers must agree on, such as the LoRAs that a request is drawn with. Readers of another state
+    wait like writers, and hold up everybody who comes later.
+    """
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
         self._tickets = itertools.count()
-        # Tickets that wait or run, the oldest first.
-        self._readers: dict[int, None] = {}
-        self._writers: dict[int, None] = {}
+        # The state of every ticket that waits or runs, the oldest first; a writer's is equal to no other.
+        self._states: dict[int, Hashable] = {}
         self._own = threading.local()
 
     @contextmanager
-    def read(self) -> Iterator[None]:
-        """Share the lock; a thread that reads already may enter again."""
-        if getattr(self._own, "reads", False):
-            # No new ticket: a writer that waits for this thread would be waited for by it.
-            yield
+    def read(self, state: Hashable = None) -> Iterator[bool]:
+        """Share the lock with readers of the same state; yields whether it was entered anew.
+
+        A thread that reads already enters again, with the state that it has: a ticket of its own would wait behind a
+        writer that waits for this thread. Raises RequestError if it asks for another state.
+        """
+        held = getattr(self._own, "state", _NOTHING)
+        if held is not _NOTHING:
+            if state is not None and state != held:
+                raise RequestError("loras: cannot change while a request runs, as from its callback; call it after")
+            yield False
             return
-        with self._hold(self._readers, lambda ticket: _first(self._writers, ticket) >= ticket):
-            self._own.reads = True
+        with self._hold(state):
+            self._own.state = state
             try:
-                yield
+                yield True
             finally:
-                self._own.reads = False
+                self._own.state = _NOTHING
 
     @contextmanager
     def write(self, doing: str) -> Iterator[None]:
         """Hold the lock alone. Raises RequestError for a thread that reads: it would wait for itself."""
-        if getattr(self._own, "reads", False):
+        if getattr(self._own, "state", _NOTHING) is not _NOTHING:
             raise RequestError(f"{doing}: cannot be called while a request runs, as from its callback; call it after")
-        everyone = (self._readers, self._writers)
-        with self._hold(self._writers, lambda ticket: all(_first(kind, ticket) >= ticket for kind in everyone)):
+        with self._hold(object()):
             yield
 
     @contextmanager
-    def _hold(self, kind: dict[int, None], may_run: Callable[[int], bool]) -> Iterator[None]:
+    def _hold(self, state: Hashable) -> Iterator[None]:
         with self._condition:
             ticket = next(self._tickets)
-            kind[ticket] = None
+            self._states[ticket] = state
         try:
             with self._condition:
-                self._condition.wait_for(lambda: may_run(ticket))
+                self._condition.wait_for(lambda: self._is_first(ticket, state))
             yield
         finally:
             with self._condition:
-                del kind[ticket]
+                del self._states[ticket]
                 self._condition.notify_all()
 
+    def _is_first(self, ticket: int, state: Hashable) -> bool:
+        """Whether no older ticket has another state."""
+        return next((other for other, its in self._states.items() if other == ticket or its != state), ticket) == ticket
 
-def _first(tickets: dict[int, None], default: int) -> int:
-    return next(iter(tickets), default)
+
+_NOTHING = object()

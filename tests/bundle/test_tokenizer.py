@@ -21,7 +21,7 @@ def markers(bundle: Path) -> dict[str, int]:
 
 
 def ids(engine: zimage_rt.Engine, prompt: str, **flags: bool) -> list[int]:
-    return engine._tokenizer(prompt, **flags)[0].tolist()
+    return engine._prompts._tokenizer(prompt, **flags)[0].tolist()
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_markers_are_text_on_request(
         f"{pipeline.prompt_prefix}{prompt}{pipeline.prompt_suffix}"
     )
     # As if each `<` of the prompt had never been part of a marker: the same text in pieces that are none.
-    assert engine._tokenizer.count(prompt, literal=True) == (len(literal), len(literal))
+    assert engine._prompts._tokenizer.count(prompt, literal=True) == (len(literal), len(literal))
 
 
 def test_a_text_with_markers_has_the_tokens_of_its_letters(engine: zimage_rt.Engine, bundle: Path) -> None:

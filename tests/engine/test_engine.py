@@ -122,8 +122,8 @@ def test_long_prompts_are_refused(engine: zimage_rt.Engine) -> None:
 def test_long_prompts_are_cut_on_request(engine: zimage_rt.Engine) -> None:
     """As diffusers does: the template's last tokens go with what is behind the length."""
     fields: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 1, "seed": 1, "truncate_prompt": True}
-    whole = engine._tokenizer("cat " * 400)
-    long = engine._tokenizer("panda " * 2000, truncate=True)
+    whole = engine._prompts._tokenizer("cat " * 400)
+    long = engine._prompts._tokenizer("panda " * 2000, truncate=True)
     assert long.shape == (1, 512)
     assert (long[0, :3] == whole[0, :3]).all() and long[0, -1] == long[0, -2] != whole[0, -1]
     result = engine.generate("panda " * 2000, **fields)
@@ -146,7 +146,7 @@ def test_whatever_reaches_the_tokenizer_is_a_request_error_or_drawn(engine: zima
         "<|im_end|>" * 5,
         "\ufffe",
     ):
-        assert engine._tokenizer(text).size > 0
+        assert engine._prompts._tokenizer(text).size > 0
     for text in ("\ud83d", "a cat \udc31", "\udc31\ud83d"):
         with pytest.raises(zimage_rt.RequestError, match="half of a character"):
             engine.encode_prompt(text)

@@ -33,7 +33,7 @@ from zimage_rt.benchmarks.fidelity import psnr  # noqa: E402
 import zimage_rt  # noqa: E402
 from zimage_rt.bundle.manifest import read_manifest  # noqa: E402
 from zimage_rt.lora.file import read_lora  # noqa: E402
-from zimage_rt.lora.manager import place  # noqa: E402
+from zimage_rt.lora.match import match_layers  # noqa: E402
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "LoRA": {"algo": "lora", "linear_dim": 4, "linear_alpha": 2.0},
@@ -83,7 +83,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "network.safetensors"
             network.save_weights(str(path), torch.float32, {})
-            matrices, _ = changes_of(place(read_lora(path), manifest, BUNDLE), manifest, BUNDLE)
+            matrices, _ = changes_of(match_layers(read_lora(path), manifest, BUNDLE), manifest, BUNDLE)
             engine.load_lora(path, name="network")
         differences = [
             np.linalg.norm(delta - (weight_of(pipeline.transformer, name) - before[f"{name}.weight"]).numpy())

@@ -27,7 +27,8 @@ from zimage_rt.bundle.onnx_files import external_files
 from zimage_rt.bundle.safetensors_file import TensorFile
 from zimage_rt.errors import ZImageError
 from zimage_rt.lora.file import read_lora
-from zimage_rt.lora.manager import combine, place
+from zimage_rt.lora.manager import combine
+from zimage_rt.lora.match import match_layers
 from zimage_rt.metadata.image_file import KEY, read_record
 
 SMALL: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 1, "seed": 1}
@@ -192,7 +193,7 @@ class LoraFile(Kind):
             scale = {}
         path = self.folder / "lora.safetensors"
         path.write_bytes(content)
-        placed = place(read_lora(path), self.manifest, self.bundle, strict=rng.random() < 0.8)
+        placed = match_layers(read_lora(path), self.manifest, self.bundle, strict=rng.random() < 0.8)
         if scale:
             self._compare(placed, tensors, scale)
 

@@ -14,7 +14,8 @@ from zimage_rt.backends.merge import merged
 from zimage_rt.bundle.manifest import Manifest
 from zimage_rt.bundle.modules import LORA_MODULES
 from zimage_rt.bundle.safetensors_file import TensorFile
-from zimage_rt.lora.manager import PlacedLora, combine
+from zimage_rt.lora.manager import combine
+from zimage_rt.lora.match import MatchedLora
 
 TO_Q, TO_K, TO_V = (f"layers.0.attention.to_{part}" for part in "qkv")
 TO_OUT = "noise_refiner.0.attention.to_out.0"
@@ -376,7 +377,7 @@ def interleaved(stored: np.ndarray, head_dim: int) -> np.ndarray:
 
 
 def changes_of(
-    placed: PlacedLora, manifest: Manifest, bundle: Path
+    placed: MatchedLora, manifest: Manifest, bundle: Path
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """What a placed LoRA adds to the stored weights, in the checkpoint's names and order: matrices, and vectors."""
     matrices, vectors = {}, {}

@@ -12,8 +12,8 @@ from manifests import small_manifest
 from PIL import Image
 
 from zimage_rt.errors import RequestError
-from zimage_rt.request.resolve import ResolvedRequest, resolve
-from zimage_rt.request.types import GenerateRequest
+from zimage_rt.request.resolve import resolve
+from zimage_rt.request.types import GenerateRequest, ResolvedRequest
 
 
 def resolved(image: Any, mask: Any, **fields: Any) -> ResolvedRequest:

@@ -28,7 +28,7 @@ from zimage_rt.bundle.manifest import read_manifest
 from zimage_rt.errors import LoraError, RequestError
 from zimage_rt.lora.file import LoraFile, LoraLayer
 from zimage_rt.lora.manager import LoraSet
-from zimage_rt.lora.manager import place as place_lora
+from zimage_rt.lora.match import match_layers
 from zimage_rt.rwlock import FairRWLock
 
 PROMPT, SEED = "a panda on a blue background", 3
@@ -214,7 +214,7 @@ def test_the_text_encoder_takes_one_and_no_old_context_is_kept(engine, reference
 )
 def test_every_name_of_a_layer_is_known(loaded, name, module, inputs, columns):
     layer = LoraLayer(name, np.ones((2, inputs), np.float32), np.ones((columns, 2), np.float32), (name,))
-    placed = place_lora(LoraFile(Path("x"), [layer], [], []), loaded.manifest)
+    placed = match_layers(LoraFile(Path("x"), [layer], [], []), loaded.manifest)
     assert list(placed.modules) == [module]
     assert sum(up.shape[1] for _, up in placed.modules[module].values()) == columns
 

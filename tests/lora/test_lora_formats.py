@@ -30,7 +30,8 @@ from zimage_rt.bundle.modules import LORA_MODULES
 from zimage_rt.bundle.safetensors_file import _FP8
 from zimage_rt.errors import LoraError, LoraWarning
 from zimage_rt.lora.file import read_lora
-from zimage_rt.lora.manager import combine, place
+from zimage_rt.lora.manager import combine
+from zimage_rt.lora.match import match_layers
 
 PROMPT = "a panda on a blue background"
 
@@ -88,7 +89,7 @@ def assert_close(got: dict[str, np.ndarray], expected: dict[str, Tensor]) -> Non
 @pytest.mark.parametrize("layout", READ)
 def test_a_layout_changes_the_weights_as_its_formula_says(base, bundle, manifest, tmp_path, layout):
     example = READ[layout](Maker(base))
-    placed = place(read_lora(save(tmp_path / "a.safetensors", example)), manifest, bundle)
+    placed = match_layers(read_lora(save(tmp_path / "a.safetensors", example)), manifest, bundle)
     matrices, vectors = changes_of(placed, manifest, bundle)
     assert_close(matrices, example.deltas)
     assert_close(vectors, example.vectors)
@@ -136,7 +137,8 @@ def test_weights_and_loras_of_different_kinds_sum(engine, base, bundle, manifest
     kinds = ("LoKr, both whole, alpha 1e10, lycoris_", "DoRA, magnitude", "1x1 convolutions")
     examples = [READ[kind](Maker(base)) for kind in kinds]
     loras = [
-        place(read_lora(save(tmp_path / f"{i}.safetensors", one)), manifest, bundle) for i, one in enumerate(examples)
+        match_layers(read_lora(save(tmp_path / f"{i}.safetensors", one)), manifest, bundle)
+        for i, one in enumerate(examples)
     ]
     changes = combine(list(zip(loras, (0.5, -0.25, 2.0), strict=True)), "transformer")
     where = manifest.module("transformer").linears[W2]
@@ -165,7 +167,7 @@ def test_dora_takes_the_norms_of_what_a_bundle_stores(base, bundle, manifest, tm
     norms = weight.norm(dim=0).float()
     down, up = torch.ones(1, 1024), torch.zeros(384, 1)
     tensors = {f"{W2}.lora_A.weight": down, f"{W2}.lora_B.weight": up, f"{W2}.lora_magnitude_vector": norms}
-    placed = place(read_lora(write(tmp_path / "a.safetensors", tensors)), manifest, tmp_path)
+    placed = match_layers(read_lora(write(tmp_path / "a.safetensors", tensors)), manifest, tmp_path)
     (change,) = combine([(placed, 1.0)], "transformer")
     # The norms of the fp32 numbers differ by 1e-5.
     assert (np.abs(change.make()) <= 4e-7 * weight.abs().numpy()).all()
@@ -348,7 +350,7 @@ def test_what_does_not_fit_is_refused_by_name(base, bundle, manifest, tmp_path, 
     path = tmp_path / "a.safetensors"
     save_file({name: value.clone().contiguous() for name, value in make_tensors(Maker(base)).items()}, path)
     with pytest.raises(LoraError, match=message) as error:
-        place(read_lora(path), manifest, bundle)
+        match_layers(read_lora(path), manifest, bundle)
     assert key in error.value.keys
     assert key in str(error.value)
     assert len(str(error.value).splitlines()) <= 10
@@ -519,7 +521,7 @@ def test_a_plain_lora_stays_a_product_of_thin_matrices(base, bundle, manifest, t
     """What was read before takes the same way to the weights: nothing of it is made whole."""
     model = ZImageTransformer2DModel.from_pretrained(CHECKPOINT / "transformer")
     path = write(tmp_path / "a.safetensors", peft(random_lora(model, seed=1)))
-    placed = place(read_lora(path), manifest)
+    placed = match_layers(read_lora(path), manifest)
     for module in LORA_MODULES:
         assert all(isinstance(change, LowRank) for change in combine([(placed, 1.0)], module))
 

@@ -21,7 +21,7 @@ from zimage_rt.benchmarks.fidelity import psnr
 import zimage_rt
 from zimage_rt.bundle.manifest import read_manifest
 from zimage_rt.lora.file import read_lora
-from zimage_rt.lora.manager import place
+from zimage_rt.lora.match import match_layers
 
 NAMES = ["to_q", "to_v", "to_out.0", "w2", "layers.1.adaLN_modulation.0"]
 
@@ -76,7 +76,7 @@ def test_a_folder_of_peft_changes_weights_as_peft_merges_them(bundle, tmp_path, 
     expected = {name: after[name].double() - value for name, value in before.items()}
     expected = {name: delta.numpy() for name, delta in expected.items() if delta.abs().max() > 0}
     manifest = read_manifest(bundle)
-    matrices, vectors = changes_of(place(read_lora(tmp_path), manifest, bundle), manifest, bundle)
+    matrices, vectors = changes_of(match_layers(read_lora(tmp_path), manifest, bundle), manifest, bundle)
     assert not vectors
     assert {f"{name}.weight" for name in matrices} == set(expected)
     for name, delta in matrices.items():

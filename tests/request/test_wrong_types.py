@@ -96,6 +96,7 @@ TAKES = {
     "truncate_prompt": {"bool"},
     "literal_prompt": {"bool"},
     "cfg_truncation": {"large float"},
+    "loras": {"dict"},  # names are looked up when it runs
 }
 FIELDS = [field.name for field in dataclasses.fields(GenerateRequest)]
 
@@ -307,7 +308,7 @@ def test_images_of_a_caller_that_cannot_be_read(engine: zimage_rt.Engine, tmp_pa
 
 
 def test_what_does_not_fit_into_memory_is_typed(engine: zimage_rt.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    from zimage_rt import engine as module
+    from zimage_rt import generation as module
 
     def no_room(*_: Any, **__: Any) -> None:
         raise MemoryError("Unable to allocate 4.00 TiB")

@@ -225,7 +225,11 @@ class Pipeline(Protocol):
         ...
 
     def generate(self, job: SampleJob, vae: str) -> tuple[np.ndarray, dict[str, float]] | None:
-        """`sample`, then `decode`: pictures, and the seconds of `denoise` and `decode`; None where stopped."""
+        """`sample`, then `decode`: images, and the seconds of `denoise` and `decode`; None if stopped."""
+        ...
+
+    def close(self) -> None:
+        """Give back all memory. Called while nothing else runs; nothing is called afterwards."""
         ...
 
 

@@ -287,6 +287,10 @@ class CudaPipeline:
         with _errors("timing"):
             return self.native.time_decode(height // factor, width // factor, repeats)
 
+    def close(self) -> None:
+        """See `Pipeline`: weights, workspace and graphs are freed with the native pipeline."""
+        del self.native
+
     def memory(self) -> dict[str, int]:
         """Bytes of device memory: weights, workspace, graphs, and what the device has free and in all."""
         return self.native.memory()

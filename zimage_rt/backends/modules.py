@@ -134,6 +134,12 @@ class ModulePipeline:
         images = self.decode(job.latents, vae)
         return images, {"denoise": denoised - start, "decode": time.perf_counter() - denoised}
 
+    def close(self) -> None:
+        """See `Pipeline`: the modules go, and with them the sessions and plans of their library."""
+        with self._lock:
+            self._modules.clear()
+            self._changes.clear()
+
 
 def _with_latents_here(on_step: OnStep) -> Callable[[int, int, float, float, np.ndarray], bool]:
     """`on_step` as the loop on the host calls it, with the latents themselves."""

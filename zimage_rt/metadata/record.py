@@ -12,8 +12,7 @@ from typing import Any
 from .._version import __version__
 from ..bundle.manifest import Manifest
 from ..request.codec import make_request
-from ..request.resolve import ResolvedRequest
-from ..request.types import GenerateRequest
+from ..request.types import GenerateRequest, ResolvedRequest
 from .references import find_file, from_reference, is_plain, to_reference
 
 SCHEMA_VERSION = 2
@@ -104,8 +103,11 @@ class ImageRecord:
 
 
 def recorded_fields(request: GenerateRequest, resolved: ResolvedRequest, manifest: Manifest) -> dict[str, Any]:
-    """The fields of a request as its records hold them; its pictures are hashed, which takes a while."""
-    fields = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
+    """The fields of a request as its records hold them; its images are hashed, which takes a while."""
+    # The LoRAs of a record name the files, which the request's names do not.
+    fields = {
+        field.name: getattr(request, field.name) for field in dataclasses.fields(request) if field.name != "loras"
+    }
     fields |= {name: value for name, value in vars(resolved).items() if name in fields and is_plain(value)}
     if request.num_inference_steps is None:
         steps = manifest.pipeline.num_inference_steps

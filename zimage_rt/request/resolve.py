@@ -19,59 +19,13 @@ from ..sampling.noise import MAX_SEED
 from ..sampling.samplers import SAMPLERS
 from .images import fitted, image_and_mask, read_control_image, side
 from .schedule import resolve_sigmas
-from .types import BATCH_NOISE, SECOND_PASS_METHODS, GenerateRequest, SecondPass
+from .types import BATCH_NOISE, SECOND_PASS_METHODS, GenerateRequest, ResolvedRequest, ResolvedSecondPass, SecondPass
 from .warnings_of import without_effect
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 _LATENTS = "float32 [batch, 16, height / 8, width / 8]"
-
-
-@dataclasses.dataclass(frozen=True)
-class ResolvedSecondPass:
-    """A second pass with its size and its sigmas, and the control image at that size."""
-
-    height: int
-    width: int
-    method: str
-    sigmas: np.ndarray
-    control_image: np.ndarray | None
-
-
-@dataclasses.dataclass(frozen=True)
-class ResolvedRequest:
-    """A request with every default filled in and every field checked; one entry an image.
-
-    `sigmas` are those that are run; `image` and `control_image` are uint8 `[height, width, 3]`, `mask` is uint8
-    `[height, width]`, 255 where to draw. `warnings` say what of the request has no effect, one sentence each.
-    """
-
-    prompts: tuple[str, ...]
-    negative_prompts: tuple[str, ...]
-    seeds: tuple[int, ...]
-    height: int
-    width: int
-    sampler: str
-    sigmas: np.ndarray
-    guidance_scale: float
-    cfg_truncation: float
-    cfg_normalization: float
-    dynamic_cfg: float
-    vae: str
-    latents: np.ndarray | None
-    image: np.ndarray | None
-    image_latents: np.ndarray | None
-    mask: np.ndarray | None
-    control_image: np.ndarray | None
-    control_scale: float
-    second_pass: ResolvedSecondPass | None
-    vae_tile: int | None
-    shift: float
-    batch_noise: str
-    truncate_prompt: bool
-    literal_prompt: bool
-    warnings: tuple[str, ...] = ()
 
 
 def resolve(request: GenerateRequest, manifest: Manifest) -> ResolvedRequest:
@@ -156,6 +110,7 @@ def resolve(request: GenerateRequest, manifest: Manifest) -> ResolvedRequest:
         batch_noise=batch_noise,
         truncate_prompt=checks.flag(request.truncate_prompt, "truncate_prompt"),
         literal_prompt=checks.flag(request.literal_prompt, "literal_prompt"),
+        loras=_loras(request.loras),
     )
     checks.number(request.strength, "strength", 1.0)
     return dataclasses.replace(resolved, warnings=(*notes, *without_effect(request, resolved)))
@@ -256,6 +211,12 @@ def _second_pass(
     # From the picture itself: it may be larger than the first pass.
     control_image = None if control is None else fitted(control, sizes[1], sizes[0], request.fit)
     return ResolvedSecondPass(sizes[0], sizes[1], method, sigmas, control_image)
+
+
+def _loras(value: Any) -> dict[str, float] | None:
+    if value is None:
+        return None
+    return {name: checks.weight(weight, f"loras.{name}") for name, weight in checks.named(value, "loras").items()}
 
 
 def _texts(value: Any, name: str, most: int, max_tokens: int) -> tuple[str, ...]:

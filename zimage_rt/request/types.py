@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -121,6 +121,8 @@ class GenerateRequest:
             template's last tokens. The record's `warnings` say so.
         literal_prompt: take markers of the chat template in prompts, such as `<|im_end|>`, as text; without, they act
             as markers, as in diffusers. It holds for negative prompts, too.
+        loras: weights by name of the loaded LoRAs to draw with, the others being off; None takes the engine's
+            (`Engine.set_loras`). Requests with the same weights run together; a change waits for those that run.
     """
 
     prompt: str | Sequence[str]
@@ -155,3 +157,51 @@ class GenerateRequest:
     fit_size: str = "exact"
     truncate_prompt: bool = False
     literal_prompt: bool = False
+    loras: Mapping[str, float] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ResolvedSecondPass:
+    """A second pass with its size and its sigmas, and the control image at that size."""
+
+    height: int
+    width: int
+    method: str
+    sigmas: np.ndarray
+    control_image: np.ndarray | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ResolvedRequest:
+    """A request with every default filled in and every field checked; tuples have one entry per image.
+
+    `sigmas` are those that are run; `image` and `control_image` are uint8 `[height, width, 3]`, `mask` is uint8
+    `[height, width]`, 255 where to draw. `warnings` name the fields that have no effect, one sentence each.
+    """
+
+    prompts: tuple[str, ...]
+    negative_prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    height: int
+    width: int
+    sampler: str
+    sigmas: np.ndarray
+    guidance_scale: float
+    cfg_truncation: float
+    cfg_normalization: float
+    dynamic_cfg: float
+    vae: str
+    latents: np.ndarray | None
+    image: np.ndarray | None
+    image_latents: np.ndarray | None
+    mask: np.ndarray | None
+    control_image: np.ndarray | None
+    control_scale: float
+    second_pass: ResolvedSecondPass | None
+    vae_tile: int | None
+    shift: float
+    batch_noise: str
+    truncate_prompt: bool
+    literal_prompt: bool
+    loras: dict[str, float] | None
+    warnings: tuple[str, ...] = ()

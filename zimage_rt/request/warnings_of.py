@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from .resolve import ResolvedRequest
-    from .types import GenerateRequest, SecondPass
+from .types import GenerateRequest, ResolvedRequest, SecondPass
 
 # Fields that only something else gives an effect, and what; they are warned of where they are not at their defaults.
 GUIDANCE = "guidance; ask for a guidance_scale of more than 0"

@@ -1,0 +1,66 @@
+"""Prompts to contexts: the tokenizer, the text encoder and the context refiner, with a cache over all three."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+
+from .backends.base import Pipeline
+from .bundle.tokenizer import PromptTokenizer
+from .request.types import ResolvedRequest
+
+# Encoded prompts kept for reuse; a context is a few hundred kilobytes at full size.
+CACHE_SIZE = 64
+
+
+class PromptEncoder:
+    """Encodes prompts. A context does not depend on the timestep, so that one serves every step and later requests."""
+
+    def __init__(self, tokenizer: PromptTokenizer, pipeline: Pipeline) -> None:
+        self._tokenizer, self._pipeline = tokenizer, pipeline
+        self._contexts: OrderedDict[tuple[str, bool, bool], np.ndarray] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def encode(self, prompt: str, truncate: bool, literal: bool) -> np.ndarray:
+        """The context `[1, context_tokens, dim]` of a prompt, read-only; see `Engine.encode_prompt`."""
+        key = (prompt, truncate, literal)
+        with self._lock:
+            if key in self._contexts:
+                self._contexts.move_to_end(key)
+                return self._contexts[key]
+        context = self._pipeline.context(self._tokenizer(prompt, truncate=truncate, literal=literal))
+        context.flags.writeable = False
+        with self._lock:
+            self._contexts[key] = context
+            while len(self._contexts) > CACHE_SIZE:
+                self._contexts.popitem(last=False)
+        return context
+
+    def clear(self) -> None:
+        """Forget all contexts, because the weights that made them have changed."""
+        with self._lock:
+            self._contexts.clear()
+
+    def lengths(self, request: ResolvedRequest) -> list[int]:
+        """The tokens of each prompt, the chat template among them."""
+        return [
+            self._tokenizer(prompt, truncate=request.truncate_prompt, literal=request.literal_prompt).shape[1]
+            for prompt in request.prompts
+        ]
+
+    def checked(self, request: ResolvedRequest) -> ResolvedRequest:
+        """The request with a warning for every prompt that will be cut. Raises RequestError for one too long."""
+        cut: list[str] = []
+        negatives: Sequence[str] = request.negative_prompts if request.guidance_scale > 0 else ()
+        for name, texts in (("prompt", request.prompts), ("negative_prompt", negatives)):
+            for text in dict.fromkeys(texts):
+                kept, tokens = self._tokenizer.count(
+                    text, name, truncate=request.truncate_prompt, literal=request.literal_prompt
+                )
+                if kept < tokens:
+                    cut.append(f"{name}: was cut to {kept} of {tokens} tokens, as truncate_prompt asks")
+        return dataclasses.replace(request, warnings=(*request.warnings, *cut))
