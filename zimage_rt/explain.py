@@ -6,7 +6,7 @@ import dataclasses
 import io
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,7 +16,8 @@ from . import checks, limits
 from .atomic_write import atomic_write
 from .engine import Engine
 from .errors import RequestError
-from .image.contact_sheet import MIN_CELL, Picture, Section, draw_sheet
+from .image.contact_sheet import MIN_CELL, Section, SheetImage, draw_sheet
+from .request.codec import make_request
 from .request.resolve import resolve
 from .request.types import GenerateRequest, StepInfo
 from .sampling.samplers import sampler_table
@@ -28,7 +29,7 @@ T = TypeVar("T", int, float)
 
 KEY = "zimage_rt_explain"
 # More pictures than this on one sheet cannot be compared by eye.
-MAX_PICTURES = 100
+MAX_IMAGES = 100
 # Of a longer run as many steps are shown, the last among them.
 MAX_STRIP = 12
 # What has an effect with guidance alone, at its defaults.
@@ -72,60 +73,97 @@ class Explanation:
         return path
 
 
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """The images of a sheet: one per guidance scale (down) and number of steps (across).
+
+    Attributes:
+        requests: by guidance scale and number of steps.
+        evaluations: how often the transformer runs for each; a guided evaluation is a batch of two and counts once.
+    """
+
+    scales: Sequence[float]
+    counts: Sequence[int]
+    requests: Mapping[tuple[float, int], GenerateRequest]
+    evaluations: Mapping[tuple[float, int], int]
+
+    @property
+    def last(self) -> GenerateRequest:
+        """The request with the most steps at the largest scale."""
+        return self.requests[self.scales[-1], self.counts[-1]]
+
+
 def explain(
     engine: Engine,
     prompt: str,
     *,
     steps: Sequence[int] | None = None,
     guidance_scales: Sequence[float] = (0.0, 1.0, 2.0, 4.0),
-    seed: int = 0,
     cell: int = 160,
     font: str | Path | None = None,
     times: bool = True,
-    on_picture: Callable[[int, int], None] | None = None,
+    on_image: Callable[[int, int], None] | None = None,
     **fields: Any,
 ) -> Explanation:
-    """Draw a prompt at every step count and guidance scale, and put them on a sheet.
+    """Draw a prompt at every step count and guidance scale, and put the images on a sheet.
 
     Rows are guidance scales and columns step counts; below, a strip for each guidance scale shows the latents after
-    each step of the longest run. All pictures go through the tiny VAE.
+    each step of the longest run. All images go through the tiny VAE.
 
     Args:
-        engine: what draws.
+        engine: the engine that draws.
         prompt: what to draw.
         steps: values of `num_inference_steps`; 1, 2, 4 and the bundle's own if None.
         guidance_scales: values of `guidance_scale`.
-        seed: of every picture.
-        cell: how large a picture is on the sheet, in pixels of its longer side.
+        cell: the longer side of an image on the sheet, in pixels.
         font: a TrueType file for the labels; one that has their characters is looked for if None.
-        times: write under each picture what it took, too; without, the same sheet comes out every time.
-        on_picture: told after each picture how many are done, and of how many.
-        **fields: the other fields of `GenerateRequest`, the same for all pictures.
+        times: write under each image the seconds that it took, too; without, the same sheet comes out every time.
+        on_image: called after each image with the number of those done, and of all.
+        **fields: the other fields of `GenerateRequest`, the same for all images; `seed` is 0 unless given.
 
     Raises:
-        RequestError: a field is impossible, or there are too many pictures.
+        RequestError: a field is impossible, or there are too many images.
     """
     if not isinstance(engine, Engine):
         raise RequestError(f"engine: expected an Engine, got {checks.shown(engine)}")
     if not isinstance(prompt, str):
         raise RequestError(f"prompt: expected a string, got {checks.shown(prompt)}")
-    checks.function(on_picture, "on_picture")
+    checks.function(on_image, "on_image")
     times = checks.flag(times, "times")
     font = None if font is None else checks.path(font, "font")
+    if isinstance(cell, bool) or not isinstance(cell, int) or not MIN_CELL <= cell <= 1024:
+        raise RequestError(f"cell: expected {MIN_CELL} to 1024 pixels, got {checks.shown(cell)}")
+    grid = _grid(engine, steps, guidance_scales, {"seed": 0, **fields, "prompt": prompt, "vae": "tiny"})
+    # So that the first image's time is not that of loading the VAE.
+    engine.run(dataclasses.replace(grid.last, num_inference_steps=1))
+    rows, strips, cells = _draw_grid(engine, grid, times, on_image)
+    data = _settings(engine, grid.last)
+    columns = [f"{count} step{'s' * (count > 1)}" for count in grid.counts]
+    sections = [
+        Section("Steps across, guidance down", columns, rows, cell),
+        Section(f"What the latents hold after {_shown(grid.counts[-1])}", None, strips, cell, shrink=True),
+    ]
+    titles = [
+        data["prompt"],
+        *([f"negative: {data['negative_prompt']}"] if data["negative_prompt"] else []),
+        "seed {seed}, {width}x{height}, {sampler}, {schedule}, tiny VAE; "
+        "{bundle_name} {precision}, bundle {bundle_id}, {backend}".format(**data),
+    ]
+    return Explanation(draw_sheet(titles, sections, font), {**data, "cells": cells})
+
+
+def _grid(engine: Engine, steps: Any, guidance_scales: Any, fields: dict[str, Any]) -> Grid:
+    """The checked requests. Raises RequestError."""
     own = engine.manifest.pipeline.num_inference_steps
     counts = _values(steps if steps is not None else (1, 2, 4, own), "steps", _steps)
     scales = _values(guidance_scales, "guidance_scales", _scale)
-    if not counts or not scales or len(counts) * len(scales) > MAX_PICTURES:
+    if not counts or not scales or len(counts) * len(scales) > MAX_IMAGES:
         raise RequestError(
-            f"steps and guidance_scales: expected 1 to {MAX_PICTURES} pictures, got {len(counts)} x {len(scales)}"
+            f"steps and guidance_scales: expected 1 to {MAX_IMAGES} images, got {len(counts)} x {len(scales)}",
+            field="steps",
         )
-    if isinstance(cell, bool) or not isinstance(cell, int) or not MIN_CELL <= cell <= 1024:
-        raise RequestError(f"cell: expected {MIN_CELL} to 1024 pixels, got {checks.shown(cell)}")
-    try:
-        base = GenerateRequest(prompt, seed=seed, vae="tiny", **fields)
-    except TypeError as error:
-        raise RequestError(f"{error}; known fields: {', '.join(GenerateRequest.__dataclass_fields__)}") from error
-    grid = {
+    base = make_request(**fields)
+    requests = {
         (scale, count): dataclasses.replace(
             base,
             num_inference_steps=count,
@@ -136,41 +174,32 @@ def explain(
         for scale in scales
         for count in counts
     }
-    evaluations = {key: _evaluations(engine, request) for key, request in grid.items()}  # checks every one, too
-    # So that the first picture's time is not that of loading the VAE.
-    engine.run(dataclasses.replace(base, num_inference_steps=1, guidance_scale=scales[-1]))
+    return Grid(scales, counts, requests, {key: _evaluations(engine, request) for key, request in requests.items()})
 
-    rows: list[tuple[str, list[Picture]]] = []
-    strips: list[tuple[str, list[Picture]]] = []
+
+def _draw_grid(
+    engine: Engine, grid: Grid, times: bool, on_image: Callable[[int, int], None] | None
+) -> tuple[list[tuple[str, list[SheetImage]]], list[tuple[str, list[SheetImage]]], list[dict[str, Any]]]:
+    """The rows of images, the strips of the longest runs, and the figures of every image."""
+    rows: list[tuple[str, list[SheetImage]]] = []
+    strips: list[tuple[str, list[SheetImage]]] = []
     cells: list[dict[str, Any]] = []
-    for scale in scales:
-        row: list[Picture] = []
-        for count in counts:
-            strip: list[Picture] | None = [] if count == counts[-1] else None
-            pixels, seconds = _draw(engine, grid[scale, count], strip)
-            made = evaluations[scale, count]
-            row.append(Picture(pixels, _counted(made) + (f", {seconds:.2f} s" if times else "")))
+    for scale in grid.scales:
+        row: list[SheetImage] = []
+        for count in grid.counts:
+            strip: list[SheetImage] | None = [] if count == grid.counts[-1] else None
+            pixels, seconds = _draw(engine, grid.requests[scale, count], strip)
+            made = grid.evaluations[scale, count]
+            row.append(SheetImage(pixels, _counted(made) + (f", {seconds:.2f} s" if times else "")))
             cells.append(
                 {"guidance_scale": scale, "num_inference_steps": count, "evaluations": made, "seconds": seconds}
             )
             if strip is not None:
                 strips.append((f"guidance {scale:g}", strip))
-            if on_picture is not None:
-                on_picture(len(cells), len(grid))
+            if on_image is not None:
+                on_image(len(cells), len(grid.requests))
         rows.append((f"guidance {scale:g}" + (" (none)" if scale == 0 else ""), row))
-
-    data = _settings(engine, grid[scales[-1], counts[-1]])
-    sections = [
-        Section("Steps across, guidance down", [f"{count} step{'s' * (count > 1)}" for count in counts], rows, cell),
-        Section(f"What the latents hold after {_shown(counts[-1])}", None, strips, cell, shrink=True),
-    ]
-    titles = [
-        data["prompt"],
-        *([f"negative: {data['negative_prompt']}"] if data["negative_prompt"] else []),
-        "seed {seed}, {width}x{height}, {sampler}, {schedule}, tiny VAE; "
-        "{bundle_name} {precision}, bundle {bundle_id}, {backend}".format(**data),
-    ]
-    return Explanation(draw_sheet(titles, sections, font), {**data, "cells": cells})
+    return rows, strips, cells
 
 
 def _steps(value: Any) -> int:
@@ -183,7 +212,7 @@ def _scale(value: Any) -> float:
 
 def _values(values: Any, name: str, check: Callable[[Any], T]) -> list[T]:
     """What is asked for, each once, the smallest first."""
-    given = checks.items(values, name, f"1 to {MAX_PICTURES} numbers", MAX_PICTURES)
+    given = checks.items(values, name, f"1 to {MAX_IMAGES} numbers", MAX_IMAGES)
     return sorted({check(value) for value in given})
 
 
@@ -222,7 +251,7 @@ def _evaluations(engine: Engine, request: GenerateRequest) -> int:
     return made
 
 
-def _draw(engine: Engine, request: GenerateRequest, strip: list[Picture] | None) -> tuple[np.ndarray, float]:
+def _draw(engine: Engine, request: GenerateRequest, strip: list[SheetImage] | None) -> tuple[np.ndarray, float]:
     """The picture, uint8 `[height, width, 3]`, and its seconds; previews go into `strip` and do not count."""
     spent = 0.0
 
@@ -233,7 +262,7 @@ def _draw(engine: Engine, request: GenerateRequest, strip: list[Picture] | None)
         start = time.perf_counter()
         preview = info.preview()[0]
         spent += time.perf_counter() - start
-        strip.append(Picture(preview, f"{info.step + 1}: sigma {info.sigma_next:.2f}"))
+        strip.append(SheetImage(preview, f"{info.step + 1}: sigma {info.sigma_next:.2f}"))
 
     result = engine.run(request, callback=on_step)
     return result.images[0], result.timings["total"] - spent

@@ -27,7 +27,7 @@ import typer
 from zimage_rt.benchmarks.quality.judge import COMPARE, DATA, Atlas, Judge, resize
 from zimage_rt.benchmarks.systems.base import System, load_system
 
-from zimage_rt.image.contact_sheet import Picture, Section, draw_sheet
+from zimage_rt.image.contact_sheet import Section, SheetImage, draw_sheet
 
 STYLE_WORDS = {"noto": "classic", "flat": "flat"}
 CANVAS, PLACE = 256, (128, 128)  # a single drawing stands in the middle
@@ -229,7 +229,7 @@ def closest_rows(
     images: dict[tuple[int, int], np.ndarray],
     colour: str,
     top: int,
-) -> list[tuple[str, list[Picture]]]:
+) -> list[tuple[str, list[SheetImage]]]:
     """Return a contact sheet's rows, the nearest first: image, own drawing, nearest by pixels and by look."""
     cells = []
     for finding in sorted(findings, key=lambda f: f.difference)[:top]:
@@ -238,7 +238,7 @@ def closest_rows(
         for kind, nearest in (("pixels", finding.pixels), ("look", finding.look)):
             shown.append(compose(atlas, nearest.style, nearest.subject, colour))
             labels.append(f"{kind}: {names[nearest.subject]}")
-        cells.append([Picture(window(atlas, image), label) for image, label in zip(shown, labels, strict=True)])
+        cells.append([SheetImage(window(atlas, image), label) for image, label in zip(shown, labels, strict=True)])
     beside = SHEET_COLUMNS // 4
     return [("", [cell for group in cells[i : i + beside] for cell in group]) for i in range(0, len(cells), beside)]
 
@@ -255,7 +255,7 @@ def write_unlabelled(
         for number, (style, subject) in enumerate(order, 1)
     ]
     (folder / "key.tsv").write_text("\n".join(key) + "\n", "utf-8")
-    cells = [Picture(window(atlas, images[at]), str(number)) for number, at in enumerate(order, 1)]
+    cells = [SheetImage(window(atlas, images[at]), str(number)) for number, at in enumerate(order, 1)]
     paths = []
     per_sheet = SHEET_COLUMNS * SHEET_ROWS
     for start in range(0, len(cells), per_sheet):

@@ -16,7 +16,7 @@ from zimage_rt.benchmarks.quality.judge import DATA, canvas_name
 from zimage_rt.benchmarks.quality.judges import judges
 from zimage_rt.benchmarks.systems.base import load_system
 
-from zimage_rt.image.contact_sheet import Picture, Section, draw_sheet
+from zimage_rt.image.contact_sheet import Section, SheetImage, draw_sheet
 
 COLUMNS = 8
 CELL = 112
@@ -60,7 +60,8 @@ def main(
         drawn = [cell for cell in drawn if cell[2]]
         title += ", and these are the others"
     cells = [
-        Picture(picture, f"{number}{' ' + text if text else ''}") for number, (_, picture, text) in enumerate(drawn, 1)
+        SheetImage(picture, f"{number}{' ' + text if text else ''}")
+        for number, (_, picture, text) in enumerate(drawn, 1)
     ]
     rows = [("", cells[i : i + COLUMNS]) for i in range(0, len(cells), COLUMNS)]
     draw_sheet([title], [Section("", None, rows, CELL)]).save(out)

@@ -16,7 +16,7 @@ import zimage_rt
 from zimage_rt.errors import RequestError, RequestWarning
 from zimage_rt.explain import KEY, MAX_STRIP, Explanation, explain
 from zimage_rt.image import fonts
-from zimage_rt.image.contact_sheet import MARGIN, Picture, Section, _Pen, draw_sheet
+from zimage_rt.image.contact_sheet import MARGIN, Section, SheetImage, _Pen, draw_sheet
 from zimage_rt.image.fonts import find_font
 
 SMALL = {"height": 64, "width": 96}
@@ -87,7 +87,7 @@ def test_without_times_a_sheet_comes_out_the_same(engine: zimage_rt.Engine) -> N
 
 def test_defaults_are_the_bundles_and_evaluations_are_counted(engine: zimage_rt.Engine) -> None:
     done: list[tuple[int, int]] = []
-    fields: dict[str, Any] = {"sampler": "heun", "on_picture": lambda *count: done.append(count), **SMALL}
+    fields: dict[str, Any] = {"sampler": "heun", "on_image": lambda *count: done.append(count), **SMALL}
     data = explain(engine, "a cat", guidance_scales=[0.0], **fields).data
     # Heun's second order evaluates twice a step, but for the last.
     assert [(cell["num_inference_steps"], cell["evaluations"]) for cell in data["cells"]] == [
@@ -128,7 +128,7 @@ def test_nonsense_is_refused(engine: zimage_rt.Engine, fields: dict[str, Any], m
 def test_sheets_of_other_shapes_are_whole() -> None:
     tall, wide = np.full((128, 32, 3), 9, np.uint8), np.full((32, 128, 3), 200, np.uint8)
     for picture in (tall, wide):
-        row = [Picture(picture, "a label that is much wider than its picture") for _ in range(3)]
+        row = [SheetImage(picture, "a label that is much wider than its picture") for _ in range(3)]
         text = "word " * 60 + "一" * 300 + "x" * 500
         there = pixels(draw_sheet([text, "second"], [Section("title", None, [("row", row)], 128)]))
         assert holds(there, picture)
@@ -173,7 +173,7 @@ def test_a_font_of_the_system_is_found_for_what_pillows_lacks(tmp_path: Path) ->
 
 
 def test_what_no_font_has_is_said_once_and_never_a_box(monkeypatch: pytest.MonkeyPatch) -> None:
-    cell = Picture(np.full((96, 96, 3), 128, np.uint8), "label")
+    cell = SheetImage(np.full((96, 96, 3), 128, np.uint8), "label")
     sections = [Section("title", None, [("row", [cell])], 96)]
     monkeypatch.setattr(fonts, "PLACES", ())
     with pytest.warns(RequestWarning) as caught:
@@ -188,7 +188,7 @@ def test_what_no_font_has_is_said_once_and_never_a_box(monkeypatch: pytest.Monke
 def test_a_font_that_is_given_is_used_whatever_it_lacks() -> None:
     if not Path(DEJAVU).is_file():
         pytest.skip("needs DejaVu Sans")
-    cell = Picture(np.full((96, 96, 3), 128, np.uint8), "label")
+    cell = SheetImage(np.full((96, 96, 3), 128, np.uint8), "label")
     with pytest.warns(RequestWarning, match=r"DejaVuSans\.ttf has 猫, drawn as _ on the sheet; name another"):
         draw_sheet(["猫"], [Section("title", None, [("row", [cell])], 96)], DEJAVU)
 

@@ -199,7 +199,7 @@ PANDA = GenerateRequest("a panda", **SMALL)
 RIGHT: dict[str, Callable[[Any], bool]] = {
     "callback": callable,
     "on_stage": callable,
-    "on_picture": callable,
+    "on_image": callable,
     "truncate": lambda value: value is True,
     "literal": lambda value: value is True,
     "strict": lambda value: value is True,
@@ -235,7 +235,7 @@ RIGHT: dict[str, Callable[[Any], bool]] = {
         (lambda e, v: explain(e, "a", guidance_scales=v), ("guidance_scale",)),
         (lambda e, v: explain(e, "a", cell=v), ("cell",)),
         (lambda e, v: explain(e, "a", times=v), ("times",)),
-        (lambda e, v: explain(e, "a", on_picture=v), ("on_picture",)),
+        (lambda e, v: explain(e, "a", on_image=v), ("on_image",)),
         (lambda e, v: explain(v, "a"), ("engine",)),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import io
 import re
@@ -12,13 +13,19 @@ from typing import Any
 
 from ..checks import shown
 from ..errors import RequestError
-from .table import CellProblem
 
 # Unpacked; a table of a million cells is about a tenth of it.
 MAX_BYTES = 1 << 30
 # Excel keeps 15 digits of a number and puts zeros in place of the others.
 MAX_WHOLE = 10**15
 ERRORS = ("#N/A", "#REF!", "#NAME?", "#VALUE!", "#DIV/0!", "#NULL!", "#NUM!")
+
+
+@dataclasses.dataclass(frozen=True)
+class CellProblem:
+    """In place of a cell that cannot be read: why, and what to do."""
+
+    text: str
 
 
 def read_sheet(content: bytes, path: Path, sheet: str | None) -> Iterator[tuple[int, list[str | CellProblem]]]:

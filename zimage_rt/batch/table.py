@@ -16,6 +16,7 @@ from typing import Any
 from ..bundle.json_codec import parse_json
 from ..checks import shown
 from ..errors import RequestError
+from .excel import CellProblem, read_sheet
 
 DELIMITERS = (",", ";", "\t")
 # For a table of one column: a character that no text has, so that a comma in a prompt is a comma.
@@ -26,13 +27,6 @@ EXCEL = (".xlsx", ".xlsm")
 JSON_LINES = (".jsonl", ".ndjson")
 # Tables of other programs, which would be read as text of some encoding.
 OTHER_TABLES = (".xls", ".xlsb", ".ods", ".numbers", ".et", ".parquet")
-
-
-@dataclasses.dataclass(frozen=True)
-class CellProblem:
-    """In place of a cell that cannot be read: why, and what to do."""
-
-    text: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +88,6 @@ def read_table(path: Path, encoding: str | None = None, sheet: str | None = None
         raise RequestError(f"{shown(str(path))} cannot be read: {reason}; name a table") from error
     columns: tuple[str, ...] | None
     if suffix in EXCEL:
-        from .excel import read_sheet
-
         columns, rows = _rows_of_cells(read_sheet(content, path, sheet), path)
     else:
         text = _decode(content, path, encoding)

@@ -20,11 +20,9 @@ from .._version import __version__
 from ..engine import Engine
 from ..errors import RequestError
 from ..request.types import GenerateRequest
+from .options import FIELD_OF_OPTION
 
 stderr = Console(stderr=True)
-
-# Options whose name is not the request field's.
-FIELD_OF_OPTION = {"steps": "num_inference_steps"}
 
 
 def printable(text: str) -> str:
@@ -58,6 +56,13 @@ def given_fields(ctx: typer.Context) -> dict[str, Any]:
     known = {field.name for field in dataclasses.fields(GenerateRequest)}
     named = {FIELD_OF_OPTION.get(option, option): option for option in ctx.params}
     return {name: ctx.params[option] for name, option in named.items() if name in known and is_given(ctx, option)}
+
+
+def open_engine(ctx: typer.Context, bundle: Path) -> Engine:
+    """Load a bundle with the backend and the LoRAs of the command line (`options.BACKEND`, `options.LORAS`)."""
+    engine = load_engine(bundle, ctx.params["backend"], backend_options(ctx.params["backend_option"] or []))
+    load_loras(engine, ctx.params["lora"] or [], ctx.params["lora_partial"])
+    return engine
 
 
 def load_engine(bundle: Path, backend: str, options: dict[str, Any]) -> Engine:
@@ -120,7 +125,7 @@ def load_lora(engine: Engine, path: str | Path, weight: float, name: str | None 
         warn(str(warning.message))
 
 
-def picture_line(path: Path, prompt: str, seed: int, timings: dict[str, float], bundle_id: str, **more: Any) -> str:
+def image_line(path: Path, prompt: str, seed: int, timings: dict[str, float], bundle_id: str, **more: Any) -> str:
     """The JSON line that says of a picture where it is and how it came."""
     return json_line(
         {"file": str(path), "prompt": prompt, "seed": seed, "bundle": bundle_id, "timings": timings, **more}

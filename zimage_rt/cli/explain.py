@@ -12,26 +12,28 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..errors import RequestError
 from ..explain import explain as draw_explanation
 from ..metadata.save import check_output
-from ..sampling.samplers import DEFAULT_SAMPLER
-from ..sampling.schedules import DEFAULT_SCHEDULE
-from .common import backend_options, given_fields, json_line, load_engine, load_loras, printable, stderr
-from .options import (
-    Backend,
-    BackendOptions,
-    Bundle,
-    Height,
-    LoraPartial,
-    Loras,
-    NegativePrompt,
-    Sampler,
-    Schedule,
-    Shift,
-    Width,
-)
+from .common import given_fields, json_line, open_engine, printable, stderr
+from .options import BACKEND, LORAS, REQUEST, AsJson, Bundle, Shared, some, with_options
+
+SHEET = {
+    "cell": Shared(
+        Annotated[int, typer.Option(help="The longer side of an image on the sheet, 88 to 1024 pixels.")], 160
+    ),
+    "font": Shared(
+        Annotated[
+            Path | None,
+            typer.Option(help="A TrueType file for the labels. By default a system font that has the characters."),
+        ],
+        None,
+    ),
+    "times": Shared(Annotated[bool, typer.Option(help="Write under each image the seconds that it took.")], True),
+}
+TAKEN = ("negative_prompt", "height", "width", "sampler", "schedule", "shift")
 
 Number = TypeVar("Number", int, float)
 
 
+@with_options(some(REQUEST, *TAKEN), SHEET, LORAS, BACKEND)
 def explain(
     ctx: typer.Context,
     bundle: Bundle,
@@ -48,24 +50,8 @@ def explain(
     guidance: Annotated[
         str, typer.Option("--guidance", help="The rows: guidance scales, 0 (none) or more each.")
     ] = "0,1,2,4",
-    negative_prompt: NegativePrompt = "",
-    seed: Annotated[int, typer.Option(help="Of every image, 0 to 2^64 - 1.")] = 0,
-    height: Height = None,
-    width: Width = None,
-    sampler: Sampler = DEFAULT_SAMPLER,
-    schedule: Schedule = DEFAULT_SCHEDULE,
-    shift: Shift = None,
-    cell: Annotated[int, typer.Option(help="How large an image is on the sheet, 88 to 1024 pixels.")] = 160,
-    font: Annotated[
-        Path | None,
-        typer.Option(help="A TrueType file for the labels. By default one of the system's that has their characters."),
-    ] = None,
-    times: Annotated[bool, typer.Option(help="Write under each image what it took.")] = True,
-    lora: Loras = None,
-    lora_partial: LoraPartial = False,
-    backend: Backend = "onnxruntime",
-    backend_option: BackendOptions = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what the sheet shows, as a JSON line.")] = False,
+    seed: Annotated[int, typer.Option(help="The seed of every image, 0 to 2^64 - 1.")] = 0,
+    as_json: AsJson = False,
 ) -> None:
     """Show how a prompt's image comes about: step counts across, guidance down, and every step of the longest run."""
     if output.suffix.lower() != ".png":
@@ -76,8 +62,7 @@ def explain(
     fields = given_fields(ctx)
     for name in ("prompt", "seed"):
         fields.pop(name, None)
-    engine = load_engine(bundle, backend, backend_options(backend_option or []))
-    load_loras(engine, lora or [], lora_partial)
+    engine = open_engine(ctx, bundle)
     with Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -92,10 +77,8 @@ def explain(
             steps=counts,
             guidance_scales=scales,
             seed=seed,
-            cell=cell,
-            font=font,
-            times=times,
-            on_picture=lambda done, total: progress.update(task, completed=done, total=total),
+            **{name: ctx.params[name] for name in SHEET},
+            on_image=lambda done, total: progress.update(task, completed=done, total=total),
             **fields,
         )
     path = sheet.save(output)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from .._version import __version__
 from ..checks import shown
 from ..engine import Engine
@@ -14,7 +16,7 @@ from ..metadata.record import ImageRecord
 from ..metadata.references import pixels_sha256
 from ..request.types import GenerateRequest
 from ..result import GenerateResult
-from .common import stderr, warn
+from .common import backend_options, is_given, load_engine, load_lora, load_loras, stderr, warn
 
 # Options of backends that are numbers, switches or a word of our own, and those words (docs/backends.md). Those that
 # name paths (cache_dir), libraries (plugins, a provider by a name that is not ours) or options of theirs are not here.
@@ -75,6 +77,30 @@ def request_like(record: ImageRecord, picture: Path, overrides: dict[str, Any]) 
     if "image" in overrides:
         overrides |= {name: None for name in ("latents", "image_latents") if name in record.request}
     return record.to_request(picture.parent, **overrides)
+
+
+def open_engine_like(
+    ctx: typer.Context, bundle: Path, record: ImageRecord, image: Path, *, take_backend: bool
+) -> Engine:
+    """Load a bundle to draw a recorded image again: with its LoRAs, and on request with its backend.
+
+    What the command line says comes first. Standard error says what is not as it was.
+
+    Raises:
+        MetadataError: a LoRA of the image is gone or was changed.
+    """
+    backend, options = ctx.params["backend"], backend_options(ctx.params["backend_option"] or [])
+    if not options and not is_given(ctx, "backend"):
+        backend, options = recorded_backend(record, backend, take=take_backend)
+    engine = load_engine(bundle, backend, options)
+    warn_of_differences(record, engine)
+    own, partly = ctx.params["lora"], ctx.params["lora_partial"]
+    if not own:
+        found = record.find_loras(image.parent)
+        for (name, weight, path), recorded in zip(found, record.loras, strict=True):
+            load_lora(engine, path, weight, name, partly or not recorded.get("strict", True))
+    load_loras(engine, own or [], partly)
+    return engine
 
 
 def recorded_backend(record: ImageRecord, backend: str, *, take: bool) -> tuple[str, dict[str, Any]]:

@@ -6,7 +6,7 @@ import sys
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -17,68 +17,29 @@ from .._version import __version__
 from ..backends.registry import probe_backends
 from ..bundle.folders import find_leftovers
 from ..bundle.manifest import Manifest, check_file, read_manifest
+from ..engine import Engine
 from ..errors import RequestError, RequestWarning, ZImageError
 from ..metadata.image_file import read_record
 from ..metadata.save import check_output, names_file
-from ..sampling.samplers import DEFAULT_SAMPLER
-from ..sampling.schedules import DEFAULT_SCHEDULE
+from ..request.types import GenerateRequest
+from ..result import GenerateResult
 from . import doctor as doctor_report
 from . import interrupt
 from .batch import batch
 from .common import (
-    backend_options,
     fail,
     given_fields,
-    is_given,
+    image_line,
     json_line,
-    load_engine,
-    load_lora,
-    load_loras,
-    picture_line,
+    open_engine,
     printable,
     stderr,
     version_option,
     warn,
 )
 from .explain import explain
-from .like import recorded_backend, requests_of, select_and_compare, warn_of_differences
-from .options import (
-    AgainOver,
-    Backend,
-    BackendOptions,
-    BatchNoise,
-    Bundle,
-    CfgNormalization,
-    CfgTruncation,
-    ControlImage,
-    ControlScale,
-    Denoise,
-    DynamicCfg,
-    Fit,
-    FitSize,
-    GuidanceScale,
-    Height,
-    LiteralPrompt,
-    LoraPartial,
-    Loras,
-    Mask,
-    MaskFeather,
-    NegativePrompt,
-    Quality,
-    Sampler,
-    Schedule,
-    Seed,
-    Shift,
-    Sidecar,
-    Sigmas,
-    StartImage,
-    Steps,
-    Strength,
-    TruncatePrompt,
-    Vae,
-    VaeTile,
-    Width,
-)
+from .like import open_engine_like, requests_of, select_and_compare
+from .options import BACKEND, LORAS, REQUEST, SAVING, AsJson, Bundle, Shared, with_options
 from .start import INTERRUPTED, show_every_character
 
 # Plain help: it cuts no option's name, however narrow the terminal, and any console can show it.
@@ -114,13 +75,34 @@ def program(version: Annotated[bool, version_option("zimage")] = False) -> None:
     """Draw images and inspect bundles from the command line."""
 
 
+IMAGES = {
+    "seed": Shared(
+        Annotated[
+            int | None,
+            typer.Option(help="Of the first image, 0 to 2^64 - 1; others count up. By default random, and printed."),
+        ],
+        None,
+    ),
+    "num_images": Shared(Annotated[int, typer.Option(help="Images for each prompt, 1 or more.")], 1),
+}
+
+
 @app.command()
+@with_options(IMAGES, REQUEST, SAVING, LORAS, BACKEND)
 def generate(
     ctx: typer.Context,
     bundle: Bundle,
     prompt: Annotated[
         list[str] | None, typer.Option("-p", "--prompt", help="What to draw; repeat it for several images.")
     ] = None,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            help="A .png, .jpg or .webp file, with a number added for several; else a folder for PNGs.",
+        ),
+    ] = Path("out"),
     like: Annotated[
         Path | None,
         typer.Option(help="An image of zimage_rt's to draw again; options given here come first. By default none."),
@@ -132,98 +114,55 @@ def generate(
             help="Take the backend and its plain options from --like, too; never paths or libraries. Default: neither.",
         ),
     ] = False,
-    output: Annotated[
-        Path,
-        typer.Option(
-            "-o",
-            "--output",
-            help="A .png, .jpg or .webp file, with a number added for several; else a folder for PNGs.",
-        ),
-    ] = Path("out"),
-    negative_prompt: NegativePrompt = "",
-    height: Height = None,
-    width: Width = None,
-    steps: Steps = None,
-    guidance_scale: GuidanceScale = None,
-    cfg_truncation: CfgTruncation = 1.0,
-    cfg_normalization: CfgNormalization = 0.0,
-    dynamic_cfg: DynamicCfg = 0.0,
-    seed: Seed = None,
-    num_images: Annotated[int, typer.Option(help="Images for each prompt, 1 or more.")] = 1,
-    vae: Vae = None,
-    sampler: Sampler = DEFAULT_SAMPLER,
-    schedule: Schedule = DEFAULT_SCHEDULE,
-    shift: Shift = None,
-    sigmas: Sigmas = None,
-    image: StartImage = None,
-    strength: Strength = 0.6,
-    denoise: Denoise = None,
-    mask: Mask = None,
-    mask_feather: MaskFeather = 0.0,
-    fit: Fit = "crop",
-    control_image: ControlImage = None,
-    control_scale: ControlScale = 0.75,
-    second_pass: AgainOver = None,
-    batch_noise: BatchNoise = "separate",
-    fit_size: FitSize = "exact",
-    truncate_prompt: TruncatePrompt = False,
-    literal_prompt: LiteralPrompt = False,
-    vae_tile: VaeTile = None,
-    lora: Loras = None,
-    lora_partial: LoraPartial = False,
-    backend: Backend = "onnxruntime",
-    backend_option: BackendOptions = None,
-    quality: Quality = None,
-    sidecar: Sidecar = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON line for each image.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Draw images; prints where they are and what each stage took."""
-    check_output(output, quality=quality, sidecar=sidecar)
+    saving = {name: ctx.params[name] for name in SAVING}
+    check_output(output, **saving)
     record = None if like is None else read_record(like)
-    options = backend_options(backend_option or [])
     if like_backend and record is None:
         raise RequestError("--like-backend: expected --like beside it, with the image whose backend to take")
-    if record is not None and not options and not is_given(ctx, "backend"):
-        backend, options = recorded_backend(record, backend, take=like_backend)
     fields = given_fields(ctx)
     fields.pop("prompt", None)  # each has a request of its own
     requests = requests_of(prompt or [], fields, record, like)
-    engine = load_engine(bundle, backend, options)
-    if record is not None:
-        warn_of_differences(record, engine)
-        if lora is None:
-            found = record.find_loras(None if like is None else like.parent)
-            for (name, weight, path), recorded in zip(found, record.loras, strict=True):
-                load_lora(engine, path, weight, name, lora_partial or not recorded.get("strict", True))
-    load_loras(engine, lora or [], lora_partial)
+    if record is None or like is None:
+        engine = open_engine(ctx, bundle)
+    else:
+        engine = open_engine_like(ctx, bundle, record, like, take_backend=like_backend)
+    again = record is not None and not prompt and not fields and not ctx.params["lora"]
     for number, request in enumerate(requests):
         interrupt.check()
-        with Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=stderr,
-            disable=not stderr.is_terminal and as_json,
-        ) as progress:
-            text = printable(str(request.prompt)[:40])
-            task = progress.add_task(text, total=steps)
-            result = engine.run(request, on_stage=partial(_show_stage, progress, task, text))
-            progress.update(task, description=text)
-        more: dict[str, Any] = {}
-        if record is not None and not prompt and not fields and lora is None:
+        result, more = _draw(engine, request, quiet=as_json), {}
+        if record is not None and again:
             result, more["same"] = select_and_compare(result, record)
         named = names_file(output) and len(requests) > 1
         where = output.with_name(f"{output.stem}-{number:03d}{output.suffix}") if named else output
-        paths = result.save(where, sidecar=sidecar, quality=quality)
+        paths = result.save(where, **saving)
         for path, drawn in zip(paths, result.records, strict=True):
             text, image_seed = drawn.request["prompt"], drawn.request["seed"]
             if as_json:
                 told = {"warnings": list(drawn.warnings), **more}
-                print(picture_line(path, text, image_seed, result.timings, result.bundle_id, **told))
+                print(image_line(path, text, image_seed, result.timings, result.bundle_id, **told))
             else:
                 stages = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in result.timings.items())
                 print(printable(f"{path}  {text}  (seed {image_seed}; {stages})"))
+
+
+def _draw(engine: Engine, request: GenerateRequest, *, quiet: bool) -> GenerateResult:
+    """Draw with a bar of the steps on standard error."""
+    with Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=stderr,
+        disable=not stderr.is_terminal and quiet,
+    ) as progress:
+        text = printable(str(request.prompt)[:40])
+        task = progress.add_task(text, total=request.num_inference_steps)
+        result = engine.run(request, on_stage=partial(_show_stage, progress, task, text))
+        progress.update(task, description=text)
+    return result
 
 
 def _show_stage(progress: Progress, task: TaskID, text: str, stage: str, done: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""Pictures with labels on one sheet."""
+"""SheetImages with labels on one sheet."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ INK, FAINT, PAPER = "#202020", "#606060", "#ffffff"
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
+class SheetImage:
     """A picture, uint8 `[height, width, 3]`, and what stands under it."""
 
     pixels: np.ndarray
@@ -49,7 +49,7 @@ class Section:
 
     title: str
     columns: Sequence[str] | None
-    rows: Sequence[tuple[str, Sequence[Picture]]]
+    rows: Sequence[tuple[str, Sequence[SheetImage]]]
     cell: int
     shrink: bool = False
 
@@ -132,20 +132,20 @@ def _cell_size(section: Section, room: int) -> int:
     return max(min(section.cell, room // len(section.rows[0][1]) - GAP), min(section.cell, MIN_CELL))
 
 
-def _size(picture: Picture, cell: int) -> tuple[int, int]:
+def _size(picture: SheetImage, cell: int) -> tuple[int, int]:
     """Width and height on the sheet."""
     height, width = picture.pixels.shape[:2]
     longer = max(height, width)
     return max(1, round(width * cell / longer)), max(1, round(height * cell / longer))
 
 
-def _scaled(picture: Picture, cell: int) -> Image:
+def _scaled(picture: SheetImage, cell: int) -> Image:
     from PIL import Image
 
     return Image.fromarray(picture.pixels).resize(_size(picture, cell), Image.Resampling.LANCZOS)
 
 
-def _row_height(row: Sequence[Picture], cell: int) -> int:
+def _row_height(row: Sequence[SheetImage], cell: int) -> int:
     return max(_size(picture, cell)[1] for picture in row)
 
 

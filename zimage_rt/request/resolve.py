@@ -18,7 +18,7 @@ from ..image.convert import read_image
 from ..sampling.noise import MAX_SEED
 from ..sampling.samplers import SAMPLERS
 from .images import fitted, image_and_mask, read_control_image, side
-from .schedule import resolve_sigmas
+from .schedule import ScheduleFields, resolve_sigmas
 from .types import BATCH_NOISE, SECOND_PASS_METHODS, GenerateRequest, ResolvedRequest, ResolvedSecondPass, SecondPass
 from .warnings_of import without_effect
 
@@ -83,15 +83,17 @@ def resolve(request: GenerateRequest, manifest: Manifest) -> ResolvedRequest:
         width=width,
         sampler=checks.choice(request.sampler, "sampler", SAMPLERS),
         sigmas=resolve_sigmas(
-            schedule=request.schedule,
-            sampler=request.sampler,
-            sigmas=request.sigmas,
-            num_inference_steps=request.num_inference_steps,
+            ScheduleFields(
+                schedule=request.schedule,
+                sampler=request.sampler,
+                sigmas=request.sigmas,
+                num_inference_steps=request.num_inference_steps,
+                strength=request.strength,
+                denoise=request.denoise,
+            ),
             default_steps=defaults.num_inference_steps,
             shift=shift,
             begins=image is not None or image_latents is not None,
-            strength=request.strength,
-            denoise=request.denoise,
         ),
         guidance_scale=guidance,
         cfg_truncation=checks.number(request.cfg_truncation, "cfg_truncation"),
@@ -196,15 +198,17 @@ def _second_pass(
         sizes.append(larger)
     own = again.num_inference_steps is not None
     sigmas = resolve_sigmas(
-        schedule=request.schedule,
-        sampler=request.sampler,
-        sigmas=None if own else request.sigmas,
-        num_inference_steps=again.num_inference_steps if own else request.num_inference_steps,
+        ScheduleFields(
+            schedule=request.schedule,
+            sampler=request.sampler,
+            sigmas=None if own else request.sigmas,
+            num_inference_steps=again.num_inference_steps if own else request.num_inference_steps,
+            strength=again.strength,
+            denoise=again.denoise,
+        ),
         default_steps=manifest.pipeline.num_inference_steps,
         shift=shift,
         begins=True,  # with the first pass's image
-        strength=again.strength,
-        denoise=again.denoise,
         prefix="second_pass.",
     )
     method = checks.choice(again.method, "second_pass.method", SECOND_PASS_METHODS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -15,24 +16,26 @@ from ..sampling.schedules import SCHEDULES, custom_sigmas, denoise_sigmas, first
 _SIGMAS = "numbers that fall, from at most 1 to more than 0; the last 0 is added"
 
 
+@dataclasses.dataclass(frozen=True)
+class ScheduleFields:
+    """The fields of a request, or of its second pass, that decide its sigmas; not checked yet."""
+
+    schedule: Any
+    sampler: Any
+    sigmas: Any
+    num_inference_steps: Any
+    strength: Any
+    denoise: Any
+
+
 def resolve_sigmas(
-    *,
-    schedule: Any,
-    sampler: Any,
-    sigmas: Any,
-    num_inference_steps: Any,
-    default_steps: int,
-    shift: float,
-    begins: bool,
-    strength: Any,
-    denoise: Any,
-    prefix: str = "",
+    fields: ScheduleFields, *, default_steps: int, shift: float, begins: bool, prefix: str = ""
 ) -> np.ndarray:
     """Sigmas as the samplers take them, float32 `[steps + 1]`.
 
     Args:
-        schedule, sampler, sigmas, num_inference_steps, strength, denoise: as a request has them, not checked yet.
-        default_steps: where `num_inference_steps` is None.
+        fields: what the request says.
+        default_steps: the steps if it does not say.
         shift: the timestep shift.
         begins: whether there is an image, so that strength and denoise say how far to go from it.
         prefix: of the fields' names in messages: `second_pass.` for the second pass.
@@ -40,9 +43,10 @@ def resolve_sigmas(
     Raises:
         RequestError: a field is impossible.
     """
-    name = choice(schedule, "schedule", SCHEDULES)
-    spare = SAMPLERS[choice(sampler, "sampler", SAMPLERS)].spare_step
-    part = _denoise(denoise, begins, prefix)
+    name = choice(fields.schedule, "schedule", SCHEDULES)
+    spare = SAMPLERS[choice(fields.sampler, "sampler", SAMPLERS)].spare_step
+    part = _denoise(fields.denoise, begins, prefix)
+    sigmas, num_inference_steps = fields.sigmas, fields.num_inference_steps
     if sigmas is None:
         steps = default_steps if num_inference_steps is None else num_inference_steps
         steps = integer(steps, f"{prefix}num_inference_steps", 1, MAX_STEPS)
@@ -68,7 +72,7 @@ def resolve_sigmas(
             )
     if not begins or part is not None:
         return whole
-    share = number(strength, f"{prefix}strength", 1.0)
+    share = number(fields.strength, f"{prefix}strength", 1.0)
     if share == 0:
         raise RequestError(f"{prefix}strength: expected more than 0, which would change nothing, and at most 1")
     # At least one step, also of a share so small that it rounds to none.
