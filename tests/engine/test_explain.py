@@ -110,8 +110,8 @@ def test_long_runs_are_thinned_out(engine: zimage_rt.Engine) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"steps": []}, "expected 1 to 100 pictures, got 0 x 4"),
-        ({"steps": range(1, 50)}, "expected 1 to 100 pictures, got 49 x 4"),
+        ({"steps": []}, "expected 1 to 100 images, got 0 x 4"),
+        ({"steps": range(1, 50)}, "expected 1 to 100 images, got 49 x 4"),
         ({"steps": [0]}, "num_inference_steps: expected 1 to 1000, got 0"),
         ({"guidance_scales": [-1.0]}, "guidance_scale: expected a finite number, 0 or more"),
         ({"cell": 5}, "cell: expected 88 to 1024 pixels, got 5"),
