@@ -40,12 +40,14 @@ from .common import (
 from .explain import explain
 from .like import open_engine_like, requests_of, select_and_compare
 from .options import BACKEND, LORAS, REQUEST, SAVING, AsJson, Bundle, Shared, with_options
+from .serve import serve
 from .start import INTERRUPTED, show_every_character
 
 # Plain help: it cuts no option's name, however narrow the terminal, and any console can show it.
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command()(batch)
 app.command()(explain)
+app.command()(serve)
 
 
 def main() -> None:

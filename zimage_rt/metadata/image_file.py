@@ -51,8 +51,7 @@ def save_image(
     """
     # Here, not when it is drawn: who does not save does not pay for it.
     record = dataclasses.replace(record, pixels_sha256=pixels_sha256(pixels))
-    parameters, text = parameters_text(record), record.to_json()
-    encoded = encode_image(pixels, path.suffix, {"parameters": parameters, KEY: text}, parameters, quality)
+    encoded, text = encode_with_record(pixels, record, path.suffix, quality), record.to_json()
     contents = {path: encoded}
     if sidecar:
         if replace:
@@ -60,6 +59,14 @@ def save_image(
         contents = {sidecar_path(path): text.encode() + b"\n", **contents}
     atomic_write_all(contents, replace=replace)
     return len(encoded)
+
+
+def encode_with_record(pixels: np.ndarray, record: ImageRecord, suffix: str, quality: int | None = None) -> bytes:
+    """The bytes of an image's file, uint8 `[height, width, 3]`; see `save_image`. Raises RequestError."""
+    if not record.pixels_sha256:
+        record = dataclasses.replace(record, pixels_sha256=pixels_sha256(pixels))
+    parameters = parameters_text(record)
+    return encode_image(pixels, suffix, {"parameters": parameters, KEY: record.to_json()}, parameters, quality)
 
 
 def check_sidecar(path: Path) -> None:

@@ -1,0 +1,101 @@
+"""The HTTP application: protocols, errors, guards, and the life of the service behind them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from .._version import __version__
+from ..errors import ZImageError
+from . import jobs_api
+from .config import ServiceConfig
+from .errors import answer_to, error_body
+from .guard import HostGuard
+from .service import Service
+
+log = logging.getLogger(__name__)
+
+DESCRIPTION = """
+Draws images with Z-Image models. `POST /v1/jobs` takes every field of a request, and its events tell the progress;
+`/v1/images` speaks OpenAI's protocol.
+"""
+
+
+def create_app(config: ServiceConfig) -> FastAPI:
+    """The application of a service, which starts and stops with it."""
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        service: Service = app.state.service
+        await service.start()
+        yield
+        for job in await service.stop():
+            log.warning("job %s was dropped, because the service ended", job)
+
+    app = FastAPI(
+        title="zimage_rt",
+        version=__version__,
+        description=DESCRIPTION,
+        lifespan=life,
+        max_body_size=config.limits.max_body_bytes,
+    )
+    app.state.service = Service(config)
+    app.add_middleware(HostGuard, config=config)
+    if config.origins:
+        app.add_middleware(CORSMiddleware, allow_origins=list(config.origins), allow_methods=["*"], allow_headers=["*"])
+    app.add_exception_handler(ZImageError, _refused)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.include_router(jobs_api.router)
+    app.add_api_route("/healthz", healthz, tags=["health"])
+    app.add_api_route("/readyz", readyz, tags=["health"])
+    return app
+
+
+async def healthz() -> dict[str, str]:
+    """Whether the service lives."""
+    return {"status": "ok"}
+
+
+async def readyz(request: Request) -> JSONResponse:
+    """Whether a worker takes jobs: 200, or 503 while models are loaded, or after the service began to end."""
+    service: Service = request.app.state.service
+    problems = {model: text for worker in service.workers for model, text in worker.problems.items()}
+    body = {
+        "ready": service.is_ready,
+        "workers": [
+            {"device": worker.device, "ready": worker.is_ready, "models": list(worker.models)}
+            for worker in service.workers
+        ],
+        "problems": problems,
+    }
+    return JSONResponse(body, 200 if service.is_ready else 503)
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ZImageError)
+    return answer_to(error)
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    """A body that is not what the protocol says: the first fault, by its field."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    field = ".".join(place) or None
+    return JSONResponse(error_body("invalid_request", f"{field or 'body'}: {first['msg']}", field), 400)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    codes = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+    code = codes.get(error.status_code, "invalid_request")
+    body = error_body(code, f"{request.method} {request.url.path}: {error.detail}")
+    return JSONResponse(body, error.status_code, headers=dict(error.headers or {}))

@@ -1,0 +1,168 @@
+"""The configuration of a service: a TOML file, or the options of `zimage serve`."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..bundle.json_codec import from_json
+from ..errors import ZImageError
+
+ROLES = ("turbo", "base", "edit")
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+class ConfigError(ZImageError):
+    """The service's configuration is missing, damaged or contradicts itself."""
+
+    code = "config"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """One bundle that the service draws with.
+
+    Attributes:
+        bundle: the folder that zimage-export wrote.
+        role: `turbo`, `base` or `edit`; sessions choose a model by it.
+        backend, backend_options: see `Engine.load`; a worker of a GPU adds its device.
+        loras: a folder of LoRAs, which requests name by their files' names; none without.
+        warm: sizes such as `1024x1024` that every worker draws once before it takes jobs.
+        load: whether workers load it when they start; otherwise the first request waits for it.
+    """
+
+    bundle: str
+    role: str = "turbo"
+    backend: str = "onnxruntime"
+    backend_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    loras: str | None = None
+    warm: Sequence[str] = ()
+    load: bool = True
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise ConfigError(f"role: expected one of {', '.join(ROLES)}, got {self.role!r}")
+        for size in self.warm:
+            width, cross, height = size.partition("x")
+            if not (cross and width.isdecimal() and height.isdecimal()):
+                raise ConfigError(f"warm: expected sizes such as 1024x1024, got {size!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class QueueConfig:
+    """The bounds of the queue and of what is kept.
+
+    Attributes:
+        max_waiting: jobs that wait; more are refused with 429.
+        keep_seconds: how long the images of a finished job can be fetched again.
+        keep_bytes: all of them together; the oldest go first.
+        drain_seconds: how long running and waiting jobs may take when the service ends.
+        retain_days: how long the record of requests is kept; 0 keeps it for ever.
+        retain_rows: the most rows of the record.
+    """
+
+    max_waiting: int = 256
+    keep_seconds: int = 3600
+    keep_bytes: int = 4 << 30
+    drain_seconds: int = 30
+    retain_days: int = 90
+    retain_rows: int = 1_000_000
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < 0:
+                raise ConfigError(f"queue.{field.name}: expected 0 or more, got {getattr(self, field.name)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class LimitsConfig:
+    """What one request may be, whoever sends it; a key's own limits come on top.
+
+    Attributes:
+        max_body_bytes: of a request's body.
+        max_input_pixels: of an image in it, decoded.
+        max_pixels: width times height of an image to draw.
+        max_steps: steps of one image.
+        max_images: images of one request.
+    """
+
+    max_body_bytes: int = 64 << 20
+    max_input_pixels: int = 40_000_000
+    max_pixels: int = 2048 * 2048
+    max_steps: int = 100
+    max_images: int = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class ServiceConfig:
+    """A service.
+
+    Attributes:
+        models: by the names that requests use; the first is the default.
+        host, port: where it listens. Another host than a loopback one needs an API key, or `open = true`.
+        open: serve strangers without a key.
+        data: the folder of the record, the keys, the sessions and the finished images; it is made.
+        devices: one worker process per GPU; empty for one worker on the CPU or the backend's own device.
+        slots: jobs that a worker has at once, so that one is encoded while the next is drawn.
+        max_loaded: engines that a worker keeps at once; the one unused for longest is closed.
+        hosts: further names by which clients may call the service (the Host header).
+        origins: pages of other origins that may call it (CORS).
+        record_prompts: whether the record holds prompts; otherwise their SHA-256.
+    """
+
+    models: Mapping[str, ModelConfig]
+    host: str = "127.0.0.1"
+    port: int = 8188
+    open: bool = False
+    data: str = "zimage-data"
+    devices: Sequence[int] = ()
+    slots: int = 2
+    max_loaded: int = 4
+    hosts: Sequence[str] = ()
+    origins: Sequence[str] = ()
+    record_prompts: bool = True
+    queue: QueueConfig = dataclasses.field(default_factory=QueueConfig)
+    limits: LimitsConfig = dataclasses.field(default_factory=LimitsConfig)
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise ConfigError("models: expected one or more, got none")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port: expected 0 to 65535, got {self.port}")
+        for name, value in (("slots", self.slots), ("max_loaded", self.max_loaded)):
+            if not 1 <= value <= 64:
+                raise ConfigError(f"{name}: expected 1 to 64, got {value}")
+        if len(set(self.devices)) < len(self.devices) or any(device < 0 for device in self.devices):
+            raise ConfigError(f"devices: expected numbers of GPUs, each once, got {list(self.devices)}")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach the service."""
+        return self.host in LOOPBACK
+
+    @property
+    def default_model(self) -> str:
+        """The model of a request that names none."""
+        return next(iter(self.models))
+
+
+def read_config(path: Path) -> ServiceConfig:
+    """Read a TOML file. Relative folders begin at the file's own. Raises ConfigError."""
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    config = from_json(ServiceConfig, data, path.name, ConfigError, "see docs/serving.md")
+    folder = path.parent
+    models = {
+        name: dataclasses.replace(
+            model,
+            bundle=str(folder / model.bundle),
+            loras=None if model.loras is None else str(folder / model.loras),
+        )
+        for name, model in config.models.items()
+    }
+    return dataclasses.replace(config, models=models, data=str(folder / config.data))

@@ -1,0 +1,262 @@
+"""`/v1/jobs`: every field of a request, progress as server-sent events, images to fetch; and `/v1/models`."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Depends, Request
+from fastapi.responses import Response, StreamingResponse
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from starlette.datastructures import UploadFile
+
+from ..errors import RequestError
+from ..image.formats import FORMATS
+from ..request.codec import DIFFUSERS_NAMES, IMAGES, field_kinds
+from ..request.values import read_value
+from .access import Caller, caller
+from .errors import Gone, NotFound
+from .jobs import Event, Job, Output
+from .schema import JobRequest, OutputFields, decode_data_url, request_fields
+from .service import Service
+from .worker import lora_names
+
+router = APIRouter(prefix="/v1", tags=["jobs"])
+
+# Comment lines keep proxies from closing a quiet stream.
+KEEP_ALIVE_SECONDS = 15.0
+SUFFIX = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
+
+
+def service_of(request: Request) -> Service:
+    """The service behind the application."""
+    return request.app.state.service
+
+
+ServiceOf = Annotated[Service, Depends(service_of)]
+CallerOf = Annotated[Caller, Depends(caller)]
+
+
+@router.get("/models")
+async def models(service: ServiceOf) -> dict[str, Any]:
+    """The models, as OpenAI lists them, with what each one serves."""
+    listed = []
+    for name, config in service.config.models.items():
+        manifest = service.manifests[name]
+        shapes, pipeline = manifest.shapes, manifest.pipeline
+        listed.append(
+            {
+                "id": name,
+                "object": "model",
+                "created": 0,
+                "owned_by": "zimage_rt",
+                "role": config.role,
+                "bundle": {"name": manifest.name, "id": manifest.bundle_id, "precision": manifest.precision},
+                "height": {"min": shapes.height.min, "max": shapes.height.max, "multiple": shapes.height.multiple},
+                "width": {"min": shapes.width.min, "max": shapes.width.max, "multiple": shapes.width.multiple},
+                "default_size": [shapes.width.opt, shapes.height.opt],
+                "num_inference_steps": pipeline.num_inference_steps,
+                "guidance_scale": pipeline.guidance_scale,
+                "loras": sorted(lora_names(config.loras)),
+                "takes_images": any(module.endswith("_vae_encoder") for module in manifest.modules),
+                "takes_control_images": "controlnet" in manifest.modules,
+            }
+        )
+    return {"object": "list", "data": listed}
+
+
+@router.post("/jobs", status_code=202)
+async def create(
+    request: Request, service: ServiceOf, who: CallerOf, body: Annotated[Any, Body()] = None
+) -> dict[str, Any]:
+    """Let a request wait: JSON, or a multipart form with images. Answers with the job, whose events tell the rest."""
+    fields, output = await read_request(request, service)
+    job = await submit(service, who, fields, output, detached=True)
+    return job.status()
+
+
+@router.get("/jobs/{job_id}")
+async def status(job_id: str, service: ServiceOf, who: CallerOf) -> dict[str, Any]:
+    """A job's state, position, progress and times; of an older one, its record."""
+    job = service.jobs.get(job_id)
+    if job is not None and who.may_see(job.owner):
+        return job.status() | {"position": service.queue.position(job)}
+    return await _recorded(service, who, job_id)
+
+
+@router.get("/jobs/{job_id}/events")
+async def events(job_id: str, service: ServiceOf, who: CallerOf, request: Request) -> StreamingResponse:
+    """Server-sent events: `queued`, `started`, `step` (`preview` is a JPEG in base64), `done`, `failed`, `cancelled`.
+
+    A client that was cut off goes on after the event of its Last-Event-ID header.
+    """
+    job = find(service, who, job_id)
+    last = request.headers.get("last-event-id", "")
+    since = int(last) + 1 if last.isdecimal() else 0
+    return StreamingResponse(_stream(job, since), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+
+@router.get("/jobs/{job_id}/images/{number}")
+async def image(job_id: str, number: int, service: ServiceOf, who: CallerOf) -> Response:
+    """A finished image's file, with its record inside."""
+    job = service.jobs.get(job_id)
+    try:
+        if job is not None and who.may_see(job.owner):
+            content, media_type = await service.image(job, number), media_type_of(job.output)
+        else:
+            recorded = (await _recorded(service, who, job_id))["files"][number]
+            path = service.store.folder / "images" / recorded["file"]
+            content, media_type = path.read_bytes(), recorded["media_type"]
+    except FileNotFoundError as error:
+        raise Gone(
+            "images: they have expired; draw them again, or keep them for longer (queue.keep_seconds)"
+        ) from error
+    except (KeyError, IndexError) as error:
+        raise NotFound(f"images: there is no image {number} of this job") from error
+    return Response(content, media_type=media_type, headers={"Cache-Control": "private, max-age=3600"})
+
+
+@router.delete("/jobs/{job_id}")
+async def cancel(job_id: str, service: ServiceOf, who: CallerOf) -> dict[str, Any]:
+    """Cancel a job: at once if it waits, after its step if it runs; a finished one stays as it is."""
+    job = find(service, who, job_id)
+    service.cancel(job)
+    return job.status()
+
+
+async def submit(
+    service: Service, who: Caller, fields: Mapping[str, Any], output: OutputFields, *, detached: bool
+) -> Job:
+    """Let a caller's request wait. Raises what `Service.submit` raises, and Forbidden or RateLimited by its key."""
+    model = service.model(output.model)
+    await who.check(service, model, fields)
+    encoded = Output(SUFFIX[output.output_format], output.output_quality, output.previews)
+    if encoded.quality is not None and encoded.suffix == ".png":
+        raise RequestError("output_quality: a PNG keeps every pixel and has none; leave it out, or ask for jpeg")
+    job = await service.submit(
+        model, fields, owner=who.name, output=encoded, priority=output.priority, detached=detached
+    )
+    who.admit(job)
+    return job
+
+
+def find(service: Service, who: Caller, job_id: str) -> Job:
+    """A job in memory that a caller may see. Raises NotFound."""
+    job = service.jobs.get(job_id)
+    if job is None or not who.may_see(job.owner):
+        raise NotFound(f"jobs: there is no job {job_id[:64]!r}, or it has expired")
+    return job
+
+
+async def _recorded(service: Service, who: Caller, job_id: str) -> dict[str, Any]:
+    row = await service.store.row(job_id)
+    if row is None or not who.may_see(row["owner"]):
+        raise NotFound(f"jobs: there is no job {job_id[:64]!r}, or it has expired")
+    kept = ("id", "state", "model", "created", "started", "finished", "timings", "error")
+    return {name: row[name] for name in kept} | {"images": len(row["images"]), "files": row["images"], "position": None}
+
+
+async def _stream(job: Job, since: int) -> AsyncIterator[bytes]:
+    import asyncio
+
+    events = job.watch(since)
+    pending: asyncio.Future[Event] | None = None
+    try:
+        while True:
+            pending = pending or asyncio.ensure_future(anext(events))
+            done, _ = await asyncio.wait({pending}, timeout=KEEP_ALIVE_SECONDS)
+            if not done:
+                yield b": keep-alive\n\n"
+                continue
+            try:
+                event = pending.result()
+            except StopAsyncIteration:
+                return
+            pending = None
+            yield encode_event(event.name, event_json(job, event), event.number)
+    finally:
+        if pending is not None:
+            pending.cancel()
+
+
+def event_json(job: Job, event: Event) -> dict[str, Any]:
+    """An event's data for a client; previews in base64."""
+    data = dict(event.data)
+    if isinstance(data.get("preview"), bytes):
+        data["preview"] = base64.b64encode(data["preview"]).decode()
+    if event.name == "done":
+        data["images"] = [f"/v1/jobs/{job.id}/images/{i}" for i in range(job.status()["images"])]
+        data["timings"] = dict(job.timings)
+    return {"id": job.id, **data}
+
+
+def encode_event(name: str, data: Mapping[str, Any], number: int | None = None) -> bytes:
+    """A server-sent event."""
+    head = "" if number is None else f"id: {number}\n"
+    return f"{head}event: {name}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
+
+
+def media_type_of(output: Output) -> str:
+    """The media type of a job's images."""
+    return f"image/{FORMATS[output.suffix].lower()}"
+
+
+async def read_request(request: Request, service: Service) -> tuple[dict[str, Any], OutputFields]:
+    """The fields of a request, with its images kept as files, and how to answer. Raises RequestError."""
+    if request.headers.get("content-type", "").startswith("multipart/form-data"):
+        said = await _form(request)
+    else:
+        try:
+            said = json.loads(await request.body() or b"{}")
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"body: expected JSON: {error}") from error
+        if not isinstance(said, dict):
+            raise RequestError("body: expected a JSON object")
+    uploads = {name: said.pop(name) for name in list(said) if isinstance(said[name], UploadFile)}
+    for name, own in DIFFUSERS_NAMES.items():
+        if name in said:
+            said.setdefault(own, said.pop(name))
+    try:
+        body: BaseModel = JobRequest.model_validate(said)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise RequestError(f"{field}: {first['msg']}, got {first['input']!r:.80}", field=field) from error
+    fields = request_fields(body)
+    for name in IMAGES:
+        if name in uploads:
+            content = await uploads[name].read()
+        elif fields.get(name) is not None:
+            content = decode_data_url(fields[name], name, service.config.limits.max_body_bytes)
+        else:
+            continue
+        fields[name] = await service.store.keep_input(content)
+    return fields, OutputFields(**{name: getattr(body, name) for name in OutputFields.model_fields})
+
+
+async def _form(request: Request) -> dict[str, Any]:
+    """A multipart form as JSON would say it: texts are read by the fields' kinds, `second_pass.scale` is a part."""
+    kinds = field_kinds()
+    said: dict[str, Any] = {}
+    form = await request.form(max_files=8, max_fields=100)
+    for name, value in form.multi_items():
+        if isinstance(value, UploadFile):
+            said[DIFFUSERS_NAMES.get(name, name)] = value
+            continue
+        own = DIFFUSERS_NAMES.get(name, name)
+        outer, dot, inner = own.partition(".")
+        if own in kinds and own not in IMAGES:
+            converted: Any = read_value(own, kinds[own], value, Path())
+            converted = list(converted) if isinstance(converted, tuple) else converted
+        elif own in ("previews", "priority", "output_quality"):
+            converted = TypeAdapter(int).validate_python(value) if value.lstrip("-").isdecimal() else value
+        else:
+            converted = value
+        if dot and own in kinds:
+            said.setdefault(outer, {})[inner] = converted
+        else:
+            said[own] = converted
+    return said

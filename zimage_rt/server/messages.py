@@ -1,0 +1,72 @@
+"""Messages between the service and its worker processes, pickled over a pipe."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .jobs import Image, Output
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Draw a job. `attempt` comes back with everything that is said about it."""
+
+    job: str
+    attempt: int
+    model: str
+    fields: Mapping[str, Any]
+    output: Output
+
+
+@dataclasses.dataclass(frozen=True)
+class Cancel:
+    """Stop a job after the step that runs."""
+
+    job: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Stop:
+    """End the worker when its jobs have ended."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ready:
+    """The worker has loaded and warmed its models, or says why it could not (`problems` by model)."""
+
+    problems: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A job made a step; `preview` is a JPEG."""
+
+    job: str
+    attempt: int
+    step: int
+    steps: int
+    sigma: float
+    preview: bytes | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A job ended: with images, or with an error as `{code, message, field}`."""
+
+    job: str
+    attempt: int
+    images: Sequence[Image] = ()
+    timings: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    seeds: Sequence[int] = ()
+    warnings: Sequence[str] = ()
+    error: Mapping[str, Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """The engines that the worker has now, and its device's memory in bytes if it knows."""
+
+    models: Sequence[str]
+    memory: Mapping[str, int] = dataclasses.field(default_factory=dict)

@@ -1,0 +1,133 @@
+"""The request over HTTP: a pydantic model with the fields that the request codec knows."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import re
+import typing
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, create_model
+
+from ..errors import RequestError
+from ..request.codec import DIFFUSERS_NAMES, IMAGES, field_kinds, members, part_type
+from ..request.types import GenerateRequest
+from ..request.values import FLAG, NUMBER, NUMBERS, TEXT, WEIGHTS, WHOLE
+
+# JSON's types of the codec's kinds.
+TYPES: Mapping[str, Any] = {
+    TEXT: str,
+    WHOLE: int,
+    NUMBER: float,
+    NUMBERS: list[float],
+    FLAG: bool,
+    WEIGHTS: dict[str, float],
+}
+DATA_URL = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.IGNORECASE)
+IMAGE_HELP = "An image as a data URL (data:image/png;base64,…), or the name of a part of a multipart form."
+
+
+def _documented() -> dict[str, str]:
+    """The description of every field of `GenerateRequest`, from its docstring."""
+    text = (GenerateRequest.__doc__ or "").partition("Attributes:")[2]
+    found: dict[str, str] = {}
+    names: list[str] = []
+    for line in text.splitlines():
+        head = re.match(r" {8}(\w+(?:, \w+)*): (.*)", line)
+        if head:
+            names = head[1].split(", ")
+            found |= dict.fromkeys(names, head[2])
+        elif line.strip():
+            found |= {name: f"{found[name]} {line.strip()}" for name in names}
+    return found
+
+
+def _parts(field: str) -> type[BaseModel]:
+    kinds = field_kinds()
+    parts = {
+        part.name: (TYPES[kinds[f"{field}.{part.name}"]] | None, part.default)
+        for part in dataclasses.fields(part_type(field))
+    }
+    name = part_type(field).__name__
+    return create_model(name, __config__=ConfigDict(extra="forbid", strict=True), **parts)  # type: ignore[call-overload]
+
+
+def _request_fields() -> dict[str, Any]:
+    kinds, help_texts = field_kinds(), _documented()
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(GenerateRequest):
+        hint = typing.get_type_hints(GenerateRequest)[field.name]
+        kind: Any
+        if field.name in IMAGES:
+            kind, text = str | None, IMAGE_HELP
+        elif any(dataclasses.is_dataclass(member) for member in members(hint)):
+            kind, text = _parts(field.name) | None, help_texts.get(field.name, "")
+        elif field.name in kinds:
+            kind, text = TYPES[kinds[field.name]], help_texts.get(field.name, "")
+            if field.name in ("prompt", "negative_prompt"):
+                kind = kind | list[str]
+            if field.name == "seed":
+                kind = kind | list[int]
+            kind = kind if field.default is not None and field.name != "prompt" else kind | None
+        else:
+            continue  # arrays, which JSON has not
+        default = ... if field.default is dataclasses.MISSING else field.default
+        fields[field.name] = (Annotated[kind, Field(description=text)], default)
+    return fields
+
+
+class OutputFields(BaseModel):
+    """How a job's images are encoded, and how much of its progress is told."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: Annotated[str | None, Field(description="A name of /v1/models; the default is the service's first.")] = None
+    output_format: Annotated[str, Field(pattern="^(png|jpeg|webp)$", description="png, jpeg or webp.")] = "png"
+    output_quality: Annotated[
+        int | None, Field(ge=1, le=100, description="Of jpeg and webp. By default 95 for jpeg; webp keeps every pixel.")
+    ] = None
+    previews: Annotated[
+        int, Field(ge=0, le=1000, description="A preview in the events after every so many steps; 0 for none.")
+    ] = 0
+    priority: Annotated[
+        int, Field(ge=-100, le=100, description="Jobs of one key with a higher priority are drawn first.")
+    ] = 0
+
+
+JobRequest: Any = create_model("JobRequest", __base__=OutputFields, **_request_fields())
+JobRequest.__doc__ = "A request: every field of zimage_rt.GenerateRequest that JSON can say, and how to answer."
+
+OUTPUT_FIELDS = tuple(OutputFields.model_fields)
+REQUEST_FIELDS = tuple(name for name in JobRequest.model_fields if name not in OUTPUT_FIELDS)
+
+
+def request_fields(body: BaseModel) -> dict[str, Any]:
+    """The fields of a `GenerateRequest` that a body says; the others keep their defaults."""
+    said = {name: getattr(body, name) for name in REQUEST_FIELDS if name in body.model_fields_set}
+    return {
+        name: part_type(name)(**value.model_dump(exclude_unset=True)) if isinstance(value, BaseModel) else value
+        for name, value in said.items()
+    }
+
+
+def decode_data_url(text: str, field: str, max_bytes: int) -> bytes:
+    """The bytes of an image in a data URL. Raises RequestError; other URLs are never fetched."""
+    head = DATA_URL.match(text)
+    if head is None:
+        what = "a URL of another kind" if "://" in text[:20] else "other text"
+        raise RequestError(
+            f"{field}: expected a data URL (data:image/png;base64,…) or a part of the form, got {what}; the service "
+            "fetches nothing"
+        )
+    if (len(text) - head.end()) * 3 // 4 > max_bytes:
+        raise RequestError(f"{field}: expected at most {max_bytes} bytes, got more")
+    try:
+        return base64.b64decode(text[head.end() :], validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise RequestError(f"{field}: the data URL is no base64: {error}") from error
+
+
+__all__ = ["DIFFUSERS_NAMES", "REQUEST_FIELDS", "JobRequest", "OutputFields", "decode_data_url", "request_fields"]

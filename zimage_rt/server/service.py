@@ -1,0 +1,290 @@
+"""The service: takes requests, lets them wait fairly, gives them to workers, and keeps what came of them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..bundle.manifest import Manifest, read_manifest
+from ..errors import RequestError, ZImageError
+from ..request.codec import make_request
+from ..request.resolve import resolve
+from ..request.types import ResolvedRequest
+from .config import ServiceConfig
+from .jobs import MAX_ATTEMPTS, FairQueue, Job, Output
+from .messages import Finished, Ready, Step
+from .pool import WorkerProcess
+from .store import Store
+from .worker import lora_names
+
+log = logging.getLogger(__name__)
+
+# Seconds between two looks for what has expired.
+SWEEP_SECONDS = 30.0
+# Finished jobs in memory; older ones are answered from the store.
+MAX_JOBS = 1000
+
+
+class Draining(ZImageError):
+    """The service ends and takes no more jobs."""
+
+    code = "draining"
+
+
+class UnknownModel(RequestError):
+    """A request names a model that the service does not have."""
+
+    code = "model_not_found"
+
+
+class Service:
+    """Jobs from their requests to their images. All methods run on the event loop's thread.
+
+    Attributes:
+        manifests: of the bundles, by model.
+        jobs: those that can be asked for, by id.
+        queue, workers, store: see their classes.
+    """
+
+    def __init__(self, config: ServiceConfig) -> None:
+        self.config = config
+        self.manifests: dict[str, Manifest] = {
+            name: read_manifest(Path(model.bundle)) for name, model in config.models.items()
+        }
+        self.store = Store(Path(config.data), config)
+        self.store.bundle_ids = {name: manifest.bundle_id for name, manifest in self.manifests.items()}
+        self.queue = FairQueue(config.queue.max_waiting)
+        self.jobs: dict[str, Job] = {}
+        self.workers = [
+            WorkerProcess(config, device, self._on_message, self._on_death) for device in (config.devices or (None,))
+        ]
+        self._is_draining = False
+        self._sweeping: asyncio.Task[None] | None = None
+        self._idle = asyncio.Event()
+
+    # --- life -----------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start the workers, and let jobs wait again that a former run had promised."""
+        await self.store.open()
+        for worker in self.workers:
+            worker.start()
+        for job in await self.store.unfinished():
+            self.jobs[job.id] = job
+            self.queue.add_first(job)
+            job.tell("queued", position=self.queue.position(job))
+        self._sweeping = asyncio.create_task(self._sweep())
+
+    async def stop(self) -> list[str]:
+        """Finish what runs and waits, as long as `drain_seconds` allow; the ids of the jobs that were dropped."""
+        self._is_draining = True
+        deadline = time.monotonic() + self.config.queue.drain_seconds
+        while self._unfinished() and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        dropped = self._unfinished()
+        for job in dropped:
+            # A detached job was promised: it is drawn when the service runs again.
+            if not job.detached:
+                self.cancel(job, "the service ended")
+        left = max(1.0, deadline - time.monotonic())
+        await asyncio.gather(*(worker.stop(left) for worker in self.workers))
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+        await self.store.close()
+        return [job.id for job in dropped]
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a worker takes jobs."""
+        return not self._is_draining and any(worker.is_ready for worker in self.workers)
+
+    def _unfinished(self) -> list[Job]:
+        return [job for job in self.jobs.values() if not job.is_finished]
+
+    # --- jobs -----------------------------------------------------------------------------------------------------
+
+    def model(self, name: str | None) -> str:
+        """The model of a request. Raises UnknownModel."""
+        if name is None:
+            return self.config.default_model
+        if name not in self.config.models:
+            known = ", ".join(self.config.models)
+            raise UnknownModel(f"model: there is no model {name!r}; there are: {known}", field="model")
+        return name
+
+    async def check(self, model: str, fields: Mapping[str, Any]) -> ResolvedRequest:
+        """A request as it will be drawn, checked against its bundle and the service's limits. Raises RequestError."""
+        manifest = self.manifests[model]
+        resolved = await asyncio.to_thread(lambda: resolve(make_request(**fields), manifest))
+        limits = self.config.limits
+        last = resolved.second_pass or resolved
+        if max(resolved.height * resolved.width, last.height * last.width) > limits.max_pixels:
+            raise RequestError(
+                f"height and width: expected at most {limits.max_pixels} pixels here, got {last.width}x{last.height}",
+                field="height",
+            )
+        steps = sum(len(part.sigmas) - 1 for part in (resolved, resolved.second_pass) if part is not None)
+        if steps > limits.max_steps:
+            raise RequestError(f"num_inference_steps: expected at most {limits.max_steps} here, got {steps}")
+        if len(resolved.seeds) > limits.max_images:
+            raise RequestError(f"num_images: expected at most {limits.max_images} here, got {len(resolved.seeds)}")
+        known = lora_names(self.config.models[model].loras)
+        for name in resolved.loras or ():
+            if name not in known:
+                raise RequestError(f"loras: no LoRA named {name!r} here; there are: {', '.join(known) or 'none'}")
+        return resolved
+
+    async def submit(
+        self,
+        model: str,
+        fields: Mapping[str, Any],
+        *,
+        owner: str = "",
+        output: Output | None = None,
+        priority: int = 0,
+        detached: bool = False,
+    ) -> Job:
+        """Check a request and let it wait.
+
+        Args:
+            model: its name, see `model`.
+            fields: of a `GenerateRequest`; images are paths of `Store.keep_input`.
+            owner: the key's name.
+            output: the images' format, and previews.
+            priority: higher ones of an owner come first.
+            detached: whether it is promised: it is then drawn although its client has gone, or the service ends.
+
+        Raises:
+            RequestError: it cannot be drawn. QueueFull: too many wait. Draining: the service ends.
+        """
+        if self._is_draining:
+            raise Draining("the service ends and takes no more jobs; ask another, or again later")
+        self.store.check_room()
+        self._check_room()  # before anything is decoded
+        resolved = await self.check(model, fields)
+        # The seed is chosen here, so that the record has it whatever becomes of the job.
+        job = Job(
+            {**fields, "seed": list(resolved.seeds) if len(resolved.seeds) > 1 else resolved.seeds[0]}
+            if resolved.batch_noise == "separate"
+            else {**fields, "seed": resolved.seeds[0]},
+            model=model,
+            owner=owner,
+            output=output,
+            priority=priority,
+            detached=detached,
+        )
+        self._check_room()
+        self.jobs[job.id] = job
+        self.queue.add(job)
+        job.tell("queued", position=self.queue.position(job))
+        self._dispatch()
+        if detached:
+            try:
+                await self.store.promise(job)
+            except ZImageError:
+                self.cancel(job)
+                raise
+        return job
+
+    def _check_room(self) -> None:
+        if not any(worker.has_room() for worker in self.workers):
+            self.queue.check_room(len(self.workers) * self.config.slots)
+
+    def cancel(self, job: Job, reason: str = "the job was cancelled") -> None:
+        """Stop a job, at once if it waits, after its step if it runs; nothing if it has ended."""
+        if job.is_finished:
+            return
+        if self.queue.remove(job):
+            self._end(job, "cancelled", {"code": "cancelled", "message": f"{reason}; no image was made", "field": None})
+            return
+        for worker in self.workers:
+            if job.id in worker.running:
+                worker.cancel(job)
+
+    async def wait(self, job: Job) -> None:
+        """Return when a job has ended and its record is kept."""
+        await job.wait()
+        await self.store.settled(job)
+
+    async def image(self, job: Job, number: int) -> bytes:
+        """The bytes of a finished job's image. Raises KeyError if there is none, FileNotFoundError if it expired."""
+        if number < len(job.images):
+            return job.images[number].content
+        if number < len(job.stored):
+            return await asyncio.to_thread(job.stored[number].path.read_bytes)
+        raise KeyError(number)
+
+    def _dispatch(self) -> None:
+        while len(self.queue):
+            free = [worker for worker in self.workers if worker.has_room()]
+            if not free:
+                return
+            job = self.queue.take()
+            if job is None:
+                return
+            worker = min(free, key=lambda each: (len(each.running), job.model not in each.models))
+            job.attempts += 1
+            job.state, job.started = "running", time.time()
+            job.tell("started", attempt=job.attempts)
+            worker.give(job)
+
+    def _on_message(self, worker: WorkerProcess, message: object) -> None:
+        if isinstance(message, Ready):
+            self._dispatch()
+        if not isinstance(message, (Step, Finished)):
+            return
+        job = worker.running.get(message.job)
+        if job is None or job.attempts != message.attempt:
+            return  # of an attempt that was given up
+        if isinstance(message, Step):
+            data: dict[str, Any] = {"step": message.step, "steps": message.steps, "sigma": message.sigma}
+            if message.preview is not None:
+                data["preview"] = message.preview
+            job.tell("step", **data)
+            return
+        del worker.running[job.id]
+        if message.error is None:
+            job.images, job.timings, job.warnings = message.images, message.timings, message.warnings
+            self.queue.timed(message.timings.get("total", 0.0))
+            self._end(job, "done", None, seeds=list(message.seeds), warnings=list(message.warnings))
+        else:
+            self._end(job, "cancelled" if message.error["code"] == "cancelled" else "failed", message.error)
+        self._dispatch()
+
+    def _end(self, job: Job, state: Any, error: Mapping[str, Any] | None, **data: Any) -> None:
+        """End a job and keep its record; the answer waits for that, see `wait`."""
+        job.error = error
+        self.store.finished(job, state)
+        job.drop_previews()
+        job.finish(state, **({"error": error} if error is not None else data))
+
+    def _on_death(self, worker: WorkerProcess, lost: Sequence[Job]) -> None:
+        for job in lost:
+            if job.attempts < MAX_ATTEMPTS:
+                job.state = "queued"
+                job.tell("queued", position=0)
+                self.queue.add_first(job)
+            else:
+                message = f"the worker died {job.attempts} times while it drew this"
+                self._end(job, "failed", {"code": "worker_died", "message": message, "field": None})
+        self._dispatch()
+
+    async def _sweep(self) -> None:
+        """Forget jobs whose images have expired, and what the record keeps no longer."""
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            self.forget_expired()
+            await self.store.prune()
+
+    def forget_expired(self) -> None:
+        """Forget finished jobs that are too old or too many; their records and files are still in the store."""
+        now = time.time()
+        finished = sorted((job for job in self.jobs.values() if job.finished), key=lambda job: job.finished or 0.0)
+        for index, job in enumerate(finished):
+            too_old = now - (job.finished or now) > self.config.queue.keep_seconds
+            if too_old or len(finished) - index > MAX_JOBS:
+                del self.jobs[job.id]

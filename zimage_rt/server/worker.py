@@ -1,0 +1,304 @@
+"""A worker process: engines on one device, and the jobs that the service sends."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import logging
+import os
+import signal
+import threading
+import time
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..engine import Engine
+from ..errors import Cancelled, EngineClosed, OutOfMemory, RequestError, RequestWarning, ZImageError
+from ..image.formats import FORMATS
+from ..metadata.image_file import encode_with_record
+from ..metadata.record import ImageRecord
+from ..metadata.references import pixels_sha256
+from ..request.codec import IMAGES, make_request
+from ..request.types import GenerateRequest, StepInfo
+from .config import ModelConfig, ServiceConfig
+from .jobs import Image
+from .messages import Cancel, Finished, Loaded, Ready, Run, Step, Stop
+
+log = logging.getLogger(__name__)
+
+# Pixels of a preview's longer side: enough to see the image come, and a tenth of the bytes.
+PREVIEW_SIDE = 384
+PREVIEW_QUALITY = 80
+
+
+class Engines:
+    """The engines of one worker: loaded on first use, the one unused for longest closed if memory runs out.
+
+    Args:
+        models: by name.
+        device: the GPU's number, or None for the backend's own.
+        max_loaded: engines at once.
+        changed: called with the names of those that are loaded.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, ModelConfig],
+        device: int | None,
+        max_loaded: int,
+        changed: Callable[[Sequence[str]], None] = lambda names: None,
+    ) -> None:
+        self._models, self._device, self._max = models, device, max_loaded
+        self._changed = changed
+        self._loaded: OrderedDict[str, Engine] = OrderedDict()
+        self._loading = threading.Lock()
+
+    def get(self, name: str) -> Engine:
+        """The engine of a model. Raises what `Engine.load` raises, OutOfMemory if it does not fit alone."""
+        with self._loading:
+            if name in self._loaded:
+                self._loaded.move_to_end(name)
+                return self._loaded[name]
+            while len(self._loaded) >= self._max:
+                self._close_oldest()
+            while True:
+                try:
+                    engine = self._load(self._models[name])
+                except OutOfMemory:
+                    if not self._loaded:
+                        raise
+                    self._close_oldest()
+                    continue
+                self._loaded[name] = engine
+                self._changed(list(self._loaded))
+                return engine
+
+    def make_room(self, name: str) -> bool:
+        """Close the engine unused for longest, if another than `name` is loaded; whether one was."""
+        with self._loading:
+            other = next((loaded for loaded in self._loaded if loaded != name), None)
+            if other is None:
+                return False
+            self._close(other)
+            return True
+
+    def close(self) -> None:
+        """Close all."""
+        with self._loading:
+            while self._loaded:
+                self._close_oldest()
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of device memory, from an engine whose backend knows; empty otherwise."""
+        for engine in list(self._loaded.values()):
+            try:
+                memory = getattr(engine.pipeline, "memory", None)
+            except EngineClosed:
+                continue
+            if memory is not None:
+                return dict(memory())
+        return {}
+
+    def _load(self, model: ModelConfig) -> Engine:
+        options = dict(model.backend_options)
+        if self._device is not None:
+            options["device" if model.backend != "onnxruntime" else "device_id"] = self._device
+        return Engine.load(model.bundle, backend=model.backend, backend_options=options)
+
+    def _close_oldest(self) -> None:
+        self._close(next(iter(self._loaded)))
+
+    def _close(self, name: str) -> None:
+        # The engine waits for the requests that run on it.
+        self._loaded.pop(name).close()
+        self._changed(list(self._loaded))
+
+
+class Worker:
+    """Draws jobs until it is told to stop. `send` may be called from any thread."""
+
+    def __init__(self, config: ServiceConfig, device: int | None, send: Callable[[object], None]) -> None:
+        self._config, self._send = config, send
+        self.engines = Engines(config.models, device, config.max_loaded, self._tell_loaded)
+        self._jobs = ThreadPoolExecutor(config.slots, "zimage-job")
+        self._cancelled: set[str] = set()
+        self._loras = threading.Lock()
+
+    def warm_up(self) -> None:
+        """Load the models that are to be ready, and draw their sizes once; then say so."""
+        problems: dict[str, str] = {}
+        for name, model in self._config.models.items():
+            if not model.load:
+                continue
+            try:
+                engine = self.engines.get(name)
+                for size in model.warm:
+                    width, _, height = size.partition("x")
+                    engine.generate("warm-up", height=int(height), width=int(width), num_inference_steps=1, seed=0)
+            except (ZImageError, OSError) as error:
+                problems[name] = f"{type(error).__name__}: {error}"
+        self._send(Ready(problems))
+
+    def run(self, message: Run) -> None:
+        """Begin a job on a thread of its own."""
+        self._jobs.submit(self._run, message)
+
+    def cancel(self, job: str) -> None:
+        """Stop a job after its step."""
+        self._cancelled.add(job)
+
+    def stop(self) -> None:
+        """Wait for the jobs, and close the engines."""
+        self._jobs.shutdown(wait=True)
+        self.engines.close()
+
+    def _run(self, message: Run) -> None:
+        try:
+            finished = self._draw(message)
+        except BaseException as error:
+            if not isinstance(error, ZImageError):
+                log.exception("job %s failed", message.job)
+            finished = Finished(message.job, message.attempt, error=error_json(error))
+        finally:
+            self._cancelled.discard(message.job)
+        self._send(finished)
+
+    def _draw(self, message: Run) -> Finished:
+        if message.job in self._cancelled:
+            raise Cancelled("the job was cancelled; no image was made")
+        request = make_request(**message.fields)
+        while True:
+            engine = self.engines.get(message.model)
+            try:
+                self._load_loras(engine, message.model, request)
+                result = engine.run(request, callback=self._callback(message))
+                break
+            except EngineClosed:  # closed to make room for another model, between the two lines
+                continue
+            except OutOfMemory:
+                if not self.engines.make_room(message.model):
+                    raise
+        suffix = message.output.suffix
+        images = []
+        for pixels, drawn in zip(result.images, result.records, strict=True):
+            record = dataclasses.replace(scrubbed(drawn), pixels_sha256=pixels_sha256(pixels))
+            content = encode_with_record(pixels, record, suffix, message.output.quality)
+            images.append(Image(content, f"image/{FORMATS[suffix].lower()}", dataclasses.asdict(record)))
+        return Finished(
+            message.job, message.attempt, images, result.timings, result.seeds, list(result.records[0].warnings)
+        )
+
+    def _callback(self, message: Run) -> Callable[[StepInfo], bool]:
+        every = message.output.previews
+
+        def on_step(info: StepInfo) -> bool:
+            if message.job in self._cancelled:
+                return False
+            preview = None
+            if every and (info.step + 1) % every == 0 and info.step + 1 < info.num_steps:
+                preview = encode_preview(info.preview()[0])
+            self._send(
+                Step(message.job, message.attempt, info.step + 1, info.num_steps, float(info.sigma_next), preview)
+            )
+            return True
+
+        return on_step
+
+    def _load_loras(self, engine: Engine, model: str, request: GenerateRequest) -> None:
+        """Load the LoRAs that a request names, from the model's folder, switched off. Raises RequestError."""
+        folder = self._config.models[model].loras
+        with self._loras:
+            for name in request.loras or ():
+                if name not in engine.loras:
+                    engine.load_lora(lora_file(folder, name), 0.0, name, strict=False)
+
+    def _tell_loaded(self, names: Sequence[str]) -> None:
+        self._send(Loaded(names, self.engines.memory()))
+
+
+def lora_names(folder: str | None) -> dict[str, Path]:
+    """The LoRAs of a folder by their names: files without their ending, and folders as PEFT writes them."""
+    if folder is None or not Path(folder).is_dir():
+        return {}
+    found = sorted(Path(folder).iterdir())
+    return {
+        path.stem if path.is_file() else path.name: path
+        for path in found
+        if not path.name.startswith(".") and (path.suffix == ".safetensors" or path.is_dir())
+    }
+
+
+def lora_file(folder: str | None, name: str) -> Path:
+    """The file of a LoRA. Raises RequestError for a name that the folder does not have: no path is made of it."""
+    known = lora_names(folder)
+    if name not in known:
+        raise RequestError(f"loras: no LoRA named {name!r} here; there are: {', '.join(known) or 'none'}")
+    return known[name]
+
+
+def scrubbed(record: ImageRecord) -> ImageRecord:
+    """The record without the service's paths: inputs by their hashes, LoRAs by their files' names."""
+    request = {
+        name: {key: item for key, item in value.items() if key != "path"}
+        if name in IMAGES and isinstance(value, Mapping)
+        else value
+        for name, value in record.request.items()
+    }
+    loras = [{**lora, "path": Path(lora["path"]).name} for lora in record.loras]
+    return dataclasses.replace(record, request=request, loras=loras, backend_options={})
+
+
+def encode_preview(pixels: np.ndarray) -> bytes:
+    """uint8 `[height, width, 3]` as a small JPEG."""
+    from PIL import Image as PilImage
+
+    step = -(-max(pixels.shape[:2]) // PREVIEW_SIDE)
+    encoded = io.BytesIO()
+    PilImage.fromarray(np.ascontiguousarray(pixels[::step, ::step])).save(encoded, "JPEG", quality=PREVIEW_QUALITY)
+    return encoded.getvalue()
+
+
+def error_json(error: BaseException) -> dict[str, Any]:
+    """An error for a client: an unexpected one says nothing of the service's inside."""
+    if isinstance(error, ZImageError):
+        return {"code": error.code, "message": str(error), "field": getattr(error, "field", None)}
+    return {"code": "internal", "message": "the service failed; its log has the reason", "field": None}
+
+
+def main(config: ServiceConfig, device: int | None, connection: Connection) -> None:
+    """A worker process's life: commands come over the connection, until Stop or until the service is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the service's to handle
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    warnings.simplefilter("ignore", RequestWarning)
+    sending = threading.Lock()
+
+    def send(message: object) -> None:
+        with sending:
+            try:
+                connection.send(message)
+            except (BrokenPipeError, OSError):  # the service is gone, and nobody waits for anything
+                os._exit(1)
+
+    worker = Worker(config, device, send)
+    threading.Thread(target=worker.warm_up, name="zimage-warm-up", daemon=True).start()
+    started = time.monotonic()
+    while True:
+        try:
+            message = connection.recv()
+        except (EOFError, OSError):
+            os._exit(0)
+        if isinstance(message, Run):
+            worker.run(message)
+        elif isinstance(message, Cancel):
+            worker.cancel(message.job)
+        elif isinstance(message, Stop):
+            worker.stop()
+            log.info("worker %d ends after %.0f s", os.getpid(), time.monotonic() - started)
+            return
