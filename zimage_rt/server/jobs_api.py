@@ -13,6 +13,7 @@ from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from starlette.datastructures import UploadFile
 
+from ..checks import shown
 from ..errors import RequestError
 from ..image.formats import FORMATS
 from ..request.codec import DIFFUSERS_NAMES, IMAGES, field_kinds
@@ -222,9 +223,7 @@ async def read_request(request: Request, service: Service) -> tuple[dict[str, An
     try:
         body: BaseModel = JobRequest.model_validate(said)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise RequestError(f"{field}: {first['msg']}, got {first['input']!r:.80}", field=field) from error
+        raise invalid(error) from error
     fields = request_fields(body)
     for name in IMAGES:
         if name in uploads:
@@ -235,6 +234,15 @@ async def read_request(request: Request, service: Service) -> tuple[dict[str, An
             continue
         fields[name] = await service.store.keep_input(content)
     return fields, OutputFields(**{name: getattr(body, name) for name in OutputFields.model_fields})
+
+
+def invalid(error: ValidationError) -> RequestError:
+    """The first fault that pydantic found, by its field."""
+    first = error.errors()[0]
+    name, *inner = (str(part) for part in first["loc"])
+    # What follows a field's name is a part of it, or the branch of a union.
+    field = f"{name}.{inner[0]}" if inner and f"{name}.{inner[0]}" in field_kinds() else name
+    return RequestError(f"{field}: {first['msg']}, got {shown(first['input'])}", field=field)
 
 
 async def _form(request: Request) -> dict[str, Any]:

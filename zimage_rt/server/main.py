@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import signal
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,8 @@ import uvicorn
 from ..errors import RequestError
 from .app import create_app
 from .config import ModelConfig, QueueConfig, ServiceConfig, read_config
+
+log = logging.getLogger(__name__)
 
 
 def service_config(
@@ -47,18 +52,32 @@ def run(config: ServiceConfig, tell: Callable[[str], None]) -> None:
             f"host: {config.host} can be reached by others, and there are no API keys; add one with `zimage keys add`, "
             "or serve everybody with `open = true` in the configuration"
         )
-    app = create_app(config)
-    server = uvicorn.Server(
+    server = Server(
         uvicorn.Config(
-            app,
+            create_app(config),
             host=config.host,
             port=config.port,
             log_level="warning",
             access_log=False,
-            timeout_graceful_shutdown=config.queue.drain_seconds,
+            # Clients that wait get their answers; what they do not wait for drains after that.
+            timeout_graceful_shutdown=max(1, config.queue.drain_seconds),
         )
     )
+    # uvicorn raises the signal again when it has ended; a service that was told to end has ended well.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     server.run()
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which logs where it listens."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say where."""
+        await super().startup(sockets)
+        for server in self.servers:
+            for each in server.sockets:
+                host, port = each.getsockname()[:2]
+                log.info("listening at http://%s:%d", f"[{host}]" if ":" in host else host, port)
 
 
 __all__ = ["QueueConfig", "run", "service_config"]

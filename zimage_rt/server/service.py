@@ -119,7 +119,14 @@ class Service:
     async def check(self, model: str, fields: Mapping[str, Any]) -> ResolvedRequest:
         """A request as it will be drawn, checked against its bundle and the service's limits. Raises RequestError."""
         manifest = self.manifests[model]
-        resolved = await asyncio.to_thread(lambda: resolve(make_request(**fields), manifest))
+        try:
+            resolved = await asyncio.to_thread(lambda: resolve(make_request(**fields), manifest))
+        except RequestError as error:
+            # A client's image is a file of the service's, whose name is nobody's business.
+            message = str(error)
+            for value in fields.values():
+                message = message.replace(str(value), "the uploaded file") if isinstance(value, Path) else message
+            raise RequestError(message, field=error.field) from None
         limits = self.config.limits
         last = resolved.second_pass or resolved
         if max(resolved.height * resolved.width, last.height * last.width) > limits.max_pixels:
