@@ -53,11 +53,14 @@ class Image:
     Attributes:
         content: of a PNG, JPEG or WebP file, with the record inside.
         media_type: `image/png`, `image/jpeg` or `image/webp`.
+        width, height: pixels.
         record: see `ImageRecord`; JSON.
     """
 
     content: bytes
     media_type: str
+    width: int
+    height: int
     record: Mapping[str, Any]
 
 
@@ -100,6 +103,7 @@ class Job:
         self.finished: float | None = None
         self.attempts = 0
         self.images: Sequence[Image] = ()
+        self.sizes: Sequence[tuple[int, int]] = ()  # width and height of each
         self.stored: Sequence[Any] = ()  # the same on the disk, once they are
         self.timings: Mapping[str, float] = {}
         self.warnings: Sequence[str] = ()

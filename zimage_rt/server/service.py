@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.manifest import Manifest, read_manifest
+from ..bundle.tokenizer import PromptTokenizer
 from ..errors import RequestError, ZImageError
 from ..request.codec import make_request
 from ..request.resolve import resolve
@@ -59,6 +60,7 @@ class Service:
         self.store.bundle_ids = {name: manifest.bundle_id for name, manifest in self.manifests.items()}
         self.queue = FairQueue(config.queue.max_waiting)
         self.jobs: dict[str, Job] = {}
+        self._tokenizers: dict[str, PromptTokenizer] = {}
         self.workers = [
             WorkerProcess(config, device, self._on_message, self._on_death) for device in (config.devices or (None,))
         ]
@@ -225,6 +227,27 @@ class Service:
             return await asyncio.to_thread(job.stored[number].path.read_bytes)
         raise KeyError(number)
 
+    async def usage(self, job: Job) -> dict[str, Any]:
+        """What a job took, as OpenAI counts: tokens of the prompts, and the image tokens that were drawn and read."""
+        manifest = self.manifests[job.model]
+        tokenizer = self._tokenizers.get(job.model)
+        if tokenizer is None:
+            bundle = Path(self.config.models[job.model].bundle)
+            tokenizer = await asyncio.to_thread(PromptTokenizer, bundle, manifest)
+            self._tokenizers[job.model] = tokenizer
+        prompt = job.fields["prompt"]
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        text = sum(tokenizer.count(each, "prompt", truncate=True, literal=False)[0] for each in prompts)
+        side = manifest.pipeline.size_multiple
+        drawn = sum((height // side) * (width // side) for width, height in job.sizes)
+        read = drawn // max(len(job.sizes), 1) if job.fields.get("image") is not None else 0
+        return {
+            "input_tokens": text + read,
+            "input_tokens_details": {"text_tokens": text, "image_tokens": read},
+            "output_tokens": drawn,
+            "total_tokens": text + read + drawn,
+        }
+
     def _dispatch(self) -> None:
         while len(self.queue):
             free = [worker for worker in self.workers if worker.has_room()]
@@ -256,6 +279,7 @@ class Service:
         del worker.running[job.id]
         if message.error is None:
             job.images, job.timings, job.warnings = message.images, message.timings, message.warnings
+            job.sizes = [(image.width, image.height) for image in message.images]
             self.queue.timed(message.timings.get("total", 0.0))
             self._end(job, "done", None, seeds=list(message.seeds), warnings=list(message.warnings))
         else:

@@ -190,7 +190,9 @@ class Worker:
         for pixels, drawn in zip(result.images, result.records, strict=True):
             record = dataclasses.replace(scrubbed(drawn), pixels_sha256=pixels_sha256(pixels))
             content = encode_with_record(pixels, record, suffix, message.output.quality)
-            images.append(Image(content, f"image/{FORMATS[suffix].lower()}", dataclasses.asdict(record)))
+            height, width = pixels.shape[:2]
+            kind = f"image/{FORMATS[suffix].lower()}"
+            images.append(Image(content, kind, width, height, dataclasses.asdict(record)))
         return Finished(
             message.job, message.attempt, images, result.timings, result.seeds, list(result.records[0].warnings)
         )
