@@ -205,7 +205,9 @@ def media_type_of(output: Output) -> str:
     return f"image/{FORMATS[output.suffix].lower()}"
 
 
-async def read_request(request: Request, service: Service) -> tuple[dict[str, Any], OutputFields]:
+async def read_request(
+    request: Request, service: Service, *, needs_prompt: bool = True
+) -> tuple[dict[str, Any], OutputFields]:
     """The fields of a request, with its images kept as files, and how to answer. Raises RequestError."""
     if request.headers.get("content-type", "").startswith("multipart/form-data"):
         said = await _form(request)
@@ -220,11 +222,14 @@ async def read_request(request: Request, service: Service) -> tuple[dict[str, An
     for name, own in DIFFUSERS_NAMES.items():
         if name in said:
             said.setdefault(own, said.pop(name))
+    has_prompt = needs_prompt or "prompt" in said
     try:
-        body: BaseModel = JobRequest.model_validate(said)
+        body: BaseModel = JobRequest.model_validate(said if has_prompt else {**said, "prompt": ""})
     except ValidationError as error:
         raise invalid(error) from error
     fields = request_fields(body)
+    if not has_prompt:
+        del fields["prompt"]
     for name in IMAGES:
         if name in uploads:
             content = await uploads[name].read()

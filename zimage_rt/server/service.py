@@ -64,6 +64,8 @@ class Service:
         self.workers = [
             WorkerProcess(config, device, self._on_message, self._on_death) for device in (config.devices or (None,))
         ]
+        # By session: the turn that is drawn, and the task that lets it stand.
+        self.turns: dict[str, tuple[Job, asyncio.Future[None]]] = {}
         self._is_draining = False
         self._sweeping: asyncio.Task[None] | None = None
         self._idle = asyncio.Event()
@@ -94,6 +96,7 @@ class Service:
                 self.cancel(job, "the service ended")
         left = max(1.0, deadline - time.monotonic())
         await asyncio.gather(*(worker.stop(left) for worker in self.workers))
+        await asyncio.gather(*(settling for _, settling in self.turns.values()), return_exceptions=True)
         if self._sweeping is not None:
             self._sweeping.cancel()
         await self.store.close()

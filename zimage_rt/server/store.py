@@ -46,6 +46,9 @@ CREATE TABLE IF NOT EXISTS jobs (
     timings TEXT NOT NULL DEFAULT '{}', error TEXT, warnings TEXT NOT NULL DEFAULT '[]', safety TEXT,
     images TEXT NOT NULL DEFAULT '[]'
 );
+CREATE TABLE IF NOT EXISTS sessions (
+    id TEXT PRIMARY KEY, owner TEXT NOT NULL, created REAL NOT NULL, standing INTEGER NOT NULL, turns TEXT NOT NULL
+);
 CREATE INDEX IF NOT EXISTS jobs_created ON jobs (created);
 CREATE INDEX IF NOT EXISTS jobs_state ON jobs (state) WHERE state IN ('queued', 'running');
 """
@@ -270,6 +273,13 @@ class Store:
         )
         job.created = row["created"]
         return job
+
+    async def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Run on the writing thread; returns when it is committed. Raises StorageFull."""
+        try:
+            return await self._do(work, retry=False)
+        except (sqlite3.OperationalError, OSError) as error:
+            raise StorageFull(f"the service's record cannot be written: {error}") from error
 
     # --- the writing thread -----------------------------------------------------------------------------------------
 

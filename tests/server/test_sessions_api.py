@@ -1,0 +1,75 @@
+"""`/v1/sessions`: turns that begin with the last one's image, undo and redo, restarts."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("fastapi", reason="the extra `server` is not installed")
+
+from services import Server
+
+SMALL: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 2}
+
+
+def take(server: Server, session: str, task: str, **fields: Any) -> np.ndarray:
+    answer = server.client.post(f"/v1/sessions/{session}/turns/{task}", json=fields)
+    assert answer.status_code == 202, answer.text
+    job, turn = answer.json()["id"], answer.json()["turn"]
+    second = server.client.post(f"/v1/sessions/{session}/turns/{task}", json=fields)
+    assert second.status_code == 400 and "a turn of it is being drawn" in second.json()["error"]["message"]
+    assert server.finish(job)["state"] == "done"
+    return picture(server, session, turn)
+
+
+def picture(server: Server, session: str, turn: int) -> np.ndarray:
+    answer = server.client.get(f"/v1/sessions/{session}/turns/{turn}/image")
+    assert answer.status_code == 200, answer.text
+    return np.asarray(Image.open(io.BytesIO(answer.content)))
+
+
+def test_a_session_outlives_the_service(bundle: Path, tmp_path: Path) -> None:
+    server = Server(tmp_path, bundle=bundle)
+    try:
+        server.wait_until_ready()
+        session = server.client.post("/v1/sessions").json()["id"]
+        refused = server.client.post(f"/v1/sessions/{session}/turns/edit", json={"prompt": "a cat", **SMALL})
+        assert refused.status_code == 400 and "generate" in refused.json()["error"]["message"]
+        first = take(server, session, "generate", prompt="a panda", seed=7, **SMALL)
+        mask = np.zeros((64, 64), np.uint8)
+        mask[:32] = 255
+        encoded = io.BytesIO()
+        Image.fromarray(mask).save(encoded, "PNG")
+        url = "data:image/png;base64," + base64.b64encode(encoded.getvalue()).decode()
+        edited = take(server, session, "edit", prompt="a cat", mask=url, num_inference_steps=2)
+        assert (edited[32:] == first[32:]).all() and (edited[:32] != first[:32]).any()
+        refined = take(server, session, "refine", num_inference_steps=4)
+        assert refined.shape == first.shape and (refined != edited).any()
+        turns = server.client.get(f"/v1/sessions/{session}").json()["turns"]
+        assert [turn["task"] for turn in turns] == ["generate", "edit", "refine"]
+        assert [turn["prompt"] for turn in turns] == ["a panda", "a cat", "a cat"]
+        assert {turn["seed"] for turn in turns} == {7} and "file" not in turns[0]
+    finally:
+        assert server.stop() == 0
+    server = Server(tmp_path, bundle=bundle)
+    try:
+        server.wait_until_ready()
+        assert (picture(server, session, 1) == edited).all()
+        assert server.client.post(f"/v1/sessions/{session}/undo").json()["standing"] == 2
+        assert server.client.post(f"/v1/sessions/{session}/undo").json()["standing"] == 1
+        assert server.client.post(f"/v1/sessions/{session}/redo").json()["standing"] == 2
+        again = take(server, session, "refine", num_inference_steps=4)
+        assert (again == refined).all()  # from the same image with the same seed
+        assert server.client.post(f"/v1/sessions/{session}/redo").status_code == 400
+        assert [each["id"] for each in server.client.get("/v1/sessions").json()["sessions"]] == [session]
+        assert server.client.delete(f"/v1/sessions/{session}").json()["deleted"] is True
+        assert server.client.get(f"/v1/sessions/{session}").status_code == 404
+        assert not list((tmp_path / "data" / "sessions").iterdir())
+    finally:
+        assert server.stop() == 0
