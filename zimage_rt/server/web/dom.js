@@ -17,6 +17,14 @@ export function say(element, text) {
   element.hidden = !text;
 }
 
+/** Make a list's items those that are given, in their order; items that stay keep the focus. */
+export function arrange(list, items) {
+  for (const old of [...list.children]) if (!items.includes(old)) old.remove();
+  items.forEach((item, index) => {
+    if (list.children[index] !== item) list.insertBefore(item, list.children[index] ?? null);
+  });
+}
+
 let last = "";
 
 /** Have a screen reader say a text, once. */

@@ -10,6 +10,8 @@ const SHAPES = [
   ["tall", 9, 16],
   ["wide", 16, 9],
 ];
+// Pixels of a square's side among the small shapes.
+const SHAPE = 19;
 // An image of at most so many times the model's own pixels is drawn at its own size.
 const OWN_SIZE = 2;
 // JavaScript's numbers are exact up to 2^53; 32 bits are short to read out.
@@ -115,11 +117,12 @@ function showModel() {
   $("loras-field").hidden = chosen.loras.length === 0;
   const rows = [...$("loras").children].map((row) => row.dataset.name);
   if (rows.join() !== chosen.loras.join()) $("loras").replaceChildren(...chosen.loras.map(loraRow));
+  for (const row of $("loras").children) row.lastChild.ariaLabel = text("weightOf", { name: row.dataset.name });
   showPreset();
 }
 
 function loraRow(name) {
-  const weight = make("input", { type: "number", step: 0.1, value: 1, ariaLabel: text("weightOf", { name }) });
+  const weight = make("input", { type: "number", step: 0.1, value: 1 });
   const check = make("label", { className: "check" }, make("input", { type: "checkbox" }), " ", name);
   return make("div", { className: "row", dataset: { name } }, check, weight);
 }
@@ -127,11 +130,13 @@ function loraRow(name) {
 function preset(name, wide, high) {
   const [width, height] = fitted(Math.sqrt(ownPixels() * (wide / high)), Math.sqrt(ownPixels() * (high / wide)));
   const shape = make("i", { ariaHidden: "true" });
-  shape.style.aspectRatio = `${wide} / ${high}`;
-  const value = `${width}x${height}`;
-  const choice = make("input", { type: "radio", name: "preset", value });
+  shape.style.width = `${SHAPE * Math.sqrt(wide / high)}px`;
+  shape.style.height = `${SHAPE * Math.sqrt(high / wide)}px`;
+  const [value, ratio] = [`${width}x${height}`, `${wide}:${high}`];
+  const label = `${text(name)} ${ratio}, ${width} × ${height}`;
+  const choice = make("input", { type: "radio", name: "preset", value, ariaLabel: label });
   choice.addEventListener("change", () => setSize(width, height));
-  return make("label", { title: `${width} × ${height}` }, choice, shape, make("span", {}, text(name)));
+  return make("label", { title: label }, choice, shape, make("span", {}, ratio));
 }
 
 function ownPixels() {
@@ -180,7 +185,8 @@ export function showError(error) {
   field.append(line);
   const settings = field.closest("details");
   if (settings) settings.open = true;
-  const control = field.querySelector(`#${CSS.escape(param)}`) ?? field.querySelector("textarea, select, input:not([hidden]), button");
+  const control =
+    field.querySelector(`#${CSS.escape(param)}`) ?? field.querySelector("textarea, select, input:not([hidden]), button");
   control.setAttribute("aria-invalid", "true");
   control.setAttribute("aria-describedby", line.id);
   control.focus();

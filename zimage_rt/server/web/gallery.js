@@ -1,15 +1,17 @@
 // The gallery of what was drawn, and the recipe of one image.
 
-import { $, announce, copy, make, say } from "./dom.js";
+import { $, announce, arrange, copy, make, say } from "./dom.js";
 import { drawings } from "./jobs.js";
 import { asCommand, asJson, fileName } from "./recipe.js";
 import { language, text } from "./texts.js";
 
 let open = null;
 
-function item(drawing) {
+function item(drawing, old) {
   const { prompt, width, height } = drawing.request;
-  const image = make("img", { loading: "lazy", src: drawings.url(drawing), alt: text("altImage", { prompt }), width, height });
+  const image = old?.querySelector("img") ?? make("img", { loading: "lazy", src: drawings.url(drawing), width, height });
+  image.alt = text("altImage", { prompt });
+  if (old) return old;
   const button = make("button", { type: "button", title: prompt }, image);
   button.addEventListener("click", () => openDetails(drawing));
   return make("li", { dataset: { id: drawing.id } }, button);
@@ -19,7 +21,8 @@ function render() {
   const found = drawings.done;
   $("gallery-section").hidden = found.length === 0;
   say($("gallery-count"), found.length === 1 ? text("image") : text("images", { count: found.length }));
-  $("gallery").replaceChildren(...found.map(item));
+  const old = new Map([...$("gallery").children].map((each) => [each.dataset.id, each]));
+  arrange($("gallery"), found.map((drawing) => item(drawing, old.get(drawing.id))));
 }
 
 /** Show a drawing's recipe. */

@@ -14,6 +14,9 @@ import { language, problem, switchLanguage, text, translate } from "./texts.js";
 // How far a refinement goes from its image.
 const REFINE_STRENGTH = 0.3;
 
+// The form stands beside the image; otherwise above it.
+const wide = matchMedia("(min-width: 900px)");
+
 /** Send a request and append it to the session; errors are shown at their fields. Whether it was sent. */
 async function send(asked) {
   form.clearErrors();
@@ -33,6 +36,7 @@ async function draw() {
   const { isTurn } = input.input() ?? {};
   if (inputs.image) request.strength = input.strength();
   const count = Number($("count").value);
+  if (!wide.matches) $("stage").scrollIntoView();
   for (let i = 0; i < count; i += 1) {
     const asked = { request: { ...request, seed: request.seed + i }, inputs, kind: inputs.image ? "edit" : "draw" };
     if (!(await send(asked))) return;

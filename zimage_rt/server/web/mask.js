@@ -40,6 +40,7 @@ class Editor {
     this.#at = [this.#canvas.width / 2, this.#canvas.height / 2];
     this.#url = URL.createObjectURL(image);
     $("mask-image").src = this.#url;
+    $("canvas-box").style.setProperty("--ratio", width / height);
     document.querySelector("input[name=tool][value=brush]").checked = true;
     this.#redraw();
     $("ring").hidden = true;

@@ -1,6 +1,6 @@
 // A session: a strip of drawings that build on one another, with undo; and the one that is shown large.
 
-import { $, announce, make, recall, remember, say } from "./dom.js";
+import { $, announce, arrange, make, recall, remember, say } from "./dom.js";
 import { drawings, isFinished } from "./jobs.js";
 import { fileName } from "./recipe.js";
 import { language, text } from "./texts.js";
@@ -17,7 +17,7 @@ export const shown = () => drawings.get(shownId);
 
 /** Append a drawing to the session and show it; what was undone is forgotten. */
 export function add(drawing) {
-  turns.push(drawing.id);
+  if (!turns.includes(drawing.id)) turns.push(drawing.id);
   undone = [];
   show(drawing.id);
 }
@@ -90,13 +90,8 @@ function caption({ request }) {
 // --- the strip ---
 
 function renderStrip() {
-  // Buttons are kept, so that the focus is.
   const old = new Map([...$("strip").children].map((item) => [item.dataset.id, item]));
-  const items = turns.map((id) => stripItem(drawings.get(id), old.get(id)));
-  for (const [id, item] of old) if (!turns.includes(id)) item.remove();
-  items.forEach((item, index) => {
-    if ($("strip").children[index] !== item) $("strip").insertBefore(item, $("strip").children[index] ?? null);
-  });
+  arrange($("strip"), turns.map((id) => stripItem(drawings.get(id), old.get(id))));
   $("undo").disabled = turns.length === 0;
   $("redo").disabled = undone.length === 0;
   $("new-session").disabled = turns.length === 0 && undone.length === 0;
@@ -105,7 +100,8 @@ function renderStrip() {
 
 function stripItem(drawing, item) {
   if (!item) {
-    const button = make("button", { type: "button" }, make("img", { alt: "" }), make("progress", { max: 1 }), make("span"));
+    const parts = [make("img", { alt: "" }), make("progress", { max: 1 }), make("span")];
+    const button = make("button", { type: "button" }, ...parts);
     button.addEventListener("click", () => show(drawing.id));
     item = make("li", { dataset: { id: drawing.id } }, button);
   }
@@ -147,7 +143,10 @@ export function start() {
   $("undo").addEventListener("click", undo);
   $("redo").addEventListener("click", redo);
   $("new-session").addEventListener("click", restart);
-  $("cancel").addEventListener("click", () => shown() && drawings.cancel(shown()));
+  $("cancel").addEventListener("click", () => {
+    drawings.cancel(shown()).catch(() => {}); // it has ended meanwhile
+    $("stage").focus();
+  });
   drawings.addEventListener("change", ({ detail: drawing }) => {
     if (!turns.includes(drawing.id) && drawing.id !== shownId) return;
     tell(drawing);
