@@ -121,7 +121,8 @@ class Editor {
     context.lineCap = context.lineJoin = "round";
     context.beginPath();
     context.moveTo(...points[0]);
-    for (const point of points) context.lineTo(...point);
+    // A line of no length would be no dot in some browsers.
+    for (const [x, y] of points) context.lineTo(x + 0.01, y);
     context.stroke();
     context.globalCompositeOperation = "source-over";
   }
