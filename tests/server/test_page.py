@@ -20,15 +20,14 @@ from shared import ROOT
 pytest.importorskip("fastapi", reason="the extra `server` is not installed")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
+from page_visits import CHROMIUM, Visit, noise, png  # noqa: E402
 from services import Server  # noqa: E402
 
 import zimage_rt  # noqa: E402
 from zimage_rt.server.page import FOLDER, MEDIA_TYPES  # noqa: E402
 
-CHROMIUM = Path("/usr/bin/chromium")
 LORA = ROOT / "checkpoints" / "zimage-nano-cyanotype" / "cyanotype.safetensors"
 expect = playwright.expect
-LONG: dict[str, Any] = {"size": (256, 256), "steps": 100}
 
 
 @pytest.fixture(scope="module")
@@ -53,68 +52,6 @@ def browser() -> Iterator[Any]:
         browser.close()
 
 
-class Visit:
-    """A user's browser profile on the page."""
-
-    def __init__(self, browser: Any, server: Server, **options: Any) -> None:
-        self.context = browser.new_context(**{"locale": "en-US", **options})
-        self.page = self.context.new_page()
-        self.page.set_default_timeout(10_000)
-        self.server, self.problems = server, []
-        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
-        self.page.on("console", self._hear)
-        self.open()
-
-    def _hear(self, message: Any) -> None:
-        # Answers with an error's status are part of the tests.
-        if message.type == "error" and "Failed to load resource" not in message.text:
-            self.problems.append(message.text)
-
-    def open(self) -> None:
-        self.page.goto(self.server.url)
-        expect(self.page.locator("#model option")).not_to_have_count(0)
-
-    def fill(
-        self, prompt: str = "a panda", size: tuple[int, int] = (64, 64), steps: int = 2, seed: int | None = None
-    ) -> None:
-        page = self.page
-        page.fill("#prompt", prompt)
-        if page.get_attribute("#settings", "open") is None:
-            page.click("#settings > summary")
-        for name, value in (("width", size[0]), ("height", size[1]), ("steps", steps)):
-            page.fill(f"#{name}", str(value))
-        if seed is not None:
-            page.uncheck("#new-seed")
-            page.fill("#seed", str(seed))
-
-    def draw(self, **fields: Any) -> None:
-        """Fill in what is given and draw, to the end."""
-        if fields:
-            self.fill(**fields)
-        number = self.page.locator("#gallery li").count() + 1
-        self.page.click("#draw")
-        self.wait_for_images(number)
-
-    def wait_for_images(self, number: int) -> None:
-        expect(self.page.locator("#gallery li")).to_have_count(number, timeout=20_000)
-
-    def download(self, link: str = "#download") -> np.ndarray:
-        """The pixels of what a link gives."""
-        with self.page.expect_download() as found:
-            self.page.click(link)
-        return np.asarray(Image.open(io.BytesIO(found.value.path().read_bytes())))
-
-    def recipe(self) -> dict[str, Any]:
-        """The request of the shown image, as its recipe says it."""
-        self.page.click("#open-details")
-        found = json.loads(self.page.inner_text("#recipe-json"))
-        self.page.click("#details-close")
-        return found
-
-    def is_wider_than_the_window(self) -> bool:
-        return self.page.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth")
-
-
 @pytest.fixture
 def visit(browser: Any, server: Server) -> Iterator[Visit]:
     visit = Visit(browser, server)
@@ -122,17 +59,6 @@ def visit(browser: Any, server: Server) -> Iterator[Visit]:
     problems = visit.problems
     visit.context.close()
     assert not problems
-
-
-def png(pixels: np.ndarray) -> dict[str, Any]:
-    """A file as a user chooses it."""
-    encoded = io.BytesIO()
-    Image.fromarray(pixels).save(encoded, "PNG")
-    return {"name": "chosen.png", "mimeType": "image/png", "buffer": encoded.getvalue()}
-
-
-def noise(height: int, width: int) -> np.ndarray:
-    return np.random.default_rng(5).integers(0, 256, (height, width, 3), np.uint8)
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -167,7 +93,9 @@ def test_files_are_whole_and_call_nobody_else(tmp_path: Path) -> None:
 
 def test_both_languages_have_every_text() -> None:
     texts = (FOLDER / "texts.js").read_text(encoding="utf-8")
-    tables = [set(re.findall(r"^  (\w+):", part, re.M)) for part in re.split(r"^const \w\w = \{", texts, flags=re.M)[1:]]
+    tables = [
+        set(re.findall(r"^  (\w+):", part, re.M)) for part in re.split(r"^const \w\w = \{", texts, flags=re.M)[1:]
+    ]
     assert len(tables) == 2 and tables[0] == tables[1]
     html = (FOLDER / "index.html").read_text(encoding="utf-8")
     named = set(re.findall(r"data-(?:text|label|placeholder)=\"(\w+)\"", html))
@@ -197,7 +125,7 @@ def test_an_image_is_drawn_and_seen(visit: Visit, engine: zimage_rt.Engine) -> N
 
 def test_previews_positions_and_cancelling(visit: Visit) -> None:
     page = visit.page
-    visit.fill(**LONG)
+    visit.fill(size=(256, 256), steps=100)
     page.select_option("#count", "4")
     page.click("#draw")
     expect(page.locator("#strip li")).to_have_count(4)
@@ -321,7 +249,11 @@ def test_a_session_is_a_strip_of_turns_with_undo(visit: Visit) -> None:
     page.click("#refine")
     visit.wait_for_images(3)
     recipe = visit.recipe()
-    assert (recipe["strength"], recipe["prompt"], recipe["image"]) == (0.3, "a fox", "image.png") and "mask" not in recipe
+    assert (recipe["strength"], recipe["prompt"], recipe["image"]) == (
+        0.3,
+        "a fox",
+        "image.png",
+    ) and "mask" not in recipe
     expect(page.locator("#strip span")).to_have_text(["Draw", "Edit", "Refine"])
     page.click("#undo")
     page.click("#undo")
@@ -341,7 +273,7 @@ def test_the_gallery_and_jobs_on_their_way_outlive_the_page(visit: Visit) -> Non
     page = visit.page
     visit.draw(prompt="a fox", seed=4)
     drawn = visit.download()
-    visit.fill(prompt="a panda", size=(256, 256), steps=30)
+    visit.fill(prompt="a panda", size=(192, 192), steps=20)
     page.click("#draw")
     expect(page.locator("#strip li")).to_have_count(2)
     visit.open()
@@ -360,8 +292,9 @@ def test_recipes_repeat_an_image(visit: Visit, tmp_path: Path) -> None:
     page = visit.page
     visit.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page.fill("#negative", "the sun; $HOME")
-    visit.draw(prompt="a 'red' fox", size=(64, 80), steps=3)
+    visit.draw(prompt="a 'red' <b>fox</b>", size=(64, 80), steps=3)
     drawn = visit.download()
+    expect(page.locator("#caption")).to_contain_text("a 'red' <b>fox</b>")  # text, no markup
     page.click("#repeat")
     visit.wait_for_images(2)
     assert visit.download().tobytes() == drawn.tobytes()
@@ -393,7 +326,7 @@ def test_the_sheet_is_a_grid_of_steps_and_guidance(visit: Visit) -> None:
     page.fill("#sheet-guidance", "0, 2")
     page.press("#sheet-guidance", "Enter")
     expect(page.locator("#sheet-table img")).to_have_count(4, timeout=20_000)
-    expect(page.locator("#sheet-table th")).to_have_text(["1 steps", "2 steps", "guidance 0", "guidance 2"])
+    expect(page.locator("#sheet-table th")).to_have_text(["steps 1", "steps 2", "guidance 0", "guidance 2"])
     expect(page.locator("#sheet-error")).to_be_hidden()
     page.locator("#sheet-table button").last.click()
     recipe = json.loads(page.inner_text("#recipe-json"))
@@ -431,9 +364,9 @@ def test_the_keyboard_is_enough(visit: Visit) -> None:
                 """() => {
                     const element = document.activeElement;
                     const outer = element.closest("label, .segments");
-                    const seen = [element, outer].some((each) => each && getComputedStyle(each).outlineStyle !== "none");
-                    return [element.id, seen, element.getAttribute("aria-label") || element.labels?.[0]?.textContent
-                        || element.textContent || element.title];
+                    const isSeen = (each) => each && getComputedStyle(each).outlineStyle !== "none";
+                    const label = element.getAttribute("aria-label") || element.labels?.[0]?.textContent;
+                    return [element.id, [element, outer].some(isSeen), label || element.textContent];
                 }"""
             )
             assert found[1] and found[2].strip(), f"{found}: not seen, or without a name"

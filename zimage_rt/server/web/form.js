@@ -185,8 +185,8 @@ export function showError(error) {
   field.append(line);
   const settings = field.closest("details");
   if (settings) settings.open = true;
-  const control =
-    field.querySelector(`#${CSS.escape(param)}`) ?? field.querySelector("textarea, select, input:not([hidden]), button");
+  const named = field.querySelector(`#${CSS.escape(param)}`);
+  const control = named ?? field.querySelector("textarea, select, input:not([hidden]), button");
   control.setAttribute("aria-invalid", "true");
   control.setAttribute("aria-describedby", line.id);
   control.focus();

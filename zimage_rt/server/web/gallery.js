@@ -9,7 +9,8 @@ let open = null;
 
 function item(drawing, old) {
   const { prompt, width, height } = drawing.request;
-  const image = old?.querySelector("img") ?? make("img", { loading: "lazy", src: drawings.url(drawing), width, height });
+  const source = drawings.url(drawing);
+  const image = old?.querySelector("img") ?? make("img", { loading: "lazy", src: source, width, height });
   image.alt = text("altImage", { prompt });
   if (old) return old;
   const button = make("button", { type: "button", title: prompt }, image);

@@ -37,8 +37,8 @@ class Places {
 }
 
 /**
- * A drawing: `id` of its job, `created`, `state` (queued, running, done, failed, cancelled), `kind` (draw, edit, refine,
- * sheet), `request`, `inputs` (image and mask as blobs), `blob` (the image's file), `warnings`, `error`.
+ * A drawing: `id` of its job, `created`, `state` (queued, running, done, failed, cancelled), `kind` (draw, edit,
+ * refine, sheet), `request`, `inputs` (image and mask as blobs), `blob` (the image's file), `warnings`, `error`.
  * Drawings on their way have `live`: `position`, `step`, `steps`, `preview` (a URL).
  */
 class Drawings extends EventTarget {
@@ -81,7 +81,7 @@ class Drawings extends EventTarget {
     const job = await api.createJob({ ...request, ...images, previews });
     const drawing = { id: job.id, created: Date.now(), state: job.state, kind, request, inputs, warnings: [] };
     this.#drawings.set(drawing.id, drawing);
-    await store.put(drawing);
+    await store.put(drawing).catch(() => {}); // the page works without the browser's storage
     this.#follow(drawing);
     return drawing;
   }
@@ -98,7 +98,7 @@ class Drawings extends EventTarget {
       URL.revokeObjectURL(url);
       this.#urls.delete(name);
     }
-    await store.remove(drawing.id);
+    await store.remove(drawing.id).catch(() => {});
     this.#tell("removed", drawing);
   }
 
@@ -129,6 +129,8 @@ class Drawings extends EventTarget {
           await this.#on(drawing, event);
           last = event.number;
         }
+        // The events of a service that began anew are counted anew.
+        if (!isFinished(drawing)) await this.#ask(drawing);
       } catch (error) {
         if (error.status === 401) await keyGiven();
         else if (error.status === 404) await this.#ask(drawing);
@@ -169,16 +171,20 @@ class Drawings extends EventTarget {
   async #fail(drawing, error, state = "failed") {
     drawing.state = state;
     drawing.error = { code: error?.code, message: error?.message ?? "" };
-    await store.remove(drawing.id);
+    await store.remove(drawing.id).catch(() => {});
     this.#tell("change", drawing);
     this.#drawings.delete(drawing.id);
   }
 
-  /** The end of a drawing whose events the service no longer has. */
+  /** The end of a drawing whose events the service no longer has; none if it does not answer. */
   async #ask(drawing) {
-    const status = await api.jobStatus(drawing.id).catch((error) => ({ state: "failed", error }));
-    if (status.state === "done") await this.#finish(drawing).catch((error) => this.#fail(drawing, error));
-    else if (isFinished(status)) await this.#fail(drawing, status.error, status.state);
+    try {
+      const status = await api.jobStatus(drawing.id);
+      if (status.state === "done") await this.#finish(drawing);
+      else if (isFinished(status)) await this.#fail(drawing, status.error, status.state);
+    } catch (error) {
+      if (error.status && error.status !== 401) await this.#fail(drawing, error);
+    }
   }
 
   /** Ask for the place in the queue, which changes without an event, and for the end until events are read. */

@@ -36,11 +36,11 @@ async function draw() {
   const { isTurn } = input.input() ?? {};
   if (inputs.image) request.strength = input.strength();
   const count = Number($("count").value);
-  if (!wide.matches) $("stage").scrollIntoView();
   for (let i = 0; i < count; i += 1) {
     const asked = { request: { ...request, seed: request.seed + i }, inputs, kind: inputs.image ? "edit" : "draw" };
     if (!(await send(asked))) return;
   }
+  if (!wide.matches) $("stage").scrollIntoView();
   // The next edit begins with the new image.
   if (isTurn) await input.forget();
 }

@@ -42,6 +42,8 @@ function restart() {
 function show(id) {
   shownId = id;
   render();
+  const item = $("strip").querySelector("[aria-current=true]");
+  if (item) $("strip").scrollLeft = item.offsetLeft - $("strip").offsetLeft - 80;
 }
 
 function forget(id) {

@@ -31,9 +31,8 @@ function renderLabels() {
 function makeTable({ steps, guidances }) {
   const head = (key, value, scope) => make("th", { scope, dataset: { key, value } });
   const columns = steps.map((value) => head("sheetSteps", value, "col"));
-  const rows = guidances.map((guidance) =>
-    make("tr", {}, head("sheetGuidance", guidance, "row"), ...steps.map(() => make("td", {}, make("progress", { max: 1, value: 0 })))),
-  );
+  const cell = () => make("td", {}, make("progress", { max: 1, value: 0, ariaLabel: text("progress") }));
+  const rows = guidances.map((guidance) => make("tr", {}, head("sheetGuidance", guidance, "row"), ...steps.map(cell)));
   $("sheet-table").replaceChildren(
     make("thead", {}, make("tr", {}, make("td"), ...columns)),
     make("tbody", {}, ...rows),
@@ -94,7 +93,8 @@ function render(drawing, open) {
   const cell = cells.get(drawing.id);
   if (!cell) return;
   if (drawing.state === "done") {
-    const image = make("img", { src: drawings.url(drawing), alt: text("altImage", { prompt: drawing.request.prompt }) });
+    const alt = text("altImage", { prompt: drawing.request.prompt });
+    const image = make("img", { src: drawings.url(drawing), alt });
     const button = make("button", { type: "button" }, image);
     button.addEventListener("click", () => open(drawing));
     cell.replaceChildren(button);

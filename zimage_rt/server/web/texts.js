@@ -62,8 +62,9 @@ const en = {
   images: "{count} images",
   image: "1 image",
   paintTitle: "Paint what to draw anew",
-  paintHelp:
-    "Paint with a pointer. By keyboard: arrow keys move the brush (with Shift further), Space lowers or lifts it, " +
+  paintHelp: "Paint with a mouse, a finger or a pen; the rest keeps every pixel.",
+  paintKeys:
+    "By keyboard: arrow keys move the brush (with Shift further), Space lowers or lifts it, " +
     "Enter paints a dot, [ and ] change its size, B brush, E erase, Ctrl+Z undo.",
   tools: "Tools",
   brush: "Brush",
@@ -87,10 +88,10 @@ const en = {
   json: "JSON",
   copy: "Copy",
   copied: "Copied",
-  sheetHelp: "Draws the prompt with one seed at each number of steps and each guidance, so that their effect can be compared.",
+  sheetHelp: "Draws the prompt with one seed at each number of steps and each guidance, to compare what they do.",
   drawSheet: "Draw the sheet",
   sheetNumbers: "Expected numbers, separated by commas: at most 36 images in all.",
-  sheetSteps: "{value} steps",
+  sheetSteps: "steps {value}",
   sheetGuidance: "guidance {value}",
   queued: "Waiting, {count} before this one",
   queuedNext: "Waiting, next in line",
@@ -168,8 +169,9 @@ const zh = {
   images: "{count} 张图像",
   image: "1 张图像",
   paintTitle: "涂抹要重新绘制的部分",
-  paintHelp:
-    "用鼠标、手指或笔涂抹。键盘操作：方向键移动画笔（按住 Shift 移动更远），空格键落笔或提笔，" +
+  paintHelp: "用鼠标、手指或笔涂抹，其余部分逐像素保留。",
+  paintKeys:
+    "键盘操作：方向键移动画笔（按住 Shift 移动更远），空格键落笔或提笔，" +
     "回车键点一下，[ 和 ] 调整大小，B 画笔，E 橡皮，Ctrl+Z 撤销。",
   tools: "工具",
   brush: "画笔",
