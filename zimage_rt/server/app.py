@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 
 from .._version import __version__
 from ..errors import ZImageError
-from . import jobs_api, openai_api, sessions_api
+from . import jobs_api, openai_api, page, sessions_api
 from .config import ServiceConfig
 from .errors import answer_to, error_body
 from .guard import HostGuard
@@ -56,6 +56,7 @@ def create_app(config: ServiceConfig) -> FastAPI:
     app.include_router(jobs_api.router)
     app.include_router(openai_api.router)
     app.include_router(sessions_api.router)
+    app.include_router(page.router)
     app.add_api_route("/healthz", healthz, tags=["health"])
     app.add_api_route("/readyz", readyz, tags=["health"])
     return app
