@@ -34,8 +34,8 @@ from zimage_rt.benchmarks.report import gpu_state, versions
 from zimage_rt.benchmarks.systems.torch_best import load_model
 from zimage_rt.export.checkpoint import Checkpoint
 from zimage_rt.export.modeling.transformer import SEQUENCE_MULTIPLE
-from zimage_rt.export.modules import plan_modules
-from zimage_rt.export.parity import reference_function
+from zimage_rt.export.parity.reference import reference_function
+from zimage_rt.export.plan import plan_modules
 from zimage_rt.export.precision import PRECISIONS
 
 import zimage_rt

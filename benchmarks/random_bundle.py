@@ -24,7 +24,7 @@ from zimage_rt.export import weights
 from zimage_rt.export.bundle import _pipeline
 from zimage_rt.export.checkpoint import Checkpoint, Component
 from zimage_rt.export.modeling.layers import Source, weight_sources
-from zimage_rt.export.modules import ModulePlan, plan_modules
+from zimage_rt.export.plan import ModulePlan, plan_modules
 from zimage_rt.export.precision import PRECISIONS
 from zimage_rt.export.recipe import ExportRecipe
 

@@ -24,17 +24,19 @@ from zimage_rt.bundle.manifest import (
     write_manifest,
 )
 
-from . import graph_cache, weights
+from . import weights
 from .builders import builder_for
 from .checkpoint import Checkpoint, open_checkpoint
-from .errors import RecipeError
+from .errors import RecipeError, disk_error
+from .graph import cache
+from .graph.trace import trace
 from .modeling.transformer import SEQUENCE_MULTIPLE, TransformerConfig
-from .modules import ModulePlan, plan_modules
-from .parity import ReferenceCache, measure
+from .parity.measure import measure
+from .parity.reference import ReferenceCache
+from .plan import ModulePlan, plan_modules
 from .recipe import ExportRecipe
 from .replace_folder import replacing
 from .tokenizer import chat_template, tokenizer_file
-from .trace import trace
 
 # Above this many weights a component's reference in fp32 and a module of it do not fit in a 24 GB machine together.
 WHOLE_PARITY_ELEMENTS = 1_000_000_000
@@ -43,7 +45,7 @@ WHOLE_PARITY_ELEMENTS = 1_000_000_000
 Progress = Callable[[str, str, int, int], None]
 
 # A builder's last touch to a traced graph.
-Simplify = Callable[[ir.Model, ModulePlan], None]
+Simplify = Callable[[ir.Model, str], None]
 
 
 def export(
@@ -219,18 +221,16 @@ def _module(plan: ModulePlan, job: _Job) -> ModuleSpec:
 
 def _write_graph(plan: ModulePlan, folder: Path, simplify: Simplify, suffix: str = ".onnx") -> Path:
     """Trace a module whose weights are written already, its base's too, and write its graph beside them."""
-    model = graph_cache.cached(
-        plan.graph_key(), lambda: trace(plan.meta_module(), plan.inputs, plan.outputs, plan.multiples)
-    )
+    model = cache.cached(plan.graph_key(), lambda: trace(plan.meta_module(), plan.inputs, plan.outputs, plan.multiples))
     for part in (plan,) if plan.base is None else (plan, plan.base):
         _, stored = weights.layout(part.meta_module(), part.shared())
         weights.attach(model, f"{part.name}.safetensors", folder, stored)
-    simplify(model, plan)
+    simplify(model, plan.name)
     path = folder / f"{plan.name}{suffix}"
     try:
         ir.save(model, path)
     except OSError as error:
-        raise weights.disk_error(error, path) from error
+        raise disk_error(error, path) from error
     return path
 
 

@@ -18,9 +18,9 @@ from zimage_rt.cli.start import INTERRUPTED, show_every_character
 from zimage_rt.errors import ZImageError
 
 from .builders import builder_for
-from .builders._tensorrt_options import parse_sm, parse_split
 from .errors import RecipeError
 from .recipe import ExportRecipe, read_recipe
+from .tensorrt_options import parse_sm, parse_split
 
 # Plain help: it cuts no option's name, however narrow the terminal.
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)

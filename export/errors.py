@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
+
 from zimage_rt.errors import ZImageError
 
 
@@ -43,3 +46,13 @@ class BuildMemoryError(BuildError):
 
 class DiskFullError(ExportError):
     """The disk under the bundle is full."""
+
+
+def disk_error(error: OSError, path: Path) -> Exception:
+    """The typed error for a full disk; any other error as it is."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFullError(
+            f"no space left on the disk of {path.parent.parent}; free some or choose another --out "
+            "(the old bundle, if there was one, is untouched)"
+        )
+    return error

@@ -12,12 +12,13 @@ from zimage_rt.bundle.manifest import ShapeRange, ShapeRanges
 from zimage_rt.errors import ManifestError
 from zimage_rt.limits import MAX_GUIDANCE, MAX_STEPS
 
-from .builders import BUILDERS
-from .builders._tensorrt_options import TensorRTOptions
-from .checkpoint import PARTS
+from .checkpoint import CONFIGURED, PARTS
 from .errors import RecipeError
 from .precision import PRECISIONS
+from .tensorrt_options import TensorRTOptions
 
+# Backends that zimage-export builds for; `builders/` has a file for each.
+BACKENDS = ("onnxruntime", "cuda", "tensorrt", "tensorrt_rtx")
 VAES = ("tiny", "full")
 DEFAULT_SHAPES = ShapeRanges(
     batch=ShapeRange(1, 1, 8),
@@ -64,8 +65,8 @@ class ExportRecipe:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise RecipeError(f"precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}")
-        if self.backend not in BUILDERS:
-            raise RecipeError(f"backend: expected one of {', '.join(BUILDERS)}, got {self.backend!r}")
+        if self.backend not in BACKENDS:
+            raise RecipeError(f"backend: expected one of {', '.join(BACKENDS)}, got {self.backend!r}")
         for kind in self.vae or ():
             if kind not in VAES:
                 raise RecipeError(f"vae: expected any of {', '.join(VAES)}, got {kind!r}")
@@ -73,8 +74,8 @@ class ExportRecipe:
             if part not in PARTS:
                 raise RecipeError(f"parts: expected any of {', '.join(PARTS)}, got {part!r}")
         for component, changes in self.config.items():
-            if component not in PARTS[:-1]:
-                raise RecipeError(f"config: expected any of {', '.join(PARTS[:-1])}, got {component!r}")
+            if component not in CONFIGURED:
+                raise RecipeError(f"config: expected any of {', '.join(CONFIGURED)}, got {component!r}")
             if not isinstance(changes, Mapping):
                 raise RecipeError(f"config.{component}: expected a table, got {changes!r}")
         if not 1 <= self.num_inference_steps <= MAX_STEPS:

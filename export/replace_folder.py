@@ -14,8 +14,7 @@ from pathlib import Path
 from zimage_rt.atomic_write import sync_folder
 from zimage_rt.bundle.folders import find_leftovers, new_prefix, old_prefix
 
-from . import weights
-from .errors import ExportError
+from .errors import ExportError, disk_error
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of fcntl.h and linux/fs.h
 
@@ -45,7 +44,7 @@ def replacing(out: Path) -> Iterator[Path]:
         _swap(folder, out)
         sync_folder(out.parent)
     except OSError as error:
-        known = weights.disk_error(error, folder / "x")
+        known = disk_error(error, folder / "x")
         raise (ExportError(f"the export to {out} failed: {error}") if known is error else known) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import math
 import os
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from zimage_rt.bundle.manifest import LinearPlace
 
 from .checkpoint import Component
-from .errors import DiskFullError, TensorError
+from .errors import TensorError, disk_error
 from .modeling.layers import Linear, Source, weight_sources
 
 _DTYPES = {
@@ -118,16 +117,6 @@ def write(
             os.fsync(file.fileno())
     except OSError as error:
         raise disk_error(error, path) from error
-
-
-def disk_error(error: OSError, path: Path) -> Exception:
-    """The typed error for a full disk; any other error as it is."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DiskFullError(
-            f"no space left on the disk of {path.parent.parent}; free some or choose another --out "
-            "(the old bundle, if there was one, is untouched)"
-        )
-    return error
 
 
 def load(module: nn.Module, component: Component) -> nn.Module:

@@ -11,9 +11,6 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-# Backends that zimage-export knows. A bundle for onnxruntime serves the cuda backend too, if its precision does.
-BUILDERS = ("onnxruntime", "cuda", "tensorrt", "tensorrt_rtx")
-
 
 def builder_for(backend: str) -> ModuleType:
     """The builder's module, imported only when asked for: each needs libraries of its own."""

@@ -22,15 +22,14 @@ import onnx
 
 from zimage_rt.bundle.manifest import EngineSpec, PipelineSpec, ProfileRange, ShapeRanges, TensorSpec
 
-from ..errors import BuildError, BuilderUnavailable, BuildMemoryError, ExportError, RecipeError
-from ..modules import Blocks, ModulePlan
+from ..errors import BuildError, BuilderUnavailable, BuildMemoryError, ExportError, RecipeError, disk_error
+from ..graph.attention import count_pieces, cut_queries, find_attentions
+from ..graph.optimize import simplify
+from ..graph.split import split
+from ..plan import Blocks, ModulePlan
 from ..precision import BF16_NATIVE, FP16_WIDE
 from ..recipe import ExportRecipe
-from ..weights import disk_error
-from ._attention import count_pieces, cut_queries, find_attentions
-from ._split import split
-from ._tensorrt_options import TensorRTOptions
-from .onnxruntime import simplify
+from ..tensorrt_options import TensorRTOptions
 
 __all__ = ["PRECISIONS", "TABLES", "VAES", "Package", "build", "check", "simplify"]
 

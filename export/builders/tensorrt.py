@@ -13,8 +13,8 @@ from zimage_rt.backends import nvidia_driver
 
 from ..errors import BuilderUnavailable, RecipeError
 from ..recipe import ExportRecipe
+from ..tensorrt_options import TensorRTOptions
 from . import _tensorrt_common as common
-from ._tensorrt_options import TensorRTOptions
 
 vaes = common.VAES
 tables = common.TABLES

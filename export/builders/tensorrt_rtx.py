@@ -11,8 +11,8 @@ from typing import Any
 
 from ..errors import RecipeError
 from ..recipe import ExportRecipe
+from ..tensorrt_options import TensorRTOptions
 from . import _tensorrt_common as common
-from ._tensorrt_options import TensorRTOptions
 
 # GeForce 30, 40 and 50.
 DEFAULT_SM = (86, 89, 120)

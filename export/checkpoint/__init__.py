@@ -5,13 +5,14 @@ stand the readers of one kind of file each (`safetensors_file`, `gguf_file`), of
 `open_checkpoint`. `foreign` names what is not read.
 """
 
-from .component import PARTS, Checkpoint, Component, read_json
+from .component import CONFIGURED, PARTS, Checkpoint, Component, read_json
 from .folder import read_component
 from .open import open_checkpoint
 from .safetensors_file import open_safetensors
 from .tensor import CheckpointTensor
 
 __all__ = (
+    "CONFIGURED",
     "PARTS",
     "Checkpoint",
     "CheckpointTensor",

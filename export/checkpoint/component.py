@@ -16,7 +16,9 @@ from zimage_rt.bundle.manifest import shape_text
 from ..errors import CheckpointError, TensorError
 from .tensor import CheckpointTensor
 
-PARTS = ("transformer", "text_encoder", "vae", "tiny_vae", "controlnet", "scheduler", "tokenizer")
+# Parts with a config of their own, then all parts.
+CONFIGURED = ("transformer", "text_encoder", "vae", "tiny_vae", "controlnet", "scheduler")
+PARTS = (*CONFIGURED, "tokenizer")
 
 
 @dataclasses.dataclass(frozen=True)

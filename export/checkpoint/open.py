@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import CheckpointError
 from .component import Checkpoint, Component, read_json
 from .config_schema import SCHEMAS, check_config
+from .controlnet import open_controlnet
 from .folder import read_component
 from .single_file import open_single_file
 
@@ -35,8 +36,6 @@ def open_checkpoint(
         raise CheckpointError(f"{path}: no such folder or file; give a Z-Image checkpoint")
     checkpoint = open_single_file(path, parts) if path.is_file() else _open_folder(path, parts)
     if "controlnet" in parts:
-        from ..controlnet import open_controlnet  # which reads files with what lies here
-
         controlnet = open_controlnet(parts["controlnet"], checkpoint.transformer)
         checkpoint = dataclasses.replace(checkpoint, controlnet=controlnet)
     for name, changes in (config or {}).items():

@@ -23,8 +23,8 @@ from zimage_rt.export import weights  # noqa: E402
 from zimage_rt.export.bundle import export  # noqa: E402
 from zimage_rt.export.checkpoint import layouts, open_checkpoint  # noqa: E402
 from zimage_rt.export.errors import CheckpointError, ParityError, RecipeError, TensorError  # noqa: E402
-from zimage_rt.export.modules import plan_modules  # noqa: E402
-from zimage_rt.export.parity import session  # noqa: E402
+from zimage_rt.export.parity.measure import session  # noqa: E402
+from zimage_rt.export.plan import plan_modules  # noqa: E402
 from zimage_rt.export.precision import BF16  # noqa: E402
 from zimage_rt.export.recipe import DEFAULT_SHAPES  # noqa: E402
 

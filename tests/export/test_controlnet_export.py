@@ -17,10 +17,11 @@ from safetensors.torch import save_file
 from zimage_rt.export import bundle, weights
 from zimage_rt.export.builders import onnxruntime
 from zimage_rt.export.checkpoint import Checkpoint, CheckpointTensor, open_checkpoint
-from zimage_rt.export.controlnet import open_controlnet
+from zimage_rt.export.checkpoint.controlnet import open_controlnet
 from zimage_rt.export.errors import CheckpointError, ExportError, RecipeError, TensorError
-from zimage_rt.export.modules import ModulePlan, plan_modules
-from zimage_rt.export.parity import ReferenceCache, measure, sample
+from zimage_rt.export.parity.measure import measure, sample
+from zimage_rt.export.parity.reference import ReferenceCache
+from zimage_rt.export.plan import ModulePlan, plan_modules
 from zimage_rt.export.precision import FP16, FP32, Precision
 from zimage_rt.export.recipe import read_recipe
 

@@ -24,8 +24,9 @@ from zimage_rt.export import weights  # noqa: E402
 from zimage_rt.export.bundle import export  # noqa: E402
 from zimage_rt.export.checkpoint import open_checkpoint  # noqa: E402
 from zimage_rt.export.errors import TensorError  # noqa: E402
-from zimage_rt.export.modules import plan_modules  # noqa: E402
-from zimage_rt.export.parity import load_reference, reference_function, session  # noqa: E402
+from zimage_rt.export.parity.measure import session  # noqa: E402
+from zimage_rt.export.parity.reference import load_reference, reference_function  # noqa: E402
+from zimage_rt.export.plan import plan_modules  # noqa: E402
 from zimage_rt.export.precision import FP16, FP32, Precision  # noqa: E402
 
 from zimage_rt.bundle.manifest import check_file, read_manifest  # noqa: E402
@@ -132,7 +133,7 @@ def test_a_component_too_large_for_memory_is_measured_on_its_first_layers(
     loaded = []
     monkeypatch.setattr("zimage_rt.export.bundle.WHOLE_PARITY_ELEMENTS", 0)
     monkeypatch.setattr(
-        "zimage_rt.export.parity.load_reference", lambda part: loaded.append(part) or load_reference(part)
+        "zimage_rt.export.parity.reference.load_reference", lambda part: loaded.append(part) or load_reference(part)
     )
     manifest = export(recipe(tmp_path, tmp_path / "out", vae=()), checkpoint=checkpoint)
     assert [(part.name, part.config.get("n_layers") or part.config["num_hidden_layers"]) for part in loaded] == [

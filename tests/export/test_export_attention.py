@@ -18,13 +18,13 @@ pytest.importorskip("transformers")
 import onnx  # noqa: E402
 from export_checkpoints import recipe  # noqa: E402
 from zimage_rt.export.builders import tensorrt_rtx  # noqa: E402
-from zimage_rt.export.builders._attention import count_pieces, cut_queries, find_attentions  # noqa: E402
-from zimage_rt.export.builders._tensorrt_options import TensorRTOptions  # noqa: E402
 from zimage_rt.export.checkpoint import open_checkpoint  # noqa: E402
 from zimage_rt.export.errors import BuildError  # noqa: E402
-from zimage_rt.export.modules import plan_modules  # noqa: E402
-from zimage_rt.export.parity import session  # noqa: E402
+from zimage_rt.export.graph.attention import count_pieces, cut_queries, find_attentions  # noqa: E402
+from zimage_rt.export.parity.measure import session  # noqa: E402
+from zimage_rt.export.plan import plan_modules  # noqa: E402
 from zimage_rt.export.precision import FP32  # noqa: E402
+from zimage_rt.export.tensorrt_options import TensorRTOptions  # noqa: E402
 
 from zimage_rt.bundle.manifest import EngineSpec, ShapeRange, read_manifest  # noqa: E402
 

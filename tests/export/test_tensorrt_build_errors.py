@@ -27,12 +27,12 @@ from export_checkpoints import recipe  # noqa: E402
 from shared import CHECKPOINT  # noqa: E402
 from zimage_rt.export import cli  # noqa: E402
 from zimage_rt.export.builders import builder_for, tensorrt, tensorrt_rtx  # noqa: E402
-from zimage_rt.export.builders._tensorrt_options import TensorRTOptions  # noqa: E402
 from zimage_rt.export.checkpoint import open_checkpoint  # noqa: E402
 from zimage_rt.export.errors import BuildError, BuilderUnavailable, BuildMemoryError, DiskFullError, RecipeError  # noqa: E402
-from zimage_rt.export.modules import Blocks, plan_modules  # noqa: E402
+from zimage_rt.export.plan import Blocks, plan_modules  # noqa: E402
 from zimage_rt.export.precision import FP32  # noqa: E402
 from zimage_rt.export.recipe import read_recipe  # noqa: E402
+from zimage_rt.export.tensorrt_options import TensorRTOptions  # noqa: E402
 
 from zimage_rt.bundle.manifest import ShapeRange, read_manifest  # noqa: E402
 

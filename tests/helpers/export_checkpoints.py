@@ -15,9 +15,9 @@ import onnx_ir as ir
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from zimage_rt.export import graph_cache
 from zimage_rt.export.checkpoint import open_checkpoint
-from zimage_rt.export.modules import plan_modules
+from zimage_rt.export.graph import cache as graph_cache
+from zimage_rt.export.plan import plan_modules
 from zimage_rt.export.precision import FP32
 from zimage_rt.export.recipe import ExportRecipe
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from zimage_rt.export import parity
 from zimage_rt.export.checkpoint import Component
+from zimage_rt.export.parity.reference import load_reference
 
 
 def comfyui_names(source: Mapping[str, Tensor], prefix: str = "model.diffusion_model.") -> dict[str, Tensor]:
@@ -35,7 +35,7 @@ def comfyui_names(source: Mapping[str, Tensor], prefix: str = "model.diffusion_m
 
 def check_second_reader(component: Component, exact: bool = True) -> None:
     """Parity's own reader finds the numbers that the exporter does."""
-    for name, tensor in parity.load_reference(component).state_dict().items():
+    for name, tensor in load_reference(component).state_dict().items():
         ours = component.read(name, tuple(tensor.shape)).float()
         if exact:
             assert torch.equal(ours, tensor), name

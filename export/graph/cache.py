@@ -26,7 +26,7 @@ TRACERS = ("torch", "onnx", "onnxscript", "onnx-ir")
 def _code() -> str:
     """A hash of this package's sources and of the versions of what traces."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    for path in sorted(Path(__file__).parent.parent.rglob("*.py")):
         digest.update(path.read_bytes())
     for package in TRACERS:
         digest.update(f"{package} {importlib.metadata.version(package)}".encode())

@@ -9,8 +9,8 @@ import pytest
 ir = pytest.importorskip("onnx_ir")
 torch = pytest.importorskip("torch")
 
-from zimage_rt.export import graph_cache  # noqa: E402
-from zimage_rt.export.trace import trace  # noqa: E402
+from zimage_rt.export.graph import cache as graph_cache  # noqa: E402
+from zimage_rt.export.graph.trace import trace  # noqa: E402
 
 from zimage_rt.bundle.manifest import TensorSpec  # noqa: E402
 

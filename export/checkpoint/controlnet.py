@@ -7,10 +7,14 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import CheckpointTensor, Component, open_safetensors, read_component
-from .errors import CheckpointError, TensorError
-from .modeling.controlnet import REFINERS, ControlNetConfig
-from .modeling.transformer import TransformerConfig
+from ..errors import CheckpointError, TensorError
+from ..modeling.controlnet import REFINERS, ControlNetConfig
+from ..modeling.transformer import TransformerConfig
+from .component import Component
+from .folder import read_component
+from .safetensors_file import open_safetensors
+from .single_file import describe
+from .tensor import CheckpointTensor
 
 _EMBEDDER = "control_all_x_embedder.2-1.weight"
 
@@ -34,8 +38,6 @@ def open_controlnet(place: Path, transformer: Component) -> Component:
         raise CheckpointError(f"{place}: no such folder or file (part `controlnet`)")
     tensors = open_safetensors(place)
     if _EMBEDDER not in tensors:
-        from .checkpoint.single_file import describe
-
         raise CheckpointError(
             f"{place} is not a ControlNet for Z-Image: it looks like {describe(tensors)} (no {_EMBEDDER!r})"
         )

@@ -12,7 +12,7 @@ from torch import nn
 from zimage_rt.bundle.manifest import TensorSpec
 
 from .checkpoint import Checkpoint, Component
-from .controlnet import check_keys, control_config
+from .checkpoint.controlnet import check_keys, control_config
 from .errors import RecipeError
 from .modeling.controlnet import ControlledTransformer
 from .modeling.layers import weight_sources

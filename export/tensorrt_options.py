@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from zimage_rt.bundle.manifest import ShapeRanges
 
-from ..errors import RecipeError
+from .errors import RecipeError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch.export import Dim
 
 from zimage_rt.bundle.manifest import TensorSpec
 
-from .errors import ExportError
+from ..errors import ExportError
 
 OPSET = 20
 
