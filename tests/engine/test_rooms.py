@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 from pathlib import Path
 
 import pytest
+from rooms import levels_of, upward_imports
 from shared import ROOT
 
 PACKAGE = ROOT / "zimage_rt"
@@ -25,38 +25,14 @@ ORDER = (
     ("session", "explain", "batch"),
     ("cli",),
 )
-LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
-# Names of the package itself: its version, which is known without importing anything else.
-OF_THE_PACKAGE = "__version__"
-
-
-def imports(path: Path) -> list[tuple[str, int]]:
-    """What a module of the package imports from it: the room or the module of the top, and the line."""
-    package = ["zimage_rt", *path.relative_to(PACKAGE).parts[:-1]]
-    found = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            module = ".".join([*base, *([node.module] if node.module else [])])
-            names = [f"{module}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        else:
-            continue
-        found += [(name.split(".")[1], node.lineno) for name in names if name.startswith("zimage_rt.")]
-    return [(name, line) for name, line in found if name != OF_THE_PACKAGE]
-
-
+# The last is a name of the package itself: its version is known without importing anything else.
+LEVEL = levels_of(ORDER) | {"__version__": -1}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_a_module_imports_downwards(path: Path) -> None:
-    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    for name, line in imports(path):
-        assert name == own or LEVEL[name] < LEVEL[own] or (LEVEL[name] == LEVEL[own] == 0), (
-            f"{path.relative_to(ROOT)}:{line}: {own} imports {name}, which stands above it"
-        )
+    assert upward_imports(path, PACKAGE, "zimage_rt", LEVEL) == []
 
 
 def test_every_room_has_its_place() -> None:
