@@ -1,4 +1,4 @@
-"""The errors the exporter raises on purpose."""
+"""Errors of the exporter."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from zimage_rt.errors import ZImageError
 
 
 class ExportError(ZImageError):
-    """Base of every error of the exporter; nothing was written where the bundle should be."""
+    """Base of the exporter's errors; an older bundle at the target is untouched."""
 
 
 class RecipeError(ExportError):
-    """The recipe or the command line asks for something unknown or impossible."""
+    """The recipe or the command line has an unknown or impossible setting."""
 
 
 class CheckpointError(ExportError):
@@ -29,19 +29,19 @@ class ReaderUnavailable(CheckpointError):
 
 
 class ParityError(ExportError):
-    """An exported module does not compute what its reference computes."""
+    """An exported module differs from its reference by more than the tolerance."""
 
 
 class BuilderUnavailable(ExportError):
-    """The library that builds engines is not installed, or does not run here; the message names what to install."""
+    """The library that builds engines is not installed or does not run here; the message names the package."""
 
 
 class BuildError(ExportError):
-    """A library could not build an engine of a module; the message has its own words."""
+    """A library could not build an engine of a module; the message quotes it."""
 
 
 class BuildMemoryError(BuildError):
-    """Building an engine took more memory than there is."""
+    """The machine has too little memory to build an engine."""
 
 
 class DiskFullError(ExportError):
@@ -49,7 +49,7 @@ class DiskFullError(ExportError):
 
 
 def disk_error(error: OSError, path: Path) -> Exception:
-    """The typed error for a full disk; any other error as it is."""
+    """`DiskFullError` for a full disk, otherwise `error` itself; `path` is a file in the bundle's temporary folder."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFullError(
             f"no space left on the disk of {path.parent.parent}; free some or choose another --out "

@@ -1,4 +1,4 @@
-"""The modules a bundle can have: how each is built from the checkpoint and what its border looks like."""
+"""Plans of a bundle's modules: how each is built from the checkpoint, and its inputs and outputs."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from .precision import FP32, Precision
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """What lies between the blocks `layers.0`, `layers.1`, … of a module, where it may be cut into several engines.
+    """Blocks `layers.0`, `layers.1`, … of a module, between which it may be split into several engines.
 
     Attributes:
-        count: how many blocks there are.
-        width: from each to the next goes fp32 [batch, tokens, width].
-        tokens: how many tokens, from the free sizes of the module's inputs.
+        count: number of blocks.
+        width: last size of the residual stream between blocks, fp32 [batch, tokens, width].
+        tokens: gives the number of tokens for the free sizes of the module's inputs.
     """
 
     count: int
@@ -47,15 +47,15 @@ class ModulePlan:
     """One module to export.
 
     Attributes:
-        name: as in the manifest.
-        component: where its weights come from.
+        name: its name in the manifest.
+        component: the part of the checkpoint that holds its weights.
         precision: may differ from the recipe's (the full VAE stays fp32 in an fp16 bundle).
         build: makes the torch module on the current default device.
-        inputs, outputs: its border.
-        multiples: what its free sizes must be multiples of.
+        inputs, outputs: its tensors' names, dtypes and sizes.
+        multiples: divisor of each free size that needs one.
         config: architecture numbers for the manifest.
-        blocks: where it may be cut; None where it may not.
-        base: the module whose tensors it reads too, under the same names, from that module's own weight file.
+        blocks: the blocks between which it may be split; None if it may not be.
+        base: a module whose weight file it reads as well; tensors of both have the same names.
     """
 
     name: str
@@ -71,31 +71,31 @@ class ModulePlan:
 
     @property
     def elements(self) -> int:
-        """How many weights the components have that it is made of."""
+        """Number of weights in its component and its base's."""
         return self.component.elements + (0 if self.base is None else self.base.elements)
 
     def meta_module(self) -> nn.Module:
-        """The module without values: shapes and dtypes only."""
+        """Builds the module on the meta device: shapes and dtypes without values."""
         with torch.device("meta"):
             return self.build()
 
     def graph_key(self) -> str:
-        """All that the module's graph depends on: architecture and precision of what it is made of, and its border."""
+        """Text that determines the module's graph: architecture, precision, inputs, outputs and weight shapes."""
         parts = (self,) if self.base is None else (self, self.base)
-        made_of = [
+        architecture = [
             (part.name, part.precision, sorted(part.config.items()), sorted(part.component.config.items()))
             for part in parts
         ]
         shapes = [(name, tensor.shape, tensor.dtype) for name, tensor in self.meta_module().state_dict().items()]
-        return repr((made_of, self.inputs, self.outputs, sorted(self.multiples.items()), shapes))
+        return repr((architecture, self.inputs, self.outputs, sorted(self.multiples.items()), shapes))
 
     def shared(self) -> frozenset[str]:
-        """The tensors that lie in the base's weight file, not in its own."""
+        """Names of the tensors that are stored in the base's weight file alone."""
         return frozenset() if self.base is None else frozenset(self.base.meta_module().state_dict())
 
 
 def layout_config(precision: Precision) -> dict[str, Any]:
-    """How weights are laid out and scaled: what a backend that runs no ONNX graph must know."""
+    """Weight layout and scales, for backends that run no ONNX graph."""
     return {
         "weight_layout": "in_out",
         "compute": str(precision.compute).removeprefix("torch."),
@@ -106,80 +106,44 @@ def layout_config(precision: Precision) -> dict[str, Any]:
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Architecture numbers alone: no `_class_name` and the like."""
+    """A config without its private keys, such as `_class_name`."""
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
+@dataclasses.dataclass(frozen=True)
+class _Tensors:
+    """Tensors that pass between modules."""
+
+    embeds: TensorSpec
+    context: TensorSpec
+    latents: TensorSpec
+    image: TensorSpec
+
+
+def _tensors(config: TransformerConfig) -> _Tensors:
+    return _Tensors(
+        TensorSpec("prompt_embeds", "float32", ("batch", "prompt_tokens", config.cap_feat_dim)),
+        TensorSpec("context", "float32", ("batch", "context_tokens", config.dim)),
+        TensorSpec("latents", "float32", ("batch", config.in_channels, "latent_height", "latent_width")),
+        TensorSpec("image", "float32", ("batch", 3, "height", "width")),
+    )
+
+
 def plan_modules(checkpoint: Checkpoint, precision: Precision, vaes: tuple[str, ...]) -> list[ModulePlan]:
-    """What to export, in the order that an image is made.
+    """Plans of all modules, in the order in which a request runs them.
 
     Raises:
         RecipeError: `vaes` names one that the checkpoint does not have.
         CheckpointError: the ControlNet does not belong to the transformer.
     """
-    transformer = TransformerConfig.from_dict(checkpoint.transformer.config)
-    encoder = TextEncoderConfig.from_dict(checkpoint.text_encoder.config)
-    latents = TensorSpec(
-        "latents",
-        "float32",
-        ("batch", transformer.in_channels, "latent_height", "latent_width"),
-    )
-    image = TensorSpec("image", "float32", ("batch", 3, "height", "width"))
-    embeds = TensorSpec("prompt_embeds", "float32", ("batch", "prompt_tokens", transformer.cap_feat_dim))
-    context = TensorSpec("context", "float32", ("batch", "context_tokens", transformer.dim))
-    layout = layout_config(precision)
-    text = {**dataclasses.asdict(encoder), **layout}
-    image_model = {
-        **dataclasses.asdict(transformer),
-        "hidden_dim": transformer.hidden_dim,
-        "rope_layout": "half_split",
-        **layout,
-    }
-
-    def sequence(sizes: Mapping[str, int]) -> int:
-        rows = (sizes["latent_height"] // transformer.patch_size) * (sizes["latent_width"] // transformer.patch_size)
-        return -(-rows // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE + sizes["context_tokens"]
-
+    config = TransformerConfig.from_dict(checkpoint.transformer.config)
+    tensors = _tensors(config)
     plans = [
-        ModulePlan(
-            "text_encoder",
-            checkpoint.text_encoder,
-            precision,
-            lambda: TextEncoder(encoder, precision),
-            (TensorSpec("input_ids", "int64", ("batch", "prompt_tokens")),),
-            (embeds,),
-            {},
-            text,
-            Blocks(encoder.num_hidden_layers - 1, encoder.hidden_size, lambda sizes: sizes["prompt_tokens"]),
-        ),
-        ModulePlan(
-            "context_refiner",
-            checkpoint.transformer,
-            precision,
-            lambda: ContextRefiner(transformer, precision),
-            (embeds,),
-            (context,),
-            {},
-            image_model,
-        ),
-        ModulePlan(
-            "transformer",
-            checkpoint.transformer,
-            precision,
-            lambda: Transformer(transformer, precision),
-            (latents, TensorSpec("timestep", "float32", ("batch",)), context),
-            (TensorSpec("noise_pred", "float32", latents.dims),),
-            {
-                "latent_height": transformer.patch_size,
-                "latent_width": transformer.patch_size,
-                "context_tokens": SEQUENCE_MULTIPLE,
-            },
-            image_model,
-            Blocks(transformer.n_layers, transformer.dim, sequence),
-        ),
+        _plan_text_encoder(checkpoint.text_encoder, precision, tensors),
+        *_plan_transformer(checkpoint.transformer, config, precision, tensors),
     ]
     if checkpoint.controlnet is not None:
-        plans.append(_plan_controlnet(checkpoint.controlnet, transformer, plans[-1]))
+        plans.append(_plan_controlnet(checkpoint.controlnet, config, plans[-1]))
     for kind in vaes:
         component = checkpoint.tiny_vae if kind == "tiny" else checkpoint.vae
         if component is None:
@@ -187,12 +151,68 @@ def plan_modules(checkpoint: Checkpoint, precision: Precision, vaes: tuple[str, 
                 f"the recipe asks for the {kind} VAE, but {checkpoint.path} has none; "
                 f"take it out of `vae`, or name a folder for {'tiny_vae' if kind == 'tiny' else 'vae'}"
             )
-        plans += _plan_vae(kind, component, precision, latents, image)
+        plans += _plan_vae(kind, component, precision, tensors)
     return plans
 
 
+def _plan_text_encoder(component: Component, precision: Precision, tensors: _Tensors) -> ModulePlan:
+    config = TextEncoderConfig.from_dict(component.config)
+    return ModulePlan(
+        "text_encoder",
+        component,
+        precision,
+        build=lambda: TextEncoder(config, precision),
+        inputs=(TensorSpec("input_ids", "int64", ("batch", "prompt_tokens")),),
+        outputs=(tensors.embeds,),
+        multiples={},
+        config={**dataclasses.asdict(config), **layout_config(precision)},
+        blocks=Blocks(config.num_hidden_layers - 1, config.hidden_size, lambda sizes: sizes["prompt_tokens"]),
+    )
+
+
+def _plan_transformer(
+    component: Component, config: TransformerConfig, precision: Precision, tensors: _Tensors
+) -> list[ModulePlan]:
+    """The context refiner, which runs per prompt, and the transformer, which runs per evaluation."""
+    numbers = {
+        **dataclasses.asdict(config),
+        "hidden_dim": config.hidden_dim,
+        "rope_layout": "half_split",
+        **layout_config(precision),
+    }
+    patch = config.patch_size
+
+    def sequence(sizes: Mapping[str, int]) -> int:
+        rows = (sizes["latent_height"] // patch) * (sizes["latent_width"] // patch)
+        return -(-rows // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE + sizes["context_tokens"]
+
+    return [
+        ModulePlan(
+            "context_refiner",
+            component,
+            precision,
+            build=lambda: ContextRefiner(config, precision),
+            inputs=(tensors.embeds,),
+            outputs=(tensors.context,),
+            multiples={},
+            config=numbers,
+        ),
+        ModulePlan(
+            "transformer",
+            component,
+            precision,
+            build=lambda: Transformer(config, precision),
+            inputs=(tensors.latents, TensorSpec("timestep", "float32", ("batch",)), tensors.context),
+            outputs=(TensorSpec("noise_pred", "float32", tensors.latents.dims),),
+            multiples={"latent_height": patch, "latent_width": patch, "context_tokens": SEQUENCE_MULTIPLE},
+            config=numbers,
+            blocks=Blocks(config.n_layers, config.dim, sequence),
+        ),
+    ]
+
+
 def _plan_controlnet(component: Component, config: TransformerConfig, transformer: ModulePlan) -> ModulePlan:
-    """The transformer with the ControlNet beside it; a request without a control image runs the plain one."""
+    """The transformer and the ControlNet as one module; requests without a control image run the transformer's."""
     control = control_config(component, config)
     latents = transformer.inputs[0]
     plan = ModulePlan(
@@ -215,11 +235,10 @@ def _plan_controlnet(component: Component, config: TransformerConfig, transforme
     return plan
 
 
-def _plan_vae(
-    kind: str, component: Component, precision: Precision, latents: TensorSpec, image: TensorSpec
-) -> list[ModulePlan]:
+def _plan_vae(kind: str, component: Component, precision: Precision, tensors: _Tensors) -> list[ModulePlan]:
+    """A VAE's decoder and its encoder."""
     if kind == "full" and precision.name == "fp16":
-        # The full VAE's activations overflow fp16 (FACTS: white or black frames); it runs once an image.
+        # The full VAE's activations overflow fp16 (the image is white or black); it runs once per image.
         precision = FP32
     decoder, encoder = (TinyVAEDecoder, TinyVAEEncoder) if kind == "tiny" else (FullVAEDecoder, FullVAEEncoder)
     config = component.config
@@ -230,20 +249,20 @@ def _plan_vae(
             f"{kind}_vae_decoder",
             component,
             precision,
-            lambda: decoder(config, precision),
-            (latents,),
-            (image,),
-            {},
-            settings,
+            build=lambda: decoder(config, precision),
+            inputs=(tensors.latents,),
+            outputs=(tensors.image,),
+            multiples={},
+            config=settings,
         ),
         ModulePlan(
             f"{kind}_vae_encoder",
             component,
             precision,
-            lambda: encoder(config, precision),
-            (image,),
-            (latents,),
-            {"height": factor, "width": factor},
-            settings,
+            build=lambda: encoder(config, precision),
+            inputs=(tensors.image,),
+            outputs=(tensors.latents,),
+            multiples={"height": factor, "width": factor},
+            config=settings,
         ),
     ]

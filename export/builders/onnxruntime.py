@@ -1,4 +1,4 @@
-"""ONNX Runtime runs the bundle's graphs as they are; this makes them lean first."""
+"""Builder for ONNX Runtime, which runs the bundle's graphs."""
 
 from __future__ import annotations
 
@@ -15,4 +15,4 @@ precisions = PRECISIONS
 
 
 def check(recipe: ExportRecipe) -> None:
-    """ONNX Runtime runs whatever a recipe can ask for."""
+    """Accepts every recipe."""

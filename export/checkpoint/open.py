@@ -1,4 +1,4 @@
-"""Opens a checkpoint: a diffusers folder or the single files that ComfyUI uses, both seen as diffusers names."""
+"""Opens checkpoints, diffusers folders and ComfyUI's single files alike, under diffusers' names."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def open_checkpoint(
     parts: Mapping[str, Path] | None = None,
     config: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Checkpoint:
-    """Open a checkpoint.
+    """Opens a checkpoint.
 
     Args:
         path: a diffusers folder, or a single `.safetensors` or `.gguf` file.
-        parts: other places for single parts (`PARTS`), e.g. where a single file has no tokenizer. A ControlNet is
-            taken from here alone: nobody gets one for having it in the checkpoint's folder.
-        config: numbers to change in the components' configs, e.g. what no tensor's shape shows.
+        parts: paths of parts (`PARTS`) outside of the checkpoint, e.g. the tokenizer of a single file. A ControlNet is
+            only read from here, never from the checkpoint's folder.
+        config: changes to the components' configs, e.g. numbers that no tensor's shape shows.
 
     Raises:
-        CheckpointError: there is none, or it is not Z-Image's.
+        CheckpointError: the checkpoint is missing, damaged, or not Z-Image's.
     """
     parts = parts or {}
     if not path.exists():

@@ -1,4 +1,4 @@
-"""Opens safetensors files: every tensor with its number format; one that is not understood is refused by name."""
+"""Opens safetensors files, plain and quantised; tensors in an unknown number format are refused by name."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from . import foreign
 from .layouts import ALTERNATIVES, FLOATS, FP8, READERS, Layer, RawTensor, block_fp8, unmarked_scale
 from .tensor import CheckpointTensor
 
-# The last parts of names that hold no values of their own; one that no layer took is a scale that nothing read.
+# Last parts of names of scales and metadata. One that no layer uses is an error.
 _SCALES = re.compile(
     r"(?:^|\.)(?:\w*_scale(?:_\w+)?|scale(?:_\w+)?|scales|scaled_fp8|comfy_quant|weight_(?:zeros?|correction|codebook|s_\w+)"
     r"|qweight|zero_point|quant_\w+)$"
 )
-_BLOCK = (128, 128)  # transformers' default, where no config.json says otherwise
+_BLOCK = (128, 128)  # transformers' default without a config.json
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
 
 
 def tensor_names(path: Path) -> tuple[str, ...]:
-    """The names alone. Raises CheckpointError if the file is damaged, or of a quantisation that is not read."""
+    """Names of a file's tensors. Raises CheckpointError: the file is damaged, or its quantisation is not supported."""
     tensors, metadata = _raw(path)
     foreign.check_names(tensors, metadata, str(path))
     return tuple(tensors)
 
 
 def open_safetensors(path: Path) -> dict[str, CheckpointTensor]:
-    """The tensors of one file, mapped.
+    """Opens the tensors of a file, mapped.
 
     Raises:
-        CheckpointError: the file is damaged, or of a quantisation that is not read.
-        TensorError: a tensor's number format, scale or mark is not understood.
+        CheckpointError: the file is damaged, or its quantisation is not supported.
+        TensorError: a tensor's number format, scale or quantisation metadata is not supported.
     """
     return open_files((path,))
 
 
 def open_files(paths: Iterable[Path], block: tuple[int, int] = _BLOCK) -> dict[str, CheckpointTensor]:
-    """The tensors of files that belong together; `block` is that of transformers' fp8. Raises as `open_safetensors`."""
+    """Opens the shards of a component; `block` is the block size of transformers' fp8. Raises as `open_safetensors`."""
     raw: dict[str, RawTensor] = {}
     metadata: dict[str, str] = {}
     paths = tuple(paths)
@@ -63,10 +63,10 @@ def _raw(path: Path) -> tuple[dict[str, RawTensor], dict[str, str]]:
         file = safe_open(path, framework="pt")
         tensors = {}
         for name in file.keys():  # noqa: SIM118
-            piece = file.get_slice(name)
+            view = file.get_slice(name)
             tensors[name] = RawTensor(
-                tuple(piece.get_shape()),
-                piece.get_dtype(),
+                tuple(view.get_shape()),
+                view.get_dtype(),
                 lambda name=name: file.get_tensor(name),  # type: ignore[misc]
             )
         return tensors, file.metadata() or {}
@@ -82,7 +82,7 @@ def _raw(path: Path) -> tuple[dict[str, RawTensor], dict[str, str]]:
 
 
 def _part(name: str) -> str:
-    """Which of the models in a single file a tensor belongs to."""
+    """The model of a single file that a tensor belongs to."""
     first = name.partition(".")[0]
     return first if first in ("text_encoders", "vae") else "transformer"
 
@@ -90,7 +90,7 @@ def _part(name: str) -> str:
 def _resolve(
     raw: Mapping[str, RawTensor], metadata: Mapping[str, str], where: str, block: tuple[int, int]
 ) -> dict[str, CheckpointTensor]:
-    """Every tensor of values, each with the scales that belong to it."""
+    """Joins each tensor of values with its scales."""
     used: set[str] = set()
     result: dict[str, CheckpointTensor] = {}
     for name, mark in _marks(raw, metadata, where, used).items():
@@ -111,7 +111,7 @@ def _resolve(
                     layer.fail(f"{raw[name].dtype} with {ending!r} and no mark: nothing says how it was quantised")
                 result[name] = block_fp8(layer, block) if ending.endswith("inv") else unmarked_scale(layer)
                 break
-    used.update(name for name in raw if name.rpartition(".")[2] == "scaled_fp8")  # the earlier files' flag, no value
+    used.update(name for name in raw if name.rpartition(".")[2] == "scaled_fp8")  # a flag of ComfyUI's earlier files
     scaled = {_part(name) for name in raw if _SCALES.search(name)}
     for name, tensor in raw.items():
         if name in used:
@@ -132,7 +132,7 @@ def _resolve(
 def _marks(
     raw: Mapping[str, RawTensor], metadata: Mapping[str, str], where: str, used: set[str]
 ) -> dict[str, Mapping[str, Any]]:
-    """What is said of each quantised layer, by `<layer>.comfy_quant` and the header's `_quantization_metadata`."""
+    """Metadata of each quantised layer, from `<layer>.comfy_quant` and the header's `_quantization_metadata`."""
     marks: dict[str, Mapping[str, Any]] = {}
     for name, tensor in raw.items():
         layer, _, leaf = name.rpartition(".")
@@ -169,7 +169,7 @@ def _mark(text: bytes, where: str) -> dict[str, Any]:
 
 
 def _full_name(layer: str, raw: Mapping[str, RawTensor], where: str) -> str:
-    """The layer's name in the file; the header may leave out or add the model's prefix."""
+    """A layer's name in the file; the header may omit or add the model's prefix."""
     bare = layer
     for prefix in _PREFIXES:
         bare = bare.removeprefix(prefix)

@@ -1,4 +1,4 @@
-"""Makes a traced graph lean."""
+"""Simplifies traced graphs."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from onnxscript import optimizer
 
 
 def simplify(model: ir.Model, name: str) -> None:
-    """Fold constants and drop dead nodes, in place. Weights stay in their file."""
+    """Folds constants, drops dead nodes and metadata, in place; names the graph. Weights stay in their file."""
     optimizer.optimize(model)
     for node in model.graph:
-        # Stack traces of the tracer: half of the file's size, and this machine's paths.
+        # The tracer's stack traces take half of the file and contain this machine's paths.
         node.metadata_props.clear()
         node.doc_string = None
     for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):

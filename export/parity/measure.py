@@ -1,4 +1,4 @@
-"""Is every exported module what its reference computes? Measured on ONNX Runtime against diffusers and transformers."""
+"""Measures exported modules in ONNX Runtime against diffusers' and transformers' own models."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ..errors import ParityError
 from ..plan import ModulePlan
 from .reference import Reference
 
-# Relative error, ||out - reference|| / ||reference||, that a module may have in each precision.
+# Largest relative error of a module per precision, ||out - reference|| / ||reference||.
 TOLERANCES = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2}
 
-# Shapes that catch baked-in sizes: odd aspect ratios, image rows with and without padding, prompts around a
-# multiple of 32.
+# Shapes that reveal constant sizes in a graph: odd aspect ratios, image rows with and without padding, prompt lengths
+# around a multiple of 32.
 _PROMPTS = (
     {"batch": 1, "prompt_tokens": 1},
     {"batch": 2, "prompt_tokens": 31},
@@ -46,7 +46,7 @@ CASES: Mapping[str, tuple[Mapping[str, int], ...]] = {
 
 
 def sample(spec: TensorSpec, sizes: Mapping[str, int], vocabulary: int, seed: int) -> np.ndarray:
-    """An input for a parity run."""
+    """A random input of a parity run."""
     shape = [sizes[dim] if isinstance(dim, str) else dim for dim in spec.dims]
     random = np.random.default_rng(seed)
     if spec.dtype == "int64":
@@ -59,17 +59,17 @@ def sample(spec: TensorSpec, sizes: Mapping[str, int], vocabulary: int, seed: in
 
 
 def session(graph: Path) -> onnxruntime.InferenceSession:
-    """ONNX Runtime on the CPU, as the bundle's default backend runs it."""
+    """An ONNX Runtime session on the CPU, as the bundle's default backend uses."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
 def measure(plan: ModulePlan, graph: Path, reference: Reference, reference_name: str) -> Parity:
-    """Compare one exported module with its reference at several shapes.
+    """Compares an exported module with its reference at several shapes.
 
     Raises:
-        ParityError: outside the tolerance; the message has the numbers.
+        ParityError: an error exceeds the tolerance.
     """
     tolerance = TOLERANCES[plan.precision.name]
     run = session(graph)
@@ -86,7 +86,7 @@ def measure(plan: ModulePlan, graph: Path, reference: Reference, reference_name:
         difference = got.astype(np.float64) - wanted
         error = float(np.linalg.norm(difference) / np.linalg.norm(wanted.astype(np.float64)))
         peak = float(np.abs(difference).max())
-        if not error <= tolerance:  # also where it is NaN
+        if not error <= tolerance:  # also fails for NaN
             raise ParityError(
                 f"{plan.name} at {dict(sizes)}: relative error {error:.3g}, largest {peak:.3g}; "
                 f"tolerated in {plan.precision.name}: {tolerance:g} (reference: {reference_name})"
