@@ -75,7 +75,7 @@ def export(
         vaes = tuple(kind for kind, component in found.items() if component is not None and kind in builder.vaes)
     plans = plan_modules(checkpoint, builder.precisions[recipe.precision], vaes)
     tokenizer = tokenizer_file(checkpoint.tokenizer)
-    pipeline = _pipeline(checkpoint, recipe)
+    pipeline = pipeline_spec(checkpoint, recipe)
     _check_shapes(recipe.shapes, TransformerConfig.from_dict(checkpoint.transformer.config), pipeline.size_multiple)
     with replacing(recipe.out) as folder:
         job = _Job(recipe, checkpoint, vaes, builder, folder, pipeline, ReferenceCache(), progress)
@@ -126,7 +126,8 @@ def _check_shapes(shapes: ShapeRanges, config: TransformerConfig, patch: int) ->
             )
 
 
-def _pipeline(checkpoint: Checkpoint, recipe: ExportRecipe) -> PipelineSpec:
+def pipeline_spec(checkpoint: Checkpoint, recipe: ExportRecipe) -> PipelineSpec:
+    """Numbers of the sampler loop and the prompt's template, for the manifest."""
     config = TransformerConfig.from_dict(checkpoint.transformer.config)
     vae = checkpoint.vae or checkpoint.tiny_vae
     factor = 8 if vae is None else 2 ** (len(vae.config["block_out_channels"]) - 1)

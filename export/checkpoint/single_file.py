@@ -1,6 +1,6 @@
 """Opens ComfyUI's single `.safetensors` and `.gguf` files under diffusers' and transformers' names.
 
-A file holds the transformer, with or without the prefix `model.diffusion_model.` or `diffusion_model.`. It may also have
+A file holds the transformer, with or without the prefix `model.diffusion_model.` or `diffusion_model.`. It can have
 the text encoder under `text_encoders.<name>.transformer.model.`, and the VAE under `vae.` with ldm's or diffusers'
 names. Sizes are derived from the tensors.
 """

@@ -64,8 +64,8 @@ def test_the_scripts_have_the_same_style():
 
 def test_a_drawing_is_found_where_it_was_shown(atlas, cases):
     judge = Judge(atlas)
-    there = [adapters.stands(judge, drawn(atlas, case, case.shown), case) for case in cases]
-    usual = [adapters.stands(judge, drawn(atlas, case, case.usual), case) for case in cases]
+    there = [adapters.locate(judge, drawn(atlas, case, case.shown), case) for case in cases]
+    usual = [adapters.locate(judge, drawn(atlas, case, case.usual), case) for case in cases]
     assert all(answers["where shown"] for answers in there)
     assert np.mean([answers["subject there"] for answers in there]) >= 0.95
     assert not any(answers["where shown"] for answers in usual)

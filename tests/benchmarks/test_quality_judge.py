@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from judge_pictures import compose
 from zimage_rt.benchmarks.quality import edits
-from zimage_rt.benchmarks.quality.__main__ import read_prompts
 from zimage_rt.benchmarks.quality.judge import DATA, Judge, summarise
+from zimage_rt.benchmarks.quality.prompts import read_prompts
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from zimage_rt.benchmarks.quality.__main__ import read_prompts
 from zimage_rt.benchmarks.quality.judge import Judge, summarise
+from zimage_rt.benchmarks.quality.prompts import read_prompts
 
 import zimage_rt
 

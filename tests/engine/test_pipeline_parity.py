@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from shared import CHECKPOINT
 from zimage_rt.benchmarks.fidelity import SETTINGS, compare
-from zimage_rt.benchmarks.quality.__main__ import read_prompts
+from zimage_rt.benchmarks.quality.prompts import read_prompts
 from zimage_rt.benchmarks.systems.base import System, load_system
 
 

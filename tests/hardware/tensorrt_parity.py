@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from zimage_rt.benchmarks.fidelity import psnr
-from zimage_rt.benchmarks.quality.__main__ import read_prompts
+from zimage_rt.benchmarks.quality.prompts import read_prompts
 
 import zimage_rt
 from zimage_rt.backends.registry import probe_backends
