@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import torch
 from fast_models import patchify
+from finetune import Stage, run, stage_parser
 from flow import Data, attempt, batch_of, draw_sigmas, flow_loss
-from going_on import Stage, run, stage_parser
 from latents import LatentComposer
 from scenes import CANVASES
 from torch import Tensor

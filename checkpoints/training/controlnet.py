@@ -19,7 +19,7 @@ import numpy as np
 import tokenizer as tokenizer_module
 import torch
 import torch.nn.functional as F
-from adapting import Adapting, Base, Batch, Model, begin, draw, parser_of, write_sheet
+from adapter_training import Adapting, Base, Batch, Model, begin, draw, parser_of, write_sheet
 from captions import CaptionWriter
 from fast_controlnet import CHANNELS, PLACES, FastControlNet
 from fast_models import CAPTION_LENGTHS, TOKEN, patchify

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from adapting import Adapting, Base, Batch, Model, begin, draw, parser_of, write_sheet
+from adapter_training import Adapting, Base, Batch, Model, begin, draw, parser_of, write_sheet
 from cyanotype import StyledRenderer
 from fast_models import FastTransformer, patchify
 from flow import Data, batch_of

@@ -4,7 +4,7 @@
     python train.py joint --corpus corpus.npz --work state --atlas atlas.npz --seconds 900
 
 ``joint`` needs ``vaes.pt`` and ``text.pt`` in the work folder. It saves every so often, and goes on
-with ``--resume`` from ``live.pt`` (this machine's) or else from ``average.pt`` (what ``pieces.py``
+with ``--resume`` from ``live.pt`` (this machine's) or else from ``average.pt`` (what ``pack_state.py``
 carries). The schedule runs over ``--seconds`` of training, those before included; a file ``stop`` in
 the work folder, holding a number of seconds, ends it that much later with its learning rate falling to zero.
 """

@@ -16,8 +16,8 @@ import copy
 import fast_models
 import torch
 from fast_models import patchify
+from finetune import Stage, run, stage_parser
 from flow import EVALUATIONS, TAIL, Data, attempt, batch_of, flow_loss, sample, schedule
-from going_on import Stage, run, stage_parser
 from latents import LatentComposer
 from scenes import CANVASES
 from torch import Tensor

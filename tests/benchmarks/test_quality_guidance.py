@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from judge_pictures import compose
+from judge_images import compose
 from zimage_rt.benchmarks.quality import guidance
 from zimage_rt.benchmarks.quality.edits import names_of
 from zimage_rt.benchmarks.quality.judge import DATA, UNSEEN, Judge

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from judge_pictures import compose
+from judge_images import compose
 from zimage_rt.benchmarks.quality import edits
 from zimage_rt.benchmarks.quality.judge import DATA, Judge, summarise
 from zimage_rt.benchmarks.quality.prompts import read_prompts

@@ -24,8 +24,8 @@ ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "helpers"))
 
 from diffusers import ZImagePipeline  # noqa: E402
+from lora_images import ours, picture_of  # noqa: E402
 from lora_layouts import changes_of  # noqa: E402
-from lora_pictures import ours, picture_of  # noqa: E402
 from lycoris import LycorisNetwork, create_lycoris  # type: ignore[import-not-found]  # noqa: E402
 from shared import BUNDLE, CHECKPOINT  # noqa: E402
 from zimage_rt.benchmarks.fidelity import psnr  # noqa: E402

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import ZImagePipeline, ZImageTransformer2DModel
+from lora_images import ours, picture_of
 from lora_layouts import changes_of
-from lora_pictures import ours, picture_of
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file

@@ -1,7 +1,7 @@
 """Carry the training state between machines in files of at most 15 MiB.
 
-    python pieces.py split --work state --out parts     # weights as 16-bit floats, everything else as it is
-    python pieces.py join --work state --parts parts
+    python pack_state.py split --work state --out parts     # weights as 16-bit floats, everything else as it is
+    python pack_state.py join --work state --parts parts
 
 With ``--tiny-only`` the parts hold no full autoencoder: enough to go on with the joint or the turbo stage.
 What is carried is all that the stages need to go on: the average of the joint stage (from which
