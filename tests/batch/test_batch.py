@@ -300,7 +300,7 @@ def test_the_engines_own_faults_fail_a_row_and_not_the_batch(
     assert not (tmp_path / "none").exists()
 
 
-def test_a_picture_of_a_batch_is_the_one_drawn_alone(engine: zimage_rt.Engine, tmp_path: Path) -> None:
+def test_an_image_of_a_batch_is_the_one_drawn_alone(engine: zimage_rt.Engine, tmp_path: Path) -> None:
     table = table_of(tmp_path, "prompt,num_images\n一只熊猫,1\na cat,2\n")
     work = Batch(engine, table, tmp_path / "out", BatchOptions(defaults=DEFAULTS, seed=3, sidecar=False))
     with work.journal:

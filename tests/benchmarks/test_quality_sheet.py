@@ -1,4 +1,4 @@
-"""The sheet of prompts for a model card: which are drawn, and what stands below them."""
+"""The contact sheet of prompts for a model card: the choice of prompts, and their captions."""
 
 from __future__ import annotations
 

@@ -21,12 +21,12 @@ def commands_of(page: str) -> list[Command]:
 
 @pytest.fixture(scope="module")
 def bundles() -> set[str]:
-    """What the pages' exports make, on whatever page."""
+    """Bundles that the pages' exports write."""
     return doc_commands.exported([command for page in doc_commands.pages() for command in commands_of(page)])
 
 
 def check(page: str, text: str, bundles: set[str]) -> list[str]:
-    """What is wrong with a page."""
+    """Problems of a page."""
     problems = []
     found = doc_commands.blocks(page, text)
     files = Files(bundles, doc_commands.shown_files(found))

@@ -9,7 +9,7 @@ from rooms import levels_of, upward_imports
 from shared import ROOT
 
 PACKAGE = ROOT / "zimage_rt"
-# From the lowest up: a room, or a module of the top, imports what stands before it, and its own room.
+# From the lowest level up: a room, or a module of the top, imports from lower levels and from itself.
 ORDER = (
     ("errors", "limits", "checks", "atomic_write", "rwlock", "gate", "not_finite", "_core", "_cuda"),
     ("sampling",),
@@ -35,7 +35,7 @@ def test_a_module_imports_downwards(path: Path) -> None:
     assert upward_imports(path, PACKAGE, "zimage_rt", LEVEL) == []
 
 
-def test_every_room_has_its_place() -> None:
+def test_every_room_has_a_level() -> None:
     found = {path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
     assert found - {"__init__", "__pycache__"} <= set(LEVEL)
     for room in PACKAGE.iterdir():

@@ -56,12 +56,12 @@ def load(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.mark.parametrize("layout", ["int8_tensorwise-per-row", "int8_convrot", "float8_e4m3fn", "mxfp8", "nvfp4"])
-def test_pictures(layout: str, load, engine: zimage_rt.Engine):
-    """Within 30 dB of the picture of the bf16 weights; docs/formats.md has what was measured."""
+def test_images(layout: str, load, engine: zimage_rt.Engine):
+    """Within 30 dB of the image of the bf16 weights; docs/formats.md has what was measured."""
     assert psnr(draw(load(layout)), draw(engine)) >= 30
 
 
-def test_a_lora_changes_the_picture_of_scaled_fp8_as_that_of_bf16(load, engine: zimage_rt.Engine, tmp_path: Path):
+def test_a_lora_changes_the_image_of_scaled_fp8_as_that_of_bf16(load, engine: zimage_rt.Engine, tmp_path: Path):
     """A LoRA's size is that of the weights: with scales left unread it would be lost in them."""
     model = ZImageTransformer2DModel.from_pretrained(CHECKPOINT / "transformer")
     path = write(tmp_path / "lora.safetensors", peft(random_lora(model, seed=4)))

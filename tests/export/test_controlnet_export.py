@@ -88,7 +88,7 @@ def test_a_control_stream_beyond_fp16_draws_what_fp32_does(checkpoint: Checkpoin
 
 
 def test_a_graph_reads_the_transformers_own_weight_file(small_checkpoint: Path, tmp_path: Path):
-    """Nothing is stored twice. Here 2.1, several layers in a row; 2.0's graph draws the pictures of test_controlnet."""
+    """Nothing is stored twice. Here 2.1, several layers in a row; 2.0's graph draws the images of test_controlnet."""
     net = make_controlnet(tmp_path / "net", "control_noise_refiner", **SMALL)
     plan = plan_of(open_checkpoint(small_checkpoint, {"controlnet": net}))
     path = tmp_path / "controlnet.safetensors"

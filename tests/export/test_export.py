@@ -161,7 +161,7 @@ def loud(tensors: dict) -> None:
             tensors[name] *= 2500.0
 
 
-def picture(denoise: Callable[[Any, Any, Any], Any], context: Any, decoder: Path) -> np.ndarray:
+def draw_image(denoise: Callable[[Any, Any, Any], Any], context: Any, decoder: Path) -> np.ndarray:
     """What 8 evaluations of `denoise` and the decoder make of fixed noise: [height, width, 3] in 0 … 255."""
     latents = torch.randn((1, 16, 16, 24), generator=torch.Generator().manual_seed(1))
     levels = flow_match_sigmas(8, 3.0)
@@ -172,7 +172,7 @@ def picture(denoise: Callable[[Any, Any, Any], Any], context: Any, decoder: Path
 
 
 def test_fp16_survives_post_norm_inputs_of_a_million(small_checkpoint: Path, tmp_path: Path):
-    """Pictures of the fp16 bundle are those of fp32; without the scales the same arithmetic gives NaN."""
+    """Images of the fp16 bundle are those of fp32; without the scales the same arithmetic gives NaN."""
     folder = changed_transformer(small_checkpoint, tmp_path / "loud", loud)
     component = open_checkpoint(folder).transformer
     model = load_reference(component)
@@ -191,7 +191,7 @@ def test_fp16_survives_post_norm_inputs_of_a_million(small_checkpoint: Path, tmp
     context = torch.randn((1, 32, 256), generator=torch.Generator().manual_seed(2))
     decoder = tmp_path / "fp16" / "full_vae_decoder.onnx"
     with torch.no_grad():
-        wanted = picture(reference_function("transformer", model), context, decoder)
+        wanted = draw_image(reference_function("transformer", model), context, decoder)
     assert max(peaks) > 1e6
     assert wanted.std() > 1
 
@@ -200,7 +200,7 @@ def test_fp16_survives_post_norm_inputs_of_a_million(small_checkpoint: Path, tmp
         plan = next(plan for plan in plans if plan.name == "transformer")
         module = weights.load(plan.build(), component)
         with torch.no_grad():
-            return picture(module, context, decoder)
+            return draw_image(module, context, decoder)
 
     def in_runtime(latents: Any, timestep: Any, context: Any) -> Any:
         inputs = {"latents": latents.numpy(), "timestep": timestep.numpy(), "context": context.numpy()}
@@ -212,7 +212,7 @@ def test_fp16_survives_post_norm_inputs_of_a_million(small_checkpoint: Path, tmp
     # range. fp32 rounds by 6e-8; 70 dB are 0.03 %.
     assert psnr(in_torch(FP32), wanted) > 70
     assert psnr(in_torch(FP16), wanted) > 35
-    assert psnr(picture(in_runtime, context, decoder), wanted) > 35
+    assert psnr(draw_image(in_runtime, context, decoder), wanted) > 35
     plain = in_torch(dataclasses.replace(FP16, attention_scale=1.0, gate_scale=1.0, up_scale=1.0))
     assert np.isnan(plain).all()
 
