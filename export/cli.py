@@ -120,91 +120,105 @@ def _summary(manifest: Manifest, out: Path) -> dict[str, object]:
     }
 
 
+# Options of the command.
+RecipePath = Annotated[
+    Path | None,
+    typer.Argument(help="Recipe: a TOML file such as engines/nano.toml. Without one, give --checkpoint and --out."),
+]
+CheckpointPath = Annotated[
+    Path | None,
+    typer.Option(
+        help="Z-Image checkpoint: a diffusers folder, or a single .safetensors or .gguf file. By default the recipe's."
+    ),
+]
+OutPath = Annotated[
+    Path | None,
+    typer.Option(help="Folder to write the bundle to; an older bundle there is replaced. By default the recipe's."),
+]
+PrecisionName = Annotated[
+    str | None,
+    typer.Option(
+        help="Number format of matrices and their products: fp32, fp16 or bf16. "
+        "By default the recipe's, or fp32 without a recipe."
+    ),
+]
+VaeNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="VAE to include: tiny (TAEF1, fast) or full; may be repeated. "
+        "By default the recipe's, or each VAE that the checkpoint has and the backend runs."
+    ),
+]
+ControlNetPath = Annotated[
+    Path | None,
+    typer.Option(
+        help="ControlNet to include: diffusers' folder, or a Fun-Union .safetensors file. By default the recipe's."
+    ),
+]
+BackendName = Annotated[
+    str | None,
+    typer.Option(
+        help="Backend that will serve the bundle: onnxruntime (graphs and weights), cuda (weights alone), tensorrt "
+        "or tensorrt_rtx (graphs, weights, plans). By default the recipe's, or onnxruntime."
+    ),
+]
+Sm = Annotated[
+    str | None,
+    typer.Option(
+        metavar="86,89,120",
+        help="TensorRT-RTX: compute capabilities to build plans for, without the dot. "
+        "By default the recipe's, or 86,89,120.",
+    ),
+]
+Split = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="MODULE=N",
+        help="TensorRT: build the transformer or the text_encoder as N plans, which needs less memory, e.g. "
+        "transformer=4; may be repeated. By default the recipe's, or one plan per module.",
+    ),
+]
+Workspace = Annotated[
+    float | None,
+    typer.Option(help="TensorRT: the most scratch memory of one layer, in GiB. By default the recipe's, or no limit."),
+]
+OptimizationLevel = Annotated[
+    int | None,
+    typer.Option(
+        help="TensorRT: optimization level, from 0 (fastest build) to 5 (fastest plan). "
+        "By default the recipe's, or TensorRT's own."
+    ),
+]
+SkipParity = Annotated[
+    bool,
+    typer.Option(
+        "--skip-parity",
+        help="Do not compare each module with diffusers' or transformers' own. By default every module that has a "
+        "graph is compared, and one outside of its tolerance fails the export.",
+    ),
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print the result as one JSON object on standard output, and no progress.")
+]
+Version = Annotated[bool, version_option("zimage-export")]
+
+
 @app.command()
 def export_command(
-    recipe: Annotated[
-        Path | None,
-        typer.Argument(help="Recipe: a TOML file such as engines/nano.toml. Without one, give --checkpoint and --out."),
-    ] = None,
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(
-            help="Z-Image checkpoint: a diffusers folder, or a single .safetensors or .gguf file. "
-            "By default the recipe's."
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder to write the bundle to; an older bundle there is replaced. By default the recipe's."),
-    ] = None,
-    precision: Annotated[
-        str | None,
-        typer.Option(
-            help="Number format of matrices and their products: fp32, fp16 or bf16. "
-            "By default the recipe's, or fp32 without a recipe."
-        ),
-    ] = None,
-    vae: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="VAE to include: tiny (TAEF1, fast) or full; may be repeated. "
-            "By default the recipe's, or each VAE that the checkpoint has and the backend runs."
-        ),
-    ] = None,
-    controlnet: Annotated[
-        Path | None,
-        typer.Option(
-            help="ControlNet to include: diffusers' folder, or a Fun-Union .safetensors file. By default the recipe's."
-        ),
-    ] = None,
-    backend: Annotated[
-        str | None,
-        typer.Option(
-            help="Backend that will serve the bundle: onnxruntime (graphs and weights), cuda (weights alone), tensorrt "
-            "or tensorrt_rtx (graphs, weights, plans). By default the recipe's, or onnxruntime."
-        ),
-    ] = None,
-    sm: Annotated[
-        str | None,
-        typer.Option(
-            metavar="86,89,120",
-            help="TensorRT-RTX: compute capabilities to build plans for, without the dot. "
-            "By default the recipe's, or 86,89,120.",
-        ),
-    ] = None,
-    split: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="MODULE=N",
-            help="TensorRT: build the transformer or the text_encoder as N plans, which needs less memory, e.g. "
-            "transformer=4; may be repeated. By default the recipe's, or one plan per module.",
-        ),
-    ] = None,
-    workspace: Annotated[
-        float | None,
-        typer.Option(
-            help="TensorRT: the most scratch memory of one layer, in GiB. By default the recipe's, or no limit."
-        ),
-    ] = None,
-    optimization_level: Annotated[
-        int | None,
-        typer.Option(
-            help="TensorRT: optimization level, from 0 (fastest build) to 5 (fastest plan). "
-            "By default the recipe's, or TensorRT's own."
-        ),
-    ] = None,
-    skip_parity: Annotated[
-        bool,
-        typer.Option(
-            "--skip-parity",
-            help="Do not compare each module with diffusers' or transformers' own. By default every module that has a "
-            "graph is compared, and one outside of its tolerance fails the export.",
-        ),
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result as one JSON object on standard output, and no progress.")
-    ] = False,
-    version: Annotated[bool, version_option("zimage-export")] = False,
+    recipe: RecipePath = None,
+    checkpoint: CheckpointPath = None,
+    out: OutPath = None,
+    precision: PrecisionName = None,
+    vae: VaeNames = None,
+    controlnet: ControlNetPath = None,
+    backend: BackendName = None,
+    sm: Sm = None,
+    split: Split = None,
+    workspace: Workspace = None,
+    optimization_level: OptimizationLevel = None,
+    skip_parity: SkipParity = False,
+    as_json: AsJson = False,
+    version: Version = False,
 ) -> None:
     """Export a Z-Image checkpoint to a bundle that zimage serves."""
     changes = {

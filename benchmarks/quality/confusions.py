@@ -266,6 +266,30 @@ def write_unlabelled(
     return paths
 
 
+def choose(
+    atlas: Atlas, names: list[str], subjects: list[str], styles: list[str], colour: str
+) -> list[tuple[int, int]]:
+    """Return the (style, subject) pairs to compare; empty lists choose all.
+
+    Raises:
+        typer.BadParameter: the judge's data has no such subject, style or colour.
+    """
+    for option, given, known in (
+        ("--subject", subjects, names),
+        ("--style", styles, atlas.styles),
+        ("--background", [colour], list(atlas.colours)),
+    ):
+        if unknown := sorted(set(given) - set(known)):
+            listed = "scenes.json has them" if len(known) > 20 else f"there are {', '.join(known)}"
+            raise typer.BadParameter(f"{option} {', '.join(unknown)}: the judge's data has no such name; {listed}")
+    return [
+        (style, subject)
+        for style, called in enumerate(atlas.styles)
+        for subject, name in enumerate(names)
+        if (not subjects or name in subjects) and (not styles or called in styles)
+    ]
+
+
 def main(
     bundle: Annotated[
         Path | None,
@@ -290,22 +314,8 @@ def main(
     data: Annotated[Path, typer.Option(help="Folder of the judge's data.")] = DATA,
 ) -> None:
     """Compare every subject's image with the drawings of all others and write the closest."""
-    atlas = Atlas.load(data)
-    names = atlas_names(data)
-    for option, given, known in (
-        ("--subject", subjects or [], names),
-        ("--style", styles or [], atlas.styles),
-        ("--background", [colour], list(atlas.colours)),
-    ):
-        if unknown := sorted(set(given) - set(known)):
-            listed = "scenes.json has them" if len(known) > 20 else f"there are {', '.join(known)}"
-            raise typer.BadParameter(f"{option} {', '.join(unknown)}: the judge's data has no such name; {listed}")
-    chosen = [
-        (style, subject)
-        for style, called in enumerate(atlas.styles)
-        for subject, name in enumerate(names)
-        if (not subjects or name in subjects) and (not styles or called in styles)
-    ]
+    atlas, names = Atlas.load(data), atlas_names(data)
+    chosen = choose(atlas, names, subjects or [], styles or [], colour)
     if bundle is None:
         images = {(s, i): compose(atlas, s, i, colour) for s, i in chosen}
     else:

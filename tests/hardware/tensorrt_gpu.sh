@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All of the TensorRT backends that only a GPU can show, in one command: builds zimage-nano in fp16 for this machine's own
-# GPU, runs the tests that need one, then holds the pictures to ONNX Runtime's on 20 prompts and times them.
+# GPU, runs the tests that need one, then compares the images with ONNX Runtime's on 20 prompts and times them.
 #
 #   tests/hardware/tensorrt_gpu.sh tensorrt|tensorrt_rtx [OUT]
 #

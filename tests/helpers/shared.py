@@ -14,9 +14,9 @@ ROOT = Path(__file__).parents[2]
 CUDA_PRECISIONS = ("bf16", "fp16")
 CHECKPOINT = ROOT / "checkpoints" / "zimage-nano"
 BUNDLE = ROOT / "engines" / "nano"
-# Least PSNR in dB of images from the same fp32 arithmetic in ONNX Runtime and torch, which differ by rounding. With AVX2,
-# 80 dB and more are measured, 0.03 levels of 255. At 60 dB, a quarter of a level, another instruction set may
-# round ten times as much. The same prompt with another seed is at 49 dB, without a LoRA at 17.
+# Least PSNR in dB of images from the same fp32 arithmetic in ONNX Runtime and torch, which differ by rounding. AVX2
+# gives 80 dB and more, 0.03 levels of 255. At 60 dB, a quarter of a level, another instruction set may round ten times
+# as much. The same prompt with another seed is at 49 dB, without a LoRA at 17.
 SAME_IMAGE = 60
 
 
