@@ -25,7 +25,7 @@ def _files(folder: Path) -> tuple[Path, ...]:
         if not isinstance(shards, dict) or not all(
             isinstance(name, str) and name == Path(name).name for name in shards.values()
         ):
-            raise CheckpointError(f"{index[0]}: expected names of files beside it under weight_map; fetch it again")
+            raise CheckpointError(f"{index[0]}: expected names of files in its folder under weight_map; fetch it again")
         files = tuple(folder / name for name in sorted(set(shards.values())))
         missing = [file for file in files if not file.is_file()]
         if missing:

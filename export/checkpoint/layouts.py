@@ -42,7 +42,7 @@ class Layer:
 
     name: str
     tensors: Mapping[str, RawTensor]
-    mark: Mapping[str, Any]
+    metadata: Mapping[str, Any]
     used: MutableSet[str]
     where: str
 
@@ -63,9 +63,9 @@ class Layer:
         """As `find`. Raises TensorError: there is none, or its dtype is not in `dtypes`."""
         tensor = self.find(*leaves)
         if tensor is None:
-            self.fail(f"{self.mark['format']} needs {' or '.join(map(repr, leaves))}, which is missing")
+            self.fail(f"{self.metadata['format']} needs {' or '.join(map(repr, leaves))}, which is missing")
         if dtypes and tensor.dtype not in dtypes:
-            self.fail(f"{leaves[0]!r} of {self.mark['format']}: expected {' or '.join(dtypes)}, got {tensor.dtype}")
+            self.fail(f"{leaves[0]!r} of {self.metadata['format']}: expected {' or '.join(dtypes)}, got {tensor.dtype}")
         return tensor
 
     def matrix(self, *dtypes: str) -> RawTensor:
@@ -77,17 +77,17 @@ class Layer:
 
     def setting(self, name: str, default: Any) -> Any:
         """A value of the metadata, from its top level or its `params`."""
-        params = self.mark.get("params")
-        return self.mark.get(name, params.get(name, default) if isinstance(params, Mapping) else default)
+        params = self.metadata.get("params")
+        return self.metadata.get(name, params.get(name, default) if isinstance(params, Mapping) else default)
 
     def settings(self, *known: str) -> None:
         """Raises TensorError: the metadata has other settings than `known`."""
-        params = self.mark.get("params")
-        given = {*self.mark, *(params if isinstance(params, Mapping) else ())} - {"params"}
+        params = self.metadata.get("params")
+        given = {*self.metadata, *(params if isinstance(params, Mapping) else ())} - {"params"}
         unknown = sorted(given - _REMARKS - set(known))
         if unknown:
             self.fail(
-                f"its mark of {self.mark['format']} says {', '.join(map(repr, unknown))}, which is not understood"
+                f"its {self.metadata['format']} metadata has {', '.join(map(repr, unknown))}, which is not supported"
             )
 
     def count(self, name: str, default: int, *, power_of_four: bool = False) -> int:
@@ -141,7 +141,7 @@ def _check_tiles(layer: Layer, scale: RawTensor, rows: int, columns: int) -> Non
 def float8(layer: Layer) -> CheckpointTensor:
     """`float8_e4m3fn`, `float8_e5m2`: value = number x weight_scale, a scale per tensor or per row (LightX2V)."""
     layer.settings()
-    name = str(layer.mark["format"])
+    name = str(layer.metadata["format"])
     dtype = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}[name]
     weight = layer.need("weight", dtypes=(dtype, "U8"))
     scale = layer.need("weight_scale", "scale_weight", dtypes=FLOATS)

@@ -88,14 +88,14 @@ def _part(name: str) -> str:
 
 
 def _resolve(
-    raw: Mapping[str, RawTensor], metadata: Mapping[str, str], where: str, block: tuple[int, int]
+    raw: Mapping[str, RawTensor], header: Mapping[str, str], where: str, block: tuple[int, int]
 ) -> dict[str, CheckpointTensor]:
     """Joins each tensor of values with its scales."""
     used: set[str] = set()
     result: dict[str, CheckpointTensor] = {}
-    for name, mark in _marks(raw, metadata, where, used).items():
-        layer = Layer(name, raw, mark, used, where)
-        kind = mark.get("format")
+    for name, metadata in _layer_metadata(raw, header, where, used).items():
+        layer = Layer(name, raw, metadata, used, where)
+        kind = metadata.get("format")
         reader = READERS.get(kind) if isinstance(kind, str) else None
         if reader is None:
             layer.fail(f"its format {kind!r} is not read (known: {', '.join(READERS)})")
@@ -108,7 +108,7 @@ def _resolve(
             if f"{stem}.{ending}" in raw:
                 layer = Layer(stem, raw, {"format": f"a weight with {ending!r}"}, used, where)
                 if raw[name].dtype not in (*FP8, *FLOATS):
-                    layer.fail(f"{raw[name].dtype} with {ending!r} and no mark: nothing says how it was quantised")
+                    layer.fail(f"{raw[name].dtype} with {ending!r} and no metadata that says how it was quantised")
                 result[name] = block_fp8(layer, block) if ending.endswith("inv") else unmarked_scale(layer)
                 break
     used.update(name for name in raw if name.rpartition(".")[2] == "scaled_fp8")  # a flag of ComfyUI's earlier files
@@ -118,47 +118,47 @@ def _resolve(
             continue
         problem = None
         if _SCALES.search(name):
-            problem = "it is a scale or mark of a layer that nothing reads it for"
+            problem = "it is a scale or metadata that its layer does not use"
         elif tensor.dtype in FP8 and _part(name) in scaled:
             problem = f"it is {tensor.dtype} without a scale, where other layers have one"
         elif tensor.dtype not in (*FLOATS, *FP8):
-            problem = f"its number format {tensor.dtype} has no mark that says what the numbers stand for"
+            problem = f"its number format {tensor.dtype} has no metadata that says what the numbers mean"
         if problem is not None:
             raise TensorError(f"{where}: tensor {name!r}: {problem}; {ALTERNATIVES}")
         result[name] = CheckpointTensor.plain(tensor.shape, tensor.read)
     return result
 
 
-def _marks(
-    raw: Mapping[str, RawTensor], metadata: Mapping[str, str], where: str, used: set[str]
+def _layer_metadata(
+    raw: Mapping[str, RawTensor], header: Mapping[str, str], where: str, used: set[str]
 ) -> dict[str, Mapping[str, Any]]:
     """Metadata of each quantised layer, from `<layer>.comfy_quant` and the header's `_quantization_metadata`."""
-    marks: dict[str, Mapping[str, Any]] = {}
+    found: dict[str, Mapping[str, Any]] = {}
     for name, tensor in raw.items():
         layer, _, leaf = name.rpartition(".")
         if leaf == "comfy_quant":
             used.add(name)
-            marks[layer] = _mark(tensor.read().contiguous().view(torch.uint8).numpy().tobytes(), f"{where}: {name!r}")
-    said = metadata.get("_quantization_metadata")
-    if said is None:
-        return marks
+            found[layer] = _object(tensor.read().contiguous().view(torch.uint8).numpy().tobytes(), f"{where}: {name!r}")
+    text = header.get("_quantization_metadata")
+    if text is None:
+        return found
     here = f"{where}: '_quantization_metadata' of its header"
-    layers = _mark(said.encode(), here).get("layers")
+    layers = _object(text.encode(), here).get("layers")
     if not isinstance(layers, dict):
         raise TensorError(f"{here}: expected 'layers' as an object, got {layers!r}; {ALTERNATIVES}")
     for short, value in layers.items():
-        mark = {"format": value} if isinstance(value, str) else value
+        metadata = {"format": value} if isinstance(value, str) else value
         layer = _full_name(short, raw, here)
-        if not isinstance(mark, dict) or marks.get(layer, mark) != mark:
+        if not isinstance(metadata, dict) or found.get(layer, metadata) != metadata:
             raise TensorError(
                 f"{here}: layer {short!r}: expected what its 'comfy_quant' says or {{'format': …}}, got {value!r}; "
                 f"{ALTERNATIVES}"
             )
-        marks[layer] = mark
-    return marks
+        found[layer] = metadata
+    return found
 
 
-def _mark(text: bytes, where: str) -> dict[str, Any]:
+def _object(text: bytes, where: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except ValueError as error:

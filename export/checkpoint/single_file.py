@@ -70,7 +70,7 @@ def open_single_file(path: Path, parts: Mapping[str, Path]) -> Checkpoint:
 
 def _need(parts: Mapping[str, Path], name: str, path: Path) -> Path:
     if name not in parts:
-        raise CheckpointError(f"{path} holds no {name}; name a folder or file that does as `{name}` under [parts]")
+        raise CheckpointError(f"{path} has no {name}; give the path of one as `{name}` under [parts]")
     if not parts[name].exists():
         raise CheckpointError(f"{parts[name]}: no such folder or file (part `{name}`)")
     return parts[name]
@@ -102,8 +102,8 @@ def describe(tensors: Collection[str]) -> str:
         ("transformer_blocks.0.attn.add_q_proj.weight", "a Qwen-Image or diffusers Flux model"),
         ("lora_", "a LoRA"),
         ("control_layers.0.", "a ControlNet for Z-Image"),
-        ("decoder.conv_in.weight", "a VAE alone"),
-        ("embed_tokens.weight", "a text encoder alone"),
+        ("decoder.conv_in.weight", "only a VAE"),
+        ("embed_tokens.weight", "only a text encoder"),
     )
     for sign, what in signs:
         if any(sign in name for name in tensors):
@@ -174,7 +174,7 @@ def _transformer(path: Path, tensors: Tensors) -> Component:
 
 
 def _text_encoder(path: Path, tensors: Tensors, parts: Mapping[str, Path]) -> Component:
-    files, said = (path,), dict[str, Any]()
+    files, stated = (path,), dict[str, Any]()
     found = [
         match[0] for name in tensors if (match := re.match(r"text_encoders\.[^.]+\.transformer\.(model\.)?", name))
     ]
@@ -186,7 +186,7 @@ def _text_encoder(path: Path, tensors: Tensors, parts: Mapping[str, Path]) -> Co
             return read_component(place, "text_encoder")
         files = (place,)
         if is_gguf(place):
-            own, said = encoder_names(place, *open_gguf(place))
+            own, stated = encoder_names(place, *open_gguf(place))
         else:
             own = {name.removeprefix("model."): tensor for name, tensor in open_safetensors(place).items()}
     if "layers.0.self_attn.q_norm.weight" not in own:
@@ -204,7 +204,7 @@ def _text_encoder(path: Path, tensors: Tensors, parts: Mapping[str, Path]) -> Co
         "head_dim": head_dim,
         "rms_norm_eps": 1e-6,
         "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},  # Qwen3-4B's
-        **said,
+        **stated,
     }
     return Component("text_encoder", config, own, files)
 

@@ -82,15 +82,15 @@ class _File:
         """A tensor's bytes, [rows, bytes per row]."""
         return np.ascontiguousarray(self.read(name)).view(np.uint8)
 
-    def marks(self) -> dict[str, dict[str, Any]]:
+    def layer_metadata(self) -> dict[str, dict[str, Any]]:
         """Metadata of each quantised layer."""
         found = {
             name.removesuffix(".comfy_quant"): json.loads(self.read(name).tobytes())
             for name in self.entries
             if name.endswith(".comfy_quant")
         }
-        said = json.loads(self.metadata.get("_quantization_metadata", '{"layers": {}}'))["layers"]
-        for layer, value in said.items():
+        header = json.loads(self.metadata.get("_quantization_metadata", '{"layers": {}}'))["layers"]
+        for layer, value in header.items():
             weight = next(name for name in self.entries if f".{name}".endswith(f".{_bare(layer)}.weight"))
             found[weight.removesuffix(".weight")] = value if isinstance(value, dict) else {"format": value}
         return found
@@ -136,10 +136,10 @@ def _halves(packed: Array, *, high_first: bool) -> Array:
     return result
 
 
-def _layer(file: _File, name: str, mark: Mapping[str, Any]) -> Array:
+def _layer(file: _File, name: str, metadata: Mapping[str, Any]) -> Array:
     """Values of a layer with metadata, fp64."""
-    kind = mark["format"]
-    options = {**mark.get("params", {}), **mark}
+    kind = metadata["format"]
+    options = {**metadata.get("params", {}), **metadata}
     weight = f"{name}.weight"
     if kind in ("float8_e4m3fn", "float8_e5m2"):
         table = _E4M3 if kind.endswith("e4m3fn") else _E5M2
@@ -205,13 +205,13 @@ def _grouped(file: _File, name: str, packed: Array, options: Mapping[str, Any]) 
 def _safetensors(path: Path, wanted: Callable[[str], bool]) -> dict[str, Array]:
     """Values of the tensors for which `wanted` is true, fp32, under the file's names."""
     file = _File(path)
-    marks, result = file.marks(), dict[str, Array]()
+    layers, result = file.layer_metadata(), dict[str, Array]()
     for name in filter(wanted, file.entries):
         stem, _, leaf = name.rpartition(".")
         if leaf not in ("weight", "bias") and not leaf.endswith("pad_token"):
             continue
-        if leaf == "weight" and stem in marks:
-            value = _layer(file, stem, marks[stem])
+        if leaf == "weight" and stem in layers:
+            value = _layer(file, stem, layers[stem])
         elif leaf == "weight" and f"{stem}.weight_scale_inv" in file.entries:
             value, scale = file.numbers(name), file.numbers(f"{stem}.weight_scale_inv").astype(np.float64)
             row, column = np.indices(value.shape)

@@ -1,8 +1,8 @@
-"""The cookbook is what its script writes: every recipe runs, the page is up to date, and the images show what they
-should, both those drawn here and those on the page.
+"""The cookbook matches its script: every recipe runs, the page is up to date, and the images show the right scenes,
+those drawn here as well as those on the page.
 
-They are not compared pixel by pixel: other processors sum in another order, and the sheet of settings names the bundle,
-whose id contains the parity figures that were measured where it was exported.
+They are not compared pixel by pixel, because other processors sum in another order, and the sheet of settings names the
+bundle, whose id depends on the parity figures of its export.
 """
 
 from __future__ import annotations
@@ -90,9 +90,7 @@ def test_the_page_is_up_to_date(cookbook: Any, drawn: dict[str, Any]) -> None:
     assert {path.stem for path in (PAGE.parent / "cookbook").glob("*.png")} == set(drawn), STALE
 
 
-def test_images_show_what_they_should(
-    judge: Judge, drawn: dict[str, Any], committed: dict[str, list[np.ndarray]]
-) -> None:
+def test_images_show_their_scenes(judge: Judge, drawn: dict[str, Any], committed: dict[str, list[np.ndarray]]) -> None:
     for name, recipe in drawn.items():
         assert recipe.scenes, f"{name}: name the scenes that its pictures show"
         for scene in recipe.scenes:
@@ -101,7 +99,7 @@ def test_images_show_what_they_should(
                 assert found == (scene.colour, scene.subjects), f"{name}, picture {scene.picture}, {where}"
 
 
-def test_another_image_in_its_place_is_seen(
+def test_a_wrong_image_on_the_page_is_detected(
     judge: Judge, drawn: dict[str, Any], committed: dict[str, list[np.ndarray]]
 ) -> None:
     """Each scene is looked for in an image of the page that shows another one, and is not found."""
@@ -117,7 +115,7 @@ def test_another_image_in_its_place_is_seen(
         assert found != scene.subjects, f"{name}, picture {scene.picture}, in place of which stands {other}"
 
 
-def test_images_without_a_scene_go_where_they_should(
+def test_images_without_a_scene_have_their_effects(
     drawn: dict[str, Any], committed: dict[str, list[np.ndarray]]
 ) -> None:
     for images in (drawn["lora"].pictures, committed["lora"]):

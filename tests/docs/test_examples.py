@@ -48,7 +48,7 @@ def test_the_service_finishes_cancels_and_times_out(bundle: Path, tmp_path: Path
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["fox.png", "panda.png"]
 
 
-def test_a_job_of_the_service_is_the_engine_s_own_image(example: ModuleType, engine: zimage_rt.Engine) -> None:
+def test_a_job_of_the_service_returns_the_engines_image(example: ModuleType, engine: zimage_rt.Engine) -> None:
     fields = {"seed": 6, "num_inference_steps": 2}
     with example.Service(engine) as service:
         job = service.submit("a panda", **fields)

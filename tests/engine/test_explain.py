@@ -1,4 +1,4 @@
-"""Contact sheets: what stands on them, and where."""
+"""Contact sheets: contents and layout."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_the_steps_between_are_on_the_sheet(engine: zimage_rt.Engine, sheet: Exp
     assert all(holds(there, one) for one in small)
 
 
-def test_the_file_says_what_it_shows(engine: zimage_rt.Engine, sheet: Explanation, tmp_path: Path) -> None:
+def test_the_file_records_its_settings(engine: zimage_rt.Engine, sheet: Explanation, tmp_path: Path) -> None:
     path = sheet.save(tmp_path / "deeper" / "sheet.png")
     data = json.loads(Image.open(path).info[KEY])
     assert data == sheet.data
@@ -172,7 +172,7 @@ def test_a_font_of_the_system_is_found_for_what_pillows_lacks(tmp_path: Path) ->
     assert find_font("a panda", places).missing("п") == ["п"]  # not looked for
 
 
-def test_what_no_font_has_is_said_once_and_never_a_box(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_character_without_a_font_is_reported_once_and_never_a_box(monkeypatch: pytest.MonkeyPatch) -> None:
     cell = Picture(np.full((96, 96, 3), 128, np.uint8), "label")
     sections = [Section("title", None, [("row", [cell])], 96)]
     monkeypatch.setattr(fonts, "PLACES", ())

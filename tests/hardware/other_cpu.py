@@ -1,4 +1,4 @@
-"""What zimage-nano draws on an emulated processor, judged on this one: run by `other_cpu.sh`.
+"""Draws with zimage-nano on an emulated processor and judges the images on this one; run by `other_cpu.sh`.
 
 python tests/hardware/other_cpu.py draw OUT.npz           latents of a few images, and a small one decoded
 python tests/hardware/other_cpu.py judge OUT.npz BESIDE   decodes and judges them; compares them with another run's

@@ -1,4 +1,4 @@
-"""LoRA files in the layouts that people have: what each changes against formulas in float64, and refusals by name."""
+"""LoRA files in common layouts: changes of the weights against formulas in float64, and refusals by name."""
 
 from __future__ import annotations
 

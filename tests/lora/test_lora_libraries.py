@@ -1,4 +1,4 @@
-"""LoRA files that PEFT and diffusers write, against what they themselves do with them; all in fp32 on zimage-nano."""
+"""LoRA files of PEFT and diffusers, compared with the libraries themselves in fp32 on zimage-nano."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What images say of themselves: written whole, read back, drawn again to the byte; everything else is refused."""
+"""Records of images: written whole, read back, repeated to the byte; anything else is refused."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def test_loras_are_recorded_and_put_on_again(engine: zimage_rt.Engine, bundle: P
         record.find_loras()
 
 
-def test_a_record_holds_pefts_settings_and_what_was_left_out(engine: zimage_rt.Engine, tmp_path: Path) -> None:
+def test_a_record_has_pefts_settings_and_skipped_layers(engine: zimage_rt.Engine, tmp_path: Path) -> None:
     folder = tmp_path / "peft"
     folder.mkdir()
     file = random_lora_of(engine.manifest, folder / "adapter_model.safetensors", seed=1)
