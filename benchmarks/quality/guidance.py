@@ -65,7 +65,7 @@ def measure_scales(
     return figures
 
 
-def look(judge: Judge, image: np.ndarray, scene: dict[str, Any]) -> dict[str, str]:
+def find_properties(judge: Judge, image: np.ndarray, scene: dict[str, Any]) -> dict[str, str]:
     """Finds `subject` (its code), `colour` and `style` in an image of a single drawing."""
     atlas, colour = judge.atlas, judge.background(image)
     table = judge.distances(image, colour, *atlas.places(scene)[0], atlas.sizes["single"][scene["size"]])
@@ -73,14 +73,14 @@ def look(judge: Judge, image: np.ndarray, scene: dict[str, Any]) -> dict[str, st
     return {"subject": atlas.hexcodes[subject], "colour": colour, "style": atlas.styles[style]}
 
 
-def say(scene: dict[str, Any], names: dict[str, str], *said: str) -> str:
+def prompt_of(scene: dict[str, Any], names: dict[str, str], *properties: str) -> str:
     """Prompt that names some of `subject`, `colour` and `style` of a scene."""
     phrases = {
         "subject": names[scene["subjects"][0]],
         "colour": f"{scene['colour']} background",
         "style": STYLE_PHRASES[scene["style"]],
     }
-    return ", ".join(phrases[what] for what in said)
+    return ", ".join(phrases[what] for what in properties)
 
 
 def with_value(scene: dict[str, Any], what: str, value: str) -> dict[str, Any]:
@@ -105,16 +105,18 @@ def measure_negative(
     atlas = judge.atlas
     choices = {"subject": atlas.hexcodes, "colour": list(atlas.colours), "style": atlas.styles}[what]
 
-    def draw(said: list[tuple[Prompt, str]]) -> list[dict[str, str]]:
+    def draw(pairs: list[tuple[Prompt, str]]) -> list[dict[str, str]]:
         seen: dict[int, dict[str, str]] = {}
-        for negative in sorted({negative for _, negative in said}):  # a call has one negative prompt
-            numbers = [i for i, (_, own) in enumerate(said) if own == negative]
-            part = [said[i][0] for i in numbers]
-            texts = [say(p["scene"], names, *FREE_PROMPTS[what]) for p in part]
+        for negative in sorted({negative for _, negative in pairs}):  # a call has one negative prompt
+            numbers = [i for i, (_, own) in enumerate(pairs) if own == negative]
+            part = [pairs[i][0] for i in numbers]
+            texts = [prompt_of(p["scene"], names, *FREE_PROMPTS[what]) for p in part]
             options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": scale}
             images = system.generate(texts, [p["seed"] for p in part], negative_prompt=negative, **options)
-            seen |= {i: look(judge, image, p["scene"]) for i, p, image in zip(numbers, part, images, strict=True)}
-        return [seen[i] for i in range(len(said))]
+            seen |= {
+                i: find_properties(judge, image, p["scene"]) for i, p, image in zip(numbers, part, images, strict=True)
+            }
+        return [seen[i] for i in range(len(pairs))]
 
     first = [found[what] for found in draw([(prompt, "") for prompt in prompts])]
     others = [
@@ -123,10 +125,11 @@ def measure_negative(
     ]
     figures = {"drawn": float(len(prompts)), "different": float(len(set(first)))}
     for name, values in (("named", first), ("control", others)):
-        said = [
-            say(with_value(p["scene"], what, v), names, *NAMING[what]) for p, v in zip(prompts, values, strict=True)
+        negatives = [
+            prompt_of(with_value(p["scene"], what, v), names, *NAMING[what])
+            for p, v in zip(prompts, values, strict=True)
         ]
-        seen = draw(list(zip(prompts, said, strict=True)))
+        seen = draw(list(zip(prompts, negatives, strict=True)))
         again = [now[what] == found for found, now in zip(first, seen, strict=True)]
         figures[f"seen again, {name}"] = float(np.mean(again))
         if what != "subject":
