@@ -258,8 +258,8 @@ def _measure(plan: ModulePlan, graph: Path, job: _Job, simplify: Simplify) -> Pa
     if plan.elements <= WHOLE_PARITY_ELEMENTS:
         return measure(plan, graph, *job.references.get(plan))
     references = job.references
-    shorter = references.shorter(job.checkpoint)
-    plans = plan_modules(shorter, plan.precision, ())
+    shortened = references.shortened(job.checkpoint)
+    plans = plan_modules(shortened, plan.precision, ())
     short = next(other for other in plans if other.name == plan.name)
     if short.meta_module().state_dict().keys() == plan.meta_module().state_dict().keys():
         return measure(plan, graph, *references.get(short))

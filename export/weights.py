@@ -109,10 +109,10 @@ def write(
     try:
         with path.open("wb") as file:
             file.write(header)
-            for name, place in stored.items():
-                tensor = _make(name, sources[name], component, place).reshape(-1)
+            for name, position in stored.items():
+                tensor = _make(name, sources[name], component, position).reshape(-1)
                 file.write(tensor.view(torch.uint8).numpy().data)
-                advance(place.size)
+                advance(position.size)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -127,14 +127,14 @@ def load(module: nn.Module, component: Component) -> nn.Module:
     return module
 
 
-def _make(name: str, source: Source, component: Component, place: StoredTensor) -> Tensor:
+def _make(name: str, source: Source, component: Component, position: StoredTensor) -> Tensor:
     """Makes one stored tensor, contiguous and in its stored dtype."""
     parts = [component.read(part, shape) for part, shape in zip(source.names, source.shapes, strict=True)]
     tensor = source.assemble(parts)
-    if tuple(tensor.shape) != place.shape:
-        raise TensorError(f"{name}: expected shape {place.shape}, got {tuple(tensor.shape)}")
-    result = tensor.to(place.dtype).contiguous()
-    if place.dtype == torch.float16 and not bool(torch.isfinite(result).all()):
+    if tuple(tensor.shape) != position.shape:
+        raise TensorError(f"{name}: expected shape {position.shape}, got {tuple(tensor.shape)}")
+    result = tensor.to(position.dtype).contiguous()
+    if position.dtype == torch.float16 and not bool(torch.isfinite(result).all()):
         peak = float(tensor.float().abs().max())
         raise TensorError(f"{name}: its largest value is {peak:g}, fp16 holds 65504; export with --precision bf16")
     return result
@@ -143,15 +143,15 @@ def _make(name: str, source: Source, component: Component, place: StoredTensor) 
 def attach(model: ir.Model, file_name: str, folder: Path, stored: Mapping[str, StoredTensor]) -> None:
     """Points the graph's initializers to the weight file as external data; the graph keeps its own constants."""
     for name, value in list(model.graph.initializers.items()):
-        place = stored.get(name)
-        if place is None:
+        position = stored.get(name)
+        if position is None:
             continue
         value.const_value = ir.ExternalTensor(
             location=file_name,
-            offset=place.offset,
-            length=place.size,
-            dtype=_DTYPES[place.dtype][1],
-            shape=ir.Shape(place.shape),
+            offset=position.offset,
+            length=position.size,
+            dtype=_DTYPES[position.dtype][1],
+            shape=ir.Shape(position.shape),
             name=name,
             base_dir=folder,
         )

@@ -22,30 +22,30 @@ _EMBEDDER = "control_all_x_embedder.2-1.weight"
 _SHARED = ("dim", "n_heads", "norm_eps", "qk_norm")
 
 
-def open_controlnet(place: Path, transformer: Component) -> Component:
+def open_controlnet(path: Path, transformer: Component) -> Component:
     """Opens a ControlNet under diffusers' names.
 
     Args:
-        place: a folder of `ZImageControlNetModel.save_pretrained`, or a single file.
+        path: a folder of `ZImageControlNetModel.save_pretrained`, or a single file.
         transformer: the model to control; it gives the numbers that a single file's tensors do not show.
 
     Raises:
         CheckpointError: it is missing, or not a ControlNet for Z-Image.
     """
-    if place.is_dir():
-        return read_component(place, "controlnet")
-    if not place.is_file():
-        raise CheckpointError(f"{place}: no such folder or file (part `controlnet`)")
-    tensors = open_safetensors(place)
+    if path.is_dir():
+        return read_component(path, "controlnet")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such folder or file (part `controlnet`)")
+    tensors = open_safetensors(path)
     if _EMBEDDER not in tensors:
         raise CheckpointError(
-            f"{place} is not a ControlNet for Z-Image: it looks like {describe(tensors)} (no {_EMBEDDER!r})"
+            f"{path} is not a ControlNet for Z-Image: it looks like {describe(tensors)} (no {_EMBEDDER!r})"
         )
     config = _config(tensors, TransformerConfig.from_dict(transformer.config))
     if config["add_control_noise_refiner"] == "control_layers":
         # The file of 2.0 contains an untrained noise refiner, which never runs.
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("control_noise_refiner.")}
-    return Component("controlnet", config, tensors, (place,))
+    return Component("controlnet", config, tensors, (path,))
 
 
 def _config(tensors: dict[str, CheckpointTensor], transformer: TransformerConfig) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class Layer:
                 return tensor
         return None
 
-    def need(self, *leaves: str, dtypes: tuple[str, ...] = ()) -> RawTensor:
+    def require(self, *leaves: str, dtypes: tuple[str, ...] = ()) -> RawTensor:
         """As `find`. Raises TensorError: there is none, or its dtype is not in `dtypes`."""
         tensor = self.find(*leaves)
         if tensor is None:
@@ -70,7 +70,7 @@ class Layer:
 
     def matrix(self, *dtypes: str) -> RawTensor:
         """The weight. Raises TensorError: it is not a matrix of one of these dtypes."""
-        weight = self.need("weight", dtypes=dtypes)
+        weight = self.require("weight", dtypes=dtypes)
         if len(weight.shape) != 2:
             self.fail(f"expected a matrix, got {list(weight.shape)}")
         return weight
@@ -143,8 +143,8 @@ def float8(layer: Layer) -> CheckpointTensor:
     layer.settings()
     name = str(layer.metadata["format"])
     dtype = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}[name]
-    weight = layer.need("weight", dtypes=(dtype, "U8"))
-    scale = layer.need("weight_scale", "scale_weight", dtypes=FLOATS)
+    weight = layer.require("weight", dtypes=(dtype, "U8"))
+    scale = layer.require("weight_scale", "scale_weight", dtypes=FLOATS)
     return _float8(layer, weight, scale, name)
 
 
@@ -165,15 +165,15 @@ def unmarked_scale(layer: Layer) -> CheckpointTensor:
 
     ComfyUI's earlier files also have a scale of 1 for weights in bf16.
     """
-    weight = layer.need("weight", dtypes=(*FP8, *FLOATS))
-    scale = layer.need("weight_scale", "scale_weight", dtypes=FLOATS)
+    weight = layer.require("weight", dtypes=(*FP8, *FLOATS))
+    scale = layer.require("weight_scale", "scale_weight", dtypes=FLOATS)
     return _float8(layer, weight, scale, f"{weight.dtype} with a scale")
 
 
 def block_fp8(layer: Layer, block: tuple[int, int]) -> CheckpointTensor:
     """transformers' block fp8: value = number x weight_scale_inv of the block."""
     weight = layer.matrix(*FP8)
-    scale = layer.need("weight_scale_inv", dtypes=FLOATS)
+    scale = layer.require("weight_scale_inv", dtypes=FLOATS)
     rows, columns = weight.shape
     wanted = (-(-rows // block[0]), -(-columns // block[1]))
     if scale.shape != wanted:
@@ -193,8 +193,8 @@ def block_fp8(layer: Layer, block: tuple[int, int]) -> CheckpointTensor:
 def int8_tensorwise(layer: Layer) -> CheckpointTensor:
     """int8 x weight_scale per tensor or row; with `convrot`, rotated in groups of columns."""
     layer.settings("convrot", "convrot_groupsize")
-    weight = layer.need("weight", dtypes=("I8",))
-    scale = layer.need("weight_scale", dtypes=FLOATS)
+    weight = layer.require("weight", dtypes=("I8",))
+    scale = layer.require("weight_scale", dtypes=FLOATS)
     rotation = _rotation(layer, weight.shape) if layer.setting("convrot", False) else 0
     read_scale, inputs = _per_row(layer, scale, weight.shape[0]), layer.find("input_scale")
 
@@ -218,7 +218,7 @@ def mxfp8(layer: Layer) -> CheckpointTensor:
     if layer.count("group_size", 32) != 32:
         layer.fail(f"group_size: expected 32, got {layer.setting('group_size', 32)}")
     weight = layer.matrix("F8_E4M3", "U8")
-    scale = layer.need("weight_scale", dtypes=("F8_E8M0", "U8"))
+    scale = layer.require("weight_scale", dtypes=("F8_E8M0", "U8"))
     rows, columns = weight.shape
     groups = _divides(layer, columns, 32)
     _check_tiles(layer, scale, rows, groups)
@@ -256,8 +256,8 @@ def nvfp4(layer: Layer) -> CheckpointTensor:
     if layer.count("group_size", 16) != 16:
         layer.fail(f"group_size: expected 16, got {layer.setting('group_size', 16)}")
     weight = layer.matrix("U8")
-    scale = layer.need("weight_scale", dtypes=("F8_E4M3", "U8"))
-    whole = layer.need("weight_scale_2", dtypes=FLOATS)
+    scale = layer.require("weight_scale", dtypes=("F8_E4M3", "U8"))
+    whole = layer.require("weight_scale_2", dtypes=FLOATS)
     if math.prod(whole.shape) != 1:
         layer.fail(f"'weight_scale_2': expected one number, got {list(whole.shape)}")
     rows, columns = weight.shape[0], 2 * weight.shape[1]
@@ -285,7 +285,7 @@ def convrot_w4a4(layer: Layer) -> CheckpointTensor:
     """Signed int4, two per byte with the first in the low half, x a scale per row, rotated."""
     layer.settings("convrot", "convrot_groupsize", "quant_group_size")
     weight = layer.matrix("I8", "U8")
-    scale = layer.need("weight_scale", dtypes=FLOATS)
+    scale = layer.require("weight_scale", dtypes=FLOATS)
     shape = (weight.shape[0], 2 * weight.shape[1])
     rotation, read_scale = _rotation(layer, shape), _per_row(layer, scale, shape[0])
     unpack = functools.partial(_unpack, _INT4_PAIRS)
@@ -298,8 +298,8 @@ def awq_w4a16(layer: Layer) -> CheckpointTensor:
     """(uint4 - 8) x a scale + a zero per row and group of columns; both are stored as [groups, rows]."""
     layer.settings("group_size")
     weight = layer.matrix("I8", "U8")
-    scale = layer.need("weight_scale", dtypes=FLOATS)
-    zero = layer.need("weight_zeros", "weight_zero", dtypes=FLOATS)
+    scale = layer.require("weight_scale", dtypes=FLOATS)
+    zero = layer.require("weight_zeros", "weight_zero", dtypes=FLOATS)
     rows, columns = weight.shape[0], 2 * weight.shape[1]
     wanted = (_divides(layer, columns, layer.count("group_size", 64)), rows)
     if not scale.shape == zero.shape == wanted:
@@ -319,8 +319,8 @@ def asym_w4a8_int8(layer: Layer) -> CheckpointTensor:
     """
     layer.settings("group_size", "convrot_groupsize", "bits", "symmetric", "codebook")
     weight = layer.matrix("I8", "U8")
-    relative = layer.need("weight_s_rel", dtypes=("F8_E4M3", "U8", *FLOATS))
-    by_row = layer.need("weight_s_channel", dtypes=FLOATS)
+    relative = layer.require("weight_s_rel", dtypes=("F8_E4M3", "U8", *FLOATS))
+    by_row = layer.require("weight_s_channel", dtypes=FLOATS)
     codebook, correction = layer.find("weight_codebook"), layer.find("weight_correction")
     rows, width = weight.shape
     group = layer.count("group_size", 16)

@@ -72,21 +72,21 @@ def _open_folder(path: Path, parts: Mapping[str, Path]) -> Checkpoint:
         if not str(kind).startswith("ZImage"):
             raise CheckpointError(f"{path} is not a Z-Image checkpoint: it is a {kind}; expected a ZImagePipeline")
 
-    def place(name: str) -> Path:
+    def path_of(name: str) -> Path:
         return parts.get(name, path / name)
 
     def optional(name: str) -> Component | None:
-        return read_component(place(name), name) if place(name).is_dir() else None
+        return read_component(path_of(name), name) if path_of(name).is_dir() else None
 
-    scheduler = place("scheduler")
+    scheduler = path_of("scheduler")
     scheduler = scheduler / "scheduler_config.json" if scheduler.is_dir() else scheduler
     return Checkpoint(
         "diffusers",
         path,
-        read_component(place("transformer"), "transformer"),
-        read_component(place("text_encoder"), "text_encoder"),
+        read_component(path_of("transformer"), "transformer"),
+        read_component(path_of("text_encoder"), "text_encoder"),
         optional("vae"),
         optional("tiny_vae"),
         read_json(scheduler),
-        place("tokenizer"),
+        path_of("tokenizer"),
     )

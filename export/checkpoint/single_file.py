@@ -64,11 +64,11 @@ def open_single_file(path: Path, parts: Mapping[str, Path]) -> Checkpoint:
         _vae(path, tensors, parts),
         _tiny_vae(parts),
         _scheduler(parts),
-        _need(parts, "tokenizer", path),
+        _require(parts, "tokenizer", path),
     )
 
 
-def _need(parts: Mapping[str, Path], name: str, path: Path) -> Path:
+def _require(parts: Mapping[str, Path], name: str, path: Path) -> Path:
     if name not in parts:
         raise CheckpointError(f"{path} has no {name}; give the path of one as `{name}` under [parts]")
     if not parts[name].exists():
@@ -79,8 +79,8 @@ def _need(parts: Mapping[str, Path], name: str, path: Path) -> Path:
 def _scheduler(parts: Mapping[str, Path]) -> Mapping[str, Any]:
     if "scheduler" not in parts:
         return _SCHEDULER
-    place = parts["scheduler"]
-    return read_json(place / "scheduler_config.json" if place.is_dir() else place)
+    part = parts["scheduler"]
+    return read_json(part / "scheduler_config.json" if part.is_dir() else part)
 
 
 def _under(tensors: Tensors, prefix: str) -> Tensors:
@@ -181,14 +181,14 @@ def _text_encoder(path: Path, tensors: Tensors, parts: Mapping[str, Path]) -> Co
     if found and "text_encoder" not in parts:
         own = _under(tensors, max(found, key=len))
     else:
-        place = _need(parts, "text_encoder", path)
-        if place.is_dir():
-            return read_component(place, "text_encoder")
-        files = (place,)
-        if is_gguf(place):
-            own, stated = encoder_names(place, *open_gguf(place))
+        part = _require(parts, "text_encoder", path)
+        if part.is_dir():
+            return read_component(part, "text_encoder")
+        files = (part,)
+        if is_gguf(part):
+            own, stated = encoder_names(part, *open_gguf(part))
         else:
-            own = {name.removeprefix("model."): tensor for name, tensor in open_safetensors(place).items()}
+            own = {name.removeprefix("model."): tensor for name, tensor in open_safetensors(part).items()}
     if "layers.0.self_attn.q_norm.weight" not in own:
         raise CheckpointError(f"{files[0]}: its text encoder is not a Qwen3 (it has no q_norm)")
     vocabulary, hidden = own["embed_tokens.weight"].shape
@@ -216,10 +216,10 @@ def _tiny_vae(parts: Mapping[str, Path]) -> Component | None:
 def _vae(path: Path, tensors: Tensors, parts: Mapping[str, Path]) -> Component | None:
     files, own = (path,), _under(tensors, "vae.")
     if "vae" in parts:
-        place = _need(parts, "vae", path)
-        if place.is_dir():
-            return read_component(place, "vae")
-        files, own = (place,), open_safetensors(place)
+        part = _require(parts, "vae", path)
+        if part.is_dir():
+            return read_component(part, "vae")
+        files, own = (part,), open_safetensors(part)
     if not own:
         return None
     if "decoder.mid_block.resnets.0.norm1.weight" in own:

@@ -230,7 +230,7 @@ class ReferenceCache:
         self.model = None
         gc.collect()
 
-    def shorter(self, checkpoint: Checkpoint) -> Checkpoint:
+    def shortened(self, checkpoint: Checkpoint) -> Checkpoint:
         """The checkpoint with only the first layers of the transformer, the text encoder and the ControlNet."""
         if self.short is None:
             controlnet = checkpoint.controlnet

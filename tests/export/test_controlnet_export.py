@@ -119,7 +119,7 @@ def test_a_module_too_large_for_memory_is_measured_on_its_first_layers(
     longer = dataclasses.replace(transformer, config={**transformer.config, "n_layers": 9}, tensors=tensors)
     spread = dataclasses.replace(net, config={**net.config, "control_layers_places": [0, 5]})
     whole = dataclasses.replace(checkpoint, transformer=longer, controlnet=spread)
-    short = plan_of(ReferenceCache().shorter(whole))
+    short = plan_of(ReferenceCache().shortened(whole))
     assert short.config["n_layers"] == 2
     assert short.config["control_layers_places"] == (0, 1)
     inputs = [torch.from_numpy(sample(spec, SIZES, 1, 3)) for spec in short.inputs]
