@@ -141,7 +141,7 @@ def test_tensorrt_needs_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     if problem is None:
         pytest.skip("there is one")
     monkeypatch.setitem(sys.modules, "tensorrt", sys)
-    with pytest.raises(BuilderUnavailable, match=f"builds on the GPU it is to run on: {re.escape(problem)}"):
+    with pytest.raises(BuilderUnavailable, match=f"builds on the GPU that will run the plans: {re.escape(problem)}"):
         tensorrt.check(recipe(tmp_path, tmp_path / "out", precision="fp16", backend="tensorrt"))
 
 
