@@ -280,7 +280,7 @@ def control(engine: zimage_rt.Engine, controlled: zimage_rt.Engine) -> list[np.n
     [Scene(i, ("cat", right), "purple") for i, right in enumerate(("house", "red apple", "red apple"))],
 )
 def session(engine: zimage_rt.Engine) -> list[np.ndarray]:
-    """FairRWLock that build on one another, and can be taken back."""
+    """Turns that build on one another, and can be taken back."""
     work = zimage_rt.Session(engine)
     pictures = [work.generate("a cat on the left and a house on the right, purple background", seed=3).images[0]]
     mask = np.zeros((256, 256), np.uint8)

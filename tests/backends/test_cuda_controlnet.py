@@ -125,7 +125,7 @@ def in_torch(checkpoint: Path, net: Path, inputs: dict[str, np.ndarray]) -> np.n
     import torch
     from zimage_rt.export import weights
     from zimage_rt.export.checkpoint import open_checkpoint
-    from zimage_rt.export.modules import plan_modules
+    from zimage_rt.export.plan import plan_modules
     from zimage_rt.export.precision import FP32
 
     plans = plan_modules(open_checkpoint(checkpoint, {"controlnet": net}), FP32, ())

@@ -11,7 +11,7 @@ from cuda_reference import relative_error, require_gpu
 from lora_files import random_lora_of
 from shared import copy_bundle
 from zimage_rt.benchmarks.fidelity import psnr
-from zimage_rt.benchmarks.quality.__main__ import read_prompts
+from zimage_rt.benchmarks.quality.prompts import read_prompts
 
 import zimage_rt
 from zimage_rt.errors import BundleMismatch, Cancelled, LoraError, NotFinite, OutOfMemory, RequestError

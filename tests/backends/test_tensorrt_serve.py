@@ -297,8 +297,8 @@ def test_without_a_gpu_the_library_deserialises_nothing(folder: Path, engines) -
 def exported(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every module's plans in fp16, the transformer's in two parts; built fast, for nothing runs them."""
     from export_checkpoints import recipe
-    from zimage_rt.export.builders._tensorrt_options import TensorRTOptions
     from zimage_rt.export.bundle import export
+    from zimage_rt.export.tensorrt_options import TensorRTOptions
 
     out = tmp_path_factory.mktemp("exported") / "bundle"
     options = TensorRTOptions(sm=(86,), split={"transformer": 2}, optimization_level=0)

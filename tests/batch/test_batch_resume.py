@@ -1,4 +1,4 @@
-"""A batch that goes on: what counts as done, and what is drawn again, when tables, inputs, LoRAs and files change."""
+"""Resumed batches: rows that count as done, and rows that are drawn again after changes of tables, inputs and LoRAs."""
 
 from __future__ import annotations
 

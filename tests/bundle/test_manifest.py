@@ -1,4 +1,4 @@
-"""The manifest: what is written is read back, and what is wrong is named."""
+"""The manifest: round trips, and errors that name the fault."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def zimage(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_generate_writes_pictures_and_json_lines(bundle: Path, tmp_path: Path) -> None:
+def test_generate_writes_images_and_json_lines(bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "pictures"
     run = zimage("generate", bundle, "-p", "a panda", "-p", "一只猫", "-o", out, "--seed", 4, "--steps", 2, "--json")
     assert run.returncode == 0, run.stderr

@@ -1,4 +1,4 @@
-"""Kills batches and exports at random instants, and looks at what is left.
+"""Kills batches and exports at random instants, and checks the files that are left.
 
     python tests/hardware/kills.py engines/nano --times 100
 

@@ -229,7 +229,7 @@ class JournalFile(Kind):
                 journal.add(
                     row,
                     key="k",
-                    pictures=[f"0000{row}.png"],
+                    images=[f"0000{row}.png"],
                     sizes=[10],
                     inputs={"image": "0" * 64},
                     extra={"sku": "x"},

@@ -34,7 +34,7 @@ def weights(part: int) -> np.ndarray:
 
 
 def reference(x: np.ndarray) -> np.ndarray:
-    """What the two parts compute together."""
+    """Output of the two parts together."""
     return (x @ weights(0)) @ weights(1) + x
 
 

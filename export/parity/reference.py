@@ -1,4 +1,4 @@
-"""Is every exported module what its reference computes? Measured on ONNX Runtime against diffusers and transformers."""
+"""Loads reference models from diffusers and transformers, and derives from them the output expected of a module."""
 
 from __future__ import annotations
 
@@ -10,48 +10,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from zimage_rt.bundle.manifest import Parity, ParityCase, TensorSpec
-
+from ..checkpoint import Checkpoint, Component
+from ..errors import ParityError
+from ..plan import ModulePlan
 from . import reference_weights
-from .checkpoint import Checkpoint, Component
-from .errors import ParityError
-from .modules import ModulePlan
-
-# Relative error, ||out - reference|| / ||reference||, that a module may have in each precision.
-TOLERANCES = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2}
 
 Reference = Callable[..., Tensor]
-
-# Shapes that catch baked-in sizes: odd aspect ratios, image rows with and without padding, prompts around a
-# multiple of 32.
-_PROMPTS = (
-    {"batch": 1, "prompt_tokens": 1},
-    {"batch": 2, "prompt_tokens": 31},
-    {"batch": 1, "prompt_tokens": 32},
-    {"batch": 1, "prompt_tokens": 33},
-)
-_LATENTS = (
-    {"batch": 1, "latent_height": 32, "latent_width": 32},
-    {"batch": 2, "latent_height": 12, "latent_width": 20},
-    {"batch": 1, "latent_height": 26, "latent_width": 140},
-)
-_STEPS = tuple({**case, "context_tokens": 32 * (i + 1)} for i, case in enumerate(_LATENTS))
-CASES: Mapping[str, tuple[Mapping[str, int], ...]] = {
-    "text_encoder": _PROMPTS,
-    "context_refiner": _PROMPTS,
-    "transformer": _STEPS,
-    "controlnet": _STEPS,
-    "decoder": _LATENTS[:1] + _LATENTS[2:],
-    "encoder": (
-        {"batch": 2, "height": 64, "width": 96},
-        {"batch": 1, "height": 208, "width": 1120},
-    ),
-}
 
 
 def _model_class(component: Component) -> Any:
@@ -61,7 +28,7 @@ def _model_class(component: Component) -> Any:
         return Qwen3Model
     import diffusers
 
-    # It warns of tiny VAEs' `block_out_channels`, which it wrote itself.
+    # diffusers warns of tiny VAEs' `block_out_channels`, which it wrote itself.
     diffusers.logging.set_verbosity_error()
     return {
         "transformer": diffusers.ZImageTransformer2DModel,
@@ -72,13 +39,13 @@ def _model_class(component: Component) -> Any:
 
 
 def load_reference(component: Component) -> Any:
-    """The component in its reference implementation, fp32 on the CPU.
+    """Loads a component into its reference implementation, fp32 on the CPU.
 
-    Its weights come from the files by another way than the bundle's: the library's own loader for a folder, and
-    `reference_weights` for a single file. Weights that were made in memory have no other way.
+    The weights are read independently of the exporter: a folder by the library's own loader, a single file by
+    `reference_weights`. Only weights made in memory are shared with the exporter.
 
     Raises:
-        ParityError: the library cannot load it, or needs a tensor that is not there.
+        ParityError: the library cannot load it, or a tensor is missing.
     """
     config = {key: value for key, value in component.config.items() if not key.startswith("_")}
     if component.folder is not None:
@@ -98,7 +65,7 @@ def _from_folder(component: Component, folder: Path, config: Mapping[str, Any]) 
 
         quantization = config.get("quantization_config")
         if isinstance(quantization, Mapping) and quantization.get("quant_method") == "fp8":
-            # Where there is a GPU with fp8, transformers keeps the fp8 numbers unless it is told.
+            # On a GPU with fp8, transformers dequantises only on request.
             config = {**config, "quantization_config": {**quantization, "dequantize": True}}
         options |= {"config": Qwen3Config(**config), "dtype": torch.float32}
     else:
@@ -117,7 +84,7 @@ def _from_folder(component: Component, folder: Path, config: Mapping[str, Any]) 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars and notes of the libraries' loaders."""
+    """Silences progress bars and warnings of the libraries' loaders."""
     import diffusers
     import transformers
 
@@ -151,7 +118,7 @@ def _from_tensors(component: Component, config: Mapping[str, Any]) -> tuple[Any,
     for name, wanted in model.state_dict().items():
         if name in tensors and tensors[name].ndim == wanted.ndim == 2:
             rows, columns = wanted.shape
-            tensors[name] = tensors[name][:rows, :columns]  # padding of formats in blocks
+            tensors[name] = tensors[name][:rows, :columns]  # without the padding of block formats
     try:
         missing, _ = model.load_state_dict(tensors, strict=False, assign=True)
     except RuntimeError as error:
@@ -159,12 +126,12 @@ def _from_tensors(component: Component, config: Mapping[str, Any]) -> tuple[Any,
     if component.name == "text_encoder":
         from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-        model.rotary_emb = Qwen3RotaryEmbedding(model.config)  # its buffers are not in the file
+        model.rotary_emb = Qwen3RotaryEmbedding(model.config)  # the file does not contain its buffers
     return model, missing
 
 
 def _context(model: Any, prompt_embeds: Tensor) -> Tensor:
-    """The part of ZImageTransformer2DModel.forward that `context_refiner` covers."""
+    """The part of ZImageTransformer2DModel.forward that the module `context_refiner` computes."""
     out = []
     for sample in prompt_embeds:
         padded, ids, mask, _, _ = model._pad_with_ids(
@@ -179,8 +146,8 @@ def _context(model: Any, prompt_embeds: Tensor) -> Tensor:
     return torch.cat(out)
 
 
-class _Passed(nn.Module):
-    """Stands in for the caption embedder: the context is given and passes through untouched."""
+class _Identity(nn.Module):
+    """Replaces the caption embedder; returns the context unchanged."""
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
         return x
@@ -188,10 +155,10 @@ class _Passed(nn.Module):
 
 @contextlib.contextmanager
 def _context_given(*models: Any) -> Iterator[None]:
-    """Let transformers take the context instead of prompt_embeds."""
+    """Lets diffusers' transformers take the context instead of prompt_embeds."""
     kept = [(model, model.cap_embedder, model.context_refiner) for model in models]
     for model in models:
-        model.cap_embedder, model.context_refiner = _Passed(), nn.ModuleList()
+        model.cap_embedder, model.context_refiner = _Identity(), nn.ModuleList()
     try:
         yield
     finally:
@@ -200,7 +167,7 @@ def _context_given(*models: Any) -> Iterator[None]:
 
 
 def reference_function(name: str, model: Any, transformer: Any = None) -> Reference:
-    """What the named module must compute, in terms of its reference model; a ControlNet's needs the transformer too."""
+    """The function that a module must compute, from its reference model; `controlnet` also needs the transformer."""
     if name == "text_encoder":
         return lambda ids: model(input_ids=ids, output_hidden_states=True).hidden_states[-2]
     if name == "context_refiner":
@@ -219,7 +186,7 @@ def reference_function(name: str, model: Any, transformer: Any = None) -> Refere
         def controlled(latents: Tensor, timestep: Tensor, context: Tensor, control: Tensor, scale: Tensor) -> Tensor:
             x = list(latents.unsqueeze(2))
             with _context_given(controlnet, transformer):
-                # Its scale is a number, which a column of them for the batch may stand for.
+                # diffusers expects a number as the scale; a column with a number per sample broadcasts as well.
                 hints = controlnet(x, timestep, list(context), list(control.unsqueeze(2)), scale[:, None, None])
                 out = transformer(x, timestep, list(context), controlnet_block_samples=hints).sample
             return -torch.stack(list(out)).squeeze(2)
@@ -234,60 +201,9 @@ def reference_function(name: str, model: Any, transformer: Any = None) -> Refere
     return lambda image: (model.encode(image).latents - shift) * scaling
 
 
-def sample(spec: TensorSpec, sizes: Mapping[str, int], vocabulary: int, seed: int) -> np.ndarray:
-    """An input for a parity run."""
-    shape = [sizes[dim] if isinstance(dim, str) else dim for dim in spec.dims]
-    random = np.random.default_rng(seed)
-    if spec.dtype == "int64":
-        return random.integers(0, vocabulary, shape)
-    if spec.name in ("timestep", "control_scale"):
-        return random.uniform(0, 1, shape).astype(np.float32)
-    if spec.name == "image":
-        return random.uniform(-1, 1, shape).astype(np.float32)
-    return random.standard_normal(shape, dtype=np.float32)
-
-
-def session(graph: Path) -> onnxruntime.InferenceSession:
-    """ONNX Runtime on the CPU, as the bundle's default backend runs it."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-
-
-def measure(plan: ModulePlan, graph: Path, reference: Reference, reference_name: str) -> Parity:
-    """Compare one exported module with its reference at several shapes.
-
-    Raises:
-        ParityError: outside the tolerance; the message has the numbers.
-    """
-    tolerance = TOLERANCES[plan.precision.name]
-    run = session(graph)
-    kind = plan.name if plan.name in CASES else plan.name.rpartition("_")[2]
-    cases = []
-    for seed, sizes in enumerate(CASES[kind]):
-        vocabulary = int(plan.config.get("vocab_size", 1))
-        arrays = {spec.name: sample(spec, sizes, vocabulary, seed) for spec in plan.inputs}
-        with torch.no_grad():
-            wanted = reference(*(torch.from_numpy(array) for array in arrays.values())).numpy()
-        got = run.run(None, arrays)[0]
-        if got.shape != wanted.shape:
-            raise ParityError(f"{plan.name} at {dict(sizes)}: shape {got.shape}, the reference has {wanted.shape}")
-        difference = got.astype(np.float64) - wanted
-        error = float(np.linalg.norm(difference) / np.linalg.norm(wanted.astype(np.float64)))
-        peak = float(np.abs(difference).max())
-        if not error <= tolerance:  # also where it is NaN
-            raise ParityError(
-                f"{plan.name} at {dict(sizes)}: relative error {error:.3g}, largest {peak:.3g}; "
-                f"tolerated in {plan.precision.name}: {tolerance:g} (reference: {reference_name})"
-            )
-        cases.append(ParityCase(dict(sizes), error, peak))
-    runtime = f"onnxruntime {onnxruntime.__version__} CPUExecutionProvider"
-    return Parity(reference_name, runtime, tolerance, tuple(cases))
-
-
 def _first_layers(component: Component, key: str, count: int) -> Component:
     config = {**component.config}
-    if key == "control_layers_places":  # as many, one behind the other: the transformer has lost its later layers
+    if key == "control_layers_places":  # consecutive: the shortened transformer lacks later layers
         config[key] = list(range(min(count, len(config[key]))))
     else:
         config[key] = min(count, config[key])
@@ -303,19 +219,19 @@ def _first_layers(component: Component, key: str, count: int) -> Component:
 
 @dataclasses.dataclass
 class ReferenceCache:
-    """Holds one reference model at a time; modules of the same component come one after the other."""
+    """Keeps the last reference model; modules of a component are measured one after the other."""
 
     component: Component | None = None
     short: Checkpoint | None = None
     model: Any = None
 
     def clear(self) -> None:
-        """Let go of the model."""
+        """Frees the model."""
         self.model = None
         gc.collect()
 
-    def shorter(self, checkpoint: Checkpoint) -> Checkpoint:
-        """The same checkpoint with only the first layers of the transformer and the text encoder."""
+    def shortened(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The checkpoint with only the first layers of the transformer, the text encoder and the ControlNet."""
         if self.short is None:
             controlnet = checkpoint.controlnet
             self.short = dataclasses.replace(
@@ -327,7 +243,7 @@ class ReferenceCache:
         return self.short
 
     def get(self, plan: ModulePlan) -> tuple[Reference, str]:
-        """The reference of a module and its name with version."""
+        """A module's reference function, and the reference's name with its version."""
         if self.model is None or self.component is not plan.component:
             self.clear()
             self.model, self.component = load_reference(plan.component), plan.component

@@ -1,7 +1,8 @@
-"""Traced graphs, kept in the user's cache: most of an export is tracing, and what is traced has no weights.
+"""Cache of traced graphs in the user's cache folder: tracing takes most of an export, and graphs hold no weights.
 
-Fine-tunes of a model share their graphs, so the second export of an architecture skips the tracer. A graph is found by
-all that it depends on: the module's architecture and border, this package's own code, and the versions of what traces.
+Fine-tunes of a model share their graphs, so the second export of an architecture skips the tracer. The key covers
+everything a graph depends on: the module's architecture, inputs and outputs, the code of `export/`, and the versions of
+the tracers.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ import onnx_ir as ir
 from zimage_rt.atomic_write import atomic_write
 
 FOLDER = Path("~/.cache/zimage_rt/graphs")
-KEPT = 64  # files; that of zimage-nano's transformer, seven blocks, is 1.3 MB
+KEPT = 64  # files; the graph of zimage-nano's transformer (seven blocks) takes 1.3 MB
 TRACERS = ("torch", "onnx", "onnxscript", "onnx-ir")
 
 
 @functools.cache
 def _code() -> str:
-    """A hash of this package's sources and of the versions of what traces."""
+    """Hash of the sources of `export/` and of the tracers' versions."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    for path in sorted(Path(__file__).parent.parent.rglob("*.py")):
         digest.update(path.read_bytes())
     for package in TRACERS:
         digest.update(f"{package} {importlib.metadata.version(package)}".encode())
@@ -34,17 +35,17 @@ def _code() -> str:
 
 
 def cached(key: str, trace: Callable[[], ir.Model], folder: Path | None = FOLDER) -> ir.Model:
-    """A graph from an earlier export, or else a new one, which is kept; a cache that cannot be used costs only time.
+    """Returns a cached graph, or traces and stores it. A broken or read-only cache only costs time.
 
     Args:
-        key: says all that the graph depends on, the code apart.
-        trace: makes it; weights without values are for whoever asks to fill in.
-        folder: where graphs are kept; None for nowhere.
+        key: everything the graph depends on, except for code.
+        trace: makes the graph, with weights that have no values.
+        folder: the cache; None for no cache.
     """
     if folder is None:
         return trace()
     path = folder.expanduser() / f"{hashlib.sha256((_code() + key).encode()).hexdigest()[:32]}.onnx"
-    with contextlib.suppress(Exception):  # not there, or not whole: it is made anew
+    with contextlib.suppress(Exception):  # missing or damaged: traced again
         model = ir.load(path)
         path.touch()
         return model
@@ -53,11 +54,11 @@ def cached(key: str, trace: Callable[[], ir.Model], folder: Path | None = FOLDER
         _keep(model, path)
     except OSError:
         return model
-    return ir.load(path)  # so that the first export and the next ones write the same bytes
+    return ir.load(path)  # so that the first export writes the same bytes as later ones
 
 
 def _keep(model: ir.Model, path: Path) -> None:
-    """Write a graph; drop the oldest."""
+    """Writes a graph and deletes the oldest files beyond `KEPT`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, _serialised(model))
     by_age = sorted(path.parent.glob("*.onnx"), key=lambda file: file.stat().st_mtime)
@@ -66,7 +67,7 @@ def _keep(model: ir.Model, path: Path) -> None:
 
 
 def _serialised(model: ir.Model) -> bytes:
-    """A graph whose weights have no values, which a file cannot hold: each gets a place in a file that is not."""
+    """Serialises a graph; each weight without a value becomes external data of a file that does not exist."""
     tensors = {value.name: value.const_value for value in model.graph.initializers.values()}
     for value in model.graph.initializers.values():
         tensor = value.const_value

@@ -1,4 +1,4 @@
-"""torch module on the meta device -> ONNX graph without weights."""
+"""Traces a torch module on the meta device to an ONNX graph without weights."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch.export import Dim
 
 from zimage_rt.bundle.manifest import TensorSpec
 
-from .errors import ExportError
+from ..errors import ExportError
 
 OPSET = 20
 
-# One size a symbol for tracing. All differ, so that torch cannot take two for the same; none is 0 or 1, which it
-# would bake in.
+# A size per symbol for tracing. All differ, so that torch cannot identify two symbols; none is 0 or 1, which it would
+# specialise on.
 _SAMPLE_SIZES = {
     "batch": 3,
     "prompt_tokens": 37,
@@ -33,7 +33,7 @@ _SAMPLE_SIZES = {
 
 
 def _dims(multiples: Mapping[str, int]) -> dict[str, object]:
-    """torch's own names of the free sizes; a size that must divide is written as a product."""
+    """torch's symbols for the free sizes; a size with a divisor is a product."""
     dims: dict[str, object] = {}
     for name in _SAMPLE_SIZES:
         multiple = multiples.get(name, 1)
@@ -44,7 +44,7 @@ def _dims(multiples: Mapping[str, int]) -> dict[str, object]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The ONNX exporter reports its own progress on stdout and in warnings; neither is for our users."""
+    """Silences the ONNX exporter, which prints progress to stdout and warns."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -65,15 +65,15 @@ def trace(
     outputs: tuple[TensorSpec, ...],
     multiples: Mapping[str, int],
 ) -> ir.Model:
-    """Export a module that lives on the meta device.
+    """Traces a module on the meta device.
 
     Args:
         module: its parameters have shapes and dtypes, but no values.
-        inputs, outputs: the border; free sizes become the graph's dim names.
-        multiples: what a free size must be a multiple of.
+        inputs, outputs: its tensors; free sizes become dim names of the graph.
+        multiples: divisor of each free size that needs one.
 
     Returns:
-        A model whose initialisers are still empty; `weights.attach` points them at a file.
+        A model with empty initializers; `weights.attach` points them to a file.
     """
     dims = _dims(multiples)
     arguments = tuple(
@@ -96,7 +96,7 @@ def trace(
             optimize=False,
             verbose=False,
         )
-    if program is None:  # only when it writes a file itself
+    if program is None:  # only if it writes a file itself
         raise ExportError("torch.onnx.export returned nothing")
     model = program.model
     for values, specs in ((model.graph.inputs, inputs), (model.graph.outputs, outputs)):

@@ -1,4 +1,4 @@
-"""What the stages behind the joint one share: the transformer goes on by itself, under a text encoder that stays."""
+"""Shared by the stages after the joint one: fine-tuning of the transformer with a frozen text encoder."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from train import load_tiny
 
 
 class Stage:
-    """Trains the transformer of ``average.pt``; a subclass says what a step learns.
+    """Fine-tunes the transformer of ``average.pt``; a subclass defines the loss of a step.
 
     Attributes:
-        name: of the log's lines, and of ``NAME.pt`` and ``samples-NAME.png``, which it writes.
-        seed: of all that is random.
+        name: prefix of log lines, and part of the outputs ``NAME.pt`` and ``samples-NAME.png``.
+        seed: seed of all random numbers.
         fall: share of the schedule over which the learning rate falls.
     """
 
@@ -52,26 +52,26 @@ class Stage:
 
     @property
     def saved(self) -> Path:
-        """Where the weights go."""
+        """Path of the saved weights."""
         return self.args.work / f"{self.name}.pt"
 
     def begin(self) -> None:
-        """Set up what else a stage needs, before anything is resumed or compiled."""
+        """Set up a subclass, before resuming and compiling."""
 
     def autocast(self) -> torch.autocast:
-        """Without its cache: weights cast while gradients are off must not serve where they are on."""
+        """Autocast without its cache, which would reuse weights that were cast without gradients."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, cache_enabled=False)
 
     def step(self, data: Data, composer: LatentComposer) -> Tensor:
-        """Draw a batch and leave its gradients behind; return the loss."""
+        """Draw a batch and accumulate its gradients; return the loss."""
         raise NotImplementedError
 
     def clear(self) -> None:
-        """Forget the gradients of a step that failed."""
+        """Drop the gradients of a failed step."""
         self.student.zero_grad(set_to_none=True)
 
     def train(self, data: Data, composer: LatentComposer, decoder: nn.Module) -> None:
-        """Train until the schedule's end."""
+        """Train until the schedule ends."""
         optimiser = Optimiser([self.student], self.args.lr, self.args.muon_lr)
         average = Average([self.student], self.args.ema, young=False)
         most = 2.0 if self.device.type == "cuda" else 60.0
@@ -104,7 +104,7 @@ class Stage:
         print(f"{self.name}: {count} steps, {self.seconds:.0f} s", flush=True)
 
     def save(self, average: Average, decoder: nn.Module) -> None:
-        """Write the average, and a sheet of what it draws."""
+        """Write the averaged weights and a contact sheet of their images."""
         average.swap()
         state = {"transformer": halved(self.student), "seconds": self.seconds, "curve": self.curve}
         write(state, self.saved)
@@ -113,7 +113,7 @@ class Stage:
 
 
 def stage_parser(description: str, **defaults: float) -> argparse.ArgumentParser:
-    """Return the options that all of these stages have; ``defaults`` are seconds, batch, lr, muon_lr and ema."""
+    """Return a parser with the options of all stages; ``defaults`` are seconds, batch, lr, muon_lr and ema."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="folder of the training state")
@@ -124,7 +124,7 @@ def stage_parser(description: str, **defaults: float) -> argparse.ArgumentParser
     parser.add_argument("--muon-lr", type=float)
     parser.add_argument("--ema", type=float)
     parser.add_argument("--save-every", type=float, default=100)
-    parser.add_argument("--resume", action="store_true", help="go on from what the stage saved")
+    parser.add_argument("--resume", action="store_true", help="resume from the stage's saved weights")
     parser.add_argument("--compile", choices=["none", "blocks", "static"], default="none")
     parser.add_argument("--device", default="cuda")
     parser.set_defaults(**defaults)
@@ -132,7 +132,7 @@ def stage_parser(description: str, **defaults: float) -> argparse.ArgumentParser
 
 
 def run(stage: Stage) -> None:
-    """Load what a stage trains on, and train."""
+    """Load the data and train."""
     tiny = load_tiny(stage.args.work, stage.device)
     composer = LatentComposer(Renderer(stage.args.atlas, stage.device), tiny.encoder)
     stage.train(Data(stage.args.corpus, stage.device), composer, tiny.decoder)

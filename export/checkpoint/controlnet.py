@@ -1,4 +1,4 @@
-"""Reads ControlNets for Z-Image: a folder that diffusers wrote, or the single file of the Fun-Union ControlNets."""
+"""Reads ControlNets for Z-Image: folders of diffusers, and single files of the Fun-Union ControlNets."""
 
 from __future__ import annotations
 
@@ -7,50 +7,52 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import CheckpointTensor, Component, open_safetensors, read_component
-from .errors import CheckpointError, TensorError
-from .modeling.controlnet import REFINERS, ControlNetConfig
-from .modeling.transformer import TransformerConfig
+from ..errors import CheckpointError, TensorError
+from ..modeling.controlnet import REFINERS, ControlNetConfig
+from ..modeling.transformer import TransformerConfig
+from .component import Component
+from .folder import read_component
+from .safetensors_file import open_safetensors
+from .single_file import describe
+from .tensor import CheckpointTensor
 
 _EMBEDDER = "control_all_x_embedder.2-1.weight"
 
-# What a config.json of diffusers has in common with the transformer's, and must have alike.
+# Keys of diffusers' config.json whose values must equal the transformer's.
 _SHARED = ("dim", "n_heads", "norm_eps", "qk_norm")
 
 
-def open_controlnet(place: Path, transformer: Component) -> Component:
-    """A ControlNet's config and tensors, under diffusers' names.
+def open_controlnet(path: Path, transformer: Component) -> Component:
+    """Opens a ControlNet under diffusers' names.
 
     Args:
-        place: a folder with config.json as `ZImageControlNetModel.save_pretrained` writes it, or a single file.
-        transformer: what it is to control; a single file takes from it what its own tensors do not show.
+        path: a folder of `ZImageControlNetModel.save_pretrained`, or a single file.
+        transformer: the model to control; it gives the numbers that a single file's tensors do not show.
 
     Raises:
-        CheckpointError: there is none, or it is none for Z-Image.
+        CheckpointError: it is missing, or not a ControlNet for Z-Image.
     """
-    if place.is_dir():
-        return read_component(place, "controlnet")
-    if not place.is_file():
-        raise CheckpointError(f"{place}: no such folder or file (part `controlnet`)")
-    tensors = open_safetensors(place)
+    if path.is_dir():
+        return read_component(path, "controlnet")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such folder or file (part `controlnet`)")
+    tensors = open_safetensors(path)
     if _EMBEDDER not in tensors:
-        from .checkpoint.single_file import describe
-
         raise CheckpointError(
-            f"{place} is not a ControlNet for Z-Image: it looks like {describe(tensors)} (no {_EMBEDDER!r})"
+            f"{path} is not a ControlNet for Z-Image: it looks like {describe(tensors)} (no {_EMBEDDER!r})"
         )
     config = _config(tensors, TransformerConfig.from_dict(transformer.config))
     if config["add_control_noise_refiner"] == "control_layers":
-        # 2.0's file has an untrained one, which is never run.
+        # The file of 2.0 contains an untrained noise refiner, which never runs.
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("control_noise_refiner.")}
-    return Component("controlnet", config, tensors, (place,))
+    return Component("controlnet", config, tensors, (path,))
 
 
 def _config(tensors: dict[str, CheckpointTensor], transformer: TransformerConfig) -> dict[str, Any]:
-    """The config.json that a single file would have.
+    """Derives the config.json of a single file from its tensors.
 
-    Its layers stand at even distances (6 of 30: 0, 5, 10, …). 1 has no channels but the control image's. Of the others
-    2.0 has no noise refiner of control blocks, or one that is all zeros: how diffusers tells them apart.
+    Control layers are spaced evenly (6 of 30: 0, 5, 10, …). Version 1 only has the control image's channels.
+    Version 2.0 has no noise refiner of control blocks, or one of zeros, by which diffusers tells it from 2.1.
     """
     dim, features = tensors[_EMBEDDER].shape
     channels = features // transformer.patch_size**2
@@ -80,14 +82,14 @@ def _count(tensors: dict[str, CheckpointTensor], prefix: str) -> int:
 
 
 def control_config(component: Component, transformer: TransformerConfig) -> ControlNetConfig:
-    """The ControlNet's numbers. Raises CheckpointError where it does not belong to the transformer."""
+    """The ControlNet's config. Raises CheckpointError: it does not belong to the transformer."""
     config = component.config
     try:
         own = ControlNetConfig.from_dict(config)
         shared = {name: config[name] for name in _SHARED if name in config}
     except (KeyError, TypeError) as error:
         raise CheckpointError(
-            f"controlnet: its config lacks or spoils {error}; expected diffusers' config.json"
+            f"controlnet: its config lacks {error} or has a wrong type; expected diffusers' config.json"
         ) from error
     for name, value in shared.items():
         wanted = getattr(transformer, name)
@@ -102,7 +104,7 @@ def control_config(component: Component, transformer: TransformerConfig) -> Cont
     _check_places("control_layers_places", own.control_layers_places, transformer.n_layers)
     if own.control_layers_places[0] != 0:
         raise CheckpointError(
-            f"controlnet: control_layers_places: expected 0 first, where the control stream begins, "
+            f"controlnet: control_layers_places: expected 0 first, the layer at which the control stream begins, "
             f"got {list(own.control_layers_places)}"
         )
     if kind is not None:
@@ -121,14 +123,14 @@ def _check_places(name: str, places: tuple[Any, ...], layers: int) -> None:
 
 
 def check_keys(component: Component, wanted: Collection[str], transformer: Component) -> None:
-    """Raise TensorError where the file has tensors that nothing reads, as of a ControlNet of another version.
+    """Raises TensorError: the file has tensors that are not read, such as those of another version.
 
-    The transformer's own may lie beside them: diffusers writes those too when it saves a whole pipeline.
+    Tensors of the transformer are allowed, because diffusers saves them as well with a whole pipeline.
     """
-    strange = sorted(set(component.tensors) - set(wanted) - set(transformer.tensors))
-    if strange:
-        more = f" and {len(strange) - 5} more" if len(strange) > 5 else ""
+    unknown = sorted(set(component.tensors) - set(wanted) - set(transformer.tensors))
+    if unknown:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise TensorError(
-            f"controlnet: its config has no place for {', '.join(map(repr, strange[:5]))}{more} in "
+            f"controlnet: its config has no place for {', '.join(map(repr, unknown[:5]))}{more} in "
             f"{', '.join(map(str, component.files))}; config and weights do not belong together"
         )

@@ -1,4 +1,4 @@
-"""The same small picture from the engine and from diffusers, to compare LoRAs by."""
+"""The same small image from the engine and from diffusers, to compare LoRAs."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ PROMPT, SEED = "a panda on a blue background", 3
 
 
 @torch.no_grad()
-def picture_of(pipeline: Any) -> np.ndarray:
+def image_of(pipeline: Any) -> np.ndarray:
     noise = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(SEED))
     settings = {"height": 128, "width": 128, "num_inference_steps": 4, "guidance_scale": 0.0}
     latents = pipeline(PROMPT, latents=noise, output_type="latent", **settings).images
     decoder = AutoencoderTiny.from_pretrained(str(CHECKPOINT / "tiny_vae"), dtype=torch.float32)
-    picture = (decoder.decode(latents).sample / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 0).numpy()
-    return np.rint(picture * 255).astype(np.uint8)
+    image = (decoder.decode(latents).sample / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 0).numpy()
+    return np.rint(image * 255).astype(np.uint8)
 
 
 def ours(engine: zimage_rt.Engine) -> np.ndarray:

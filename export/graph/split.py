@@ -1,4 +1,4 @@
-"""Cuts a module's graph into several, between two of its blocks; they read the same weight file."""
+"""Splits a module's graph into several between its blocks; all read the same weight file."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ _BLOCK = re.compile(r"^layers\.(\d+)\.")
 
 
 def split(model: onnx.ModelProto, firsts: Iterable[int], tokens: str, width: int) -> list[onnx.ModelProto]:
-    """Cut a graph in front of the blocks `firsts`.
+    """Splits a graph before the blocks `firsts`.
 
-    One tensor passes from each part to the next, the residual stream. What else a later part needs (sizes, rotary
-    tables, the timestep's embedding) it computes again from the module's own inputs: a few small kernels, and no
-    second tensor to carry.
+    Only the residual stream passes from one part to the next. A later part computes sizes, rotary tables and the
+    timestep's embedding again from the module's inputs, which takes a few small kernels.
 
     Args:
-        model: its weights are external data and stay where they are.
-        firsts: the first block of every part but the first, rising.
-        tokens: what to call the number of tokens in the border's shape [batch, tokens, width].
-        width: the border's last size.
+        model: its weights are external data, which is not changed.
+        firsts: index of the first block of each part after the first, ascending.
+        tokens: name of the number of tokens in the residual stream's shape [batch, tokens, width].
+        width: last size of the residual stream.
 
     Raises:
-        ExportError: the graph cannot be cut there.
+        ExportError: the graph has no such block, or a block would run twice.
     """
     graph = model.graph
     borders = [_border(graph, first) for first in firsts]
@@ -55,7 +54,10 @@ def _block(name: str) -> int | None:
 
 
 def _border(graph: onnx.GraphProto, first: int) -> str:
-    """The tensor that enters block `first`: all that its weights meet of what earlier blocks made is made of it."""
+    """Name of the tensor between block `first` and the blocks before it.
+
+    Block `first` and later ones depend on the weights of earlier blocks through this tensor alone.
+    """
     before = {
         tensor.name for tensor in graph.initializer if (block := _block(tensor.name)) is not None and block < first
     }
@@ -70,7 +72,7 @@ def _border(graph: onnx.GraphProto, first: int) -> str:
     producers = {name: node for node in graph.node for name in node.output}
     found = False
     for node in reversed(graph.node):
-        # A norm and a residual meet in it, so it comes no later than the first of them.
+        # A norm and a residual add read it, so it is computed before the first of them.
         found = found or node.output[0] in entering
         if found and _all_through(producers, entering, node.output[0]):
             return node.output[0]
@@ -78,7 +80,7 @@ def _border(graph: onnx.GraphProto, first: int) -> str:
 
 
 def _all_through(producers: dict[str, onnx.NodeProto], names: Iterable[str], border: str) -> bool:
-    """Whether no block's weights are reached from `names`, going back and stopping at `border`."""
+    """Whether a walk back from `names`, which stops at `border`, reaches no block's weights."""
     seen, waiting = {border}, list(names)
     while waiting:
         name = waiting.pop()
@@ -95,7 +97,7 @@ def _all_through(producers: dict[str, onnx.NodeProto], names: Iterable[str], bor
 def _extract(
     model: onnx.ModelProto, inputs: list[onnx.ValueInfoProto], outputs: list[onnx.ValueInfoProto]
 ) -> onnx.ModelProto:
-    """The nodes that make `outputs`, from `inputs`, the graph's own inputs and its weights."""
+    """Extracts the nodes that compute `outputs` from `inputs`, the graph's own inputs and its weights."""
     graph = model.graph
     needed = {value.name for value in outputs}
     given = {value.name for value in inputs}

@@ -1,4 +1,4 @@
-"""Traced graphs in the user's cache: found again, made anew when damaged, and never in the way."""
+"""The cache of traced graphs: hits, damaged files, and folders that cannot be written."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import pytest
 ir = pytest.importorskip("onnx_ir")
 torch = pytest.importorskip("torch")
 
-from zimage_rt.export import graph_cache  # noqa: E402
-from zimage_rt.export.trace import trace  # noqa: E402
+from zimage_rt.export.graph import cache as graph_cache  # noqa: E402
+from zimage_rt.export.graph.trace import trace  # noqa: E402
 
 from zimage_rt.bundle.manifest import TensorSpec  # noqa: E402
 
 
 class Tracer:
-    """Traces a small layer, and counts how often."""
+    """Traces a small layer and counts the traces."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -45,7 +45,7 @@ def test_a_graph_is_traced_once(tmp_path: Path) -> None:
     assert tracer.count == 3
 
 
-def test_a_damaged_file_is_made_anew(tmp_path: Path) -> None:
+def test_a_damaged_file_is_traced_again(tmp_path: Path) -> None:
     tracer = Tracer()
     graph_cache.cached("key", tracer, tmp_path)
     (kept,) = tmp_path.iterdir()
@@ -55,7 +55,7 @@ def test_a_damaged_file_is_made_anew(tmp_path: Path) -> None:
     assert kept.read_bytes() == whole
 
 
-def test_where_nothing_can_be_kept_it_is_traced_each_time(tmp_path: Path) -> None:
+def test_without_a_writable_folder_it_is_traced_each_time(tmp_path: Path) -> None:
     tracer, file = Tracer(), tmp_path / "file"
     file.touch()
     for folder in (None, file):
@@ -63,7 +63,7 @@ def test_where_nothing_can_be_kept_it_is_traced_each_time(tmp_path: Path) -> Non
     assert tracer.count == 2
 
 
-def test_the_oldest_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_oldest_files_are_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph_cache, "KEPT", 2)
     tracer = Tracer()
     for key in "abc":

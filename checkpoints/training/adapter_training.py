@@ -1,4 +1,4 @@
-"""What the scripts that train adapters share: the frozen checkpoint, the loop at its own sigmas, the sheet."""
+"""Shared by the scripts that train adapters: the frozen checkpoint, the training loop and the contact sheet."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 from scenes import CANVASES
 from torch import Tensor, nn
 
-# (noisy patches, 1 − sigma, features, lengths, canvas) → data minus noise, as FastTransformer does.
+# (noisy patches, 1 − sigma, features, lengths, canvas) → data minus noise, like FastTransformer.
 Model = Callable[[Tensor, Tensor, Tensor, Tensor, tuple[int, int]], Tensor]
 
 
 class Base:
-    """The checkpoint that is adapted, as it ships, and frozen."""
+    """The released checkpoint, frozen."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.device = device
@@ -39,18 +39,18 @@ class Base:
 
 @dataclass(frozen=True)
 class Batch:
-    """Captions, the pictures that the adapted model shall draw, and what a ControlNet is shown."""
+    """Captions, target images as patches, and the control image of a ControlNet."""
 
     tokens: Tensor
     lengths: Tensor
     clean: Tensor  # patches
-    boxes: Tensor  # [batch, patches], where something stands
+    boxes: Tensor  # [batch, patches], True at drawings and glyphs
     size: tuple[int, int]  # width and height in pixels
     control: Tensor | None = None  # patches
 
 
-class Adapting:
-    """Trains ``adapter``; ``model`` gives the adapted transformer for a batch's control patches."""
+class AdapterTrainer:
+    """Trains ``adapter``; ``model`` returns the adapted transformer for a batch's control patches."""
 
     def __init__(
         self,
@@ -66,17 +66,17 @@ class Adapting:
         self.sigmas = torch.tensor(schedule()[:-1], device=base.device)
 
     def step(self) -> Tensor:
-        """Draw a batch and leave its gradients behind; return the loss.
+        """Draw a batch and accumulate its gradients; return the loss.
 
-        As in ``turbo.py``, some batches stand between picture and noise, others where the adapted
-        model's own first steps lead, and learn the answer that still ends at the true picture.
+        As in ``turbo.py``, some batches are interpolated between image and noise. Others start from
+        states that the adapted model reaches by itself, with a target that leads to the true image.
         """
         batch = self.draw(self.batch)
         model, clean, device = self.model(batch.control), batch.clean, self.base.device
         own = torch.rand((), generator=self.generator).item() < self.args.own_path
         passed = int(torch.randint(1, EVALUATIONS, (), generator=self.generator))
         noise = torch.randn_like(clean)
-        # Without the cache: weights cast while gradients are off must not serve where they are on.
+        # Without the cache, which would reuse weights that were cast without gradients.
         with torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False):
             with torch.no_grad():
                 features = self.base.encoder(batch.tokens)
@@ -93,11 +93,11 @@ class Adapting:
         return loss.detach()
 
     def train(self, optimiser: Optimiser) -> None:
-        """Train until the schedule's end, and leave the average in the adapter."""
+        """Train until the schedule ends; the adapter gets the averaged weights."""
         average = Average([self.adapter], self.args.ema)
         most = 2.0 if self.base.device.type == "cuda" else 60.0
         clock = Clock(self.args.seconds, self.args.work / f"stop-{self.args.name}", most=most)
-        count, pictures, recent = 0, 0, []
+        count, images, recent = 0, 0, []
         while not clock.done():
             try:
                 loss = self.step()
@@ -107,24 +107,24 @@ class Adapting:
                 continue
             optimiser.step(clock.factor(fall=0.6, floor=0.003))
             average.update()
-            count, pictures = count + 1, pictures + self.batch
+            count, images = count + 1, images + self.batch
             clock.tick()
-            recent = [*recent[-49:], loss]  # one batch's loss says little: sigmas differ
+            recent = [*recent[-49:], loss]  # averaged, because sigmas differ between batches
             if count % 20 == 0 or count <= 2:
                 mean = torch.stack(recent).mean().item()
                 if count % 100 == 0 or count <= 2:
-                    point = {"s": round(clock.seconds, 1), "pictures": pictures, "loss": round(mean, 4)}
+                    point = {"s": round(clock.seconds, 1), "pictures": images, "loss": round(mean, 4)}
                     print(self.args.name, json.dumps(point), flush=True)
                 clock.look()
                 if mean != mean:
                     raise FloatingPointError("the loss is not finite")
         average.swap()
-        print(f"{self.args.name}: {count} steps, {pictures} pictures, {clock.seconds:.0f} s", flush=True)
+        print(f"{self.args.name}: {count} steps, {images} images, {clock.seconds:.0f} s", flush=True)
 
 
 @torch.no_grad()
 def draw(base: Base, model: Model, prompts: list[str]) -> Tensor:
-    """Return pictures of 256 × 256, one a prompt, with the schedule's evaluations and fixed seeds."""
+    """Return an image of 256 × 256 per prompt, with fixed seeds and the schedule's evaluations."""
     tokens, lengths = encode_texts(prompts, base.device)
     noise = noise_of(list(range(len(prompts))), CANVASES[0], base.device)
     patches = sample(model, noise, base.encoder(tokens), lengths, CANVASES[0])
@@ -132,7 +132,7 @@ def draw(base: Base, model: Model, prompts: list[str]) -> Tensor:
 
 
 def write_sheet(path: Path, prompts: Sequence[str], columns: Sequence[Tensor], across: int = 2) -> None:
-    """Write each prompt over its pictures, one of every column, as one PNG; so many prompts side by side."""
+    """Write a PNG of prompts with an image of each column; ``across`` prompts are side by side."""
     above, gap = 16, 8
     pixels = [((c.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu() for c in columns]
     height, width = pixels[0].shape[1] + above, pixels[0].shape[2] * len(columns) + gap
@@ -140,29 +140,31 @@ def write_sheet(path: Path, prompts: Sequence[str], columns: Sequence[Tensor], a
     for number, prompt in enumerate(prompts):
         x, y = number % across * width, number // across * height
         ImageDraw.Draw(sheet).text((x + 2, y + 2), prompt, fill="black")
-        for place, pictures in enumerate(pixels):
-            sheet.paste(Image.fromarray(pictures[number].numpy()), (x + place * pictures.shape[2], y + above))
+        for place, images in enumerate(pixels):
+            sheet.paste(Image.fromarray(images[number].numpy()), (x + place * images.shape[2], y + above))
     sheet.save(path)
 
 
 def parser_of(name: str, about: str, seconds: float, batch: int, lr: float) -> argparse.ArgumentParser:
-    """Return a parser with the options that both scripts have."""
+    """Return a parser with the options of both scripts."""
     parser = argparse.ArgumentParser(description=about)
     parser.set_defaults(name=name)
     parser.add_argument("--work", type=Path, required=True, help="folder for the results and the stop file")
     parser.add_argument("--atlas", type=Path, required=True)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="what is adapted, as assemble.py wrote it")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="folder that assemble.py wrote")
     parser.add_argument("--seconds", type=float, default=seconds)
-    parser.add_argument("--batch", type=int, default=batch, help="pictures of 256 × 256 a step")
+    parser.add_argument("--batch", type=int, default=batch, help="images of 256 × 256 per step")
     parser.add_argument("--lr", type=float, default=lr)
     parser.add_argument("--ema", type=float, default=0.99)
-    parser.add_argument("--own-path", type=float, default=0.5, help="share of the batches on the model's own path")
+    parser.add_argument(
+        "--own-path", type=float, default=0.5, help="share of the batches that start from states of the model itself"
+    )
     parser.add_argument("--device", default="cuda")
     return parser
 
 
 def begin(arguments: argparse.Namespace, seed: int) -> Base:
-    """Set the seed and load what is adapted."""
+    """Set the seed and load the checkpoint."""
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high")
     arguments.work.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""Reads a checkpoint's weights a second time, for the reference models of parity.
+"""Reads single files for the reference models of parity, independently of `export/checkpoint/`.
 
-Nothing of `export/checkpoint/` is used: a misread number format, scale, or name there must show as a parity error here.
-Where a reference library has a loader of its own (diffusers' and transformers' folders, their names of single files,
-diffusers' GGUF) that is what reads; the rest is written from the formats' definitions, in numpy, number by number.
+The two readers share no code, so that a misread number format, scale or name shows as a parity error. If a reference
+library has a loader (diffusers' names of single files, diffusers' GGUF), it is used. The rest follows the formats'
+definitions in plain numpy.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ _E8M0 = np.exp2(np.arange(256) - 127.0)
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """A safetensors file's own header and where its data begin."""
+    """A safetensors file's header and the offset of its data."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         return json.loads(file.read(size)), 8 + size
 
 
 class _File:
-    """The tensors of one safetensors file as numbers; fp8 stays bytes."""
+    """Tensors of a safetensors file as numpy arrays; fp8 stays bytes."""
 
     def __init__(self, path: Path) -> None:
         self.entries, self.start = _header(path)
@@ -60,7 +60,7 @@ class _File:
         self.data = np.memmap(path, np.uint8, "r")
 
     def dtype(self, name: str) -> str:
-        """The file's name of it."""
+        """A tensor's dtype in the file's terms."""
         return str(self.entries[name]["dtype"])
 
     def read(self, name: str) -> Array:
@@ -74,23 +74,23 @@ class _File:
         return data.view(_PLAIN.get(kind, "u1")).reshape(entry["shape"])
 
     def numbers(self, name: str) -> Array:
-        """The values of a tensor without a scale of its own."""
+        """A tensor's values without scales."""
         table = {"F8_E4M3": _E4M3, "F8_E5M2": _E5M2, "F8_E8M0": _E8M0}.get(self.dtype(name))
         return self.read(name) if table is None else table[self.read(name)]
 
     def bytes(self, name: str) -> Array:
-        """The tensor's bytes, [rows, bytes of a row]."""
+        """A tensor's bytes, [rows, bytes per row]."""
         return np.ascontiguousarray(self.read(name)).view(np.uint8)
 
-    def marks(self) -> dict[str, dict[str, Any]]:
-        """What is said of each quantised layer."""
+    def layer_metadata(self) -> dict[str, dict[str, Any]]:
+        """Metadata of each quantised layer."""
         found = {
             name.removesuffix(".comfy_quant"): json.loads(self.read(name).tobytes())
             for name in self.entries
             if name.endswith(".comfy_quant")
         }
-        said = json.loads(self.metadata.get("_quantization_metadata", '{"layers": {}}'))["layers"]
-        for layer, value in said.items():
+        header = json.loads(self.metadata.get("_quantization_metadata", '{"layers": {}}'))["layers"]
+        for layer, value in header.items():
             weight = next(name for name in self.entries if f".{name}".endswith(f".{_bare(layer)}.weight"))
             found[weight.removesuffix(".weight")] = value if isinstance(value, dict) else {"format": value}
         return found
@@ -103,7 +103,7 @@ def _bare(layer: str) -> str:
 
 
 def _hadamard(size: int) -> Array:
-    """ConvRot's matrix: -1 where an odd number of base-4 digits of row and column add up to 3, over √size."""
+    """ConvRot's matrix: an odd number of base-4 digits of row and column that add up to 3 gives -1; over √size."""
     row, column = np.indices((size, size))
     signs = np.ones((size, size))
     place = 1
@@ -119,7 +119,7 @@ def _unrotated(x: Array, size: int) -> Array:
 
 
 def _untiled(scales: Array, rows: int, columns: int) -> Array:
-    """Block scales from cuBLAS' tiles: each one's place by the formula of cuBLAS' documentation."""
+    """Block scales from cuBLAS' tiles, by the index formula of cuBLAS' documentation."""
     row, column = np.indices((rows, columns))
     tile = row // 128 * -(-columns // 4) + column // 4
     return scales.reshape(-1)[tile * 512 + row % 32 * 16 + row % 128 // 32 * 4 + column % 4]
@@ -136,10 +136,10 @@ def _halves(packed: Array, *, high_first: bool) -> Array:
     return result
 
 
-def _layer(file: _File, name: str, mark: Mapping[str, Any]) -> Array:
-    """The values of one marked layer, fp64."""
-    kind = mark["format"]
-    options = {**mark.get("params", {}), **mark}
+def _layer(file: _File, name: str, metadata: Mapping[str, Any]) -> Array:
+    """Values of a layer with metadata, fp64."""
+    kind = metadata["format"]
+    options = {**metadata.get("params", {}), **metadata}
     weight = f"{name}.weight"
     if kind in ("float8_e4m3fn", "float8_e5m2"):
         table = _E4M3 if kind.endswith("e4m3fn") else _E5M2
@@ -203,15 +203,15 @@ def _grouped(file: _File, name: str, packed: Array, options: Mapping[str, Any]) 
 
 
 def _safetensors(path: Path, wanted: Callable[[str], bool]) -> dict[str, Array]:
-    """The values of the tensors that `wanted` asks for, fp32, under the file's names."""
+    """Values of the tensors for which `wanted` is true, fp32, under the file's names."""
     file = _File(path)
-    marks, result = file.marks(), dict[str, Array]()
+    layers, result = file.layer_metadata(), dict[str, Array]()
     for name in filter(wanted, file.entries):
         stem, _, leaf = name.rpartition(".")
         if leaf not in ("weight", "bias") and not leaf.endswith("pad_token"):
             continue
-        if leaf == "weight" and stem in marks:
-            value = _layer(file, stem, marks[stem])
+        if leaf == "weight" and stem in layers:
+            value = _layer(file, stem, layers[stem])
         elif leaf == "weight" and f"{stem}.weight_scale_inv" in file.entries:
             value, scale = file.numbers(name), file.numbers(f"{stem}.weight_scale_inv").astype(np.float64)
             row, column = np.indices(value.shape)
@@ -226,7 +226,7 @@ def _safetensors(path: Path, wanted: Callable[[str], bool]) -> dict[str, Array]:
 
 
 def _gguf(path: Path, wanted: Callable[[str], bool]) -> dict[str, Array]:
-    """As `_safetensors`, of a GGUF file, by diffusers' dequantisation (in torch, apart from gguf-py's)."""
+    """As `_safetensors`, for a GGUF file, by diffusers' dequantisation (in torch, independent of gguf-py's)."""
     import gguf
     from diffusers.quantizers.gguf.utils import dequantize_functions
 
@@ -238,7 +238,7 @@ def _gguf(path: Path, wanted: Callable[[str], bool]) -> dict[str, Array]:
             shape = [int(field.parts[index][0]) for index in field.data]
         function = dequantize_functions.get(tensor.tensor_type)
         if function is None or tensor.tensor_type.name in ("F32", "F16"):
-            # diffusers has no reader of its own for these.
+            # diffusers has no reader for these.
             value = gguf.dequantize(tensor.data, tensor.tensor_type)
         else:
             block, size = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
@@ -254,7 +254,7 @@ def _is_gguf(path: Path) -> bool:
 
 
 def _within(count: int) -> Callable[[str], bool]:
-    """Whether a tensor belongs to one of the first `count` layers, or to none."""
+    """A predicate of names: the tensor belongs to one of the first `count` layers, or to no layer."""
 
     def within(name: str) -> bool:
         match = re.search(r"(?:^|[.])(?:layers|blk)[.](\d+)[.]", name)
@@ -279,7 +279,7 @@ def _transformer(path: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
     converted: dict[str, Tensor] = convert_z_image_transformer_checkpoint_to_diffusers(
         {_bare(name): tensor for name, tensor in _tensors(arrays).items() if "all_" not in name}
     )
-    # diffusers' function takes its own names for ComfyUI's ("x_embedder." in them).
+    # diffusers' function mistakes its own names for ComfyUI's, because they contain "x_embedder.".
     converted.update({_bare(name): tensor for name, tensor in _tensors(arrays).items() if "all_" in name})
     for name in ("x_pad_token", "cap_pad_token"):
         converted[name] = converted[name].reshape(1, -1)
@@ -350,13 +350,13 @@ _READERS: Mapping[str, Callable[[Path, Mapping[str, Any]], dict[str, Tensor]]] =
 
 
 def read(component: str, path: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What a single file holds of a component: fp32 tensors under the reference model's names.
+    """Reads a component from a single file: fp32 tensors under the reference model's names.
 
-    Matrices of padded formats keep their padding. Of more layers than the config has, those too many are left out.
+    Matrices of padded formats keep their padding. Layers beyond the config's number are left out.
 
     Args:
         component: `transformer`, `text_encoder`, `vae` or `controlnet`.
         path: a safetensors or GGUF file.
-        config: the component's numbers.
+        config: the component's config.
     """
     return _READERS[component](path, config)

@@ -1,4 +1,4 @@
-"""zimage-nano drawn from quantised files of its own weights, beside the bf16 ones."""
+"""Images of zimage-nano from quantised files of its weights, against those of the bf16 weights."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def draw(engine: zimage_rt.Engine) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory: pytest.TempPathFactory):
-    """Engines by layout; what Comfy-Org quantises is quantised, of nvfp4 the main blocks alone."""
+    """Engines by layout; the quantised layers are Comfy-Org's choice, for nvfp4 only the main blocks."""
     source = load_file(CHECKPOINT / "transformer" / "diffusion_pytorch_model.safetensors")
     tensors = comfyui_names(source)
     parts = {name: CHECKPOINT / name for name in ("text_encoder", "tokenizer", "tiny_vae", "scheduler")}
@@ -56,13 +56,13 @@ def load(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.mark.parametrize("layout", ["int8_tensorwise-per-row", "int8_convrot", "float8_e4m3fn", "mxfp8", "nvfp4"])
-def test_pictures(layout: str, load, engine: zimage_rt.Engine):
-    """Within 30 dB of the picture of the bf16 weights; docs/formats.md has what was measured."""
+def test_quantised_weights_draw_nearly_the_same_image(layout: str, load, engine: zimage_rt.Engine):
+    """At least 30 dB from the image of the bf16 weights; docs/formats.md has the measured values."""
     assert psnr(draw(load(layout)), draw(engine)) >= 30
 
 
-def test_a_lora_changes_the_picture_of_scaled_fp8_as_that_of_bf16(load, engine: zimage_rt.Engine, tmp_path: Path):
-    """A LoRA's size is that of the weights: with scales left unread it would be lost in them."""
+def test_a_lora_changes_the_image_of_scaled_fp8_as_that_of_bf16(load, engine: zimage_rt.Engine, tmp_path: Path):
+    """A LoRA is as large as the weights; without scales it would be negligible."""
     model = ZImageTransformer2DModel.from_pretrained(CHECKPOINT / "transformer")
     path = write(tmp_path / "lora.safetensors", peft(random_lora(model, seed=4)))
     plain, changed = [], []

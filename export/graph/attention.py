@@ -1,4 +1,4 @@
-"""Cuts an attention that TensorRT does not fuse into pieces of its queries, which bounds the memory of its scores."""
+"""Splits attention that TensorRT does not fuse along its queries, which bounds the memory of its scores."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import onnx
 from onnx import NodeProto, numpy_helper
 from onnx.helper import make_node
 
-# Elements of a batch's scores that are left whole: 2.1 GB in fp32, two images of 1024 x 1024. The full VAE's
-# convolutions need more than that anyway, and pieces take longer to build.
+# Attention is not split up to this many scores per batch: 2.1 GB in fp32, two images of 1024 x 1024. The full VAE's
+# convolutions need more memory than that, and pieces take longer to build.
 WHOLE_SCORES = 2**29
-# Elements of one image's scores in one piece: 128 MB in fp32.
+# Scores per piece and image: 128 MB in fp32.
 PIECE_SCORES = 2**25
-# TensorRT keeps about nine pieces' scores at a time, however many there are (TensorRT-RTX 1.7.1, `activation_bytes`
-# of plans with 16 and 64 pieces). More pieces than this cost launches and save little beside the convolutions.
+# TensorRT holds the scores of about nine pieces at a time, independent of their number (TensorRT-RTX 1.7.1,
+# `activation_bytes` of plans with 16 and 64 pieces). More pieces cost launches and save little memory.
 MOST_PIECES = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-    """One attention of a graph: softmax(queries @ keys) @ values.
+    """Nodes of an attention: softmax(queries @ keys) @ values.
 
     Attributes:
         scores: the product of queries and keys.
-        between: the softmax, and the casts before and behind it, in order.
+        between: the softmax with the casts before and after it, in order.
         output: the product with the values.
     """
 
@@ -42,7 +42,7 @@ class Attention:
 
 
 def find_attentions(graph: onnx.GraphProto) -> list[Attention]:
-    """Every attention of a graph that has no mask, in order."""
+    """Finds all attentions without a mask in a graph, in order."""
     producers = {name: node for node in graph.node for name in node.output}
     readers: dict[str, list[NodeProto]] = {}
     for node in graph.node:
@@ -67,23 +67,23 @@ def find_attentions(graph: onnx.GraphProto) -> list[Attention]:
 
 
 def count_pieces(batch: int, queries: int, keys: int) -> int:
-    """How many pieces to compute scores `[batch, query, key]` in: 1, or what keeps an image's within `PIECE_SCORES`."""
+    """Number of pieces for scores `[batch, query, key]`: 1, or enough for `PIECE_SCORES` per image and piece."""
     if batch * queries * keys <= WHOLE_SCORES:
         return 1
     return max(2, min(-(-queries * keys // PIECE_SCORES), MOST_PIECES))
 
 
 def cut_queries(model: onnx.ModelProto, counts: Mapping[str, int]) -> onnx.ModelProto:
-    """Compute attentions piece by piece: a row of the output depends on its own query alone.
+    """Splits attentions along their queries: a row of the output depends only on its own query.
 
     Args:
-        model: its weights are external data and stay where they are; it is not changed.
-        counts: how many pieces, by the name of the queries' tensor, fp32 or bf16 `[batch, query, head_size]`. An
-            attention that is not named stays as it is.
+        model: its weights are external data; it is not changed.
+        counts: number of pieces by name of the queries' tensor, fp32 or bf16 `[batch, query, head_size]`. Other
+            attentions are not split.
 
     Returns:
-        A model with the same inputs, outputs and results. Queries that do not divide are padded with zeros, and the
-        padding's rows are dropped.
+        A model with the same inputs, outputs and results. Queries are padded with zeros to a multiple of the number
+        of pieces, and the padding's rows are dropped.
     """
     cut = onnx.ModelProto()
     cut.CopyFrom(model)
@@ -102,7 +102,7 @@ def cut_queries(model: onnx.ModelProto, counts: Mapping[str, int]) -> onnx.Model
 
 
 def _pieces(graph: onnx.GraphProto, attention: Attention, count: int) -> list[NodeProto]:
-    """The nodes in an attention's place; adds their constants to the graph."""
+    """Nodes that replace an attention; adds their constants to the graph."""
     prefix = f"{attention.output.name}_pieces"
     nodes: list[NodeProto] = []
 
@@ -136,6 +136,6 @@ def _pieces(graph: onnx.GraphProto, attention: Attention, count: int) -> list[No
             nodes.append(copy)
         outputs.append(name)
     joined = add("Concat", outputs, "joined", axis=1)
-    # The last node keeps the name of the tensor that others read.
+    # The last node keeps the output's name, which other nodes read.
     nodes.append(make_node("Slice", [joined, zero, rows, one], list(attention.output.output), f"{prefix}_node_slice"))
     return nodes

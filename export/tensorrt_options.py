@@ -1,4 +1,4 @@
-"""What a recipe can ask of TensorRT: its `[tensorrt]` table."""
+"""Options of TensorRT: the `[tensorrt]` table of a recipe."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Mapping
 
 from zimage_rt.bundle.manifest import ShapeRanges
 
-from ..errors import RecipeError
+from .errors import RecipeError
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorRTOptions:
-    """How plans are built.
+    """Options of a build.
 
     Attributes:
-        sm: compute capabilities to build for, as in `86`; none means the package's default.
-        split: modules to build as several plans that run in order, and how many.
-        profiles: the ranges of each optimisation profile; none means one, the recipe's shapes. TensorRT tunes each
-            for its own `opt`.
-        workspace_gb: the most device memory that one layer may take for itself; None means no limit.
-        optimization_level: 0 (fastest build) to 5; None means the package's default.
+        sm: compute capabilities to build for, such as `86`; empty for the builder's default.
+        split: number of plans per module; the plans of a module run in order.
+        profiles: ranges of each optimization profile; empty for one profile of the recipe's shapes. TensorRT tunes
+            each for its own `opt`.
+        workspace_gb: the most scratch memory of one layer, in GiB; None for no limit.
+        optimization_level: 0 (fastest build) to 5 (fastest plan); None for TensorRT's default.
     """
 
     sm: tuple[int, ...] = ()
@@ -45,7 +45,7 @@ class TensorRTOptions:
 
 
 def parse_sm(text: str) -> tuple[int, ...]:
-    """`86,89,120` to numbers. Raises RecipeError."""
+    """Parses `86,89,120`. Raises RecipeError."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -53,7 +53,7 @@ def parse_sm(text: str) -> tuple[int, ...]:
 
 
 def parse_split(items: list[str]) -> dict[str, int]:
-    """`["transformer=4"]` to a mapping. Raises RecipeError."""
+    """Parses `["transformer=4"]`. Raises RecipeError."""
     split = {}
     for item in items:
         module, _, count = item.partition("=")
