@@ -18,7 +18,6 @@
 #include "zimage_rt/paste.h"
 #include "zimage_rt/rng.h"
 #include "zimage_rt/sampler.h"
-#include "zimage_rt/schedule.h"
 #include "zimage_rt/step_noise.h"
 
 namespace py = pybind11;
@@ -145,19 +144,6 @@ bool sample(py::function predict, const FloatArray& steps, FloatArray latents,
                      inpaint ? &*inpaint : nullptr, step_callback);
 }
 
-FloatArray guide(const FloatArray& positive, const FloatArray& negative, float scale,
-                 float normalization) {
-  if (positive.ndim() < 1 || shape_of(positive) != shape_of(negative))
-    throw std::invalid_argument("positive and negative: expected the same shape [batch, ...]");
-  FloatArray out(shape_of(positive), positive.data());
-  const py::ssize_t batch = out.shape(0);
-  const py::ssize_t sample_size = batch ? out.size() / batch : 0;
-  for (py::ssize_t b = 0; b < batch; ++b)
-    zrt::apply_guidance(scale, normalization, out.mutable_data() + b * sample_size,
-                        negative.data() + b * sample_size, static_cast<std::size_t>(sample_size));
-  return out;
-}
-
 // drawn [batch, height, width, 3], original [height, width, 3], mask [height, width].
 PixelArray paste(const PixelArray& drawn, const PixelArray& original, const PixelArray& mask) {
   if (drawn.ndim() != 4 || mask.ndim() != 2 || drawn.shape(1) != mask.shape(0) ||
@@ -179,17 +165,13 @@ PixelArray paste(const PixelArray& drawn, const PixelArray& original, const Pixe
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
-  m.doc() = "The CPU runtime of zimage_rt: noise, schedule, guidance and the sampler loop in C++.";
+  m.doc() = "The CPU runtime of zimage_rt: noise, pasting and the sampler loop in C++.";
   // Why _cuda was not built beside this module; empty where it was.
   m.attr("cuda_skipped") = ZIMAGE_RT_CUDA_SKIPPED;
   m.def("randn", &randn, py::arg("seed"), py::arg("shape"));
   m.def("stream_noise", &stream_noise, py::arg("seeds"), py::arg("draws"), py::arg("shape"));
   m.def("brownian_noise", &brownian_noise, py::arg("seeds"), py::arg("low"), py::arg("high"),
         py::arg("intervals"), py::arg("shape"));
-  m.def("flow_match_sigmas", &zrt::flow_match_sigmas, py::arg("num_inference_steps"),
-        py::arg("shift"));
-  m.def("apply_guidance", &guide, py::arg("positive"), py::arg("negative"), py::arg("scale"),
-        py::arg("normalization"));
   m.def("paste", &paste, py::arg("drawn"), py::arg("original"), py::arg("mask"));
   m.def("sample", &sample, py::arg("predict"), py::arg("steps"), py::arg("latents").noconvert(),
         py::arg("guidance_scales"), py::arg("cfg_normalization"), py::kw_only(),

@@ -1,24 +1,20 @@
-// Matrix products over numpy arrays: for their tests, and for timing one form against another.
+// Matrix products over numpy arrays: for their tests.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <functional>
-#include <map>
 #include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "bindings/device_array.h"
 #include "bindings/kernels.h"
 #include "kernels/fused_gemm.h"
-#include "kernels/qk_norm_rope.h"
-#include "kernels/swiglu.h"
 #include "runtime/gemm.h"
 #include "zimage_rt/check.h"
+#include "zimage_rt/device.h"
 #include "zimage_rt/dtype.h"
 
 namespace py = pybind11;
@@ -35,9 +31,8 @@ Gemm& library_gemm(const std::string& library) {
 ClusterShape cluster_named(const std::string& name) {
   if (name == "tall") return ClusterShape::kTall;
   if (name == "wide") return ClusterShape::kWide;
-  if (name == "square") return ClusterShape::kSquare;
   if (name == "any") return ClusterShape::kAny;
-  throw std::invalid_argument("cluster: expected any, tall, wide or square, got " + name);
+  throw std::invalid_argument("cluster: expected any, tall or wide, got " + name);
 }
 
 // a [m, k] and a weight [k, n], or [n, k] where it is turned.
@@ -90,14 +85,6 @@ py::array run_gemm(const std::string& library, const py::array& a, const py::arr
   return out.download();
 }
 
-py::array run_gemm_scaled(const py::array& a, const py::array& weight, float alpha, bool turned,
-                          const std::string& cluster) {
-  const Operands in(a, weight, turned, cluster);
-  const DeviceArray out = in.output(in.n(), in.a.dtype());
-  gemm_scaled(in.fused(out), alpha, nullptr);
-  return out.download();
-}
-
 py::array run_gemm_swiglu(const py::array& a, const py::array& weight, float scale, bool turned,
                           const std::string& cluster) {
   const Operands in(a, weight, turned, cluster);
@@ -123,66 +110,6 @@ py::array run_gemm_qk_norm_rope(const py::array& a, const py::array& weight,
   return out.download();
 }
 
-// The same work done by cuBLASLt and a kernel behind it, and in one: milliseconds of one call by
-// name. They take turns of `burst` calls: in long ones the chip is at its power limit, as in a
-// model. `heads` of 128 columns for queries, and as many for keys.
-std::map<std::string, std::vector<float>> time_gemm(const std::string& library, const py::array& a,
-                                                    const py::array& weight,
-                                                    const std::string& what, int heads, int repeats,
-                                                    int burst, bool turned,
-                                                    const std::string& cluster) {
-  const Operands in(a, weight, turned, cluster);
-  const int rows = in.m(), columns = in.n();
-  const DType type = in.a.dtype();
-  const DeviceArray wide = in.output(columns, type), hidden = in.output(columns / 2, type);
-  const DeviceArray cos({a.shape(0), 64}, DType::kFloat32), sin({a.shape(0), 64}, DType::kFloat32);
-  const DeviceArray norm({128}, DType::kFloat32);
-  for (const DeviceArray* array : {&cos, &sin})
-    ZRT_CUDA(cudaMemset(array->data(), 0x3c, sizeof(float) * 64 * rows_of(*array)));
-  ZRT_CUDA(cudaMemset(norm.data(), 0x3c, sizeof(float) * 128));
-  Gemm& gemm = library_gemm(library);
-  const GemmArgs args = in.library(wide);
-  const FusedGemm fused = in.fused(wide);
-  const float* const f = norm.data<float>();
-  const auto after = [&] {
-    if (what == "swiglu")
-      swiglu({wide.data(), hidden.data(), type, rows, columns / 2, 1.0f, 1.0f}, nullptr);
-    if (what == "qk_norm_rope")
-      qk_norm_rope({wide.data(), columns, type, f, f, cos.data<float>(), sin.data<float>(), rows,
-                    heads, heads, 128, 1e-5f},
-                   nullptr);
-  };
-  const auto one = [&] {
-    if (what == "swiglu")
-      gemm_swiglu(fused, 1.0f, nullptr);
-    else if (what == "qk_norm_rope")
-      gemm_qk_norm_rope(fused, {f, f, cos.data<float>(), sin.data<float>(), heads, heads, 1e-5f},
-                        nullptr);
-    else
-      gemm_scaled(fused, 1.0f, nullptr);
-  };
-  gemm.run(args, nullptr);
-  const std::map<std::string, std::function<void()>> forms = {
-      {"library", [&] { gemm.run(args, nullptr); }},
-      {"library and kernel",
-       [&] {
-         gemm.run(args, nullptr);
-         after();
-       }},
-      {"fused", one}};
-  const Event start, stop;
-  std::map<std::string, std::vector<float>> times;
-  for (int turn = 0; turn < repeats + 1; ++turn)
-    for (const auto& [name, work] : forms) {
-      ZRT_CUDA(cudaEventRecord(start.get(), nullptr));
-      for (int call = 0; call < burst; ++call) work();
-      ZRT_CUDA(cudaEventRecord(stop.get(), nullptr));
-      ZRT_CUDA(cudaEventSynchronize(stop.get()));
-      if (turn > 0) times[name].push_back(stop.since(start) / static_cast<float>(burst));
-    }
-  return times;
-}
-
 }  // namespace
 
 void bind_gemm(py::module_& m) {
@@ -191,15 +118,11 @@ void bind_gemm(py::module_& m) {
   m.def("gemm", &run_gemm, py::arg("library"), py::arg("a"), py::arg("weight"), py::arg("bias"),
         py::arg("alpha"), py::arg("out_type"), turned);
   m.def("fused_gemm_runs_here", &fused_gemm_runs_here);
-  m.def("gemm_scaled", &run_gemm_scaled, py::arg("a"), py::arg("weight"), py::arg("alpha"), turned,
-        cluster);
   m.def("gemm_swiglu", &run_gemm_swiglu, py::arg("a"), py::arg("weight"), py::arg("scale"), turned,
         cluster);
   m.def("gemm_qk_norm_rope", &run_gemm_qk_norm_rope, py::arg("a"), py::arg("weight"),
         py::arg("q_weight"), py::arg("k_weight"), py::arg("cos"), py::arg("sin"),
         py::arg("q_heads"), py::arg("k_heads"), py::arg("eps"), turned, cluster);
-  m.def("time_gemm", &time_gemm, py::arg("library"), py::arg("a"), py::arg("weight"),
-        py::arg("what"), py::arg("heads"), py::arg("repeats"), py::arg("burst"), turned, cluster);
 }
 
 }  // namespace zimage_rt

@@ -353,8 +353,8 @@ void launch(const FusedGemm& args, Problem problem, const Epilogue& epilogue, cu
 }
 
 // Where a side has an odd number of tiles, pairs along it leave half a cluster idle. Tall ones read
-// a fifth less from the cache: wide ones must save 2 % of the tiles. Square ones read least, and
-// are the slowest (benchmarks/LOG.md).
+// a fifth less from the cache: wide ones must save 2 % of the tiles. Square ones of four blocks
+// read least, and were the slowest (benchmarks/LOG.md).
 ClusterShape best_cluster(const Problem& problem) {
   const int tall = ceil_div(problem.row_tiles, 2) * problem.column_tiles;
   const int wide = problem.row_tiles * ceil_div(problem.column_tiles, 2);
@@ -385,14 +385,11 @@ void dispatch(const FusedGemm& args, int second, int step, int columns, const Ep
   };
   const std::integral_constant<int, 1> one;
   const std::integral_constant<int, 2> two;
-  switch (args.cluster == ClusterShape::kAny ? best_cluster(problem) : args.cluster) {
-    case ClusterShape::kTall:
-      return go(two, one);
-    case ClusterShape::kWide:
-      return go(one, two);
-    default:
-      return go(two, two);
-  }
+  if ((args.cluster == ClusterShape::kAny ? best_cluster(problem) : args.cluster) ==
+      ClusterShape::kTall)
+    go(two, one);
+  else
+    go(one, two);
 }
 
 }  // namespace
@@ -412,16 +409,8 @@ bool fused_gemm_runs_here() {
   if (major != 9 || minor != 0) return false;
   cudaFuncAttributes attributes;
   ZRT_CUDA(
-      cudaFuncGetAttributes(&attributes, fused_gemm_kernel<__half, Scaled<__half>, 2, 1, false>));
+      cudaFuncGetAttributes(&attributes, fused_gemm_kernel<__half, SwiGluOf<__half>, 2, 1, false>));
   return attributes.binaryVersion == 90;
-}
-
-void gemm_scaled(const FusedGemm& args, float alpha, cudaStream_t stream) {
-  for_half_type(args.type, [&](auto tag) {
-    using T = decltype(tag);
-    dispatch<T>(args, kColumns / 2, kColumns, args.n,
-                Scaled<T>{static_cast<T*>(args.out), args.n, alpha}, stream);
-  });
 }
 
 void gemm_swiglu(const FusedGemm& args, float scale, cudaStream_t stream) {

@@ -17,8 +17,8 @@ bool fused_gemm_runs_here();
 // Of the workspace that products on one stream share; zeros before the first of them.
 std::size_t fused_gemm_workspace_bytes();
 
-// How the blocks that share tiles stand: two above one another, two side by side, or four.
-enum class ClusterShape { kAny, kTall, kWide, kSquare };
+// How the blocks that share tiles stand: two above one another, or two side by side.
+enum class ClusterShape { kAny, kTall, kWide };
 
 // a [m, k] · weight [k, n], both row-major; a turned weight lies as [n, k].
 struct FusedGemm {
@@ -33,9 +33,6 @@ struct FusedGemm {
   bool turned;
   ClusterShape cluster = ClusterShape::kAny;  // any: the fastest known
 };
-
-// out [m, n] = alpha * product.
-void gemm_scaled(const FusedGemm& args, float alpha, cudaStream_t stream);
 
 // out [m, n / 2] = silu(gate) * up * scale; the weight holds the gate's columns, then those of up.
 // n / 2 is a multiple of 64.

@@ -46,30 +46,6 @@ __device__ inline void write32(T* out, int n, const Place& place, int row, int f
   *reinterpret_cast<Half8*>(out + static_cast<std::size_t>(row) * n + column) = packed;
 }
 
-template <typename T>
-struct Scaled {
-  T* out;
-  int n;
-  float alpha;
-
-  struct Ahead {};
-  __device__ Ahead ahead(const Place&) const { return {}; }
-  __device__ void operator()(const float (&sums)[128], const Ahead&, const Place& place) const {
-#pragma unroll
-    for (int group = 0; group < 32; group += 4)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        std::uint32_t words[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float* const v = sums + 4 * (group + i) + 2 * half;
-          words[i] = pack(v[0] * alpha, v[1] * alpha, static_cast<const T*>(nullptr));
-        }
-        write32(out, n, place, place.row + 8 * half, place.column + 8 * group, words);
-      }
-  }
-};
-
 // The tile's first half holds the gate, its second half the same columns of up.
 template <typename T>
 struct SwiGluOf {

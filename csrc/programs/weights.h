@@ -96,7 +96,6 @@ class Weights {
   // Throws WeightError if it is missing or has another shape or dtype.
   TensorView get(const std::string& name, std::initializer_list<std::int64_t> shape,
                  DType dtype) const;
-  bool has(const std::string& name) const { return entries_.count(name) != 0; }
   // The format of all matrices: fp16 or bf16.
   DType storage() const { return storage_; }
 

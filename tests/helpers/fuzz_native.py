@@ -47,7 +47,7 @@ class NativeCall(Kind):
     longest = 1 << 30  # pybind11 writes all of a wrong argument
 
     def run(self, rng: random.Random) -> None:
-        rng.choice((self._randn, self._paste, self._guidance, self._brownian, self._sample, self._sample))(rng)
+        rng.choice((self._randn, self._paste, self._brownian, self._sample, self._sample))(rng)
 
     def _randn(self, rng: random.Random) -> None:
         shape = [rng.choice((0, 1, 2, 5, 16, 17)) for _ in range(rng.choice((0, 1, 2, 4)))]
@@ -71,13 +71,6 @@ class NativeCall(Kind):
         check(
             bool((np.asarray(pasted)[:, np.asarray(mask) == 0] == original[np.asarray(mask) == 0]).all()),
             "other pixels",
-        )
-
-    def _guidance(self, rng: random.Random) -> None:
-        shape = rng.choice(SHAPES)
-        scale = rng.choice((0.0, 1.5, float("nan"), 1e30, rng.choice(STRANGE)))
-        _core.apply_guidance(
-            array(rng, shape), array(rng, shape if rng.random() < 0.8 else None), scale, rng.choice((0.0, 1.0))
         )
 
     def _brownian(self, rng: random.Random) -> None:
