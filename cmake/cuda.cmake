@@ -49,7 +49,7 @@ if(NOT CMAKE_CUDA_COMPILER)
   skip_cuda("nvcc did not compile when it was built")
 endif()
 enable_language(CUDA)
-set(CMAKE_CUDA_STANDARD 17)
+set(CMAKE_CUDA_STANDARD 20)
 find_package(CUDAToolkit REQUIRED)
 
 list(TRANSFORM toolkits APPEND /include OUTPUT_VARIABLE toolkit_includes)

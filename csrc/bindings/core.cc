@@ -123,8 +123,10 @@ bool sample(py::function predict, const FloatArray& steps, FloatArray latents,
       throw std::invalid_argument(
           "mask [batch, 1, height, width], image and noise like the latents: all three belong "
           "together");
-    inpaint = {mask->data(), image->data(), noise->data(),
-               static_cast<std::size_t>(shape[2] * shape[3])};
+    inpaint = {.mask = mask->data(),
+               .image = image->data(),
+               .noise = noise->data(),
+               .area = static_cast<std::size_t>(shape[2] * shape[3])};
   }
   float* data = latents.mutable_data();
   const auto batch = static_cast<std::size_t>(shape[0]);

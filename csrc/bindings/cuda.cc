@@ -63,7 +63,11 @@ std::unique_ptr<Weights> open_weights(const std::string& path,
                                       const std::vector<TensorTuple>& tensors) {
   std::vector<WeightEntry> entries;
   for (const auto& [name, dtype, shape, offset, host] : tensors)
-    entries.push_back({name, parse_dtype(dtype), shape, offset, host});
+    entries.push_back({.name = name,
+                       .dtype = parse_dtype(dtype),
+                       .shape = shape,
+                       .offset = offset,
+                       .host = host});
   return std::make_unique<Weights>(path, std::move(entries));
 }
 
@@ -80,36 +84,36 @@ T get(const py::dict& config, const char* key) {
 }
 
 TextEncoderConfig text_encoder_config(const py::dict& config) {
-  return {get<int>(config, "vocab_size"),
-          get<int>(config, "hidden_size"),
-          get<int>(config, "intermediate_size"),
-          get<int>(config, "num_hidden_layers"),
-          get<int>(config, "num_attention_heads"),
-          get<int>(config, "num_key_value_heads"),
-          get<int>(config, "head_dim"),
-          get<float>(config, "rms_norm_eps"),
-          get<float>(config, "attention_scale"),
-          get<float>(config, "gate_scale"),
-          get<float>(config, "up_scale")};
+  return {.vocab_size = get<int>(config, "vocab_size"),
+          .hidden_size = get<int>(config, "hidden_size"),
+          .intermediate_size = get<int>(config, "intermediate_size"),
+          .num_hidden_layers = get<int>(config, "num_hidden_layers"),
+          .num_attention_heads = get<int>(config, "num_attention_heads"),
+          .num_key_value_heads = get<int>(config, "num_key_value_heads"),
+          .head_dim = get<int>(config, "head_dim"),
+          .rms_norm_eps = get<float>(config, "rms_norm_eps"),
+          .attention_scale = get<float>(config, "attention_scale"),
+          .gate_scale = get<float>(config, "gate_scale"),
+          .up_scale = get<float>(config, "up_scale")};
 }
 
 TransformerConfig transformer_config(const py::dict& config) {
-  TransformerConfig out{get<int>(config, "in_channels"),
-                        get<int>(config, "dim"),
-                        get<int>(config, "n_layers"),
-                        get<int>(config, "n_refiner_layers"),
-                        get<int>(config, "n_heads"),
-                        get<int>(config, "hidden_dim"),
-                        get<int>(config, "cap_feat_dim"),
-                        get<int>(config, "patch_size"),
-                        get<float>(config, "norm_eps"),
-                        get<bool>(config, "qk_norm"),
-                        get<float>(config, "t_scale"),
-                        get<std::vector<int>>(config, "axes_dims"),
-                        get<std::vector<int>>(config, "axes_lens"),
-                        get<float>(config, "attention_scale"),
-                        get<float>(config, "gate_scale"),
-                        get<float>(config, "up_scale")};
+  TransformerConfig out{.in_channels = get<int>(config, "in_channels"),
+                        .dim = get<int>(config, "dim"),
+                        .n_layers = get<int>(config, "n_layers"),
+                        .n_refiner_layers = get<int>(config, "n_refiner_layers"),
+                        .n_heads = get<int>(config, "n_heads"),
+                        .hidden_dim = get<int>(config, "hidden_dim"),
+                        .cap_feat_dim = get<int>(config, "cap_feat_dim"),
+                        .patch_size = get<int>(config, "patch_size"),
+                        .norm_eps = get<float>(config, "norm_eps"),
+                        .qk_norm = get<bool>(config, "qk_norm"),
+                        .t_scale = get<float>(config, "t_scale"),
+                        .axes_dims = get<std::vector<int>>(config, "axes_dims"),
+                        .axes_lens = get<std::vector<int>>(config, "axes_lens"),
+                        .attention_scale = get<float>(config, "attention_scale"),
+                        .gate_scale = get<float>(config, "gate_scale"),
+                        .up_scale = get<float>(config, "up_scale")};
   if (out.axes_dims.size() != 3 || out.axes_lens.size() != 3)
     throw WeightError("axes_dims, axes_lens: expected three numbers each");
   return out;
@@ -117,12 +121,13 @@ TransformerConfig transformer_config(const py::dict& config) {
 
 ControlNetConfig controlnet_config(const py::dict& config) {
   const auto kind = get<std::optional<std::string>>(config, "add_control_noise_refiner");
-  return {transformer_config(config),
-          get<int>(config, "control_in_dim"),
-          get<std::vector<int>>(config, "control_layers_places"),
-          get<std::vector<int>>(config, "control_refiner_layers_places"),
-          get<int>(config, "control_refiner_layers"),
-          kind.value_or("")};
+  return {.transformer = transformer_config(config),
+          .control_in_dim = get<int>(config, "control_in_dim"),
+          .control_layers_places = get<std::vector<int>>(config, "control_layers_places"),
+          .control_refiner_layers_places =
+              get<std::vector<int>>(config, "control_refiner_layers_places"),
+          .control_refiner_layers = get<int>(config, "control_refiner_layers"),
+          .add_control_noise_refiner = kind.value_or("")};
 }
 
 TinyVaeConfig tiny_vae_config(const py::dict& config, bool decoder) {
@@ -434,15 +439,25 @@ void change(
   for (const auto& [tensor, first_column, down, up] : changes) {
     expect_dims(up, 2, "up");
     if (!down) {
-      views.push_back(
-          {tensor, first_column, 0, size_at(up, 0), size_at(up, 1), nullptr, up.data()});
+      views.push_back({.tensor = tensor,
+                       .first_column = first_column,
+                       .rank = 0,
+                       .rows = size_at(up, 0),
+                       .columns = size_at(up, 1),
+                       .down = nullptr,
+                       .up = up.data()});
       continue;
     }
     expect_dims(*down, 2, "down");
     if (size_at(*down, 0) != size_at(up, 0))
       throw std::invalid_argument("down, up: expected the same rank");
-    views.push_back({tensor, first_column, size_at(*down, 0), size_at(*down, 1), size_at(up, 1),
-                     down->data(), up.data()});
+    views.push_back({.tensor = tensor,
+                     .first_column = first_column,
+                     .rank = size_at(*down, 0),
+                     .rows = size_at(*down, 1),
+                     .columns = size_at(up, 1),
+                     .down = down->data(),
+                     .up = up.data()});
   }
   released([&] { self.change(module, views, add); });
 }
@@ -510,9 +525,13 @@ PYBIND11_MODULE(_cuda, m) {
       .def(py::init([](int device, std::string cublaslt, std::string cudnn, std::string cache_file,
                        std::size_t memory_limit, bool keep_text_encoder, bool fused_gemm) {
              const py::gil_scoped_release release;
-             return Pipeline::make({device, std::move(cublaslt), std::move(cudnn),
-                                    std::move(cache_file), memory_limit, keep_text_encoder,
-                                    fused_gemm});
+             return Pipeline::make({.device = device,
+                                    .cublaslt = std::move(cublaslt),
+                                    .cudnn = std::move(cudnn),
+                                    .cache_file = std::move(cache_file),
+                                    .memory_limit = memory_limit,
+                                    .keep_text_encoder = keep_text_encoder,
+                                    .fused_gemm = fused_gemm});
            }),
            py::kw_only(), py::arg("device"), py::arg("cublaslt"), py::arg("cudnn"),
            py::arg("cache_file"), py::arg("memory_limit"), py::arg("keep_text_encoder"),

@@ -36,8 +36,13 @@ py::array run_rms_norm(const py::array& x, const py::array& weight, float eps,
                        const std::string& type) {
   const DeviceArray in(x), w(weight);
   const DeviceArray out({x.shape(0), x.shape(1)}, dtype_named(type));
-  rms_norm({in.data<float>(), w.data<float>(), out.data(), out.dtype(), rows_of(in), columns_of(in),
-            eps},
+  rms_norm({.x = in.data<float>(),
+            .weight = w.data<float>(),
+            .out = out.data(),
+            .type = out.dtype(),
+            .rows = rows_of(in),
+            .dim = columns_of(in),
+            .eps = eps},
            nullptr);
   return out.download();
 }
@@ -52,9 +57,17 @@ py::tuple run_residual_norm(const py::array& x, const py::array& branch,
   std::optional<DeviceArray> post_vector, pre_vector;
   if (post) post_vector.emplace(*post);
   if (pre) pre_vector.emplace(*pre);
-  residual_norm({in.data<float>(), b.data(), post ? post_vector->data<float>() : nullptr, post_eps,
-                 branch_scale, pre ? pre_vector->data<float>() : nullptr, pre_eps, out.data(),
-                 b.dtype(), rows_of(in), columns_of(in)},
+  residual_norm({.x = in.data<float>(),
+                 .branch = b.data(),
+                 .post = post ? post_vector->data<float>() : nullptr,
+                 .post_eps = post_eps,
+                 .branch_scale = branch_scale,
+                 .pre = pre ? pre_vector->data<float>() : nullptr,
+                 .pre_eps = pre_eps,
+                 .out = out.data(),
+                 .type = b.dtype(),
+                 .rows = rows_of(in),
+                 .dim = columns_of(in)},
                 nullptr);
   return py::make_tuple(in.download(), out.download());
 }
@@ -81,8 +94,13 @@ py::array run_layer_norm(const py::array& x, const py::array& scale, float eps,
                          const std::string& type) {
   const DeviceArray in(x), s(scale);
   const DeviceArray out({x.shape(0), x.shape(1)}, dtype_named(type));
-  layer_norm({in.data<float>(), s.data<float>(), out.data(), out.dtype(), rows_of(in),
-              columns_of(in), eps},
+  layer_norm({.x = in.data<float>(),
+              .scale = s.data<float>(),
+              .out = out.data(),
+              .type = out.dtype(),
+              .rows = rows_of(in),
+              .dim = columns_of(in),
+              .eps = eps},
              nullptr);
   return out.download();
 }
@@ -95,9 +113,18 @@ py::array run_qk_norm_rope(const py::array& qkv, const std::optional<py::array>&
   std::optional<DeviceArray> q, k;
   if (q_weight) q.emplace(*q_weight);
   if (k_weight) k.emplace(*k_weight);
-  qk_norm_rope({rows.data(), rows.shape(1), rows.dtype(), q ? q->data<float>() : nullptr,
-                k ? k->data<float>() : nullptr, c.data<float>(), s.data<float>(), rows_of(rows),
-                q_heads, k_heads, head_dim, eps},
+  qk_norm_rope({.qkv = rows.data(),
+                .row_stride = rows.shape(1),
+                .type = rows.dtype(),
+                .q_weight = q ? q->data<float>() : nullptr,
+                .k_weight = k ? k->data<float>() : nullptr,
+                .cos = c.data<float>(),
+                .sin = s.data<float>(),
+                .rows = rows_of(rows),
+                .q_heads = q_heads,
+                .k_heads = k_heads,
+                .head_dim = head_dim,
+                .eps = eps},
                nullptr);
   return rows.download();
 }
@@ -107,10 +134,17 @@ py::tuple run_low_rank_update(const py::array& matrix, const py::array& down, co
                               int first_column) {
   const DeviceArray target(matrix), d(down), u(up), overflow(py::array_t<float>(1));
   ZRT_CUDA(cudaMemset(overflow.data(), 0, sizeof(int)));
-  low_rank_update(
-      {target.data(), target.dtype(), rows_of(target), columns_of(target), first_column,
-       columns_of(u), rows_of(d), d.data<float>(), u.data<float>(), overflow.data<int>()},
-      nullptr);
+  low_rank_update({.matrix = target.data(),
+                   .type = target.dtype(),
+                   .rows = rows_of(target),
+                   .stride = columns_of(target),
+                   .first_column = first_column,
+                   .columns = columns_of(u),
+                   .rank = rows_of(d),
+                   .down = d.data<float>(),
+                   .up = u.data<float>(),
+                   .overflow = overflow.data<int>()},
+                  nullptr);
   int flag = 0;
   ZRT_CUDA(cudaMemcpy(&flag, overflow.data(), sizeof(int), cudaMemcpyDeviceToHost));
   return py::make_tuple(target.download(), flag != 0);
@@ -126,14 +160,22 @@ py::array run_turn(const py::array& matrix) {
 py::array run_swiglu(const py::array& gate_up, float gate_scale, float up_scale) {
   const DeviceArray in(gate_up);
   const DeviceArray out({gate_up.shape(0), gate_up.shape(1) / 2}, in.dtype());
-  swiglu({in.data(), out.data(), in.dtype(), rows_of(in), columns_of(out), gate_scale, up_scale},
+  swiglu({.gate_up = in.data(),
+          .out = out.data(),
+          .type = in.dtype(),
+          .rows = rows_of(in),
+          .hidden = columns_of(out),
+          .gate_scale = gate_scale,
+          .up_scale = up_scale},
          nullptr);
   return out.download();
 }
 
 PatchGrid grid_of(const py::array& latents, int patch) {
-  return {static_cast<int>(latents.shape(1)), static_cast<int>(latents.shape(2)),
-          static_cast<int>(latents.shape(3)), patch};
+  return {.channels = static_cast<int>(latents.shape(1)),
+          .height = static_cast<int>(latents.shape(2)),
+          .width = static_cast<int>(latents.shape(3)),
+          .patch = patch};
 }
 
 py::array run_patchify(const py::array& latents, int patch, int samples, int padded,
@@ -148,8 +190,8 @@ py::array run_patchify(const py::array& latents, int patch, int samples, int pad
 py::array run_unpatchify(const py::array& patches, int channels, int height, int width, int patch) {
   const DeviceArray in(patches);
   const DeviceArray out({patches.shape(0), channels, height, width}, DType::kFloat32);
-  unpatchify(in.data<float>(), {channels, height, width, patch}, out.data<float>(), rows_of(in),
-             nullptr);
+  const PatchGrid grid{.channels = channels, .height = height, .width = width, .patch = patch};
+  unpatchify(in.data<float>(), grid, out.data<float>(), rows_of(in), nullptr);
   return out.download();
 }
 
@@ -171,10 +213,22 @@ py::tuple run_sampler_update(const py::array& patches, const py::array& latents,
   const auto part = [&](std::size_t i) {
     return picture.empty() ? nullptr : picture.at(i).data<float>();
   };
-  sampler_update({pred.data<float>(), grid_of(latents, patch), x.data<float>(),
-                  history.data<float>(), rows_of(x), guided, normalization > 0.0f,
-                  table.data<SamplerStep>(), step, scales.data<float>(), limits.data<float>(),
-                  factors.data<float>(), drawn.data<float>(), part(0), part(1), part(2)},
+  sampler_update({.patches = pred.data<float>(),
+                  .grid = grid_of(latents, patch),
+                  .latents = x.data<float>(),
+                  .kept = history.data<float>(),
+                  .samples = rows_of(x),
+                  .guided = guided,
+                  .normalized = normalization > 0.0f,
+                  .steps = table.data<SamplerStep>(),
+                  .step = step,
+                  .scales = scales.data<float>(),
+                  .normalization = limits.data<float>(),
+                  .factors = factors.data<float>(),
+                  .step_noise = drawn.data<float>(),
+                  .mask = part(0),
+                  .image = part(1),
+                  .noise = part(2)},
                  nullptr);
   return py::make_tuple(x.download(), history.download());
 }
@@ -187,8 +241,10 @@ py::tuple run_rope_table(const std::vector<py::array>& cos, const std::vector<py
   for (std::size_t i = 0; i < 3; ++i) {
     tables.emplace_back(cos.at(i));
     tables.emplace_back(sin.at(i));
-    args.axes[i] = {tables[2 * i].data<float>(), tables[2 * i + 1].data<float>(),
-                    rows_of(tables[2 * i]), columns_of(tables[2 * i])};
+    args.axes[i] = {.cos = tables[2 * i].data<float>(),
+                    .sin = tables[2 * i + 1].data<float>(),
+                    .length = rows_of(tables[2 * i]),
+                    .size = columns_of(tables[2 * i])};
     width += cos[i].shape(1);
   }
   const DeviceArray c({image_rows + context_rows, width}, DType::kFloat32);

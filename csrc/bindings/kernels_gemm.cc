@@ -66,8 +66,16 @@ struct Operands {
       ZRT_CUDA(cudaMemset(buffer.data(), 0, buffer.bytes()));
       return buffer;
     }();
-    return {a.data(), weight.data(), out.data(),       a.dtype(), m(),
-            n(),      k(),           workspace.data(), turned,    cluster};
+    return {.a = a.data(),
+            .weight = weight.data(),
+            .out = out.data(),
+            .type = a.dtype(),
+            .m = m(),
+            .n = n(),
+            .k = k(),
+            .workspace = workspace.data(),
+            .turned = turned,
+            .cluster = cluster};
   }
 };
 
@@ -104,8 +112,13 @@ py::array run_gemm_qk_norm_rope(const py::array& a, const py::array& weight,
   if (q_weight) q.emplace(*q_weight);
   if (k_weight) k.emplace(*k_weight);
   gemm_qk_norm_rope(in.fused(out),
-                    {q ? q->data<float>() : nullptr, k ? k->data<float>() : nullptr,
-                     c.data<float>(), s.data<float>(), q_heads, k_heads, eps},
+                    {.q_weight = q ? q->data<float>() : nullptr,
+                     .k_weight = k ? k->data<float>() : nullptr,
+                     .cos = c.data<float>(),
+                     .sin = s.data<float>(),
+                     .q_heads = q_heads,
+                     .k_heads = k_heads,
+                     .eps = eps},
                     nullptr);
   return out.download();
 }

@@ -47,7 +47,7 @@ inline Guidance guidance_of(const pybind11::array_t<float, pybind11::array::c_st
   if (scales.ndim() != 2 || scales.shape(0) != static_cast<pybind11::ssize_t>(evaluations) ||
       scales.shape(1) != batch)
     throw std::invalid_argument("guidance_scales: expected [evaluations, batch]");
-  return {{scales.data(), scales.data() + scales.size()}, normalization};
+  return {.scales = {scales.data(), scales.data() + scales.size()}, .normalization = normalization};
 }
 
 }  // namespace zimage_rt

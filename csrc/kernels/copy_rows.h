@@ -19,7 +19,7 @@ struct CopyRows {
   int count = 0;
 
   void add(const float* from, float* to, std::size_t numbers) {
-    parts[count++] = {from, to, numbers};
+    parts[count++] = {.from = from, .to = to, .count = numbers};
   }
 };
 void copy_rows(const CopyRows& args, cudaStream_t stream);

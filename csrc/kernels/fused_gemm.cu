@@ -217,7 +217,8 @@ __global__ void __cluster_dims__(kTall* kWide, 1, 1) __launch_bounds__(kThreads,
       int row, column;
       place(piece.tile, row, column);
       row += (group - 1) * 64;
-      const Place here{problem.m, row + 16 * warp + lane / 4, column, lane % 4};
+      const Place here{
+          .m = problem.m, .row = row + 16 * warp + lane / 4, .column = column, .t = lane % 4};
       const typename Epilogue::Ahead tables = epilogue.ahead(here);
       warpgroup_wait<0>();
       release(before);
@@ -420,7 +421,7 @@ void gemm_swiglu(const FusedGemm& args, float scale, cudaStream_t stream) {
   for_half_type(args.type, [&](auto tag) {
     using T = decltype(tag);
     dispatch<T>(args, hidden, kColumns / 2, hidden,
-                SwiGluOf<T>{static_cast<T*>(args.out), hidden, scale}, stream);
+                SwiGluOf<T>{.out = static_cast<T*>(args.out), .n = hidden, .scale = scale}, stream);
   });
 }
 
@@ -430,7 +431,8 @@ void gemm_qk_norm_rope(const FusedGemm& args, const QkNormRopeOf& after, cudaStr
   for_half_type(args.type, [&](auto tag) {
     using T = decltype(tag);
     dispatch<T>(args, kColumns / 2, kColumns, args.n,
-                NormedAndTurned<T>{static_cast<T*>(args.out), args.n, after}, stream);
+                NormedAndTurned<T>{.out = static_cast<T*>(args.out), .n = args.n, .of = after},
+                stream);
   });
 }
 

@@ -22,7 +22,15 @@ bool fuses(const Ops& ops, int rows) { return ops.fused != nullptr && rows >= kF
 
 // The same product for kernels/fused_gemm.h, into `out`.
 FusedGemm fused(const GemmArgs& args, void* out, const Ops& ops) {
-  return {args.a, args.weight, out, args.type, args.m, args.n, args.k, ops.fused, args.turned};
+  return {.a = args.a,
+          .weight = args.weight,
+          .out = out,
+          .type = args.type,
+          .m = args.m,
+          .n = args.n,
+          .k = args.k,
+          .workspace = ops.fused,
+          .turned = args.turned};
 }
 
 void attend(const BlockShape& shape, const BlockWeights& weights, int rows,
@@ -38,13 +46,28 @@ void attend(const BlockShape& shape, const BlockWeights& weights, int rows,
   qkv.turned = weights.turned;
   if (fuses(ops, rows) && shape.head_dim == 128) {
     gemm_qk_norm_rope(fused(qkv, qkv.out, ops),
-                      {weights.q_norm, weights.k_norm, rope.cos, rope.sin, shape.heads,
-                       shape.kv_heads, shape.qk_norm_eps},
+                      {.q_weight = weights.q_norm,
+                       .k_weight = weights.k_norm,
+                       .cos = rope.cos,
+                       .sin = rope.sin,
+                       .q_heads = shape.heads,
+                       .k_heads = shape.kv_heads,
+                       .eps = shape.qk_norm_eps},
                       ops.stream);
   } else {
     ops.gemm.run(qkv, ops.stream);
-    qk_norm_rope({buffers.wide, width, shape.type, weights.q_norm, weights.k_norm, rope.cos,
-                  rope.sin, rows, shape.heads, shape.kv_heads, shape.head_dim, shape.qk_norm_eps},
+    qk_norm_rope({.qkv = buffers.wide,
+                  .row_stride = width,
+                  .type = shape.type,
+                  .q_weight = weights.q_norm,
+                  .k_weight = weights.k_norm,
+                  .cos = rope.cos,
+                  .sin = rope.sin,
+                  .rows = rows,
+                  .q_heads = shape.heads,
+                  .k_heads = shape.kv_heads,
+                  .head_dim = shape.head_dim,
+                  .eps = shape.qk_norm_eps},
                  ops.stream);
   }
 
@@ -92,8 +115,13 @@ void feed_forward(const BlockShape& shape, const BlockWeights& weights, int rows
     gemm_swiglu(fused(up, buffers.hidden, ops), shape.gate_scale * shape.up_scale, ops.stream);
   } else {
     ops.gemm.run(up, ops.stream);
-    swiglu({buffers.wide, buffers.hidden, shape.type, rows, shape.hidden, shape.gate_scale,
-            shape.up_scale},
+    swiglu({.gate_up = buffers.wide,
+            .out = buffers.hidden,
+            .type = shape.type,
+            .rows = rows,
+            .hidden = shape.hidden,
+            .gate_scale = shape.gate_scale,
+            .up_scale = shape.up_scale},
            ops.stream);
   }
   GemmArgs down = up;
@@ -123,13 +151,27 @@ void run_blocks(const BlockShape& shape, const std::vector<BlockWeights>& blocks
   // Ends a branch and begins the next one. A scaled branch is normed with a scaled eps, or unscaled
   // before it is added.
   const auto join = [&](float scale, const float* post, const float* pre) {
-    residual_norm({x, buffers.branch, post, shape.norm_eps * scale * scale, 1.0f / scale, pre,
-                   shape.norm_eps, buffers.normed, shape.type, rows, shape.dim},
+    residual_norm({.x = x,
+                   .branch = buffers.branch,
+                   .post = post,
+                   .post_eps = shape.norm_eps * scale * scale,
+                   .branch_scale = 1.0f / scale,
+                   .pre = pre,
+                   .pre_eps = shape.norm_eps,
+                   .out = buffers.normed,
+                   .type = shape.type,
+                   .rows = rows,
+                   .dim = shape.dim},
                   ops.stream);
   };
-  rms_norm(
-      {x, vectors[0].pre_attention, buffers.normed, shape.type, rows, shape.dim, shape.norm_eps},
-      ops.stream);
+  rms_norm({.x = x,
+            .weight = vectors[0].pre_attention,
+            .out = buffers.normed,
+            .type = shape.type,
+            .rows = rows,
+            .dim = shape.dim,
+            .eps = shape.norm_eps},
+           ops.stream);
   for (std::size_t i = 0; i < blocks.size(); ++i) {
     attend(shape, blocks[i], rows, groups, rope, buffers, ops);
     join(shape.attention_scale, vectors[i].post_attention, vectors[i].pre_ffn);

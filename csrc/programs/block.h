@@ -56,9 +56,9 @@ struct BlockWeights {
 // What norms multiply with, fp32 [dim]; post_* null where the branch is added without a norm.
 struct BlockVectors {
   const float* pre_attention;
-  const float* post_attention;
+  const float* post_attention = nullptr;
   const float* pre_ffn;
-  const float* post_ffn;
+  const float* post_ffn = nullptr;
 };
 
 // Memory of a pass over `rows` rows; the residual stream x is the caller's.

@@ -17,8 +17,10 @@ std::vector<BlockVectors> norms_of(const TransformerConfig& config, const Weight
     const auto norm = [&](const char* name) {
       return weights.get(layer + name + ".weight", {config.dim}, DType::kFloat32).f32();
     };
-    vectors.push_back(
-        {norm("attention_norm1"), norm("attention_norm2"), norm("ffn_norm1"), norm("ffn_norm2")});
+    vectors.push_back({.pre_attention = norm("attention_norm1"),
+                       .post_attention = norm("attention_norm2"),
+                       .pre_ffn = norm("ffn_norm1"),
+                       .post_ffn = norm("ffn_norm2")});
   }
   return vectors;
 }
@@ -50,17 +52,23 @@ ContextRefiner::Tensors ContextRefiner::tensors_of(const TransformerConfig& conf
 
 ContextRefiner::Buffers ContextRefiner::plan(int tokens, Arena& arena) const {
   const auto rows = static_cast<std::size_t>(padded_rows(tokens));
-  return {arena.take<float>(rows * config_.dim),
-          arena.take(rows * config_.cap_feat_dim * size_of(shape_.type)),
-          arena.take<float>(rows * shape_.head_dim / 2),
-          arena.take<float>(rows * shape_.head_dim / 2), BlockBuffers(shape_, rows, arena)};
+  return {.context = arena.take<float>(rows * config_.dim),
+          .normed = arena.take(rows * config_.cap_feat_dim * size_of(shape_.type)),
+          .cos = arena.take<float>(rows * shape_.head_dim / 2),
+          .sin = arena.take<float>(rows * shape_.head_dim / 2),
+          .block = BlockBuffers(shape_, rows, arena)};
 }
 
 void ContextRefiner::run(const float* prompt_embeds, int tokens, const Buffers& buffers,
                          const Ops& ops) const {
   const int rows = padded_rows(tokens);
-  rms_norm({prompt_embeds, tensors_.norm, buffers.normed, shape_.type, tokens, config_.cap_feat_dim,
-            config_.norm_eps},
+  rms_norm({.x = prompt_embeds,
+            .weight = tensors_.norm,
+            .out = buffers.normed,
+            .type = shape_.type,
+            .rows = tokens,
+            .dim = config_.cap_feat_dim,
+            .eps = config_.norm_eps},
            ops.stream);
   GemmArgs embed{};
   embed.a = buffers.normed;
@@ -83,8 +91,9 @@ void ContextRefiner::run(const float* prompt_embeds, int tokens, const Buffers& 
   table.context_rows = rows;
   table.cos = buffers.cos, table.sin = buffers.sin;
   rope_table(table, ops.stream);
-  run_blocks(shape_, blocks_, vectors_, buffers.context, rows, {{0, 1, rows}},
-             {buffers.cos, buffers.sin}, buffers.block, ops);
+  run_blocks(shape_, blocks_, vectors_, buffers.context, rows,
+             {{.first_row = 0, .sequences = 1, .tokens = rows}}, {buffers.cos, buffers.sin},
+             buffers.block, ops);
 }
 
 }  // namespace zimage_rt

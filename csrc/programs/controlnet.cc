@@ -68,11 +68,12 @@ ControlNet::ControlNet(const ControlNetConfig& config, const Weights& weights,
     throw WeightError("controlnet: expected the transformer's number format");
   const int patch = config.transformer.patch_size;
   const std::string name = "control_all_x_embedder." + std::to_string(patch) + "-1.";
-  embedder_ = {
-      config.control_in_dim,
-      weights.get(name + "weight", {patch * patch * config.control_in_dim, shape_.dim}, shape_.type)
-          .data,
-      weights.get(name + "bias", {shape_.dim}, DType::kFloat32).f32()};
+  embedder_ = {.channels = config.control_in_dim,
+               .weight = weights
+                             .get(name + "weight",
+                                  {patch * patch * config.control_in_dim, shape_.dim}, shape_.type)
+                             .data,
+               .bias = weights.get(name + "bias", {shape_.dim}, DType::kFloat32).f32()};
 
   const int layers = static_cast<int>(config.control_layers_places.size());
   before_layers_ = projection(weights, block_name(kLayers, 0) + "before_proj.");

@@ -29,10 +29,13 @@ ModulatedBlocks::ModulatedBlocks(const TransformerConfig& config, const Weights&
       return weights.get(layer + name + ".weight", {config.dim}, DType::kFloat32).f32();
     };
     modulated.push_back(
-        {weights.get(layer + "adaLN_modulation.0.weight", {width_, 4 * config.dim}, shape_.type)
-             .data,
-         weights.get(layer + "adaLN_modulation.0.bias", {4 * config.dim}, DType::kFloat32).f32(),
-         {norm("attention_norm1"), norm("attention_norm2"), norm("ffn_norm1"), norm("ffn_norm2")}});
+        {.weight =
+             weights.get(layer + "adaLN_modulation.0.weight", {width_, 4 * config.dim}, shape_.type)
+                 .data,
+         .bias = weights.get(layer + "adaLN_modulation.0.bias", {4 * config.dim}, DType::kFloat32)
+                     .f32(),
+         .norms = {norm("attention_norm1"), norm("attention_norm2"), norm("ffn_norm1"),
+                   norm("ffn_norm2")}});
   }
   const std::size_t bytes = modulated.size() * sizeof(ModulatedBlock);
   modulated_ = DeviceBuffer(bytes, purpose);
@@ -41,8 +44,14 @@ ModulatedBlocks::ModulatedBlocks(const TransformerConfig& config, const Weights&
 
 void ModulatedBlocks::prepare(const float* embedding, int steps, float* vectors,
                               cudaStream_t stream) const {
-  modulation({embedding, reinterpret_cast<const ModulatedBlock*>(modulated_.data()),
-              static_cast<int>(blocks_.size()), width_, shape_.dim, shape_.type, vectors, steps},
+  modulation({.embedding = embedding,
+              .blocks = reinterpret_cast<const ModulatedBlock*>(modulated_.data()),
+              .block_count = static_cast<int>(blocks_.size()),
+              .width = width_,
+              .dim = shape_.dim,
+              .type = shape_.type,
+              .vectors = vectors,
+              .steps = steps},
              stream);
 }
 
@@ -52,7 +61,10 @@ void ModulatedBlocks::run(int first, int last, const float* vectors, float* x,
   std::vector<BlockVectors> parts;
   for (int i = first; i < last; ++i) {
     const float* const v = vectors + static_cast<std::size_t>(i) * 4 * shape_.dim;
-    parts.push_back({v, v + shape_.dim, v + 2 * shape_.dim, v + 3 * shape_.dim});
+    parts.push_back({.pre_attention = v,
+                     .post_attention = v + shape_.dim,
+                     .pre_ffn = v + 2 * shape_.dim,
+                     .post_ffn = v + 3 * shape_.dim});
   }
   run_blocks(shape_, {blocks_.begin() + first, blocks_.begin() + last}, parts, x, sequences.rows,
              sequences.groups, sequences.rope, buffers, ops);

@@ -221,7 +221,10 @@ void Pipeline::evaluate(const float* latents, int latent_height, int latent_widt
   const bool controlled = control.latents != nullptr;
   if (controlled) need(controlnet_, "controlnet");
   const auto samples = static_cast<int>(context_rows.size());
-  const SampleShape shape{samples, latent_height, latent_width, context_rows};
+  const SampleShape shape{.latent_samples = samples,
+                          .latent_height = latent_height,
+                          .latent_width = latent_width,
+                          .context_rows = context_rows};
   const PatchGrid grid = transformer.grid(shape);
   const std::size_t count = static_cast<std::size_t>(samples) * grid.values();
   float *in = nullptr, *out = nullptr;
@@ -255,9 +258,10 @@ void Pipeline::evaluate(const float* latents, int latent_height, int latent_widt
     upload_to(beside.latents, control.latents, controlnet_->latent_values(shape), stream_.get());
     upload_to(beside.scale, &control.scale, 1, stream_.get());
     controlnet_->prepare_steps(table, 1, beside.vectors, run);
-    controlnet_->evaluate({shape, samples, at, run}, in, beside);
+    controlnet_->evaluate({.shape = shape, .samples = samples, .buffers = at, .ops = run}, in,
+                          beside);
   } else {
-    transformer.evaluate({shape, samples, at, run}, in);
+    transformer.evaluate({.shape = shape, .samples = samples, .buffers = at, .ops = run}, in);
   }
   unpatchify(at.predicted, grid, out, samples, stream_.get());
   read_back(noise_pred, out, count * sizeof(float), stream_);

@@ -158,7 +158,12 @@ class Pipeline {
   enum class Piece { kStep, kGuidedStep, kDecode };  // of a request: what is captured by itself
 
   explicit Pipeline(const PipelineOptions& options);  // on the current device
-  Ops ops() { return {gemm_, attention_, stream_.get(), fused_workspace_.data()}; }
+  Ops ops() {
+    return {.gemm = gemm_,
+            .attention = attention_,
+            .stream = stream_.get(),
+            .fused = fused_workspace_.data()};
+  }
   static const std::map<std::string, ModuleKind>& module_kinds();
   void check_limit(std::size_t more, const std::string& purpose);
   Arena arena(DeviceBuffer& buffer, std::size_t bytes, const char* purpose);

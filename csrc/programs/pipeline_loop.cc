@@ -174,29 +174,29 @@ void Pipeline::evaluate_step(const SampleShape& shape, const SampleJob& job, boo
                              const SampleBuffers& at) {
   const int samples = guided ? 2 * shape.latent_samples : shape.latent_samples;
   const Ops run = ops();
-  const Transformer::Evaluation evaluation{shape, samples, at.transformer, run};
+  const Transformer::Evaluation evaluation{
+      .shape = shape, .samples = samples, .buffers = at.transformer, .ops = run};
   if (job.control.latents != nullptr)
     controlnet_->evaluate(evaluation, at.latents, at.control);
   else
     transformer_->evaluate(evaluation, at.latents);
-  SamplerUpdate update{};
-  update.patches = at.transformer.predicted;
-  update.grid = transformer_->grid(shape);
-  update.latents = at.latents;
-  update.kept = at.kept;
-  update.samples = shape.latent_samples;
-  update.guided = guided;
-  update.normalized = job.guidance.normalization > 0.0f;
-  update.steps = at.step;
-  update.step = 0;
-  update.scales = at.scales;
-  update.normalization = at.normalization;
-  update.factors = at.factors;
-  update.step_noise = at.step_noise;
-  update.mask = at.mask;
-  update.image = at.image;
-  update.noise = at.noise;
-  sampler_update(update, stream_.get());
+  sampler_update({.patches = at.transformer.predicted,
+                  .grid = transformer_->grid(shape),
+                  .latents = at.latents,
+                  .kept = at.kept,
+                  .samples = shape.latent_samples,
+                  .guided = guided,
+                  .normalized = job.guidance.normalization > 0.0f,
+                  .steps = at.step,
+                  .step = 0,
+                  .scales = at.scales,
+                  .normalization = at.normalization,
+                  .factors = at.factors,
+                  .step_noise = at.step_noise,
+                  .mask = at.mask,
+                  .image = at.image,
+                  .noise = at.noise},
+                 stream_.get());
 }
 
 // Replays a piece of a request. The first time it runs kernel by kernel, which times its matrix
@@ -243,7 +243,9 @@ void Pipeline::capture(std::vector<int> key, const std::function<void()>& work) 
   }
   ZRT_CUDA(cudaGraphDestroy(graph));
   const std::size_t after = free_bytes();
-  graphs_.push_front({std::move(key), std::move(exec), before > after ? before - after : 0});
+  graphs_.push_front({.key = std::move(key),
+                      .exec = std::move(exec),
+                      .bytes = before > after ? before - after : 0});
 }
 
 // Forgets the graphs that were not used for longest, so that one more request fits. Between
@@ -310,7 +312,11 @@ bool Pipeline::run_steps(const SampleShape& shape, const SampleJob& job, const S
                                side_stream_.get()));
       side_stream_.synchronize();
     };
-    if (!job.callback({i, count, sigma, sigma_next, read_latents})) {
+    if (!job.callback({.index = i,
+                       .count = count,
+                       .sigma = sigma,
+                       .sigma_next = sigma_next,
+                       .read_latents = read_latents})) {
       read_latents(job.latents);
       return false;
     }
@@ -326,8 +332,10 @@ bool Pipeline::sample(const SampleJob& job, SampleTimes& times) {
   if (job.control.latents != nullptr) need(controlnet_, "controlnet");
   if (job.steps.empty() || job.steps.back().ends == 0.0f)
     throw std::invalid_argument("steps: expected a last row that ends a step of the schedule");
-  SampleShape shape{static_cast<int>(job.contexts.size()), job.latent_height, job.latent_width,
-                    job.context_rows};
+  SampleShape shape{.latent_samples = static_cast<int>(job.contexts.size()),
+                    .latent_height = job.latent_height,
+                    .latent_width = job.latent_width,
+                    .context_rows = job.context_rows};
   if (job.guidance.ever())
     shape.context_rows.insert(shape.context_rows.end(), job.negative_rows.begin(),
                               job.negative_rows.end());

@@ -48,7 +48,10 @@ std::vector<float> Pipeline::time_evaluation(int latent_height, int latent_width
   ZRT_TURN;
   const Transformer& transformer = need(transformer_, "transformer");
   const auto samples = static_cast<int>(context_rows.size());
-  const SampleShape shape{samples, latent_height, latent_width, context_rows};
+  const SampleShape shape{.latent_samples = samples,
+                          .latent_height = latent_height,
+                          .latent_width = latent_width,
+                          .context_rows = context_rows};
   const std::size_t count = static_cast<std::size_t>(samples) * transformer.grid(shape).values();
   Arena size(nullptr);
   size.take<float>(count);
@@ -69,7 +72,9 @@ std::vector<float> Pipeline::time_evaluation(int latent_height, int latent_width
   const Ops run = ops();
   transformer.prepare_steps(table, 1, run);
   transformer.prepare(shape, at, run);
-  return time(repeats, [&] { transformer.evaluate({shape, samples, at, run}, latents); });
+  return time(repeats, [&] {
+    transformer.evaluate({.shape = shape, .samples = samples, .buffers = at, .ops = run}, latents);
+  });
 }
 
 std::vector<float> Pipeline::time_text_encoder(int tokens, int repeats) {

@@ -40,14 +40,14 @@ Layers layers_of(const BlockShape& shape, const Weights& weights, int first, int
       return weights.get(layer + name, {size}, DType::kFloat32).f32();
     };
     layers.weights.push_back(
-        {matrix("self_attn.qkv_proj.weight", shape.dim, shape.qkv_width()),
-         vector("self_attn.q_norm.weight", shape.head_dim),
-         vector("self_attn.k_norm.weight", shape.head_dim),
-         matrix("self_attn.o_proj.weight", shape.heads * shape.head_dim, shape.dim),
-         matrix("mlp.gate_up_proj.weight", shape.dim, 2 * shape.hidden),
-         matrix("mlp.down_proj.weight", shape.hidden, shape.dim)});
-    layers.vectors.push_back({vector("input_layernorm.weight", shape.dim), nullptr,
-                              vector("post_attention_layernorm.weight", shape.dim), nullptr});
+        {.qkv = matrix("self_attn.qkv_proj.weight", shape.dim, shape.qkv_width()),
+         .q_norm = vector("self_attn.q_norm.weight", shape.head_dim),
+         .k_norm = vector("self_attn.k_norm.weight", shape.head_dim),
+         .out = matrix("self_attn.o_proj.weight", shape.heads * shape.head_dim, shape.dim),
+         .gate_up = matrix("mlp.gate_up_proj.weight", shape.dim, 2 * shape.hidden),
+         .down = matrix("mlp.down_proj.weight", shape.hidden, shape.dim)});
+    layers.vectors.push_back({.pre_attention = vector("input_layernorm.weight", shape.dim),
+                              .pre_ffn = vector("post_attention_layernorm.weight", shape.dim)});
   }
   return layers;
 }
@@ -70,12 +70,18 @@ void TextEncoder::stream(Weights& weights) {
 TextEncoder::TextEncoder(const TextEncoderConfig& config, Weights& weights)
     : config_(config),
       weights_(weights),
-      shape_{config.hidden_size,         config.num_attention_heads,
-             config.num_key_value_heads, config.head_dim,
-             config.intermediate_size,   config.rms_norm_eps,
-             config.rms_norm_eps,        true,
-             weights.storage(),          config.attention_scale,
-             config.gate_scale,          config.up_scale} {
+      shape_{.dim = config.hidden_size,
+             .heads = config.num_attention_heads,
+             .kv_heads = config.num_key_value_heads,
+             .head_dim = config.head_dim,
+             .hidden = config.intermediate_size,
+             .norm_eps = config.rms_norm_eps,
+             .qk_norm_eps = config.rms_norm_eps,
+             .causal = true,
+             .type = weights.storage(),
+             .attention_scale = config.attention_scale,
+             .gate_scale = config.gate_scale,
+             .up_scale = config.up_scale} {
   layers_of(shape_, weights_, 0, config.num_hidden_layers - 1);
   weights_.get("embed_tokens.weight", {config.vocab_size, config.hidden_size}, shape_.type);
   weights_.get("rope.inv_freq", {config.head_dim / 2}, DType::kFloat32);
@@ -83,8 +89,10 @@ TextEncoder::TextEncoder(const TextEncoderConfig& config, Weights& weights)
 
 TextEncoder::Buffers TextEncoder::plan(int tokens, Arena& arena) const {
   const auto rows = static_cast<std::size_t>(padded(tokens));
-  return {arena.take<float>(rows * shape_.dim), arena.take<float>(rows * shape_.head_dim / 2),
-          arena.take<float>(rows * shape_.head_dim / 2), BlockBuffers(shape_, rows, arena)};
+  return {.x = arena.take<float>(rows * shape_.dim),
+          .cos = arena.take<float>(rows * shape_.head_dim / 2),
+          .sin = arena.take<float>(rows * shape_.head_dim / 2),
+          .block = BlockBuffers(shape_, rows, arena)};
 }
 
 void TextEncoder::read_rows(const std::int64_t* input_ids, int tokens) {
@@ -127,8 +135,9 @@ void TextEncoder::run(const std::int64_t* input_ids, int tokens, const Buffers& 
   for (int first = 0; first < count; first += together) {
     if (weights_.streams()) weights_.bring(first / kGroup, ops.stream);
     const Layers layers = layers_of(shape_, weights_, first, std::min(first + together, count));
-    run_blocks(shape_, layers.weights, layers.vectors, buffers.x, rows, {{0, 1, rows}},
-               {buffers.cos, buffers.sin}, buffers.block, ops);
+    run_blocks(shape_, layers.weights, layers.vectors, buffers.x, rows,
+               {{.first_row = 0, .sequences = 1, .tokens = rows}}, {buffers.cos, buffers.sin},
+               buffers.block, ops);
   }
 }
 

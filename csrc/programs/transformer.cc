@@ -49,8 +49,18 @@ BlockShape TransformerConfig::block_shape(DType type) const {
         "transformer: expected a hidden size of the feed-forward layers that is a multiple of 8, "
         "got " +
         std::to_string(hidden_dim));
-  return {dim,        n_heads, n_heads, dim / n_heads,   hidden_dim, norm_eps,
-          kQkNormEps, false,   type,    attention_scale, gate_scale, up_scale};
+  return {.dim = dim,
+          .heads = n_heads,
+          .kv_heads = n_heads,
+          .head_dim = dim / n_heads,
+          .hidden = hidden_dim,
+          .norm_eps = norm_eps,
+          .qk_norm_eps = kQkNormEps,
+          .causal = false,
+          .type = type,
+          .attention_scale = attention_scale,
+          .gate_scale = gate_scale,
+          .up_scale = up_scale};
 }
 
 std::vector<RopeAxis> rope_axes(const TransformerConfig& config, const Weights& weights,
@@ -63,7 +73,7 @@ std::vector<RopeAxis> rope_axes(const TransformerConfig& config, const Weights& 
           .get(std::string("rope.") + name + std::to_string(i), {length, size}, DType::kFloat32)
           .f32();
     };
-    axes.push_back({table("cos"), table("sin"), length, size});
+    axes.push_back({.cos = table("cos"), .sin = table("sin"), .length = length, .size = size});
   }
   return axes;
 }
@@ -77,13 +87,13 @@ BlockWeights block_weights(const TransformerConfig& config, const BlockShape& sh
     return config.qk_norm ? weights.get(layer + name, {shape.head_dim}, DType::kFloat32).f32()
                           : nullptr;
   };
-  return {matrix(kQkv, shape.dim, shape.qkv_width()),
-          norm("attention.norm_q.weight"),
-          norm("attention.norm_k.weight"),
-          matrix(kOut, shape.dim, shape.dim),
-          matrix(kGateUp, shape.dim, 2 * shape.hidden),
-          matrix(kDown, shape.hidden, shape.dim),
-          weights.turned(layer + kQkv)};
+  return {.qkv = matrix(kQkv, shape.dim, shape.qkv_width()),
+          .q_norm = norm("attention.norm_q.weight"),
+          .k_norm = norm("attention.norm_k.weight"),
+          .out = matrix(kOut, shape.dim, shape.dim),
+          .gate_up = matrix(kGateUp, shape.dim, 2 * shape.hidden),
+          .down = matrix(kDown, shape.hidden, shape.dim),
+          .turned = weights.turned(layer + kQkv)};
 }
 
 void turn_block_matrices(Weights& weights) {
@@ -122,8 +132,9 @@ Transformer::Tensors Transformer::tensors_of(const TransformerConfig& config,
   out.timestep1_bias = vector("t_embedder.mlp.0.bias", kTimestepMiddle);
   out.timestep2 = matrix("t_embedder.mlp.2.weight", kTimestepMiddle, width);
   out.timestep2_bias = vector("t_embedder.mlp.2.bias", width);
-  out.embedder = {config.in_channels, matrix(embedder + "weight", features, dim),
-                  vector(embedder + "bias", dim)};
+  out.embedder = {.channels = config.in_channels,
+                  .weight = matrix(embedder + "weight", features, dim),
+                  .bias = vector(embedder + "bias", dim)};
   out.pad = weights.get("x_pad_token", {1, dim}, DType::kFloat32).f32();
   out.last_modulation = matrix(last + "adaLN_modulation.1.weight", width, dim);
   out.last_modulation_bias = vector(last + "adaLN_modulation.1.bias", dim);
@@ -133,7 +144,10 @@ Transformer::Tensors Transformer::tensors_of(const TransformerConfig& config,
 }
 
 PatchGrid Transformer::grid(const SampleShape& shape) const {
-  return {config_.in_channels, shape.latent_height, shape.latent_width, config_.patch_size};
+  return {.channels = config_.in_channels,
+          .height = shape.latent_height,
+          .width = shape.latent_width,
+          .patch = config_.patch_size};
 }
 
 int Transformer::rows(const SampleShape& shape, int samples) const {
@@ -156,18 +170,18 @@ Transformer::Buffers Transformer::plan(const SampleShape& shape, Arena& arena) c
   float* const sin = arena.take<float>(all * half);
   float* const x = arena.take<float>(all * dim);
   const bool single = samples == 1;
-  return {contexts,
-          vectors,
-          scales,
-          cos,
-          sin,
-          single ? cos : arena.take<float>(image * half),
-          single ? sin : arena.take<float>(image * half),
-          x,
-          single ? x : arena.take<float>(image * dim),
-          arena.take(image * patches.features() * size_of(shape_.type)),
-          arena.take<float>(static_cast<std::size_t>(samples) * patches.values()),
-          BlockBuffers(shape_, all, arena)};
+  return {.contexts = contexts,
+          .vectors = vectors,
+          .scales = scales,
+          .cos = cos,
+          .sin = sin,
+          .image_cos = single ? cos : arena.take<float>(image * half),
+          .image_sin = single ? sin : arena.take<float>(image * half),
+          .x = x,
+          .image_x = single ? x : arena.take<float>(image * dim),
+          .patches = arena.take(image * patches.features() * size_of(shape_.type)),
+          .predicted = arena.take<float>(static_cast<std::size_t>(samples) * patches.values()),
+          .block = BlockBuffers(shape_, all, arena)};
 }
 
 Transformer::StepTable Transformer::plan_steps(int steps, Arena& arena) const {
@@ -181,24 +195,29 @@ Transformer::StepTable Transformer::plan_steps(int steps, Arena& arena) const {
 }
 
 void Transformer::prepare_steps(const StepTable& table, int steps, const Ops& ops) const {
-  TimestepEmbedding embedding{};
-  embedding.timesteps = table.timesteps;
-  embedding.t_scale = config_.t_scale;
-  embedding.frequencies = tensors_.frequencies;
-  embedding.half = kFrequencies;
-  embedding.weight1 = tensors_.timestep1;
-  embedding.bias1 = tensors_.timestep1_bias;
-  embedding.middle = kTimestepMiddle;
-  embedding.weight2 = tensors_.timestep2;
-  embedding.bias2 = tensors_.timestep2_bias;
-  embedding.width = width_;
-  embedding.type = shape_.type;
-  embedding.out = table.embedding;
-  embedding.steps = steps;
-  timestep_embedding(embedding, ops.stream);
+  timestep_embedding({.timesteps = table.timesteps,
+                      .t_scale = config_.t_scale,
+                      .frequencies = tensors_.frequencies,
+                      .half = kFrequencies,
+                      .weight1 = tensors_.timestep1,
+                      .bias1 = tensors_.timestep1_bias,
+                      .middle = kTimestepMiddle,
+                      .weight2 = tensors_.timestep2,
+                      .bias2 = tensors_.timestep2_bias,
+                      .width = width_,
+                      .type = shape_.type,
+                      .out = table.embedding,
+                      .steps = steps},
+                     ops.stream);
   blocks_.prepare(table.embedding, steps, table.vectors, ops.stream);
-  final_modulation({table.embedding, tensors_.last_modulation, tensors_.last_modulation_bias,
-                    width_, config_.dim, shape_.type, table.scales, steps},
+  final_modulation({.embedding = table.embedding,
+                    .weight = tensors_.last_modulation,
+                    .bias = tensors_.last_modulation_bias,
+                    .width = width_,
+                    .dim = config_.dim,
+                    .type = shape_.type,
+                    .scales = table.scales,
+                    .steps = steps},
                    ops.stream);
 }
 
@@ -207,10 +226,13 @@ void Transformer::prepare(const SampleShape& shape, const Buffers& buffers, cons
   const int padded = image_rows(shape), half = shape_.head_dim / 2;
   std::size_t row = 0;
   for (std::size_t i = 0; i < shape.context_rows.size(); ++i) {
-    RopeTable table{{axes_[0], axes_[1], axes_[2]}, patches.height / patches.patch,
-                    patches.width / patches.patch,  padded,
-                    shape.context_rows[i],          buffers.cos + row * half,
-                    buffers.sin + row * half};
+    const RopeTable table{.axes = {axes_[0], axes_[1], axes_[2]},
+                          .grid_rows = patches.height / patches.patch,
+                          .grid_columns = patches.width / patches.patch,
+                          .image_rows = padded,
+                          .context_rows = shape.context_rows[i],
+                          .cos = buffers.cos + row * half,
+                          .sin = buffers.sin + row * half};
     rope_table(table, ops.stream);
     if (buffers.image_cos != buffers.cos) {
       const std::size_t size = static_cast<std::size_t>(padded) * half;
@@ -246,8 +268,9 @@ void Transformer::embed(const Evaluation& at, const Embedder& embedder, const fl
 
 Sequences Transformer::image_sequences(const Evaluation& at) const {
   const int tokens = image_rows(at.shape);
-  return {
-      at.samples * tokens, {{0, at.samples, tokens}}, {at.buffers.image_cos, at.buffers.image_sin}};
+  return {.rows = at.samples * tokens,
+          .groups = {{.first_row = 0, .sequences = at.samples, .tokens = tokens}},
+          .rope = {at.buffers.image_cos, at.buffers.image_sin}};
 }
 
 Sequences Transformer::sequences(const Evaluation& at) const {
@@ -259,10 +282,10 @@ Sequences Transformer::sequences(const Evaluation& at) const {
     if (!groups.empty() && groups.back().tokens == tokens)
       ++groups.back().sequences;
     else
-      groups.push_back({row, 1, tokens});
+      groups.push_back({.first_row = row, .sequences = 1, .tokens = tokens});
     row += tokens;
   }
-  return {row, std::move(groups), {at.buffers.cos, at.buffers.sin}};
+  return {.rows = row, .groups = std::move(groups), .rope = {at.buffers.cos, at.buffers.sin}};
 }
 
 void Transformer::refine(const Evaluation& at, int first, int last, float* image_x) const {
@@ -297,10 +320,14 @@ void Transformer::predict(const Evaluation& at) const {
   const int dim = config_.dim;
   std::size_t row = 0;
   for (int i = 0; i < at.samples; ++i) {
-    layer_norm({buffers.x + row * dim, buffers.scales,
-                static_cast<std::byte*>(buffers.block.normed) +
-                    static_cast<std::size_t>(i) * patches.rows() * dim * size_of(shape_.type),
-                shape_.type, patches.rows(), dim, kFinalNormEps},
+    layer_norm({.x = buffers.x + row * dim,
+                .scale = buffers.scales,
+                .out = static_cast<std::byte*>(buffers.block.normed) +
+                       static_cast<std::size_t>(i) * patches.rows() * dim * size_of(shape_.type),
+                .type = shape_.type,
+                .rows = patches.rows(),
+                .dim = dim,
+                .eps = kFinalNormEps},
                at.ops.stream);
     row += static_cast<std::size_t>(image_rows(at.shape) + at.shape.context_rows[i]);
   }

@@ -67,7 +67,9 @@ std::vector<Uploader::Chunk> Uploader::split(const std::vector<Part>& parts, std
   for (const Part& part : parts) {
     if (part.columns == 0) {
       for (std::size_t at = 0; at < part.bytes; at += chunk)
-        chunks.push_back({{part.source + at, part.target + at, std::min(chunk, part.bytes - at)}});
+        chunks.push_back({.part = {.source = part.source + at,
+                                   .target = part.target + at,
+                                   .bytes = std::min(chunk, part.bytes - at)}});
       continue;
     }
     const std::size_t row = static_cast<std::size_t>(part.columns) * kNumberBytes;
@@ -76,10 +78,13 @@ std::vector<Uploader::Chunk> Uploader::split(const std::vector<Part>& parts, std
     const int step = fitting < kTurnTile ? fitting : fitting / kTurnTile * kTurnTile;
     for (int first = 0; first < part.rows; first += step) {
       const int rows = std::min(step, part.rows - first);
-      chunks.push_back({{part.source + static_cast<std::size_t>(first) * row,
-                         part.target + static_cast<std::size_t>(first) * kNumberBytes,
-                         static_cast<std::size_t>(rows) * row, rows, part.columns},
-                        part.rows});
+      chunks.push_back(
+          {.part = {.source = part.source + static_cast<std::size_t>(first) * row,
+                    .target = part.target + static_cast<std::size_t>(first) * kNumberBytes,
+                    .bytes = static_cast<std::size_t>(rows) * row,
+                    .rows = rows,
+                    .columns = part.columns},
+           .stride = part.rows});
     }
   }
   return chunks;

@@ -59,9 +59,9 @@ std::size_t up_count(const LowRank& change) {
 
 Weights::Weights(const std::string& path, std::vector<WeightEntry> entries) : path_(path) {
   for (WeightEntry& entry : entries) {
-    const std::size_t bytes = TensorView{nullptr, entry.dtype, entry.shape}.bytes();
+    const std::size_t bytes = TensorView{.dtype = entry.dtype, .shape = entry.shape}.bytes();
     check_storage(entry);
-    Place place{std::move(entry), bytes, bytes_};
+    Place place{.entry = std::move(entry), .bytes = bytes, .device_offset = bytes_};
     if (!place.entry.host) bytes_ += aligned(bytes);
     const std::string name = place.entry.name;
     entries_.emplace(name, std::move(place));
@@ -162,7 +162,9 @@ void Weights::upload(const std::string& purpose) {
 }
 
 Uploader::Part Weights::part(const Place& place, std::byte* device) const {
-  Uploader::Part part{map_ + place.entry.offset, device + place.device_offset, place.bytes};
+  Uploader::Part part{.source = map_ + place.entry.offset,
+                      .target = device + place.device_offset,
+                      .bytes = place.bytes};
   if (place.turned) {
     part.rows = static_cast<int>(place.entry.shape[0]);
     part.columns = static_cast<int>(place.entry.shape[1]);
@@ -287,14 +289,15 @@ void Weights::bring(int group, const std::vector<const Place*>& places,
   const auto add = [&](const std::vector<float>& factor) {
     std::byte* const target = next;
     next += factor.size() * sizeof(float);
-    parts.push_back(
-        {reinterpret_cast<const std::byte*>(factor.data()), target, factor.size() * sizeof(float)});
+    parts.push_back({.source = reinterpret_cast<const std::byte*>(factor.data()),
+                     .target = target,
+                     .bytes = factor.size() * sizeof(float)});
     return reinterpret_cast<const float*>(target);
   };
   for (const Kept& kept : changes)
     if (kept.place->group == group) {
       const float* const down = kept.down.empty() ? nullptr : add(kept.down);
-      found.push_back({kept, down, add(kept.up)});
+      found.push_back({.kept = kept, .down = down, .up = add(kept.up)});
     }
   // What lies there may still be read.
   ZRT_CUDA(cudaStreamSynchronize(stream));
@@ -310,12 +313,12 @@ void Weights::keep(const std::vector<LowRank>& changes, cudaStream_t stream, boo
   std::map<int, std::set<const Place*>> places;
   for (const LowRank& change : changes) {
     const Place& place = place_of(change);
-    kept.push_back({&place,
-                    change,
-                    change.down == nullptr
-                        ? std::vector<float>()
-                        : std::vector<float>(change.down, change.down + down_count(change)),
-                    {change.up, change.up + up_count(change)}});
+    kept.push_back({.place = &place,
+                    .change = change,
+                    .down = change.down == nullptr
+                                ? std::vector<float>()
+                                : std::vector<float>(change.down, change.down + down_count(change)),
+                    .up = {change.up, change.up + up_count(change)}});
     kept.back().change.down = kept.back().change.up = nullptr;  // the caller's
     places[place.group].insert(&place);
   }
@@ -347,7 +350,7 @@ TensorView Weights::get(const std::string& name, std::initializer_list<std::int6
                       shape_text(place.entry.shape) + "; export the bundle again");
   std::byte* const data = place.entry.host ? const_cast<std::byte*>(map_) + place.entry.offset
                                            : device_.data() + place.device_offset;
-  return {data, dtype, place.entry.shape};
+  return {.data = data, .dtype = dtype, .shape = place.entry.shape};
 }
 
 }  // namespace zimage_rt

@@ -132,10 +132,13 @@ void Attention::run(const AttentionArgs& args, cudaStream_t stream) {
     return;
   }
   FlashAttention flash;
-  flash.q = {args.q, args.token_stride, args.batch_stride};
-  flash.k = {args.k, args.token_stride, args.batch_stride};
-  flash.v = {args.v, args.token_stride, args.batch_stride};
-  flash.out = {args.out, args.out_token_stride, args.out_batch_stride};
+  const auto input = [&](const void* data) -> FlashAttention::Input {
+    return {.data = data, .token_stride = args.token_stride, .batch_stride = args.batch_stride};
+  };
+  flash.q = input(args.q), flash.k = input(args.k), flash.v = input(args.v);
+  flash.out = {.data = args.out,
+               .token_stride = args.out_token_stride,
+               .batch_stride = args.out_batch_stride};
   flash.batch = args.batch;
   flash.queries = flash.keys = args.tokens;
   flash.heads = args.heads;

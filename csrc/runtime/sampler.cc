@@ -80,7 +80,12 @@ bool sample(Denoiser& denoiser, const std::vector<SamplerStep>& steps, const Gui
     if (step.noise != 0.0f) step_noise += total;
     if (step.ends == 0.0f) continue;
     if (inpaint != nullptr) blend(*inpaint, step.sigma_next, latents, batch, sample_size);
-    if (callback && !callback({index, count, sigma_before, step.sigma_next, latents})) return false;
+    if (callback && !callback({.index = index,
+                               .count = count,
+                               .sigma = sigma_before,
+                               .sigma_next = step.sigma_next,
+                               .latents = latents}))
+      return false;
     sigma_before = step.sigma_next;
     ++index;
   }
