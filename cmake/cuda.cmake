@@ -1,4 +1,4 @@
-# _cuda: kernels, programs and their bindings. cuBLASLt and cuDNN are needed as headers alone: both are opened when
+# _cuda: kernels, models and their bindings. cuBLASLt and cuDNN are needed as headers alone: both are opened when
 # a pipeline is made, so the module imports on a machine without them, and without a driver.
 
 macro(skip_cuda reason)
@@ -72,18 +72,13 @@ if(missing)
 endif()
 
 file(GLOB kernels CONFIGURE_DEPENDS csrc/kernels/*.cu)
-file(GLOB programs CONFIGURE_DEPENDS csrc/programs/*.cc)
-add_library(zimage_cuda STATIC
-  ${kernels}
-  ${programs}
-  csrc/runtime/attention.cc
-  csrc/runtime/device.cc
-  csrc/runtime/gemm.cc
-  csrc/runtime/library.cc)
-target_include_directories(zimage_cuda PUBLIC csrc csrc/include)
+file(GLOB rooms CONFIGURE_DEPENDS
+  csrc/device/*.cc csrc/weights/*.cc csrc/ops/*.cc csrc/models/*.cc csrc/runtime/*.cc)
+add_library(zimage_cuda STATIC ${kernels} ${rooms})
+target_include_directories(zimage_cuda PUBLIC csrc)
 target_include_directories(zimage_cuda SYSTEM PUBLIC
   ${CUBLASLT_INCLUDE} ${NVRTC_INCLUDE} ${CUDNN_INCLUDE} ${CUDNN_FRONTEND_INCLUDE})
-target_link_libraries(zimage_cuda PUBLIC zimage_runtime CUDA::cudart_static ${CMAKE_DL_LIBS})
+target_link_libraries(zimage_cuda PUBLIC zimage_cpu CUDA::cudart_static ${CMAKE_DL_LIBS})
 list(JOIN ZIMAGE_RT_WARNINGS "," host_warnings)
 target_compile_options(zimage_cuda PRIVATE
   $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr --extended-lambda -Xcompiler=${host_warnings}>

@@ -19,7 +19,7 @@ def device_info(device: int) -> dict: ...
 def profiler(on: bool) -> None: ...
 
 class Pipeline:
-    """The programs of one bundle on one device; csrc/programs/pipeline.h has the details."""
+    """The programs of one bundle on one device; csrc/runtime/pipeline.h has the details."""
 
     def __init__(
         self,

@@ -14,11 +14,11 @@
 #include <vector>
 
 #include "bindings/sampler_steps.h"
-#include "zimage_rt/guidance.h"
-#include "zimage_rt/paste.h"
-#include "zimage_rt/rng.h"
-#include "zimage_rt/sampler.h"
-#include "zimage_rt/step_noise.h"
+#include "cpu/guidance.h"
+#include "cpu/paste.h"
+#include "cpu/rng.h"
+#include "cpu/sampler.h"
+#include "cpu/step_noise.h"
 
 namespace py = pybind11;
 namespace zrt = zimage_rt;

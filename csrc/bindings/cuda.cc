@@ -21,15 +21,15 @@
 
 #include "bindings/kernels.h"
 #include "bindings/sampler_steps.h"
-#include "programs/controlnet.h"
-#include "programs/pipeline.h"
-#include "programs/text_encoder.h"
-#include "programs/tiny_vae.h"
-#include "programs/transformer.h"
-#include "programs/weights.h"
-#include "zimage_rt/check.h"
-#include "zimage_rt/dtype.h"
-#include "zimage_rt/guidance.h"
+#include "cpu/guidance.h"
+#include "device/check.h"
+#include "device/dtype.h"
+#include "models/controlnet.h"
+#include "models/text_encoder.h"
+#include "models/tiny_vae.h"
+#include "models/transformer.h"
+#include "runtime/pipeline.h"
+#include "weights/weights.h"
 
 namespace py = pybind11;
 

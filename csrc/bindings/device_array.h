@@ -14,9 +14,9 @@
 #include <utility>
 #include <vector>
 
-#include "zimage_rt/check.h"
-#include "zimage_rt/device.h"
-#include "zimage_rt/dtype.h"
+#include "device/check.h"
+#include "device/device.h"
+#include "device/dtype.h"
 
 namespace zimage_rt {
 

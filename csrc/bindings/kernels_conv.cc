@@ -13,10 +13,10 @@
 #include <utility>
 
 #include "bindings/device_array.h"
+#include "device/check.h"
+#include "device/dtype.h"
 #include "kernels/conv3x3.h"
 #include "kernels/planes_to_pixels.h"
-#include "zimage_rt/check.h"
-#include "zimage_rt/dtype.h"
 
 namespace py = pybind11;
 

@@ -14,6 +14,8 @@
 
 #include "bindings/device_array.h"
 #include "bindings/kernels.h"
+#include "device/check.h"
+#include "device/dtype.h"
 #include "kernels/copy_rows.h"
 #include "kernels/low_rank.h"
 #include "kernels/modulation.h"
@@ -24,8 +26,6 @@
 #include "kernels/rope_table.h"
 #include "kernels/swiglu.h"
 #include "kernels/turn.h"
-#include "zimage_rt/check.h"
-#include "zimage_rt/dtype.h"
 
 namespace py = pybind11;
 

@@ -11,11 +11,11 @@
 
 #include "bindings/device_array.h"
 #include "bindings/kernels.h"
+#include "device/check.h"
+#include "device/device.h"
+#include "device/dtype.h"
 #include "kernels/fused_gemm.h"
-#include "runtime/gemm.h"
-#include "zimage_rt/check.h"
-#include "zimage_rt/device.h"
-#include "zimage_rt/dtype.h"
+#include "ops/cublaslt_gemm.h"
 
 namespace py = pybind11;
 

@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "zimage_rt/sampler.h"
+#include "cpu/sampler.h"
 
 namespace zimage_rt {
 

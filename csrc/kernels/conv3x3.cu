@@ -4,9 +4,9 @@
 #include <stdexcept>
 #include <string>
 
+#include "device/check.h"
 #include "kernels/conv3x3.h"
 #include "kernels/conv3x3_kernel.cuh"
-#include "zimage_rt/check.h"
 
 namespace zimage_rt {
 namespace {

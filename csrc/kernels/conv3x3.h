@@ -4,7 +4,7 @@
 
 #include <cstddef>
 
-#include "zimage_rt/dtype.h"
+#include "device/dtype.h"
 
 namespace zimage_rt {
 

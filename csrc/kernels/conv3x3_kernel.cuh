@@ -298,7 +298,8 @@ __device__ inline void store_half(const Params& p, const Tile& tile, const Place
   });
 }
 
-// As decoding to fp32 and then zimage_rt.image.convert.to_uint8, the same roundings: image = 2 value - 1.
+// As decoding to fp32 and then zimage_rt.image.convert.to_uint8, the same roundings: image = 2
+// value - 1.
 __device__ inline std::uint8_t to_uint8(float value) {
   const float image = __fadd_rn(__fmul_rn(value, 2.0f), -1.0f);
   const float unit = __fadd_rn(__fmul_rn(image, 0.5f), 0.5f);

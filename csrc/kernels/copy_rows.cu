@@ -1,8 +1,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "device/check.h"
 #include "kernels/copy_rows.h"
-#include "zimage_rt/check.h"
 
 namespace zimage_rt {
 namespace {

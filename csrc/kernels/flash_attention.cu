@@ -5,10 +5,10 @@
 #include <stdexcept>
 #include <string>
 
+#include "device/check.h"
 #include "kernels/flash_attention.h"
 #include "kernels/numeric.cuh"
 #include "kernels/tensor_core.cuh"
-#include "zimage_rt/check.h"
 
 namespace zimage_rt {
 namespace {

@@ -6,12 +6,12 @@
 #include <string>
 #include <type_traits>
 
+#include "device/check.h"
 #include "kernels/fused_gemm.h"
 #include "kernels/fused_gemm_after.cuh"
 #include "kernels/hopper.cuh"
 #include "kernels/numeric.cuh"
 #include "kernels/tensor_core.cuh"
-#include "zimage_rt/check.h"
 
 namespace zimage_rt {
 namespace {

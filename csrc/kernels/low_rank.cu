@@ -1,9 +1,8 @@
-#include "kernels/low_rank.h"
-
 #include <cstddef>
 
+#include "device/check.h"
+#include "kernels/low_rank.h"
 #include "kernels/numeric.cuh"
-#include "zimage_rt/check.h"
 
 namespace zimage_rt {
 namespace {

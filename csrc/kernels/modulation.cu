@@ -1,10 +1,9 @@
-#include "kernels/modulation.h"
-
 #include <cstddef>
 #include <stdexcept>
 
+#include "device/check.h"
+#include "kernels/modulation.h"
 #include "kernels/numeric.cuh"
-#include "zimage_rt/check.h"
 
 namespace zimage_rt {
 namespace {

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <stdexcept>
 
-#include "zimage_rt/dtype.h"
+#include "device/dtype.h"
 
 namespace zimage_rt {
 

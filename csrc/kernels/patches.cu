@@ -1,9 +1,8 @@
-#include "kernels/numeric.cuh"
-
 #include <cstddef>
 
+#include "device/check.h"
+#include "kernels/numeric.cuh"
 #include "kernels/patches.h"
-#include "zimage_rt/check.h"
 
 namespace zimage_rt {
 namespace {

@@ -2,8 +2,8 @@
 
 #include <cuda_runtime_api.h>
 
-#include "zimage_rt/dtype.h"
-#include "zimage_rt/sampler.h"
+#include "cpu/sampler.h"
+#include "device/dtype.h"
 
 namespace zimage_rt {
 
@@ -29,12 +29,12 @@ void patchify(const float* latents, int latent_samples, const PatchGrid& grid, v
 void unpatchify(const float* patches, const PatchGrid& grid, float* noise_pred, int samples,
                 cudaStream_t stream);
 
-// The linear update behind an evaluation (zimage_rt/sampler.h), on the patches of its prediction,
+// The linear update behind an evaluation (cpu/sampler.h), on the patches of its prediction,
 // with guidance where `guided`:
 //   pred = positive + scale * (positive - negative), the negative predictions in the second half,
 // where the sample's scale is not 0,
 // then, with normalization > 0, scaled down to at most normalization times the positive's norm.
-// The formulas and their order are those of runtime/sampler.cc and runtime/guidance.cc. The table
+// The formulas and their order are those of cpu/sampler.cc and cpu/guidance.cc. The table
 // and the settings of the guidance lie on the device, so that a captured update serves any.
 struct SamplerUpdate {
   const float* patches;

@@ -1,9 +1,9 @@
 #include <stdexcept>
 #include <string>
 
+#include "device/check.h"
 #include "kernels/numeric.cuh"
 #include "kernels/planes_to_pixels.h"
-#include "zimage_rt/check.h"
 
 namespace zimage_rt {
 namespace {

@@ -1,10 +1,9 @@
-#include "kernels/numeric.cuh"
-
 #include <cstddef>
 #include <stdexcept>
 
+#include "device/check.h"
+#include "kernels/numeric.cuh"
 #include "kernels/rope_table.h"
-#include "zimage_rt/check.h"
 
 namespace zimage_rt {
 namespace {

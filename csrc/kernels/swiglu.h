@@ -2,7 +2,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "zimage_rt/dtype.h"
+#include "device/dtype.h"
 
 namespace zimage_rt {
 

@@ -1,9 +1,9 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "device/check.h"
 #include "kernels/numeric.cuh"
 #include "kernels/turn.h"
-#include "zimage_rt/check.h"
 
 namespace zimage_rt {
 namespace {

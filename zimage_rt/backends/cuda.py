@@ -32,7 +32,7 @@ except ImportError as error:
 
 PROGRAMS = ("text_encoder", "context_refiner", "transformer", "controlnet", "tiny_vae_decoder", "tiny_vae_encoder")
 
-# Read on the host, row by row: see csrc/programs/text_encoder.h.
+# Read on the host, row by row: see csrc/models/text_encoder.h.
 HOST_TENSORS = ("embed_tokens.weight",)
 
 

@@ -88,7 +88,7 @@ class ModulePipeline:
         return self._run_finite("context_refiner", {"prompt_embeds": embeds}, "context")
 
     def sample(self, job: SampleJob) -> bool:
-        """See `Pipeline`; the loop is `csrc/runtime/sampler.cc`."""
+        """See `Pipeline`; the loop is `csrc/cpu/sampler.cc`."""
         name = "transformer" if job.conditioning.control is None else "controlnet"
         denoiser = ModuleDenoiser(name, self.module(name), job.conditioning)
         kept = {} if job.inpaint is None else vars(job.inpaint)
@@ -166,7 +166,7 @@ class ModuleDenoiser:
         }
 
     def __call__(self, latents: np.ndarray, timestep: float, guided: bool, noise_pred: np.ndarray) -> None:
-        """One function evaluation; see `Denoiser` in csrc/include/zimage_rt/sampler.h."""
+        """One function evaluation; see `Denoiser` in csrc/cpu/sampler.h."""
         for rows, context in self._groups[guided]:
             samples = [row % self._batch for row in rows]
             inputs = {
