@@ -16,7 +16,7 @@
 #include "device/check.h"
 #include "device/dtype.h"
 #include "kernels/conv3x3.h"
-#include "kernels/planes_to_pixels.h"
+#include "kernels/nchw_to_nhwc16.h"
 
 namespace py = pybind11;
 
@@ -130,7 +130,7 @@ py::array to_pixels(const py::array& planes, const std::string& dtype, Launch&& 
   require_type(planes, DType::kFloat32, "planes: expected float32");
   const DeviceArray input(planes);
   const DeviceArray out({planes.shape(0), planes.shape(2), planes.shape(3), 16}, half_type(dtype));
-  PlanesToPixels args;
+  NchwToNhwc16 args;
   args.input = input.data<float>();
   args.output = out.data();
   args.dtype = out.dtype();
@@ -144,14 +144,13 @@ py::array to_pixels(const py::array& planes, const std::string& dtype, Launch&& 
 
 py::array latents(const py::array& planes, float scaling_factor, float shift_factor,
                   const std::string& dtype) {
-  return to_pixels(planes, dtype, [&](const PlanesToPixels& args) {
-    latents_to_pixels(args, scaling_factor, shift_factor, nullptr);
+  return to_pixels(planes, dtype, [&](const NchwToNhwc16& args) {
+    unscale_latents_to_nhwc(args, scaling_factor, shift_factor, nullptr);
   });
 }
 
 py::array image(const py::array& planes, const std::string& dtype) {
-  return to_pixels(planes, dtype,
-                   [](const PlanesToPixels& args) { image_to_pixels(args, nullptr); });
+  return to_pixels(planes, dtype, [](const NchwToNhwc16& args) { image_to_nhwc(args, nullptr); });
 }
 
 py::array bytes(const py::array_t<std::uint8_t, py::array::c_style>& image,
@@ -160,8 +159,8 @@ py::array bytes(const py::array_t<std::uint8_t, py::array::c_style>& image,
   const DeviceBuffer input(static_cast<std::size_t>(image.nbytes()), "test array");
   ZRT_CUDA(cudaMemcpy(input.data(), image.data(), input.bytes(), cudaMemcpyHostToDevice));
   const DeviceArray out({image.shape(0), image.shape(1), image.shape(2), 16}, half_type(dtype));
-  bytes_to_pixels(reinterpret_cast<const std::uint8_t*>(input.data()), out.data(), out.dtype(),
-                  static_cast<int>(image.shape(3)), image.size() / image.shape(3), nullptr);
+  uint8_to_nhwc(reinterpret_cast<const std::uint8_t*>(input.data()), out.data(), out.dtype(),
+                static_cast<int>(image.shape(3)), image.size() / image.shape(3), nullptr);
   return out.download();
 }
 
@@ -173,10 +172,10 @@ void bind_conv(py::module_& m) {
         py::arg("upsample") = false, py::arg("stride") = 1, py::arg("output") = "half",
         py::arg("scale") = 1.0f, py::arg("shift") = 0.0f, py::arg("in_place") = false,
         py::arg("early_start") = false);
-  m.def("latents_to_pixels", &latents, py::arg("latents"), py::arg("scaling_factor"),
+  m.def("unscale_latents_to_nhwc", &latents, py::arg("latents"), py::arg("scaling_factor"),
         py::arg("shift_factor"), py::arg("dtype"));
-  m.def("image_to_pixels", &image, py::arg("image"), py::arg("dtype"));
-  m.def("bytes_to_pixels", &bytes, py::arg("image"), py::arg("dtype"));
+  m.def("image_to_nhwc", &image, py::arg("image"), py::arg("dtype"));
+  m.def("uint8_to_nhwc", &bytes, py::arg("image"), py::arg("dtype"));
 }
 
 }  // namespace zimage_rt

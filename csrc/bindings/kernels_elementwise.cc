@@ -20,12 +20,13 @@
 #include "kernels/low_rank.h"
 #include "kernels/modulation.h"
 #include "kernels/norm.h"
-#include "kernels/patches.h"
+#include "kernels/patchify.h"
 #include "kernels/qk_norm_rope.h"
 #include "kernels/residual.h"
 #include "kernels/rope_table.h"
+#include "kernels/sampler_update.h"
 #include "kernels/swiglu.h"
-#include "kernels/turn.h"
+#include "kernels/transpose.h"
 
 namespace py = pybind11;
 
@@ -150,10 +151,10 @@ py::tuple run_low_rank_update(const py::array& matrix, const py::array& down, co
   return py::make_tuple(target.download(), flag != 0);
 }
 
-py::array run_turn(const py::array& matrix) {
+py::array run_transpose(const py::array& matrix) {
   const DeviceArray in(matrix);
   const DeviceArray out({matrix.shape(1), matrix.shape(0)}, in.dtype());
-  turn(in.data(), out.data(), rows_of(in), columns_of(in), rows_of(in), nullptr);
+  transpose(in.data(), out.data(), rows_of(in), columns_of(in), rows_of(in), nullptr);
   return out.download();
 }
 
@@ -208,10 +209,10 @@ py::tuple run_sampler_update(const py::array& patches, const py::array& latents,
   std::fill_n(every.mutable_data(), every.size(), scale);
   limit.mutable_at(0) = normalization;
   const DeviceArray scales(every), limits(limit), factors({latents.shape(0)}, DType::kFloat32);
-  std::vector<DeviceArray> picture;
-  for (const py::array& part : inpaint) picture.emplace_back(part);
+  std::vector<DeviceArray> kept_image;
+  for (const py::array& part : inpaint) kept_image.emplace_back(part);
   const auto part = [&](std::size_t i) {
-    return picture.empty() ? nullptr : picture.at(i).data<float>();
+    return kept_image.empty() ? nullptr : kept_image.at(i).data<float>();
   };
   sampler_update({.patches = pred.data<float>(),
                   .grid = grid_of(latents, patch),
@@ -285,7 +286,7 @@ void bind_elementwise(py::module_& m) {
   m.def("qk_norm_rope", &run_qk_norm_rope);
   m.def("low_rank_update", &run_low_rank_update);
   m.def("swiglu", &run_swiglu);
-  m.def("turn", &run_turn);
+  m.def("transpose", &run_transpose);
   m.def("patchify", &run_patchify);
   m.def("unpatchify", &run_unpatchify);
   m.def("sampler_update", &run_sampler_update);

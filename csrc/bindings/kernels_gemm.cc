@@ -14,6 +14,7 @@
 #include "device/check.h"
 #include "device/device.h"
 #include "device/dtype.h"
+#include "device/matrix.h"
 #include "kernels/fused_gemm.h"
 #include "ops/cublaslt_gemm.h"
 
@@ -29,10 +30,10 @@ Gemm& library_gemm(const std::string& library) {
 }
 
 ClusterShape cluster_named(const std::string& name) {
-  if (name == "tall") return ClusterShape::kTall;
-  if (name == "wide") return ClusterShape::kWide;
+  if (name == "2x1") return ClusterShape::k2x1;
+  if (name == "1x2") return ClusterShape::k1x2;
   if (name == "any") return ClusterShape::kAny;
-  throw std::invalid_argument("cluster: expected any, tall or wide, got " + name);
+  throw std::invalid_argument("cluster: expected any, 2x1 or 1x2, got " + name);
 }
 
 // a [m, k] and a weight [k, n], or [n, k] where it is turned.
@@ -74,7 +75,7 @@ struct Operands {
             .n = n(),
             .k = k(),
             .workspace = workspace.data(),
-            .turned = turned,
+            .layout = turned ? Layout::kOutIn : Layout::kInOut,
             .cluster = cluster};
   }
 };

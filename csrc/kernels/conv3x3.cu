@@ -83,13 +83,14 @@ void launch(const Conv3x3& args, const Device& device, cudaStream_t stream) {
 }
 
 //                      in  block warp  tile    rows stages stride
-using Body = Cut<64, 64, 64, 16, 32, 4, 2, 1>;    // 225 KB of shared memory: Hopper
-using Medium = Cut<64, 64, 64, 16, 16, 4, 2, 1>;  // 154 KB: sm_80
-using Small = Cut<64, 64, 32, 8, 16, 4, 1, 1>;    // 95 KB: every device; and pictures of few tiles
-using Halving = Cut<64, 32, 32, 4, 16, 2, 1, 2>;  // 74 KB
-using First = Cut<16, 64, 32, 8, 16, 4, 1, 1>;
-using Last8 = Cut<64, 16, 8, 16, 16, 2, 1, 1>;  // 51 KB
-using Last16 = Cut<64, 16, 16, 16, 16, 2, 1, 1>;
+using Body = TileConfig<64, 64, 64, 16, 32, 4, 2, 1>;    // 225 KB of shared memory: Hopper
+using Medium = TileConfig<64, 64, 64, 16, 16, 4, 2, 1>;  // 154 KB: sm_80
+using Small =
+    TileConfig<64, 64, 32, 8, 16, 4, 1, 1>;  // 95 KB: every device; and images of few tiles
+using Halving = TileConfig<64, 32, 32, 4, 16, 2, 1, 2>;  // 74 KB
+using First = TileConfig<16, 64, 32, 8, 16, 4, 1, 1>;
+using Last8 = TileConfig<64, 16, 8, 16, 16, 2, 1, 1>;  // 51 KB
+using Last16 = TileConfig<64, 16, 16, 16, 16, 2, 1, 1>;
 
 template <typename T>
 void dispatch_half(const Conv3x3& args, cudaStream_t stream) {

@@ -48,7 +48,7 @@ __host__ __device__ constexpr int output_channel(bool wide, int tile, int n) {
 // those a warp computes, 8 where only half of a packed pair is real.
 template <int kIn, int kBlockChannels, int kWarpChannels, int kTileHeight, int kTileWidth,
           int kWarpRows_, int kStages_, int kStride_>
-struct Cut {
+struct TileConfig {
   static constexpr int in_channels = kIn;
   static constexpr int stride = kStride_, stages = kStages_;
   static constexpr int tile_height = kTileHeight, tile_width = kTileWidth;
@@ -104,9 +104,9 @@ __device__ inline Tile tile_at(const Params& p, int index) {
           (index - row * p.tiles_x) * C::tile_width};
 }
 
-// Where a tile's input lies: its picture, and its first pixel there, which may be outside.
+// Where a tile's input lies: its image, and its first pixel there, which may be outside.
 struct Source {
-  const char* picture;
+  const char* image;
   int y, x;
 };
 
@@ -130,9 +130,9 @@ __device__ inline void copy_chunk(const Params& p, const Source& source, std::ui
   const bool inside = y < static_cast<unsigned>(p.height) && x < static_cast<unsigned>(p.width);
   const unsigned place = chunk ^ chunk_phase<C>(column);
   const unsigned offset = (y >> p.upsample) * (p.width >> p.upsample) + (x >> p.upsample);
-  // Nothing is read where not inside, but the address must be one of the picture's.
+  // Nothing is read where not inside, but the address must be one of the image's.
   const char* from =
-      source.picture + static_cast<std::uint64_t>(inside ? offset : 0) * C::pixel_bytes;
+      source.image + static_cast<std::uint64_t>(inside ? offset : 0) * C::pixel_bytes;
   const std::uint32_t to = stage + pixel * C::pixel_bytes + place * 16;
   asm volatile(
       "{\n"
@@ -199,7 +199,7 @@ __device__ inline void multiply(const Params& p, const Place& place, const uint4
       std::uint32_t a[C::warp_in_rows][4];
 #pragma unroll
       for (int row = 0; row < C::warp_in_rows; ++row)
-        load_matrices(address + row * C::in_width * C::pixel_bytes, a[row]);
+        ldmatrix_x4(address + row * C::in_width * C::pixel_bytes, a[row]);
 #pragma unroll
       for (int dy = 0; dy < 3; ++dy) {
         uint4 b[C::warp_pairs];
@@ -211,7 +211,7 @@ __device__ inline void multiply(const Params& p, const Place& place, const uint4
 #pragma unroll
           for (int tile = 0; tile < C::warp_tiles; ++tile) {
             const uint4& pair = b[tile / 2];
-            multiply_add(sums[row][tile], a[row * C::stride + dy], tile % 2 ? pair.z : pair.x,
+            mma_m16n8k16(sums[row][tile], a[row * C::stride + dy], tile % 2 ? pair.z : pair.x,
                          tile % 2 ? pair.w : pair.y, static_cast<const T*>(nullptr));
           }
         }
@@ -222,7 +222,7 @@ __device__ inline void multiply(const Params& p, const Place& place, const uint4
 }
 
 // Calls function(row of the warp, half, offset of the pixel in [batch, out_height, out_width]) for
-// the lane's pixels inside the picture: of every m16 tile rows g (half 0) and g + 8 (half 1).
+// the lane's pixels inside the image: of every m16 tile rows g (half 0) and g + 8 (half 1).
 template <typename C, typename Function>
 __device__ inline void for_pixels(const Params& p, const Tile& tile, const Place& place,
                                   Function&& function) {
@@ -369,14 +369,14 @@ __global__ void __launch_bounds__(C::threads) conv3x3_kernel(const Params p) {
   for (int unit = threadIdx.x; unit < C::weight_units; unit += C::threads) {
     constexpr int kRun = C::block_pairs * 32;
     const int source = (unit / kRun * kPairs + blockIdx.y * C::block_pairs) * 32 + unit % kRun;
-    copy16_async(shared_address(weights + unit), p.packed + source, true);
+    cp_async_16(shared_address(weights + unit), p.packed + source, true);
   }
   if (threadIdx.x < kBiasBytes / 16) {
     const float* source =
         reinterpret_cast<const float*>(p.packed + 9 * (C::in_channels / 16) * kPairs * 32) +
         blockIdx.y * C::block_channels + threadIdx.x * 4;
     const bool inside = threadIdx.x * 4 < C::block_channels;
-    copy16_async(shared_address(bias + threadIdx.x * 4), source, inside);
+    cp_async_16(shared_address(bias + threadIdx.x * 4), source, inside);
   }
 #if __CUDA_ARCH__ >= 900
   // Everything the kernels before wrote is visible from here on.
@@ -386,10 +386,10 @@ __global__ void __launch_bounds__(C::threads) conv3x3_kernel(const Params p) {
   const Place place = place_of_warp<C>();
   Tile tile = tile_at<C>(p, blockIdx.x);
   copy_tile<C>(p, source_of<C>(p, tile), stages);
-  commit_copies();
+  cp_async_commit();
   std::uint32_t stage = stages;
   for (int index = blockIdx.x; index < p.tiles;) {
-    wait_copies<0>();
+    cp_async_wait<0>();
     // The tile has arrived for all, and nobody reads the other stage any more.
     __syncthreads();
     index += gridDim.x;
@@ -406,7 +406,7 @@ __global__ void __launch_bounds__(C::threads) conv3x3_kernel(const Params p) {
       __syncthreads();
       copy_tile<C>(p, next_source, next_stage);
     }
-    commit_copies();
+    cp_async_commit();
     if constexpr (kWide)
       store_half<C, T>(p, tile, place, blockIdx.y * C::block_channels, bias, sums);
     else

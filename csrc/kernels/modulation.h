@@ -6,7 +6,7 @@
 
 namespace zimage_rt {
 
-// What the timestep does to the transformer, for all steps of a loop at once, before it begins.
+// The timestep's modulation of the transformer, for all steps of a loop at once, before it begins.
 
 // out fp32 [steps, width] = linear2(silu(linear1(features(timestep * t_scale)))), where features
 // are the cosines, then the sines, of the timestep times `frequencies` [half]. Weights are [in,
@@ -28,7 +28,7 @@ struct TimestepEmbedding {
 };
 void timestep_embedding(const TimestepEmbedding& args, cudaStream_t stream);
 
-// One modulated block: adaLN weights and the four norms that its vectors are folded into.
+// One modulated block: the adaLN weights, and the four norms that the vectors are folded into.
 struct ModulatedBlock {
   const void* weight;  // [width, 4 * dim]: scale_msa, gate_msa, scale_mlp, gate_mlp
   const float* bias;
@@ -50,7 +50,7 @@ struct Modulation {
 };
 void modulation(const Modulation& args, cudaStream_t stream);
 
-// scales fp32 [steps, dim] = 1 + linear(silu(embedding)): the final layer's.
+// scales fp32 [steps, dim] = 1 + linear(silu(embedding)): the modulation of the final layer.
 struct FinalModulation {
   const float* embedding;
   const void* weight;  // [width, dim]

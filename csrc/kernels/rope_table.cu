@@ -21,9 +21,9 @@ __global__ void rope_table_kernel(RopeTable args) {
   int i = 0;
   while (column >= args.axes[i].size) column -= args.axes[i++].size;
   const int at = ids[i] * args.axes[i].size + column;
-  const bool turned = !pad && args.axes[i].cos != nullptr;
-  args.cos[out] = turned ? args.axes[i].cos[at] : 1.0f;
-  args.sin[out] = turned ? args.axes[i].sin[at] : 0.0f;
+  const bool rotated = !pad && args.axes[i].cos != nullptr;
+  args.cos[out] = rotated ? args.axes[i].cos[at] : 1.0f;
+  args.sin[out] = rotated ? args.axes[i].sin[at] : 0.0f;
 }
 
 __global__ void position_table_kernel(const float* inv_freq, int size, float* cos, float* sin) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "device/matrix.h"
 #include "kernels/fused_gemm.h"
 #include "kernels/norm.h"
 #include "kernels/qk_norm_rope.h"
@@ -30,7 +31,7 @@ FusedGemm fused(const GemmArgs& args, void* out, const Ops& ops) {
           .n = args.n,
           .k = args.k,
           .workspace = ops.fused,
-          .turned = args.turned};
+          .layout = args.turned ? Layout::kOutIn : Layout::kInOut};
 }
 
 void attend(const BlockShape& shape, const BlockWeights& weights, int rows,

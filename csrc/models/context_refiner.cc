@@ -4,6 +4,7 @@
 
 #include "device/arena.h"
 #include "device/dtype.h"
+#include "kernels/copy_rows.h"
 #include "kernels/norm.h"
 #include "models/transformer.h"
 

@@ -8,7 +8,7 @@
 #include <utility>
 
 #include "device/check.h"
-#include "kernels/planes_to_pixels.h"
+#include "kernels/nchw_to_nhwc16.h"
 
 namespace zimage_rt {
 namespace {
@@ -203,13 +203,13 @@ void TinyVaeDecoder::decode_to(const float* latents, const Conv3x3& last, int ba
                                   factor() * latent_width * factor() *
                                   (last.kind == Conv3x3Output::kUint8 ? 1 : sizeof(float));
   for (int i = 0; i < batch; ++i) {
-    PlanesToPixels input;
+    NchwToNhwc16 input;
     input.input = latents + i * latent_count;
     input.output = workspace + bytes;
     input.dtype = layers_.storage();
     input.channels = config_.latent_channels;
     input.height = latent_height, input.width = latent_width;
-    latents_to_pixels(input, config_.scaling_factor, config_.shift_factor, stream);
+    unscale_latents_to_nhwc(input, config_.scaling_factor, config_.shift_factor, stream);
     Conv3x3 image = last;
     image.output = static_cast<std::byte*>(last.output) + i * image_bytes;
     layers_.run(workspace, bytes, latent_height, latent_width, image, stream);
@@ -250,13 +250,13 @@ void TinyVaeEncoder::encode_with(Read&& read, float* latents, int batch, int hei
 void TinyVaeEncoder::encode(const float* image, float* latents, int batch, int height, int width,
                             std::byte* workspace, cudaStream_t stream) const {
   const auto read = [&](int i, std::byte* target) {
-    PlanesToPixels input;
+    NchwToNhwc16 input;
     input.input = image + static_cast<std::int64_t>(i) * config_.image_channels * height * width;
     input.output = target;
     input.dtype = layers_.storage();
     input.channels = config_.image_channels;
     input.height = height, input.width = width;
-    image_to_pixels(input, stream);
+    image_to_nhwc(input, stream);
   };
   encode_with(read, latents, batch, height, width, workspace, stream);
 }
@@ -265,8 +265,8 @@ void TinyVaeEncoder::encode_uint8(const std::uint8_t* pixels, float* latents, in
                                   int width, std::byte* workspace, cudaStream_t stream) const {
   const std::int64_t area = static_cast<std::int64_t>(height) * width;
   const auto read = [&](int i, std::byte* target) {
-    bytes_to_pixels(pixels + i * area * config_.image_channels, target, layers_.storage(),
-                    config_.image_channels, area, stream);
+    uint8_to_nhwc(pixels + i * area * config_.image_channels, target, layers_.storage(),
+                  config_.image_channels, area, stream);
   };
   encode_with(read, latents, batch, height, width, workspace, stream);
 }

@@ -12,6 +12,7 @@
 #include "device/arena.h"
 #include "device/check.h"
 #include "device/dtype.h"
+#include "kernels/copy_rows.h"
 #include "kernels/norm.h"
 
 namespace zimage_rt {

@@ -7,7 +7,7 @@
 #include "device/arena.h"
 #include "device/device.h"
 #include "kernels/modulation.h"
-#include "kernels/patches.h"
+#include "kernels/patchify.h"
 #include "kernels/rope_table.h"
 #include "models/block.h"
 #include "weights/weights.h"

@@ -12,7 +12,7 @@
 
 #include "device/check.h"
 #include "kernels/fused_gemm.h"
-#include "kernels/patches.h"
+#include "kernels/patchify.h"
 #include "runtime/pipeline_detail.h"
 
 namespace zimage_rt {

@@ -14,7 +14,8 @@
 #include "device/arena.h"
 #include "device/check.h"
 #include "kernels/copy_rows.h"
-#include "kernels/patches.h"
+#include "kernels/patchify.h"
+#include "kernels/sampler_update.h"
 #include "models/tiny_vae.h"
 #include "runtime/pipeline_detail.h"
 

@@ -8,7 +8,7 @@
 
 #include "device/check.h"
 #include "device/device.h"
-#include "kernels/turn.h"
+#include "kernels/transpose.h"
 
 namespace zimage_rt {
 namespace {
@@ -53,7 +53,7 @@ class Uploader::Lane {
     std::memcpy(from, part.source, part.bytes);
     ZRT_CUDA(cudaMemcpyAsync(target, from, part.bytes, cudaMemcpyHostToDevice, stream_.get()));
     if (part.columns > 0)
-      turn(target, part.target, part.rows, part.columns, chunk.stride, stream_.get());
+      transpose(target, part.target, part.rows, part.columns, chunk.stride, stream_.get());
   }
 
   Stream stream_;
@@ -75,7 +75,7 @@ std::vector<Uploader::Chunk> Uploader::split(const std::vector<Part>& parts, std
     const std::size_t row = static_cast<std::size_t>(part.columns) * kNumberBytes;
     const int fitting = std::max(1, static_cast<int>(chunk / row));
     // Whole tiles of the kernel, where one fits.
-    const int step = fitting < kTurnTile ? fitting : fitting / kTurnTile * kTurnTile;
+    const int step = fitting < kTransposeTile ? fitting : fitting / kTransposeTile * kTransposeTile;
     for (int first = 0; first < part.rows; first += step) {
       const int rows = std::min(step, part.rows - first);
       chunks.push_back(

@@ -143,9 +143,9 @@ def test_low_rank_update_tells_of_overflow(kernels):
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 130), (384, 1152), (65, 63), (1000, 258)])
-def test_turn(kernels, rng, dtype, shape):
+def test_transpose(kernels, rng, dtype, shape):
     matrix = cast(f32(rng, *shape), dtype)
-    assert (kernels.turn(matrix) == matrix.T).all()
+    assert (kernels.transpose(matrix) == matrix.T).all()
 
 
 @pytest.mark.parametrize("dtype", HALVES)

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.gpu
 cuda = require_gpu()
 
 HALVES = ("float16", "bfloat16")
-CLUSTERS = ("tall", "wide")
+CLUSTERS = ("2x1", "1x2")
 # Whole tiles, one over and one under them; odd and even numbers of tiles along both sides.
 SHAPES = [(1, 64, 128), (127, 64, 256), (129, 200, 640), (256, 384, 1152), (300, 3840, 512), (385, 128, 768)]
 
@@ -73,7 +73,7 @@ def test_gemm_swiglu(fused, rng, dtype, m, k, n, turned, cluster):
     ("m", "k", "heads", "kv_heads"), [(1, 64, 1, 1), (129, 200, 3, 3), (300, 384, 4, 2), (385, 128, 2, 1)]
 )
 @pytest.mark.parametrize("normed", [True, False])
-@pytest.mark.parametrize(("turned", "cluster"), [(True, "any"), (False, "any"), (True, "tall"), (True, "wide")])
+@pytest.mark.parametrize(("turned", "cluster"), [(True, "any"), (False, "any"), (True, "2x1"), (True, "1x2")])
 def test_gemm_qk_norm_rope(fused, rng, dtype, m, k, heads, kv_heads, normed, turned, cluster):
     a, weight, product = operands(rng, dtype, m, k, (heads + 2 * kv_heads) * 128, turned)
     angles = rng.uniform(0, 7, (m, 64))

@@ -1,7 +1,7 @@
 #pragma once
 
-// What a fused product does with its sums: takes the 64 x 256 of a warpgroup, as `multiply_add`
-// (kernels/hopper.cuh) leaves them in its threads, and writes what follows from them.
+// Epilogues of the fused product. Each takes the 64 x 256 sums of a warpgroup, in the register
+// layout of `wgmma_m64n256k16` (kernels/hopper.cuh), and writes the output.
 
 #include <cstddef>
 #include <cstdint>
@@ -11,16 +11,16 @@
 
 namespace zimage_rt::fused_gemm_detail {
 
-// What a thread holds of a tile: sums of rows `row` and `row` + 8, see multiply_add.
-struct Place {
+// The part of a tile in a thread's registers: rows `row` and `row` + 8, see wgmma_m64n256k16.
+struct ThreadTile {
   int m;
   int row;
-  int column;  // of sums[0], without the lane's part
+  int column;  // of sums[0] in lane 0
   int t;       // lane % 4
 };
 
-// Four words a lane, of columns 8 i + 2 t of four neighbouring groups i, become the four words of
-// group t: 16 bytes to write at once.
+// Transposes four words per lane within a quad: words[i] of columns 8 i + 2 t becomes four words of
+// group t, so that a lane stores 16 consecutive bytes.
 __device__ inline void transpose_quad(std::uint32_t (&words)[4], int t) {
 #pragma unroll
   for (int step = 1; step <= 2; step *= 2) {
@@ -35,36 +35,37 @@ __device__ inline void transpose_quad(std::uint32_t (&words)[4], int t) {
   }
 }
 
-// Writes 32 neighbouring columns of one row: words[i] are columns first + 8 i + 2 t.
+// Stores 32 neighbouring columns of one row: words[i] holds columns first + 8 i + 2 t and the next.
 template <typename T>
-__device__ inline void write32(T* out, int n, const Place& place, int row, int first,
+__device__ inline void store32(T* out, int n, const ThreadTile& tile, int row, int first,
                                std::uint32_t (&words)[4]) {
-  transpose_quad(words, place.t);
-  const int column = first + 8 * place.t;
-  if (row >= place.m || column >= n) return;
+  transpose_quad(words, tile.t);
+  const int column = first + 8 * tile.t;
+  if (row >= tile.m || column >= n) return;
   const Half8 packed{{words[0], words[1], words[2], words[3]}};
   *reinterpret_cast<Half8*>(out + static_cast<std::size_t>(row) * n + column) = packed;
 }
 
-// The tile's first half holds the gate, its second half the same columns of up.
+// The first half of a tile's columns is the gate, the second half the same columns of up.
 template <typename T>
-struct SwiGluOf {
+struct SwiGluEpilogue {
   T* out;
   int n;
   float scale;
 
-  struct Ahead {};
-  __device__ Ahead ahead(const Place&) const { return {}; }
-  // Two at once for one reciprocal: the special functions are what takes the time here. The bound
-  // keeps their product finite, where silu has long been nothing.
-  __device__ std::uint32_t two(const float* gate, const float* up) const {
+  struct Prefetched {};
+  __device__ Prefetched prefetch(const ThreadTile&) const { return {}; }
+  // Two values share one reciprocal, because the special function unit bounds this loop. The clamp
+  // keeps the product of the denominators finite; silu is zero there in any 16-bit format.
+  __device__ std::uint32_t swiglu2(const float* gate, const float* up) const {
     const float a = 1.0f + __expf(fminf(-gate[0], 40.0f));
     const float b = 1.0f + __expf(fminf(-gate[1], 40.0f));
     const float inverse = __fdividef(1.0f, a * b);
     return pack(gate[0] * up[0] * scale * (inverse * b), gate[1] * up[1] * scale * (inverse * a),
                 static_cast<const T*>(nullptr));
   }
-  __device__ void operator()(const float (&sums)[128], const Ahead&, const Place& place) const {
+  __device__ void operator()(const float (&sums)[128], const Prefetched&,
+                             const ThreadTile& tile) const {
 #pragma unroll
     for (int group = 0; group < 16; group += 4)
 #pragma unroll
@@ -74,58 +75,58 @@ struct SwiGluOf {
         for (int i = 0; i < 4; ++i) {
           const float* const gate = sums + 4 * (group + i) + 2 * half;
           const float* const up = gate + 64;
-          words[i] = two(gate, up);
+          words[i] = swiglu2(gate, up);
         }
-        write32(out, n, place, place.row + 8 * half, place.column + 8 * group, words);
+        store32(out, n, tile, tile.row + 8 * half, tile.column + 8 * group, words);
       }
   }
 };
 
 // Each half of a tile is one head of 128 columns.
 template <typename T>
-struct NormedAndTurned {
+struct QkNormRopeEpilogue {
   T* out;
   int n;
-  QkNormRopeOf of;
+  FusedQkNormRope heads;
 
-  // Both heads of a row turn by the same angles: columns 8 i + 2 t and the next of its tables. They
-  // are asked for while the last products are under way.
-  struct Ahead {
+  // Both heads of a row are rotated by the same angles: columns 8 i + 2 t and the next of its
+  // tables. They are loaded while the last products are in flight.
+  struct Prefetched {
     float2 c[2][8], s[2][8];
   };
-  __device__ Ahead ahead(const Place& place) const {
-    Ahead tables;
-    if (place.column / 128 < of.q_heads + of.k_heads)
+  __device__ Prefetched prefetch(const ThreadTile& tile) const {
+    Prefetched tables;
+    if (tile.column / 128 < heads.q_heads + heads.k_heads)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = min(place.row + 8 * half, place.m - 1);
-        const std::size_t at = static_cast<std::size_t>(row) * 64 + 2 * place.t;
+        const int row = min(tile.row + 8 * half, tile.m - 1);
+        const std::size_t at = static_cast<std::size_t>(row) * 64 + 2 * tile.t;
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          tables.c[half][i] = __ldg(reinterpret_cast<const float2*>(of.cos + at + 8 * i));
-          tables.s[half][i] = __ldg(reinterpret_cast<const float2*>(of.sin + at + 8 * i));
+          tables.c[half][i] = __ldg(reinterpret_cast<const float2*>(heads.cos + at + 8 * i));
+          tables.s[half][i] = __ldg(reinterpret_cast<const float2*>(heads.sin + at + 8 * i));
         }
       }
     return tables;
   }
-  __device__ void operator()(const float (&sums)[128], const Ahead& tables,
-                             const Place& place) const {
-    const int turned = of.q_heads + of.k_heads;
+  __device__ void operator()(const float (&sums)[128], const Prefetched& tables,
+                             const ThreadTile& tile) const {
+    const int rotated = heads.q_heads + heads.k_heads;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = place.row + 8 * half;
+      const int row = tile.row + 8 * half;
 #pragma unroll
       for (int side = 0; side < 2; ++side) {
-        const int head = place.column / 128 + side;
+        const int head = tile.column / 128 + side;
         float values[32];
 #pragma unroll
         for (int i = 0; i < 16; ++i) {
           values[2 * i] = sums[64 * side + 4 * i + 2 * half];
           values[2 * i + 1] = sums[64 * side + 4 * i + 2 * half + 1];
         }
-        if (head < turned)
-          turn(values, head < of.q_heads ? of.q_weight : of.k_weight, tables.c[half],
-               tables.s[half], place.t);
+        if (head < rotated)
+          norm_rope(values, head < heads.q_heads ? heads.q_weight : heads.k_weight, tables.c[half],
+                    tables.s[half], tile.t);
 #pragma unroll
         for (int group = 0; group < 16; group += 4) {
           std::uint32_t words[4];
@@ -133,22 +134,22 @@ struct NormedAndTurned {
           for (int i = 0; i < 4; ++i)
             words[i] = pack(values[2 * (group + i)], values[2 * (group + i) + 1],
                             static_cast<const T*>(nullptr));
-          write32(out, n, place, row, place.column + 128 * side + 8 * group, words);
+          store32(out, n, tile, row, tile.column + 128 * side + 8 * group, words);
         }
       }
     }
   }
 
-  // values[2 i], values[2 i + 1] are columns 8 i + 2 t, 8 i + 2 t + 1 of a head.
-  __device__ void turn(float (&values)[32], const float* weight, const float2 (&c)[8],
-                       const float2 (&s)[8], int t) const {
+  // values[2 i] and values[2 i + 1] are columns 8 i + 2 t and 8 i + 2 t + 1 of a head.
+  __device__ void norm_rope(float (&values)[32], const float* weight, const float2 (&c)[8],
+                            const float2 (&s)[8], int t) const {
     if (weight != nullptr) {
       float sum = 0.0f;
 #pragma unroll
       for (const float value : values) sum += value * value;
       sum += __shfl_xor_sync(0xffffffffu, sum, 1);
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      const float factor = rsqrtf(sum / 128.0f + of.eps);
+      const float factor = rsqrtf(sum / 128.0f + heads.eps);
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
         const float2 w = __ldg(reinterpret_cast<const float2*>(weight + 8 * i + 2 * t));

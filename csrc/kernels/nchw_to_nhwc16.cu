@@ -2,8 +2,8 @@
 #include <string>
 
 #include "device/check.h"
+#include "kernels/nchw_to_nhwc16.h"
 #include "kernels/numeric.cuh"
-#include "kernels/planes_to_pixels.h"
 
 namespace zimage_rt {
 namespace {
@@ -21,7 +21,7 @@ struct Image {
   __device__ float operator()(float value) const { return (value + 1.0f) * 0.5f; }
 };
 
-// A whole pixel of the first convolution's input; channels that are not there are zero.
+// Stores one pixel of the first convolution's input; missing channels are zero.
 template <typename T, typename Channel>
 __device__ void store_pixel(T* target, int channels, Channel channel) {
 #pragma unroll
@@ -33,10 +33,10 @@ __device__ void store_pixel(T* target, int channels, Channel channel) {
   }
 }
 
-// A thread a pixel: neighbours in a warp read neighbours of a plane and write 32 bytes each.
+// One thread per pixel: a warp reads consecutive values of a plane, a thread writes 32 bytes.
 template <typename T, typename Map>
-__global__ void planes_to_pixels_kernel(const float* input, T* output, int channels,
-                                        std::int64_t plane, std::int64_t pixels, Map map) {
+__global__ void nchw_to_nhwc16_kernel(const float* input, T* output, int channels,
+                                      std::int64_t plane, std::int64_t pixels, Map map) {
   const std::int64_t pixel = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (pixel >= pixels) return;
   const float* source = input + pixel / plane * channels * plane + pixel % plane;
@@ -45,19 +45,19 @@ __global__ void planes_to_pixels_kernel(const float* input, T* output, int chann
 }
 
 template <typename T>
-__global__ void bytes_to_pixels_kernel(const std::uint8_t* input, T* output, int channels,
+__global__ void uint8_to_nhwc16_kernel(const std::uint8_t* input, T* output, int channels,
                                        std::int64_t pixels) {
   const std::int64_t pixel = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (pixel >= pixels) return;
   const std::uint8_t* source = input + pixel * channels;
-  // By way of [-1, 1], as image_to_pixels is given it: the same bits.
+  // Through [-1, 1], the input of image_to_nhwc, for the same bits.
   store_pixel(output + pixel * kPixelChannels, channels,
               [&](int i) { return Image{}(source[i] / 127.5f - 1.0f); });
 }
 
 void check_channels(int channels) {
   if (channels < 1 || channels > kPixelChannels)
-    throw std::invalid_argument("planes_to_pixels: expected 1 to 16 channels, got " +
+    throw std::invalid_argument("nchw_to_nhwc16: expected 1 to 16 channels, got " +
                                 std::to_string(channels));
 }
 
@@ -67,14 +67,14 @@ unsigned blocks_for(std::int64_t pixels) {
 }
 
 template <typename Map>
-void launch(const PlanesToPixels& args, Map map, cudaStream_t stream) {
+void launch(const NchwToNhwc16& args, Map map, cudaStream_t stream) {
   check_channels(args.channels);
   const std::int64_t plane = static_cast<std::int64_t>(args.height) * args.width;
   const std::int64_t pixels = args.batch * plane;
   if (pixels == 0) return;
   for_half_type(args.dtype, [&](auto type) {
     using T = decltype(type);
-    planes_to_pixels_kernel<T><<<blocks_for(pixels), kThreads, 0, stream>>>(
+    nchw_to_nhwc16_kernel<T><<<blocks_for(pixels), kThreads, 0, stream>>>(
         args.input, static_cast<T*>(args.output), args.channels, plane, pixels, map);
     ZRT_LAUNCHED();
   });
@@ -82,22 +82,20 @@ void launch(const PlanesToPixels& args, Map map, cudaStream_t stream) {
 
 }  // namespace
 
-void latents_to_pixels(const PlanesToPixels& args, float scaling_factor, float shift_factor,
-                       cudaStream_t stream) {
+void unscale_latents_to_nhwc(const NchwToNhwc16& args, float scaling_factor, float shift_factor,
+                             cudaStream_t stream) {
   launch(args, Latents{1.0f / scaling_factor, shift_factor}, stream);
 }
 
-void image_to_pixels(const PlanesToPixels& args, cudaStream_t stream) {
-  launch(args, Image{}, stream);
-}
+void image_to_nhwc(const NchwToNhwc16& args, cudaStream_t stream) { launch(args, Image{}, stream); }
 
-void bytes_to_pixels(const std::uint8_t* input, void* output, DType dtype, int channels,
-                     std::int64_t pixels, cudaStream_t stream) {
+void uint8_to_nhwc(const std::uint8_t* input, void* output, DType dtype, int channels,
+                   std::int64_t pixels, cudaStream_t stream) {
   check_channels(channels);
   if (pixels == 0) return;
   for_half_type(dtype, [&](auto type) {
     using T = decltype(type);
-    bytes_to_pixels_kernel<T><<<blocks_for(pixels), kThreads, 0, stream>>>(
+    uint8_to_nhwc16_kernel<T><<<blocks_for(pixels), kThreads, 0, stream>>>(
         input, static_cast<T*>(output), channels, pixels);
     ZRT_LAUNCHED();
   });

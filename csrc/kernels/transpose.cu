@@ -3,17 +3,17 @@
 
 #include "device/check.h"
 #include "kernels/numeric.cuh"
-#include "kernels/turn.h"
+#include "kernels/transpose.h"
 
 namespace zimage_rt {
 namespace {
 
-constexpr int kTile = kTurnTile;
-constexpr int kRowsAtOnce = 4;  // rows of a tile that a block reads or writes together
+constexpr int kTile = kTransposeTile;
+constexpr int kRowsAtOnce = 4;  // rows of a tile that a block reads or writes at a time
 
-__global__ void turn_kernel(const std::uint16_t* in, std::uint16_t* out, int rows, int columns,
-                            int out_stride) {
-  // Two numbers more than a tile is wide: a column's neighbours lie in different banks.
+__global__ void transpose_kernel(const std::uint16_t* in, std::uint16_t* out, int rows, int columns,
+                                 int out_stride) {
+  // Padded by two elements, so that the elements of a column are in different banks.
   __shared__ std::uint16_t tile[kTile][kTile + 2];
   const int x = threadIdx.x % kTile, y = threadIdx.x / kTile;
   const int first_row = blockIdx.y * kTile, first_column = blockIdx.x * kTile;
@@ -28,13 +28,14 @@ __global__ void turn_kernel(const std::uint16_t* in, std::uint16_t* out, int row
 
 }  // namespace
 
-void turn(const void* in, void* out, int rows, int columns, int out_stride, cudaStream_t stream) {
+void transpose(const void* in, void* out, int rows, int columns, int out_stride,
+               cudaStream_t stream) {
   if (rows == 0 || columns == 0) return;
   const dim3 blocks(static_cast<unsigned>(ceil_div(columns, kTile)),
                     static_cast<unsigned>(ceil_div(rows, kTile)));
-  turn_kernel<<<blocks, kTile * kRowsAtOnce, 0, stream>>>(static_cast<const std::uint16_t*>(in),
-                                                          static_cast<std::uint16_t*>(out), rows,
-                                                          columns, out_stride);
+  transpose_kernel<<<blocks, kTile * kRowsAtOnce, 0, stream>>>(
+      static_cast<const std::uint16_t*>(in), static_cast<std::uint16_t*>(out), rows, columns,
+      out_stride);
   ZRT_LAUNCHED();
 }
 

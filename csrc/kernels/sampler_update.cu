@@ -1,49 +1,21 @@
 #include <cstddef>
 
+#include "cpu/sampler.h"
 #include "device/check.h"
 #include "kernels/numeric.cuh"
-#include "kernels/patches.h"
+#include "kernels/patch_index.cuh"
+#include "kernels/sampler_update.h"
 
 namespace zimage_rt {
 namespace {
 
 constexpr int kThreads = 256;
 
-// Where feature `feature` of patch `row` lies within one sample's latents.
-__device__ int latent_index(const PatchGrid& grid, int row, int feature) {
-  const int columns = grid.width / grid.patch;
-  const int channel = feature % grid.channels, inside = feature / grid.channels;
-  const int y = row / columns * grid.patch + inside / grid.patch;
-  const int x = row % columns * grid.patch + inside % grid.patch;
-  return (channel * grid.height + y) * grid.width + x;
-}
-
-template <typename T>
-__global__ void patchify_kernel(const float* latents, int latent_samples, PatchGrid grid,
-                                T* patches, int padded_rows) {
-  const int features = grid.features();
-  const int at = blockIdx.x * kThreads + threadIdx.x;
-  if (at >= padded_rows * features) return;
-  const int row = at / features, sample = blockIdx.y;
-  const float* const source =
-      latents + static_cast<std::size_t>(sample % latent_samples) * grid.values();
-  const float value = row < grid.rows() ? source[latent_index(grid, row, at % features)] : 0.0f;
-  patches[static_cast<std::size_t>(sample) * padded_rows * features + at] = T(value);
-}
-
-__global__ void unpatchify_kernel(const float* patches, PatchGrid grid, float* noise_pred) {
-  const int at = blockIdx.x * kThreads + threadIdx.x;
-  if (at >= grid.values()) return;
-  const std::size_t base = static_cast<std::size_t>(blockIdx.y) * grid.values();
-  const int features = grid.features();
-  noise_pred[base + latent_index(grid, at / features, at % features)] = -patches[base + at];
-}
-
 __device__ float guide(float positive, float negative, float scale) {
   return __fadd_rn(positive, __fmul_rn(scale, __fsub_rn(positive, negative)));
 }
 
-// a * x + b * y without contraction into one rounding: the loop on the CPU has none either.
+// a * x + b * y without contraction to an FMA, as in the loop on the CPU.
 __device__ float combine(float a, float x, float b, float y) {
   return __fadd_rn(__fmul_rn(a, x), __fmul_rn(b, y));
 }
@@ -84,7 +56,7 @@ __global__ void sampler_update_kernel(SamplerUpdate args) {
   args.latents[i] = after;
 }
 
-// One block a sample, so that the order of the sums is always the same.
+// One block per sample, so that the order of the sums is always the same.
 __global__ void guidance_factor_kernel(SamplerUpdate args) {
   __shared__ float scratch[2][32];
   const int values = args.grid.values();
@@ -104,30 +76,7 @@ __global__ void guidance_factor_kernel(SamplerUpdate args) {
   if (threadIdx.x == 0) args.factors[blockIdx.x] = norm_after > limit ? limit / norm_after : 1.0f;
 }
 
-__global__ void fill_rows_kernel(float* x, const float* row, int stride, int first, int dim) {
-  const std::size_t at = static_cast<std::size_t>(blockIdx.y) * stride + first + blockIdx.x;
-  for (int i = threadIdx.x; i < dim; i += kThreads) x[at * dim + i] = row[i];
-}
-
 }  // namespace
-
-void patchify(const float* latents, int latent_samples, const PatchGrid& grid, void* patches,
-              DType type, int samples, int padded_rows, cudaStream_t stream) {
-  const dim3 blocks(ceil_div(padded_rows * grid.features(), kThreads), samples);
-  for_half_type(type, [&](auto tag) {
-    using T = decltype(tag);
-    patchify_kernel<T><<<blocks, kThreads, 0, stream>>>(latents, latent_samples, grid,
-                                                        static_cast<T*>(patches), padded_rows);
-  });
-  ZRT_LAUNCHED();
-}
-
-void unpatchify(const float* patches, const PatchGrid& grid, float* noise_pred, int samples,
-                cudaStream_t stream) {
-  const dim3 blocks(ceil_div(grid.values(), kThreads), samples);
-  unpatchify_kernel<<<blocks, kThreads, 0, stream>>>(patches, grid, noise_pred);
-  ZRT_LAUNCHED();
-}
 
 void sampler_update(const SamplerUpdate& args, cudaStream_t stream) {
   if (args.guided && args.normalized) {
@@ -136,13 +85,6 @@ void sampler_update(const SamplerUpdate& args, cudaStream_t stream) {
   }
   const dim3 blocks(ceil_div(args.grid.values(), kThreads), args.samples);
   sampler_update_kernel<<<blocks, kThreads, 0, stream>>>(args);
-  ZRT_LAUNCHED();
-}
-
-void fill_rows(float* x, const float* row, int samples, int stride, int first, int count, int dim,
-               cudaStream_t stream) {
-  if (count == 0) return;
-  fill_rows_kernel<<<dim3(count, samples), kThreads, 0, stream>>>(x, row, stride, first, dim);
   ZRT_LAUNCHED();
 }
 
