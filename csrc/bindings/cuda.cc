@@ -182,7 +182,7 @@ FloatArray encode(Pipeline& self, const IdArray& input_ids, int hidden_size) {
 
 FloatArray refine(Pipeline& self, const FloatArray& embeds) {
   expect_dims(embeds, 3, "prompt_embeds");
-  const int batch = size_at(embeds, 0), tokens = size_at(embeds, 1), rows = padded_rows(tokens);
+  const int batch = size_at(embeds, 0), tokens = size_at(embeds, 1), rows = padded_tokens(tokens);
   FloatArray out({batch, rows, self.dim()});
   const float* in = embeds.data();
   float* data = out.mutable_data();
@@ -198,7 +198,7 @@ FloatArray context(Pipeline& self, const IdArray& input_ids) {
   expect_dims(input_ids, 2, "input_ids");
   if (size_at(input_ids, 0) != 1) throw std::invalid_argument("input_ids: expected one prompt");
   const int tokens = size_at(input_ids, 1);
-  FloatArray out({1, padded_rows(tokens), self.dim()});
+  FloatArray out({1, padded_tokens(tokens), self.dim()});
   const std::int64_t* ids = input_ids.data();
   float* data = out.mutable_data();
   released([&] { self.context(ids, tokens, data); });
@@ -392,8 +392,8 @@ py::object sample_job(Pipeline& self, py::array_t<float> latents,
       rows.push_back(size_at(context, 1));
     }
   };
-  add(contexts, job.contexts, job.context_rows);
-  add(negatives, job.negatives, job.negative_rows);
+  add(contexts, job.contexts, job.context_tokens);
+  add(negatives, job.negatives, job.negative_tokens);
   job.steps = sampler_steps(steps);
   job.step_noise = step_noise_of(step_noise, job.steps, latents.size());
   if (mask) {
@@ -428,15 +428,15 @@ py::object sample_job(Pipeline& self, py::array_t<float> latents,
   return py::make_tuple(std::move(result), times.denoise, times.decode);
 }
 
-// changes: (tensor, first column, down [rank, rows], up [rank, columns]), or without a down the
-// whole change [rows, columns]. With `add` they come on top of what was changed before.
-void change(
+// patches: (tensor, first column, down [rank, rows], up [rank, columns]), or, with None as down, a
+// dense `up` [rows, columns]. With `add`, earlier patches stay.
+void patch(
     Pipeline& self, const std::string& module,
     const std::vector<std::tuple<std::string, std::int64_t, std::optional<FloatArray>, FloatArray>>&
-        changes,
+        patches,
     bool add) {
-  std::vector<LowRank> views;
-  for (const auto& [tensor, first_column, down, up] : changes) {
+  std::vector<WeightPatch> views;
+  for (const auto& [tensor, first_column, down, up] : patches) {
     expect_dims(up, 2, "up");
     if (!down) {
       views.push_back({.tensor = tensor,
@@ -459,7 +459,7 @@ void change(
                      .down = down->data(),
                      .up = up.data()});
   }
-  released([&] { self.change(module, views, add); });
+  released([&] { self.patch(module, views, add); });
 }
 
 py::dict memory(Pipeline& self) {
@@ -545,7 +545,7 @@ PYBIND11_MODULE(_cuda, m) {
             released([&] { self.load(module, std::move(weights), sizes); });
           },
           py::arg("module"), py::arg("path"), py::arg("tensors"), py::arg("config"))
-      .def("change", &change, py::arg("module"), py::arg("changes"), py::arg("add") = false)
+      .def("patch", &patch, py::arg("module"), py::arg("patches"), py::arg("add") = false)
       .def("encode", &encode, py::arg("input_ids"), py::arg("hidden_size"))
       .def("refine", &refine, py::arg("prompt_embeds"))
       .def("context", &context, py::arg("input_ids"))
@@ -563,7 +563,7 @@ PYBIND11_MODULE(_cuda, m) {
            py::arg("step_noise"), py::arg("control_latents"), py::arg("control_scale"),
            py::arg("decode"), py::arg("callback"))
       .def("time_evaluation", &Pipeline::time_evaluation, py::arg("latent_height"),
-           py::arg("latent_width"), py::arg("context_rows"), py::arg("repeats"),
+           py::arg("latent_width"), py::arg("context_tokens"), py::arg("repeats"),
            py::call_guard<py::gil_scoped_release>())
       .def("time_text_encoder", &Pipeline::time_text_encoder, py::arg("tokens"), py::arg("repeats"),
            py::call_guard<py::gil_scoped_release>())

@@ -235,7 +235,7 @@ py::tuple run_sampler_update(const py::array& patches, const py::array& latents,
 }
 
 py::tuple run_rope_table(const std::vector<py::array>& cos, const std::vector<py::array>& sin,
-                         int grid_rows, int grid_columns, int image_rows, int context_rows) {
+                         int grid_rows, int grid_columns, int image_tokens, int context_tokens) {
   std::vector<DeviceArray> tables;
   RopeTable args{};
   py::ssize_t width = 0;
@@ -248,10 +248,10 @@ py::tuple run_rope_table(const std::vector<py::array>& cos, const std::vector<py
                     .size = columns_of(tables[2 * i])};
     width += cos[i].shape(1);
   }
-  const DeviceArray c({image_rows + context_rows, width}, DType::kFloat32);
-  const DeviceArray s({image_rows + context_rows, width}, DType::kFloat32);
+  const DeviceArray c({image_tokens + context_tokens, width}, DType::kFloat32);
+  const DeviceArray s({image_tokens + context_tokens, width}, DType::kFloat32);
   args.grid_rows = grid_rows, args.grid_columns = grid_columns;
-  args.image_rows = image_rows, args.context_rows = context_rows;
+  args.image_tokens = image_tokens, args.context_tokens = context_tokens;
   args.cos = c.data<float>(), args.sin = s.data<float>();
   rope_table(args, nullptr);
   return py::make_tuple(c.download(), s.download());

@@ -17,15 +17,16 @@
 #include "device/matrix.h"
 #include "kernels/fused_gemm.h"
 #include "ops/cublaslt_gemm.h"
+#include "ops/linear_args.h"
 
 namespace py = pybind11;
 
 namespace zimage_rt {
 namespace {
 
-Gemm& library_gemm(const std::string& library) {
-  static std::unique_ptr<Gemm> gemm;
-  if (!gemm) gemm = std::make_unique<Gemm>(library, "");
+CublasLtGemm& library_gemm(const std::string& library) {
+  static std::unique_ptr<CublasLtGemm> gemm;
+  if (!gemm) gemm = std::make_unique<CublasLtGemm>(library, "");
   return *gemm;
 }
 
@@ -36,30 +37,33 @@ ClusterShape cluster_named(const std::string& name) {
   throw std::invalid_argument("cluster: expected any, 2x1 or 1x2, got " + name);
 }
 
-// a [m, k] and a weight [k, n], or [n, k] where it is turned.
+// a [m, k] and a weight [k, n], or [n, k] if `transposed`.
 struct Operands {
   DeviceArray a, weight;
-  bool turned;
+  Layout layout;
   ClusterShape cluster;
 
-  Operands(const py::array& left, const py::array& right, bool is_turned,
+  Operands(const py::array& left, const py::array& right, bool transposed,
            const std::string& cluster_name = "any")
-      : a(left), weight(right), turned(is_turned), cluster(cluster_named(cluster_name)) {}
+      : a(left),
+        weight(right),
+        layout(transposed ? Layout::kOutIn : Layout::kInOut),
+        cluster(cluster_named(cluster_name)) {}
   int m() const { return rows_of(a); }
-  int n() const { return turned ? rows_of(weight) : columns_of(weight); }
+  int n() const { return layout == Layout::kOutIn ? rows_of(weight) : columns_of(weight); }
   int k() const { return columns_of(a); }
   DeviceArray output(int columns, DType type) const { return DeviceArray({m(), columns}, type); }
 
-  GemmArgs library(const DeviceArray& out) const {
-    GemmArgs args{};
-    args.a = a.data();
-    args.weight = weight.data();
-    args.out = out.data();
-    args.type = a.dtype();
-    args.out_type = out.dtype();
-    args.m = m(), args.n = n(), args.k = k();
-    args.turned = turned;
-    return args;
+  LinearArgs linear(const DeviceArray& out) const {
+    return {.x = a.data(),
+            .weight = {.data = weight.data(),
+                       .dtype = a.dtype(),
+                       .layout = layout,
+                       .in = k(),
+                       .out = n()},
+            .out = out.data(),
+            .out_type = out.dtype(),
+            .rows = m()};
   }
   FusedGemm fused(const DeviceArray& out) const {
     static const DeviceBuffer workspace = [] {
@@ -75,28 +79,28 @@ struct Operands {
             .n = n(),
             .k = k(),
             .workspace = workspace.data(),
-            .layout = turned ? Layout::kOutIn : Layout::kInOut,
+            .layout = layout,
             .cluster = cluster};
   }
 };
 
 py::array run_gemm(const std::string& library, const py::array& a, const py::array& weight,
                    const std::optional<py::array>& bias, float alpha, const std::string& out_type,
-                   bool turned) {
-  const Operands in(a, weight, turned);
+                   bool transposed) {
+  const Operands in(a, weight, transposed);
   std::optional<DeviceArray> b;
   if (bias) b.emplace(*bias);
   const DeviceArray out = in.output(in.n(), dtype_named(out_type));
-  GemmArgs args = in.library(out);
+  LinearArgs args = in.linear(out);
   args.bias = b ? b->data<float>() : nullptr;
   args.alpha = alpha;
   library_gemm(library).run(args, nullptr);
   return out.download();
 }
 
-py::array run_gemm_swiglu(const py::array& a, const py::array& weight, float scale, bool turned,
+py::array run_gemm_swiglu(const py::array& a, const py::array& weight, float scale, bool transposed,
                           const std::string& cluster) {
-  const Operands in(a, weight, turned, cluster);
+  const Operands in(a, weight, transposed, cluster);
   const DeviceArray out = in.output(in.n() / 2, in.a.dtype());
   gemm_swiglu(in.fused(out), scale, nullptr);
   return out.download();
@@ -106,8 +110,8 @@ py::array run_gemm_qk_norm_rope(const py::array& a, const py::array& weight,
                                 const std::optional<py::array>& q_weight,
                                 const std::optional<py::array>& k_weight, const py::array& cos,
                                 const py::array& sin, int q_heads, int k_heads, float eps,
-                                bool turned, const std::string& cluster) {
-  const Operands in(a, weight, turned, cluster);
+                                bool transposed, const std::string& cluster) {
+  const Operands in(a, weight, transposed, cluster);
   const DeviceArray c(cos), s(sin), out = in.output(in.n(), in.a.dtype());
   std::optional<DeviceArray> q, k;
   if (q_weight) q.emplace(*q_weight);
@@ -127,16 +131,16 @@ py::array run_gemm_qk_norm_rope(const py::array& a, const py::array& weight,
 }  // namespace
 
 void bind_gemm(py::module_& m) {
-  const auto turned = py::arg("turned") = false;
+  const auto transposed = py::arg("transposed") = false;
   const auto cluster = py::arg("cluster") = "any";
   m.def("gemm", &run_gemm, py::arg("library"), py::arg("a"), py::arg("weight"), py::arg("bias"),
-        py::arg("alpha"), py::arg("out_type"), turned);
+        py::arg("alpha"), py::arg("out_type"), transposed);
   m.def("fused_gemm_runs_here", &fused_gemm_runs_here);
-  m.def("gemm_swiglu", &run_gemm_swiglu, py::arg("a"), py::arg("weight"), py::arg("scale"), turned,
-        cluster);
+  m.def("gemm_swiglu", &run_gemm_swiglu, py::arg("a"), py::arg("weight"), py::arg("scale"),
+        transposed, cluster);
   m.def("gemm_qk_norm_rope", &run_gemm_qk_norm_rope, py::arg("a"), py::arg("weight"),
         py::arg("q_weight"), py::arg("k_weight"), py::arg("cos"), py::arg("sin"),
-        py::arg("q_heads"), py::arg("k_heads"), py::arg("eps"), turned, cluster);
+        py::arg("q_heads"), py::arg("k_heads"), py::arg("eps"), transposed, cluster);
 }
 
 }  // namespace zimage_rt

@@ -13,15 +13,15 @@ constexpr int kThreads = 256;
 
 template <typename T>
 __global__ void patchify_kernel(const float* latents, int latent_samples, PatchGrid grid,
-                                T* patches, int padded_rows) {
+                                T* patches, int padded_tokens) {
   const int features = grid.features();
   const int at = blockIdx.x * kThreads + threadIdx.x;
-  if (at >= padded_rows * features) return;
+  if (at >= padded_tokens * features) return;
   const int row = at / features, sample = blockIdx.y;
   const float* const source =
       latents + static_cast<std::size_t>(sample % latent_samples) * grid.values();
   const float value = row < grid.rows() ? source[latent_index(grid, row, at % features)] : 0.0f;
-  patches[static_cast<std::size_t>(sample) * padded_rows * features + at] = T(value);
+  patches[static_cast<std::size_t>(sample) * padded_tokens * features + at] = T(value);
 }
 
 __global__ void unpatchify_kernel(const float* patches, PatchGrid grid, float* noise_pred) {
@@ -35,12 +35,12 @@ __global__ void unpatchify_kernel(const float* patches, PatchGrid grid, float* n
 }  // namespace
 
 void patchify(const float* latents, int latent_samples, const PatchGrid& grid, void* patches,
-              DType type, int samples, int padded_rows, cudaStream_t stream) {
-  const dim3 blocks(ceil_div(padded_rows * grid.features(), kThreads), samples);
+              DType type, int samples, int padded_tokens, cudaStream_t stream) {
+  const dim3 blocks(ceil_div(padded_tokens * grid.features(), kThreads), samples);
   for_half_type(type, [&](auto tag) {
     using T = decltype(tag);
     patchify_kernel<T><<<blocks, kThreads, 0, stream>>>(latents, latent_samples, grid,
-                                                        static_cast<T*>(patches), padded_rows);
+                                                        static_cast<T*>(patches), padded_tokens);
   });
   ZRT_LAUNCHED();
 }

@@ -18,10 +18,10 @@ struct PatchGrid {
   constexpr int values() const { return channels * height * width; }
 };
 
-// patches [samples, padded_rows, features] in `type`; rows past the image are zero. Sample i reads
-// latents i % latent_samples, so that both halves of a guided batch read the same latents.
+// patches [samples, padded_tokens, features] in `type`; rows past the image are zero. Sample i
+// reads latents i % latent_samples, so that both halves of a guided batch read the same latents.
 void patchify(const float* latents, int latent_samples, const PatchGrid& grid, void* patches,
-              DType type, int samples, int padded_rows, cudaStream_t stream);
+              DType type, int samples, int padded_tokens, cudaStream_t stream);
 
 // noise_pred [samples, channels, height, width] = -patches, with patches fp32
 // [samples, grid.rows(), features]: the checkpoint predicts the other sign.

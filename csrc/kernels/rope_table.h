@@ -13,15 +13,16 @@ struct RopeAxis {
   int size = 0;
 };
 
-// The angles of a sequence's rows, cos and sin fp32 [image_rows + context_rows, width]: image rows
-// have the ids (context_rows + 1, row, column), the pad rows after them are not rotated, context
-// rows have (1 …, 0, 0). Source: ZImageTransformer2DModel.patchify_and_embed of diffusers 0.42.1.
+// The angles of a sequence's rows, cos and sin fp32 [image_tokens + context_tokens, width]: image
+// rows have the ids (context_tokens + 1, row, column), the pad rows after them are not rotated,
+// context rows have (1 …, 0, 0). Source: ZImageTransformer2DModel.patchify_and_embed of diffusers
+// 0.42.1.
 struct RopeTable {
   RopeAxis axes[3];
   int grid_rows;
   int grid_columns;
-  int image_rows;  // with padding
-  int context_rows;
+  int image_tokens;  // with padding
+  int context_tokens;
   float* cos;
   float* sin;
 };

@@ -1,27 +1,17 @@
 #pragma once
 
-#include <cuda_runtime_api.h>
-
 #include <cstddef>
 #include <vector>
 
 #include "device/arena.h"
 #include "device/dtype.h"
-#include "ops/attention.h"
-#include "ops/cublaslt_gemm.h"
+#include "device/matrix.h"
+#include "ops/ops.h"
 
 namespace zimage_rt {
 
-// What every program runs on.
-struct Ops {
-  Gemm& gemm;
-  Attention& attention;
-  cudaStream_t stream;
-  void* fused;  // the workspace of kernels/fused_gemm.h; null where that is not to be used
-};
-
-// The one block of the text encoder, the context refiner and the transformer: attention, then
-// SwiGLU, each between a norm before and, for Z-Image's, a norm behind it.
+// The block of the text encoder, the context refiner and the transformer: attention, then SwiGLU,
+// each with a norm before it and, in Z-Image, another after it.
 struct BlockShape {
   int dim;
   int heads;
@@ -32,8 +22,8 @@ struct BlockShape {
   float qk_norm_eps;
   bool causal;
   DType type;
-  // Powers of two that keep fp16 inside its range (export/precision.py). What follows a branch
-  // undoes them: a norm behind it by its eps, a plain sum by a factor.
+  // Powers of two that keep fp16 in range (export/precision.py). The end of a branch undoes them:
+  // in the eps of its norm or, without a norm, by a factor.
   float attention_scale;
   float gate_scale;
   float up_scale;
@@ -41,20 +31,18 @@ struct BlockShape {
   int qkv_width() const { return (heads + 2 * kv_heads) * head_dim; }
 };
 
-// Matrices are [in, out] in the storage type, or [out, in] where they are turned; q_norm and k_norm
-// may be null.
 struct BlockWeights {
-  const void* qkv;
-  const float* q_norm;
+  Matrix qkv;
+  const float* q_norm;  // [head_dim]; null, like k_norm, without these norms
   const float* k_norm;
-  const void* out;
-  const void* gate_up;
-  const void* down;
-  bool turned = false;
+  Matrix out;
+  Matrix gate_up;
+  Matrix down;
 };
 
-// What norms multiply with, fp32 [dim]; post_* null where the branch is added without a norm.
-struct BlockVectors {
+// The factors of a block's norms, fp32 [dim]; post_* are null if the branch is added without a
+// norm.
+struct BlockModulation {
   const float* pre_attention;
   const float* post_attention = nullptr;
   const float* pre_ffn;
@@ -66,13 +54,13 @@ struct BlockBuffers {
   BlockBuffers() = default;
   BlockBuffers(const BlockShape& shape, std::size_t rows, Arena& arena);
 
-  void* normed;  // [rows, dim]: a branch's input, and the attention's output
+  void* normed;  // [rows, dim]: the input of a branch, and the output of the attention
   void* wide;    // [rows, max(qkv, 2 * hidden)]
   void* hidden;  // [rows, hidden]
   void* branch;  // [rows, dim]
 };
 
-// Sequences of one length that lie behind one another.
+// Consecutive sequences of the same length.
 struct SequenceGroup {
   int first_row;
   int sequences;
@@ -85,10 +73,16 @@ struct RopeView {
   const float* sin;
 };
 
-// Runs x, fp32 [rows, dim], through blocks in place.
+// Rows that pass through blocks together: which attend to which, and their positions.
+struct Sequences {
+  int rows;
+  std::vector<SequenceGroup> groups;
+  RopeView rope;
+};
+
+// Runs x, fp32 [sequences.rows, dim], through blocks in place.
 void run_blocks(const BlockShape& shape, const std::vector<BlockWeights>& blocks,
-                const std::vector<BlockVectors>& vectors, float* x, int rows,
-                const std::vector<SequenceGroup>& groups, const RopeView& rope,
-                const BlockBuffers& buffers, const Ops& ops);
+                const std::vector<BlockModulation>& modulations, float* x,
+                const Sequences& sequences, const BlockBuffers& buffers, const Ops& ops);
 
 }  // namespace zimage_rt

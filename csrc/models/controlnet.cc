@@ -4,11 +4,15 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <string>
+#include <vector>
 
 #include "device/arena.h"
 #include "device/check.h"
 #include "device/dtype.h"
+#include "device/matrix.h"
 #include "kernels/residual.h"
+#include "ops/linear.h"
 
 namespace zimage_rt {
 namespace {
@@ -93,8 +97,8 @@ ControlNet::ControlNet(const ControlNetConfig& config, const Weights& weights,
 
 ControlNet::Projection ControlNet::projection(const Weights& weights,
                                               const std::string& name) const {
-  return {weights.get(name + "weight", {shape_.dim, shape_.dim}, shape_.type).data,
-          weights.get(name + "bias", {shape_.dim}, DType::kFloat32).f32()};
+  return {weights.matrix(name + "weight", shape_.dim, shape_.dim),
+          weights.vector(name + "bias", shape_.dim)};
 }
 
 std::size_t ControlNet::latent_values(const SampleShape& shape) const {
@@ -103,8 +107,8 @@ std::size_t ControlNet::latent_values(const SampleShape& shape) const {
 }
 
 ControlNet::Buffers ControlNet::plan(const SampleShape& shape, Arena& arena) const {
-  const auto samples = static_cast<int>(shape.context_rows.size());
-  const std::size_t image = static_cast<std::size_t>(samples) * transformer_.image_rows(shape);
+  const auto samples = static_cast<int>(shape.context_tokens.size());
+  const std::size_t image = static_cast<std::size_t>(samples) * transformer_.image_tokens(shape);
   const std::size_t image_size = image * shape_.dim;
   const int patch = config_.transformer.patch_size;
   Buffers buffers{};
@@ -114,7 +118,7 @@ ControlNet::Buffers ControlNet::plan(const SampleShape& shape, Arena& arena) con
   buffers.c =
       arena.take<float>(static_cast<std::size_t>(transformer_.rows(shape, samples)) * shape_.dim);
   buffers.image_c = samples == 1 ? buffers.c : arena.take<float>(image_size);
-  if (!after_refiner_.empty()) buffers.seen = arena.take<float>(image_size);
+  if (!after_refiner_.empty()) buffers.hinted = arena.take<float>(image_size);
   buffers.patches =
       arena.take(image * patch * patch * config_.control_in_dim * size_of(shape_.type));
   return buffers;
@@ -130,10 +134,10 @@ void ControlNet::evaluate(const Transformer::Evaluation& at, const float* latent
   const Transformer::Buffers& main = at.buffers;
   transformer_.embed(at, transformer_.embedder(), latents, main.patches, main.image_x);
   transformer_.embed(at, embedder_, buffers.latents, buffers.patches, buffers.image_c);
-  const float* const seen = refine(at, buffers);
+  const float* const hinted = refine(at, buffers);
   transformer_.join(at, main.image_x, main.x);
   transformer_.join(at, buffers.image_c, buffers.c);
-  begin(at, seen, buffers.c);
+  begin(at, hinted, buffers.c);
 
   const Sequences sequences = transformer_.sequences(at);
   int done = 0;
@@ -148,9 +152,9 @@ void ControlNet::evaluate(const Transformer::Evaluation& at, const float* latent
   transformer_.predict(at);
 }
 
-// Refines image_c, and with the transformer's noise refiner image_x. Returns the image that the
-// control stream sees: image_x, or with hints of the refiner's own a copy that the transformer does
-// not get.
+// Refines image_c, and image_x with the transformer's noise refiner. Returns the image that the
+// control stream reads: image_x or, if the refiner has hints of its own, a copy with these added,
+// which the transformer does not use.
 const float* ControlNet::refine(const Transformer::Evaluation& at, const Buffers& buffers) const {
   float* const image_x = at.buffers.image_x;
   const Sequences images = transformer_.image_sequences(at);
@@ -161,34 +165,34 @@ const float* ControlNet::refine(const Transformer::Evaluation& at, const Buffers
     return image_x;
   }
   const std::size_t count = static_cast<std::size_t>(images.rows) * shape_.dim;
-  ZRT_CUDA(cudaMemcpyAsync(buffers.seen, image_x, count * sizeof(float), cudaMemcpyDeviceToDevice,
+  ZRT_CUDA(cudaMemcpyAsync(buffers.hinted, image_x, count * sizeof(float), cudaMemcpyDeviceToDevice,
                            at.ops.stream));
   project(before_refiner_, buffers.image_c, images.rows, buffers.image_c, at);
   scaled_add(buffers.image_c, image_x, nullptr, count, at.ops.stream);
-  // Hints come in the order of the blocks that they follow.
+  // Hints are in the order of the blocks after which they are added.
   int done = 0;
   for (int i = 0; i < refiners_; ++i) {
     run(first_refiner_ + i, first_refiner_ + i + 1, images, buffers.image_c, at, buffers);
     if (i >= static_cast<int>(after_refiner_.size())) continue;
     const int place = config_.control_refiner_layers_places[static_cast<std::size_t>(i)];
-    transformer_.refine(at, done, place + 1, buffers.seen);
+    transformer_.refine(at, done, place + 1, buffers.hinted);
     add_hint(after_refiner_[static_cast<std::size_t>(i)], buffers.image_c, images.rows,
-             buffers.seen, at, buffers);
+             buffers.hinted, at, buffers);
     done = place + 1;
   }
-  transformer_.refine(at, done, last, buffers.seen);
+  transformer_.refine(at, done, last, buffers.hinted);
   transformer_.refine(at, 0, last, image_x);
-  return buffers.seen;
+  return buffers.hinted;
 }
 
-// c = before_proj(c) + (seen, context), sample by sample.
-void ControlNet::begin(const Transformer::Evaluation& at, const float* seen, float* c) const {
+// c = before_proj(c) + (image, context), sample by sample.
+void ControlNet::begin(const Transformer::Evaluation& at, const float* image, float* c) const {
   project(before_layers_, c, transformer_.rows(at.shape, at.samples), c, at);
-  const std::size_t dim = shape_.dim, image_size = transformer_.image_rows(at.shape) * dim;
+  const std::size_t dim = shape_.dim, image_size = transformer_.image_tokens(at.shape) * dim;
   const float* context = at.buffers.contexts;
   for (int i = 0; i < at.samples; ++i) {
-    const std::size_t context_size = at.shape.context_rows[i] * dim;
-    scaled_add(c, seen + i * image_size, nullptr, image_size, at.ops.stream);
+    const std::size_t context_size = at.shape.context_tokens[i] * dim;
+    scaled_add(c, image + i * image_size, nullptr, image_size, at.ops.stream);
     scaled_add(c + image_size, context, nullptr, context_size, at.ops.stream);
     c += image_size + context_size;
     context += context_size;
@@ -200,23 +204,27 @@ void ControlNet::run(int first, int last, const Sequences& sequences, float* c,
   blocks_.run(first, last, buffers.vectors, c, sequences, at.buffers.block, at.ops);
 }
 
-// `out` may be c: the product reads a rounded copy.
+// out = projection(c); `out` may be c, because the product reads a rounded copy.
 void ControlNet::project(const Projection& projection, const float* c, int rows, float* out,
                          const Transformer::Evaluation& at) const {
   void* const rounded = at.buffers.block.normed;
   scaled_copy(c, shape_.attention_scale, rounded, shape_.type,
               static_cast<std::size_t>(rows) * shape_.dim, at.ops.stream);
-  GemmArgs args = biased_gemm(rounded, projection.weight, projection.bias, out, shape_.type, rows,
-                              shape_.dim, shape_.dim);
-  // Of the product alone, the bias comes after it.
-  args.alpha = 1.0f / shape_.attention_scale;
-  at.ops.gemm.run(args, at.ops.stream);
+  linear({.x = rounded,
+          .weight = projection.weight,
+          .bias = projection.bias,
+          .out = out,
+          .out_type = DType::kFloat32,
+          .rows = rows,
+          .alpha = 1.0f / shape_.attention_scale},
+         at.ops);
 }
 
 // x += scale * after_proj(c).
 void ControlNet::add_hint(const Projection& after, const float* c, int rows, float* x,
                           const Transformer::Evaluation& at, const Buffers& buffers) const {
-  // The memory of a block's widest rows, of 16 bits, three times dim or more: no block runs now.
+  // Scratch of the blocks, none of which runs now: 16-bit rows of at least 3 * dim hold fp32 rows
+  // of dim.
   auto* const hint = static_cast<float*>(at.buffers.block.wide);
   project(after, c, rows, hint, at);
   scaled_add(x, hint, buffers.scale, static_cast<std::size_t>(rows) * shape_.dim, at.ops.stream);

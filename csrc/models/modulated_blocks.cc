@@ -6,8 +6,9 @@
 #include <vector>
 
 #include "device/check.h"
-#include "device/dtype.h"
+#include "device/matrix.h"
 #include "models/transformer.h"
+#include "ops/linear.h"
 
 namespace zimage_rt {
 namespace {
@@ -26,16 +27,14 @@ ModulatedBlocks::ModulatedBlocks(const TransformerConfig& config, const Weights&
   for (const std::string& layer : layers) {
     blocks_.push_back(block_weights(config, shape_, weights, layer));
     const auto norm = [&](const char* name) {
-      return weights.get(layer + name + ".weight", {config.dim}, DType::kFloat32).f32();
+      return weights.vector(layer + name + ".weight", config.dim);
     };
-    modulated.push_back(
-        {.weight =
-             weights.get(layer + "adaLN_modulation.0.weight", {width_, 4 * config.dim}, shape_.type)
-                 .data,
-         .bias = weights.get(layer + "adaLN_modulation.0.bias", {4 * config.dim}, DType::kFloat32)
-                     .f32(),
-         .norms = {norm("attention_norm1"), norm("attention_norm2"), norm("ffn_norm1"),
-                   norm("ffn_norm2")}});
+    const Matrix adaln =
+        weights.matrix(layer + "adaLN_modulation.0.weight", width_, 4 * config.dim);
+    modulated.push_back({.weight = in_out_data(adaln),
+                         .bias = weights.vector(layer + "adaLN_modulation.0.bias", 4 * config.dim),
+                         .norms = {norm("attention_norm1"), norm("attention_norm2"),
+                                   norm("ffn_norm1"), norm("ffn_norm2")}});
   }
   const std::size_t bytes = modulated.size() * sizeof(ModulatedBlock);
   modulated_ = DeviceBuffer(bytes, purpose);
@@ -58,16 +57,16 @@ void ModulatedBlocks::prepare(const float* embedding, int steps, float* vectors,
 void ModulatedBlocks::run(int first, int last, const float* vectors, float* x,
                           const Sequences& sequences, const BlockBuffers& buffers,
                           const Ops& ops) const {
-  std::vector<BlockVectors> parts;
+  std::vector<BlockModulation> modulations;
   for (int i = first; i < last; ++i) {
     const float* const v = vectors + static_cast<std::size_t>(i) * 4 * shape_.dim;
-    parts.push_back({.pre_attention = v,
-                     .post_attention = v + shape_.dim,
-                     .pre_ffn = v + 2 * shape_.dim,
-                     .post_ffn = v + 3 * shape_.dim});
+    modulations.push_back({.pre_attention = v,
+                           .post_attention = v + shape_.dim,
+                           .pre_ffn = v + 2 * shape_.dim,
+                           .post_ffn = v + 3 * shape_.dim});
   }
-  run_blocks(shape_, {blocks_.begin() + first, blocks_.begin() + last}, parts, x, sequences.rows,
-             sequences.groups, sequences.rope, buffers, ops);
+  run_blocks(shape_, {blocks_.begin() + first, blocks_.begin() + last}, modulations, x, sequences,
+             buffers, ops);
 }
 
 }  // namespace zimage_rt

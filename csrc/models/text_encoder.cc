@@ -5,10 +5,12 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "device/arena.h"
 #include "device/check.h"
@@ -18,26 +20,25 @@
 namespace zimage_rt {
 namespace {
 
-// Of streamed weights, on the device together: 404 MB of Qwen3-4B, which take 10 ms of the bus and
-// 0.2 ms of the multiprocessors.
+// Layers per group of streamed weights: 404 MB of Qwen3-4B, which take 10 ms to copy and 0.2 ms to
+// compute.
 constexpr int kGroup = 2;
 
 struct Layers {
   std::vector<BlockWeights> weights;
-  std::vector<BlockVectors> vectors;
+  std::vector<BlockModulation> norms;
 };
 
-// Looked up at every run, because addresses change when the weights move.
+// Looked up at every run, because every upload changes the addresses.
 Layers layers_of(const BlockShape& shape, const Weights& weights, int first, int last) {
-  const DType type = weights.storage();
   Layers layers;
   for (int i = first; i < last; ++i) {
     const std::string layer = "layers." + std::to_string(i) + ".";
-    const auto matrix = [&](const char* name, std::int64_t in, std::int64_t out) {
-      return weights.get(layer + name, {in, out}, type).data;
+    const auto matrix = [&](const char* name, int in, int out) {
+      return weights.matrix(layer + name, in, out);
     };
-    const auto vector = [&](const char* name, std::int64_t size) {
-      return weights.get(layer + name, {size}, DType::kFloat32).f32();
+    const auto vector = [&](const char* name, int size) {
+      return weights.vector(layer + name, size);
     };
     layers.weights.push_back(
         {.qkv = matrix("self_attn.qkv_proj.weight", shape.dim, shape.qkv_width()),
@@ -46,8 +47,8 @@ Layers layers_of(const BlockShape& shape, const Weights& weights, int first, int
          .out = matrix("self_attn.o_proj.weight", shape.heads * shape.head_dim, shape.dim),
          .gate_up = matrix("mlp.gate_up_proj.weight", shape.dim, 2 * shape.hidden),
          .down = matrix("mlp.down_proj.weight", shape.hidden, shape.dim)});
-    layers.vectors.push_back({.pre_attention = vector("input_layernorm.weight", shape.dim),
-                              .pre_ffn = vector("post_attention_layernorm.weight", shape.dim)});
+    layers.norms.push_back({.pre_attention = vector("input_layernorm.weight", shape.dim),
+                            .pre_ffn = vector("post_attention_layernorm.weight", shape.dim)});
   }
   return layers;
 }
@@ -84,7 +85,7 @@ TextEncoder::TextEncoder(const TextEncoderConfig& config, Weights& weights)
              .up_scale = config.up_scale} {
   layers_of(shape_, weights_, 0, config.num_hidden_layers - 1);
   weights_.get("embed_tokens.weight", {config.vocab_size, config.hidden_size}, shape_.type);
-  weights_.get("rope.inv_freq", {config.head_dim / 2}, DType::kFloat32);
+  weights_.vector("rope.inv_freq", config.head_dim / 2);
 }
 
 TextEncoder::Buffers TextEncoder::plan(int tokens, Arena& arena) const {
@@ -121,23 +122,24 @@ void TextEncoder::read_rows(const std::int64_t* input_ids, int tokens) {
 
 void TextEncoder::run(const std::int64_t* input_ids, int tokens, const Buffers& buffers,
                       const Ops& ops) {
-  // The last prompt's rows must have left the page-locked buffer.
+  // The copy of the previous prompt's rows from the page-locked buffer must be complete.
   ZRT_CUDA(cudaStreamSynchronize(ops.stream));
   read_rows(input_ids, tokens);
   const int rows = padded(tokens);
   ZRT_CUDA(cudaMemcpyAsync(buffers.x, rows_.data(), sizeof(float) * rows * shape_.dim,
                            cudaMemcpyHostToDevice, ops.stream));
   const int half = shape_.head_dim / 2;
-  position_table(weights_.get("rope.inv_freq", {half}, DType::kFloat32).f32(), half, rows,
-                 buffers.cos, buffers.sin, ops.stream);
+  position_table(weights_.vector("rope.inv_freq", half), half, rows, buffers.cos, buffers.sin,
+                 ops.stream);
   const int count = config_.num_hidden_layers - 1;
   const int together = weights_.streams() ? kGroup : count;
+  const Sequences sequence{.rows = rows,
+                           .groups = {{.first_row = 0, .sequences = 1, .tokens = rows}},
+                           .rope = {buffers.cos, buffers.sin}};
   for (int first = 0; first < count; first += together) {
-    if (weights_.streams()) weights_.bring(first / kGroup, ops.stream);
+    if (weights_.streams()) weights_.load_group(first / kGroup, ops.stream);
     const Layers layers = layers_of(shape_, weights_, first, std::min(first + together, count));
-    run_blocks(shape_, layers.weights, layers.vectors, buffers.x, rows,
-               {{.first_row = 0, .sequences = 1, .tokens = rows}}, {buffers.cos, buffers.sin},
-               buffers.block, ops);
+    run_blocks(shape_, layers.weights, layers.norms, buffers.x, sequence, buffers.block, ops);
   }
 }
 

@@ -12,8 +12,10 @@
 #include "device/arena.h"
 #include "device/check.h"
 #include "device/dtype.h"
+#include "device/matrix.h"
 #include "kernels/copy_rows.h"
 #include "kernels/norm.h"
+#include "ops/linear.h"
 
 namespace zimage_rt {
 namespace {
@@ -81,24 +83,22 @@ std::vector<RopeAxis> rope_axes(const TransformerConfig& config, const Weights& 
 
 BlockWeights block_weights(const TransformerConfig& config, const BlockShape& shape,
                            const Weights& weights, const std::string& layer) {
-  const auto matrix = [&](const char* name, std::int64_t in, std::int64_t out) {
-    return weights.get(layer + name, {in, out}, shape.type).data;
+  const auto matrix = [&](const char* name, int in, int out) {
+    return weights.matrix(layer + name, in, out);
   };
   const auto norm = [&](const char* name) {
-    return config.qk_norm ? weights.get(layer + name, {shape.head_dim}, DType::kFloat32).f32()
-                          : nullptr;
+    return config.qk_norm ? weights.vector(layer + name, shape.head_dim) : nullptr;
   };
   return {.qkv = matrix(kQkv, shape.dim, shape.qkv_width()),
           .q_norm = norm("attention.norm_q.weight"),
           .k_norm = norm("attention.norm_k.weight"),
           .out = matrix(kOut, shape.dim, shape.dim),
           .gate_up = matrix(kGateUp, shape.dim, 2 * shape.hidden),
-          .down = matrix(kDown, shape.hidden, shape.dim),
-          .turned = weights.turned(layer + kQkv)};
+          .down = matrix(kDown, shape.hidden, shape.dim)};
 }
 
-void turn_block_matrices(Weights& weights) {
-  weights.turn([](const std::string& name) {
+void transpose_block_matrices(Weights& weights) {
+  weights.transpose_on_upload([](const std::string& name) {
     for (const std::string_view matrix : {kQkv, kOut, kGateUp, kDown})
       if (name.size() > matrix.size() &&
           std::string_view(name).substr(name.size() - matrix.size()) == matrix)
@@ -112,16 +112,14 @@ Transformer::Transformer(const TransformerConfig& config, const Weights& weights
       shape_(config.block_shape(weights.storage())),
       blocks_(config, weights, layer_names(config), "the transformer's modulation table"),
       axes_(rope_axes(config, weights, 3)),
-      tensors_(tensors_of(config, shape_, weights)),
+      tensors_(tensors_of(config, weights)),
       width_(config.adaln_width()) {}
 
 Transformer::Tensors Transformer::tensors_of(const TransformerConfig& config,
-                                             const BlockShape& shape, const Weights& weights) {
-  const auto vector = [&](const std::string& name, std::int64_t size) {
-    return weights.get(name, {size}, DType::kFloat32).f32();
-  };
-  const auto matrix = [&](const std::string& name, std::int64_t in, std::int64_t out) {
-    return weights.get(name, {in, out}, shape.type).data;
+                                             const Weights& weights) {
+  const auto vector = [&](const std::string& name, int size) { return weights.vector(name, size); };
+  const auto matrix = [&](const std::string& name, int in, int out) {
+    return weights.matrix(name, in, out);
   };
   const int dim = config.dim, width = config.adaln_width();
   const int features = config.patch_size * config.patch_size * config.in_channels;
@@ -153,16 +151,16 @@ PatchGrid Transformer::grid(const SampleShape& shape) const {
 
 int Transformer::rows(const SampleShape& shape, int samples) const {
   const int context =
-      std::accumulate(shape.context_rows.begin(), shape.context_rows.begin() + samples, 0);
-  return samples * image_rows(shape) + context;
+      std::accumulate(shape.context_tokens.begin(), shape.context_tokens.begin() + samples, 0);
+  return samples * image_tokens(shape) + context;
 }
 
 Transformer::Buffers Transformer::plan(const SampleShape& shape, Arena& arena) const {
-  const auto samples = static_cast<int>(shape.context_rows.size());
+  const auto samples = static_cast<int>(shape.context_tokens.size());
   const auto all = static_cast<std::size_t>(rows(shape, samples));
   const auto dim = static_cast<std::size_t>(config_.dim);
   const PatchGrid patches = grid(shape);
-  const std::size_t image = static_cast<std::size_t>(samples) * image_rows(shape);
+  const std::size_t image = static_cast<std::size_t>(samples) * image_tokens(shape);
   const std::size_t half = shape_.head_dim / 2;
   float* const contexts = arena.take<float>((all - image) * dim);
   float* const vectors = arena.take<float>(blocks_.step_vectors());
@@ -200,10 +198,10 @@ void Transformer::prepare_steps(const StepTable& table, int steps, const Ops& op
                       .t_scale = config_.t_scale,
                       .frequencies = tensors_.frequencies,
                       .half = kFrequencies,
-                      .weight1 = tensors_.timestep1,
+                      .weight1 = in_out_data(tensors_.timestep1),
                       .bias1 = tensors_.timestep1_bias,
                       .middle = kTimestepMiddle,
-                      .weight2 = tensors_.timestep2,
+                      .weight2 = in_out_data(tensors_.timestep2),
                       .bias2 = tensors_.timestep2_bias,
                       .width = width_,
                       .type = shape_.type,
@@ -212,7 +210,7 @@ void Transformer::prepare_steps(const StepTable& table, int steps, const Ops& op
                      ops.stream);
   blocks_.prepare(table.embedding, steps, table.vectors, ops.stream);
   final_modulation({.embedding = table.embedding,
-                    .weight = tensors_.last_modulation,
+                    .weight = in_out_data(tensors_.last_modulation),
                     .bias = tensors_.last_modulation_bias,
                     .width = width_,
                     .dim = config_.dim,
@@ -224,14 +222,14 @@ void Transformer::prepare_steps(const StepTable& table, int steps, const Ops& op
 
 void Transformer::prepare(const SampleShape& shape, const Buffers& buffers, const Ops& ops) const {
   const PatchGrid patches = grid(shape);
-  const int padded = image_rows(shape), half = shape_.head_dim / 2;
+  const int padded = image_tokens(shape), half = shape_.head_dim / 2;
   std::size_t row = 0;
-  for (std::size_t i = 0; i < shape.context_rows.size(); ++i) {
+  for (std::size_t i = 0; i < shape.context_tokens.size(); ++i) {
     const RopeTable table{.axes = {axes_[0], axes_[1], axes_[2]},
                           .grid_rows = patches.height / patches.patch,
                           .grid_columns = patches.width / patches.patch,
-                          .image_rows = padded,
-                          .context_rows = shape.context_rows[i],
+                          .image_tokens = padded,
+                          .context_tokens = shape.context_tokens[i],
                           .cos = buffers.cos + row * half,
                           .sin = buffers.sin + row * half};
     rope_table(table, ops.stream);
@@ -240,7 +238,7 @@ void Transformer::prepare(const SampleShape& shape, const Buffers& buffers, cons
       copy(buffers.image_cos + i * size, table.cos, size * sizeof(float), ops.stream);
       copy(buffers.image_sin + i * size, table.sin, size * sizeof(float), ops.stream);
     }
-    row += static_cast<std::size_t>(padded + shape.context_rows[i]);
+    row += static_cast<std::size_t>(padded + shape.context_tokens[i]);
   }
 }
 
@@ -257,29 +255,33 @@ void Transformer::embed(const Evaluation& at, const Embedder& embedder, const fl
                         void* patches, float* image_x) const {
   PatchGrid cells = grid(at.shape);
   cells.channels = embedder.channels;
-  const int dim = config_.dim, padded = image_rows(at.shape);
+  const int dim = config_.dim, padded = image_tokens(at.shape);
   patchify(latents, at.shape.latent_samples, cells, patches, shape_.type, at.samples, padded,
            at.ops.stream);
-  at.ops.gemm.run(biased_gemm(patches, embedder.weight, embedder.bias, image_x, shape_.type,
-                              at.samples * padded, dim, cells.features()),
-                  at.ops.stream);
+  linear({.x = patches,
+          .weight = embedder.weight,
+          .bias = embedder.bias,
+          .out = image_x,
+          .out_type = DType::kFloat32,
+          .rows = at.samples * padded},
+         at.ops);
   fill_rows(image_x, tensors_.pad, at.samples, padded, cells.rows(), padded - cells.rows(), dim,
             at.ops.stream);
 }
 
 Sequences Transformer::image_sequences(const Evaluation& at) const {
-  const int tokens = image_rows(at.shape);
+  const int tokens = image_tokens(at.shape);
   return {.rows = at.samples * tokens,
           .groups = {{.first_row = 0, .sequences = at.samples, .tokens = tokens}},
           .rope = {at.buffers.image_cos, at.buffers.image_sin}};
 }
 
 Sequences Transformer::sequences(const Evaluation& at) const {
-  // Each sample's image rows, then its context; neighbours of one length attend together.
+  // Per sample the image rows, then the context. Neighbours of the same length form a group.
   std::vector<SequenceGroup> groups;
   int row = 0;
   for (int i = 0; i < at.samples; ++i) {
-    const int tokens = image_rows(at.shape) + at.shape.context_rows[i];
+    const int tokens = image_tokens(at.shape) + at.shape.context_tokens[i];
     if (!groups.empty() && groups.back().tokens == tokens)
       ++groups.back().sequences;
     else
@@ -295,11 +297,11 @@ void Transformer::refine(const Evaluation& at, int first, int last, float* image
 }
 
 void Transformer::join(const Evaluation& at, const float* image_x, float* x) const {
-  const std::size_t dim = config_.dim, image_size = image_rows(at.shape) * dim;
+  const std::size_t dim = config_.dim, image_size = image_tokens(at.shape) * dim;
   const float* context = at.buffers.contexts;
   const float* const joined = x;
   for (int i = 0; i < at.samples; ++i) {
-    const std::size_t context_size = at.shape.context_rows[i] * dim;
+    const std::size_t context_size = at.shape.context_tokens[i] * dim;
     if (image_x != joined)
       copy(x, image_x + i * image_size, image_size * sizeof(float), at.ops.stream);
     copy(x + image_size, context, context_size * sizeof(float), at.ops.stream);
@@ -315,7 +317,7 @@ void Transformer::run_layers(const Evaluation& at, int first, int last) const {
 }
 
 void Transformer::predict(const Evaluation& at) const {
-  // Only the images' rows are projected back to patches.
+  // Only the rows of the images are projected back to patches.
   const PatchGrid patches = grid(at.shape);
   const Buffers& buffers = at.buffers;
   const int dim = config_.dim;
@@ -330,12 +332,15 @@ void Transformer::predict(const Evaluation& at) const {
                 .dim = dim,
                 .eps = kFinalNormEps},
                at.ops.stream);
-    row += static_cast<std::size_t>(image_rows(at.shape) + at.shape.context_rows[i]);
+    row += static_cast<std::size_t>(image_tokens(at.shape) + at.shape.context_tokens[i]);
   }
-  at.ops.gemm.run(
-      biased_gemm(buffers.block.normed, tensors_.last, tensors_.last_bias, buffers.predicted,
-                  shape_.type, at.samples * patches.rows(), patches.features(), dim),
-      at.ops.stream);
+  linear({.x = buffers.block.normed,
+          .weight = tensors_.last,
+          .bias = tensors_.last_bias,
+          .out = buffers.predicted,
+          .out_type = DType::kFloat32,
+          .rows = at.samples * patches.rows()},
+         at.ops);
 }
 
 }  // namespace zimage_rt

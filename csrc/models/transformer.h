@@ -6,6 +6,8 @@
 
 #include "device/arena.h"
 #include "device/device.h"
+#include "device/dtype.h"
+#include "device/matrix.h"
 #include "kernels/modulation.h"
 #include "kernels/patchify.h"
 #include "kernels/rope_table.h"
@@ -14,7 +16,7 @@
 
 namespace zimage_rt {
 
-// Sizes of Z-Image's transformer as the manifest has them (export/modeling/transformer.py).
+// The config of Z-Image's transformer in the manifest (export/modeling/transformer.py).
 struct TransformerConfig {
   int in_channels;
   int dim;
@@ -39,7 +41,7 @@ struct TransformerConfig {
 
 // Rows of every sequence are padded to a multiple of this (SEQ_MULTI_OF in diffusers).
 constexpr int kSequenceMultiple = 32;
-inline int padded_rows(int rows) {
+inline int padded_tokens(int rows) {
   return (rows + kSequenceMultiple - 1) / kSequenceMultiple * kSequenceMultiple;
 }
 
@@ -50,13 +52,13 @@ std::vector<RopeAxis> rope_axes(const TransformerConfig& config, const Weights& 
 BlockWeights block_weights(const TransformerConfig& config, const BlockShape& shape,
                            const Weights& weights, const std::string& layer);
 
-// Has the device hold every such matrix turned. Before the weights are uploaded.
-void turn_block_matrices(Weights& weights);
+// Has the matrices of all blocks stored as [out, in]. Call it before the weights are uploaded.
+void transpose_block_matrices(Weights& weights);
 
-// prompt_embeds [tokens, cap_feat_dim] → context [padded_rows(tokens), dim], once a prompt.
+// prompt_embeds [tokens, cap_feat_dim] → context [padded_tokens(tokens), dim], once per prompt.
 class ContextRefiner {
  public:
-  // Looks up all weights, which must stay where they are. Throws WeightError.
+  // Looks up all weights, whose addresses must not change. Throws WeightError.
   ContextRefiner(const TransformerConfig& config, const Weights& weights);
 
   struct Buffers {
@@ -75,50 +77,42 @@ class ContextRefiner {
   // The tensors outside of the blocks.
   struct Tensors {
     const float* norm;  // [cap_feat_dim]
-    const void* embed;  // [cap_feat_dim, dim]
+    Matrix embed;       // [cap_feat_dim, dim]
     const float* embed_bias;
-    const float* pad;  // [dim]: what a prompt's rows are padded with
+    const float* pad;  // [dim]: the pad row of a prompt
     RopeAxis positions;
   };
-  static Tensors tensors_of(const TransformerConfig& config, const BlockShape& shape,
-                            const Weights& weights);
+  static Tensors tensors_of(const TransformerConfig& config, const Weights& weights);
 
   TransformerConfig config_;
   BlockShape shape_;
   std::vector<BlockWeights> blocks_;
-  std::vector<BlockVectors> vectors_;
+  std::vector<BlockModulation> norms_;
   Tensors tensors_;
 };
 
-// The samples of an evaluation. With guidance the negative samples follow the positive ones, and
+// The samples of an evaluation. With guidance the negative samples follow the positive ones and
 // read the same latents.
 struct SampleShape {
   int latent_samples;
   int latent_height;
   int latent_width;
-  std::vector<int> context_rows;  // one per sample, multiples of 32
-};
-
-// Rows that pass through blocks together: what attends to what, and where each row stands.
-struct Sequences {
-  int rows;
-  std::vector<SequenceGroup> groups;
-  RopeView rope;
+  std::vector<int> context_tokens;  // one per sample, multiples of kSequenceMultiple
 };
 
 // Blocks whose norms the timestep modulates.
 class ModulatedBlocks {
  public:
-  // `layers`: their names, e.g. "layers.3."; `purpose`: for errors. Checks the weights. Throws
+  // `layers`: names, e.g. "layers.3."; `purpose` is for errors. Checks the weights. Throws
   // WeightError.
   ModulatedBlocks(const TransformerConfig& config, const Weights& weights,
                   const std::vector<std::string>& layers, const char* purpose);
 
-  // Floats of one step's vectors, [blocks, 4, dim].
+  // The number of floats in the vectors of one step, [blocks, 4, dim].
   std::size_t step_vectors() const { return blocks_.size() * 4 * shape_.dim; }
-  // vectors [steps, blocks, 4, dim], from the timesteps' embedding.
+  // vectors [steps, blocks, 4, dim], from the embedding of the timesteps.
   void prepare(const float* embedding, int steps, float* vectors, cudaStream_t stream) const;
-  // Runs x through the blocks from `first` to before `last`, in place, with one step's vectors.
+  // Runs x through blocks [first, last), in place, with the vectors of one step.
   void run(int first, int last, const float* vectors, float* x, const Sequences& sequences,
            const BlockBuffers& buffers, const Ops& ops) const;
 
@@ -126,15 +120,15 @@ class ModulatedBlocks {
   BlockShape shape_;
   int width_;
   std::vector<BlockWeights> blocks_;
-  DeviceBuffer modulated_;  // ModulatedBlock of every block
+  DeviceBuffer modulated_;  // a ModulatedBlock per block
 };
 
 class Transformer {
  public:
-  // Looks up all weights, which must stay where they are. Throws WeightError.
+  // Looks up all weights, whose addresses must not change. Throws WeightError.
   Transformer(const TransformerConfig& config, const Weights& weights);
 
-  // What the timestep decides, for all steps of a loop.
+  // Everything that depends on the timestep alone, for all steps of a loop.
   struct StepTable {
     float* timesteps;  // [steps], = 1 - sigma
     float* embedding;  // [steps, adaLN width]
@@ -146,53 +140,53 @@ class Transformer {
   void prepare_steps(const StepTable& table, int steps, const Ops& ops) const;
 
   struct Buffers {
-    float* contexts;  // the samples' rows one after the other, [sum, dim]
-    float* vectors;   // of the step that runs, [blocks, 4, dim]
-    float* scales;    // of the step that runs, [dim]
+    float* contexts;  // of all samples, concatenated: [sum of context_tokens, dim]
+    float* vectors;   // of the current step, [blocks, 4, dim]
+    float* scales;    // of the current step, [dim]
     float* cos;       // [rows, head_dim / 2]
     float* sin;
-    float* image_cos;  // the same for the images' rows alone
+    float* image_cos;  // the same for the rows of the images only
     float* image_sin;
-    float* x;          // [rows, dim]: image rows, then context rows, sample after sample
-    float* image_x;    // [samples * image rows, dim]; of a single sample, the start of x
-    void* patches;     // what the embedder reads
+    float* x;          // [rows, dim]: per sample the image rows, then the context rows
+    float* image_x;    // [samples * image_tokens, dim]; the start of x for a single sample
+    void* patches;     // the input of the embedder
     float* predicted;  // [samples, grid.rows(), grid.features()]
     BlockBuffers block;
   };
   Buffers plan(const SampleShape& shape, Arena& arena) const;
 
-  // What depends on neither the latents nor the step: where each row stands.
+  // Computes the positions of all rows, which depend on neither the latents nor the step.
   void prepare(const SampleShape& shape, const Buffers& buffers, const Ops& ops) const;
   std::size_t step_vectors() const { return blocks_.step_vectors(); }
 
-  // One function evaluation, for the first `samples` samples. No kernel's argument depends on the
-  // step, so that a captured evaluation serves all steps.
+  // One function evaluation of the first `samples` samples. No kernel argument depends on the step,
+  // so that a captured evaluation serves all steps.
   struct Evaluation {
     const SampleShape& shape;
     int samples;
     const Buffers& buffers;
     const Ops& ops;
   };
-  // Into buffers.predicted.
+  // latents [latent_samples, in_channels, h, w] → buffers.predicted.
   void evaluate(const Evaluation& at, const float* latents) const;
 
-  // The stages of `evaluate`, in their order: a ControlNet does its own work between them.
+  // The stages of `evaluate` in order, for a ControlNet, which works between them.
 
-  // Latents of some channels become rows; both Z-Image's own and a ControlNet's.
+  // The linear layer from patches of latents to rows: the transformer's, or a ControlNet's.
   struct Embedder {
     int channels;
-    const void* weight;  // [patch * patch * channels, dim]
+    Matrix weight;  // [patch * patch * channels, dim]
     const float* bias;
   };
   const Embedder& embedder() const { return tensors_.embedder; }
-  // latents [latent_samples, channels, h, w] → image_x, by way of `patches`.
+  // latents [latent_samples, channels, h, w] → image_x; `patches` is scratch.
   void embed(const Evaluation& at, const Embedder& embedder, const float* latents, void* patches,
              float* image_x) const;
-  // The noise refiner's blocks from `first` to before `last`.
+  // Blocks [first, last) of the noise refiner.
   void refine(const Evaluation& at, int first, int last, float* image_x) const;
-  // image_x and buffers.contexts → x, laid out as their buffers are.
+  // image_x and buffers.contexts → x, sample by sample.
   void join(const Evaluation& at, const float* image_x, float* x) const;
-  // The layers from `first` to before `last`, on buffers.x.
+  // Layers [first, last) on buffers.x.
   void run_layers(const Evaluation& at, int first, int last) const;
   // buffers.x → buffers.predicted.
   void predict(const Evaluation& at) const;
@@ -201,10 +195,10 @@ class Transformer {
   int dim() const { return config_.dim; }
   const TransformerConfig& config() const { return config_; }
   DType type() const { return shape_.type; }
-  // Rows of one image, and of the first `samples` samples with their contexts.
-  int image_rows(const SampleShape& shape) const { return padded_rows(grid(shape).rows()); }
+  // Rows of one image with padding, and of the first `samples` samples with their contexts.
+  int image_tokens(const SampleShape& shape) const { return padded_tokens(grid(shape).rows()); }
   int rows(const SampleShape& shape, int samples) const;
-  // The images' rows alone, and all of them.
+  // The rows of the images only, and all rows.
   Sequences image_sequences(const Evaluation& at) const;
   Sequences sequences(const Evaluation& at) const;
 
@@ -212,19 +206,18 @@ class Transformer {
   // The tensors outside of the blocks.
   struct Tensors {
     const float* frequencies;  // of the timestep's embedding
-    const void* timestep1;
+    Matrix timestep1;
     const float* timestep1_bias;
-    const void* timestep2;
+    Matrix timestep2;
     const float* timestep2_bias;
     Embedder embedder;
-    const float* pad;  // [dim]: what an image's rows are padded with
-    const void* last_modulation;
+    const float* pad;  // [dim]: the pad row of an image
+    Matrix last_modulation;
     const float* last_modulation_bias;
-    const void* last;  // [dim, features]
+    Matrix last;  // [dim, features]
     const float* last_bias;
   };
-  static Tensors tensors_of(const TransformerConfig& config, const BlockShape& shape,
-                            const Weights& weights);
+  static Tensors tensors_of(const TransformerConfig& config, const Weights& weights);
 
   TransformerConfig config_;
   BlockShape shape_;

@@ -5,32 +5,37 @@
 
 #include <algorithm>
 #include <array>
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <fstream>
 #include <map>
+#include <memory>
 #include <sstream>
+#include <string>
 #include <utility>
 #include <vector>
 
 #include "device/check.h"
 #include "device/device.h"
+#include "device/dtype.h"
 #include "device/library.h"
+#include "device/matrix.h"
 
 namespace zimage_rt {
 namespace {
 
 constexpr std::size_t kWorkspace = std::size_t{32} << 20;  // NVIDIA's advice for Hopper
 constexpr int kCandidates = 16;
-// All candidates are timed once, the best of them again.
+// All candidates are timed once, and the fastest of them again.
 constexpr std::size_t kFinalists = 5;
 constexpr std::size_t kRepeats = 5;
 constexpr int kBurst = 10;
-// Products of nearly the same m share an algorithm: a new prompt length must not cost a new timing.
+// Products of nearly the same m share an algorithm: a new prompt length must not need a new timing.
 constexpr int kRowBucket = 256;
 constexpr int kSmallRows = 512;
-// Written between timed runs, so that weights come from memory as they do in a forward pass.
+// Written between timed runs, so that weights are read from memory as in a forward pass.
 constexpr std::size_t kFlush = std::size_t{128} << 20;
 
 cudaDataType_t cuda_type(DType type) {
@@ -64,25 +69,26 @@ struct Api {
 #undef ZRT_FUNCTION
 };
 
-// What a product's algorithm depends on.
-using Key = std::array<int, 7>;  // type, out_type, bias, m, n, k, turned
+// Everything that the algorithm of a product depends on.
+using Key = std::array<int, 7>;  // type, out_type, bias, m, n, k, whether [out, in]
 
-Key key_of(const GemmArgs& args) {
-  return {static_cast<int>(args.type),
-          static_cast<int>(args.out_type),
-          args.bias != nullptr,
-          args.m <= kSmallRows ? args.m : (args.m + kRowBucket - 1) / kRowBucket * kRowBucket,
-          args.n,
-          args.k,
-          args.turned};
+Key key_of(const LinearArgs& args) {
+  return {
+      static_cast<int>(args.weight.dtype),
+      static_cast<int>(args.out_type),
+      args.bias != nullptr,
+      args.rows <= kSmallRows ? args.rows : (args.rows + kRowBucket - 1) / kRowBucket * kRowBucket,
+      args.weight.out,
+      args.weight.in,
+      args.weight.layout == Layout::kOutIn};
 }
 
 // cuBLASLt's descriptors of one product. The library is column-major, where a row-major matrix is
-// its transpose: it is asked for outᵀ [n, m] = weightᵀ [n, k] · aᵀ [k, m], all as they lie but for
-// a turned weight.
+// its transpose, so it computes outᵀ [n, m] = weightᵀ [n, k] · xᵀ [k, m]. Only a weight stored as
+// [out, in] needs the transpose flag.
 class Problem {
  public:
-  Problem(const Api& api, const GemmArgs& args) : api_(api) {
+  Problem(const Api& api, const LinearArgs& args) : api_(api) {
     check(api.cublasLtMatmulDescCreate(&operation, CUBLAS_COMPUTE_32F, CUDA_R_32F),
           "cublasLtMatmulDescCreate");
     if (args.bias != nullptr) {
@@ -90,21 +96,24 @@ class Problem {
       set(CUBLASLT_MATMUL_DESC_EPILOGUE, epilogue);
       set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, args.bias);
     }
-    if (args.turned) set(CUBLASLT_MATMUL_DESC_TRANSA, CUBLAS_OP_T);
-    weight = args.turned ? layout(args.type, args.k, args.n) : layout(args.type, args.n, args.k);
-    a = layout(args.type, args.k, args.m);
-    out = layout(args.out_type, args.n, args.m);
+    const Matrix& matrix = args.weight;
+    const bool out_in = matrix.layout == Layout::kOutIn;
+    if (out_in) set(CUBLASLT_MATMUL_DESC_TRANSA, CUBLAS_OP_T);
+    weight = out_in ? descriptor(matrix.dtype, matrix.in, matrix.out)
+                    : descriptor(matrix.dtype, matrix.out, matrix.in);
+    x = descriptor(matrix.dtype, matrix.in, args.rows);
+    out = descriptor(args.out_type, matrix.out, args.rows);
   }
   Problem(const Problem&) = delete;
   Problem& operator=(const Problem&) = delete;
   ~Problem() {
-    for (const cublasLtMatrixLayout_t matrix : {weight, a, out})
+    for (const cublasLtMatrixLayout_t matrix : {weight, x, out})
       if (matrix != nullptr) api_.cublasLtMatrixLayoutDestroy(matrix);
     if (operation != nullptr) api_.cublasLtMatmulDescDestroy(operation);
   }
 
   cublasLtMatmulDesc_t operation = nullptr;
-  cublasLtMatrixLayout_t weight = nullptr, a = nullptr, out = nullptr;
+  cublasLtMatrixLayout_t weight = nullptr, x = nullptr, out = nullptr;
 
  private:
   template <typename T>
@@ -112,7 +121,7 @@ class Problem {
     check(api_.cublasLtMatmulDescSetAttribute(operation, attribute, &value, sizeof value),
           "cublasLtMatmulDescSetAttribute");
   }
-  cublasLtMatrixLayout_t layout(DType type, int rows, int columns) {
+  cublasLtMatrixLayout_t descriptor(DType type, int rows, int columns) {
     cublasLtMatrixLayout_t matrix = nullptr;
     check(api_.cublasLtMatrixLayoutCreate(&matrix, cuda_type(type), static_cast<unsigned>(rows),
                                           static_cast<unsigned>(columns), rows),
@@ -130,7 +139,7 @@ bool capturing(cudaStream_t stream) {
 
 }  // namespace
 
-struct Gemm::State {
+struct CublasLtGemm::State {
   State(const std::string& library, std::string file)
       : api(library), cache_file(std::move(file)), workspace(kWorkspace, "cuBLASLt's workspace") {
     check(api.cublasLtCreate(&handle), "cublasLtCreate");
@@ -146,13 +155,14 @@ struct Gemm::State {
   }
   ~State() { api.cublasLtDestroy(handle); }
 
-  void multiply(const Problem& problem, const GemmArgs& args, const cublasLtMatmulAlgo_t& algorithm,
-                cudaStream_t stream) const {
+  void multiply(const Problem& problem, const LinearArgs& args,
+                const cublasLtMatmulAlgo_t& algorithm, cudaStream_t stream) const {
     const float beta = 0.0f;
-    check(api.cublasLtMatmul(handle, problem.operation, &args.alpha, args.weight, problem.weight,
-                             args.a, problem.a, &beta, args.out, problem.out, args.out, problem.out,
-                             &algorithm, workspace.data(), workspace.bytes(), stream),
-          "cublasLtMatmul");
+    check(
+        api.cublasLtMatmul(handle, problem.operation, &args.alpha, args.weight.data, problem.weight,
+                           args.x, problem.x, &beta, args.out, problem.out, args.out, problem.out,
+                           &algorithm, workspace.data(), workspace.bytes(), stream),
+        "cublasLtMatmul");
   }
 
   std::vector<cublasLtMatmulAlgo_t> candidates(const Problem& problem) const {
@@ -165,7 +175,7 @@ struct Gemm::State {
         preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &limit, sizeof limit);
     if (status == CUBLAS_STATUS_SUCCESS)
       status = api.cublasLtMatmulAlgoGetHeuristic(handle, problem.operation, problem.weight,
-                                                  problem.a, problem.out, problem.out, preference,
+                                                  problem.x, problem.out, problem.out, preference,
                                                   kCandidates, results, &count);
     api.cublasLtMatmulPreferenceDestroy(preference);
     check(status, "cublasLtMatmulAlgoGetHeuristic");
@@ -176,9 +186,10 @@ struct Gemm::State {
     return usable;
   }
 
-  // Times every candidate on the real operands: the product is made several times over.
-  cublasLtMatmulAlgo_t fastest(const Problem& problem, const GemmArgs& args, cudaStream_t stream) {
-    const bool small = args.m <= kSmallRows;
+  // Times every candidate on the real operands; the output is the same after each.
+  cublasLtMatmulAlgo_t fastest(const Problem& problem, const LinearArgs& args,
+                               cudaStream_t stream) {
+    const bool small = args.rows <= kSmallRows;
     DeviceBuffer flush;
     if (small) flush = DeviceBuffer(kFlush, "timing matrix products");
     Event start, stop;
@@ -199,12 +210,12 @@ struct Gemm::State {
     const auto faster = [](const auto& a, const auto& b) { return a.first < b.first; };
     std::sort(timed.begin(), timed.end(), faster);
     timed.resize(std::min(timed.size(), kFinalists));
-    // The finalists take turns. Large products run in bursts: many of them in a row bring the chip
-    // to its power limit, where another algorithm may be the best than in a single call.
+    // The finalists alternate. Large products run in bursts: many of them in a row bring the chip
+    // to its power limit, where another algorithm may be the fastest than in a single call.
     std::vector<std::array<float, kRepeats>> times(timed.size());
-    for (std::size_t turn = 0; turn < kRepeats; ++turn)
+    for (std::size_t round = 0; round < kRepeats; ++round)
       for (std::size_t i = 0; i < timed.size(); ++i)
-        times[i][turn] = time(timed[i].second, small ? 1 : kBurst);
+        times[i][round] = time(timed[i].second, small ? 1 : kBurst);
     for (std::size_t i = 0; i < timed.size(); ++i) {
       std::sort(times[i].begin(), times[i].end());
       timed[i].first = times[i][kRepeats / 2];
@@ -237,20 +248,20 @@ struct Gemm::State {
   cublasLtHandle_t handle = nullptr;
   std::string machine;
   std::map<Key, cublasLtMatmulAlgo_t> algorithms;
-  std::map<Key, bool> checked;  // algorithms from the file that this library takes
+  std::map<Key, bool> checked;  // algorithms from the file that this library accepts
   std::vector<std::string> others;
   bool changed = false;
 };
 
-Gemm::Gemm(const std::string& library, std::string cache_file)
+CublasLtGemm::CublasLtGemm(const std::string& library, std::string cache_file)
     : state_(std::make_unique<State>(library, std::move(cache_file))) {}
 
-Gemm::~Gemm() = default;
+CublasLtGemm::~CublasLtGemm() = default;
 
-std::size_t Gemm::workspace_bytes() const { return state_->workspace.bytes(); }
+std::size_t CublasLtGemm::workspace_bytes() const { return state_->workspace.bytes(); }
 
-void Gemm::run(const GemmArgs& args, cudaStream_t stream) {
-  if (args.m == 0) return;
+void CublasLtGemm::run(const LinearArgs& args, cudaStream_t stream) {
+  if (args.rows == 0) return;
   State& state = *state_;
   const Problem problem(state.api, args);
   const Key key = key_of(args);
@@ -258,7 +269,7 @@ void Gemm::run(const GemmArgs& args, cudaStream_t stream) {
   if (found != state.algorithms.end() && !state.checked[key]) {
     cublasLtMatmulHeuristicResult_t result{};
     const cublasStatus_t status = state.api.cublasLtMatmulAlgoCheck(
-        state.handle, problem.operation, problem.weight, problem.a, problem.out, problem.out,
+        state.handle, problem.operation, problem.weight, problem.x, problem.out, problem.out,
         &found->second, &result);
     if (status != CUBLAS_STATUS_SUCCESS || result.workspaceSize > state.workspace.bytes()) {
       state.algorithms.erase(found);
@@ -274,7 +285,7 @@ void Gemm::run(const GemmArgs& args, cudaStream_t stream) {
   state.multiply(problem, args, found->second, stream);
 }
 
-void Gemm::save_cache() {
+void CublasLtGemm::save_cache() {
   State& state = *state_;
   if (!state.changed || state.cache_file.empty()) return;
   const std::string draft = state.cache_file + "." + std::to_string(getpid());

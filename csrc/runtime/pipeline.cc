@@ -28,7 +28,9 @@ std::unique_ptr<Pipeline> Pipeline::make(const PipelineOptions& options) {
 }
 
 Pipeline::Pipeline(const PipelineOptions& options)
-    : options_(options), gemm_(options.cublaslt, options.cache_file), attention_(options.cudnn) {
+    : options_(options),
+      gemm_(options.cublaslt, options.cache_file),
+      cudnn_(CudnnAttention::open(options.cudnn)) {
   if (!options.fused_gemm || !fused_gemm_runs_here()) return;
   fused_workspace_ = DeviceBuffer(fused_gemm_workspace_bytes(), "matrix products");
   ZRT_CUDA(cudaMemset(fused_workspace_.data(), 0, fused_workspace_.bytes()));
@@ -58,13 +60,13 @@ const std::map<std::string, Pipeline::ModuleKind>& Pipeline::module_kinds() {
         }}},
       {"context_refiner",
        {"the context refiner's weights", true,
-        [](Pipeline&, Weights& weights) { turn_block_matrices(weights); },
+        [](Pipeline&, Weights& weights) { transpose_block_matrices(weights); },
         [](Pipeline& self, Weights& weights, const ModuleConfig& config) {
           self.context_refiner_.emplace(std::get<TransformerConfig>(config), weights);
         }}},
       {"transformer",
        {"the transformer's weights", true,
-        [](Pipeline&, Weights& weights) { turn_block_matrices(weights); },
+        [](Pipeline&, Weights& weights) { transpose_block_matrices(weights); },
         [](Pipeline& self, Weights& weights, const ModuleConfig& config) {
           self.transformer_.emplace(std::get<TransformerConfig>(config), weights);
         }}},
@@ -72,7 +74,7 @@ const std::map<std::string, Pipeline::ModuleKind>& Pipeline::module_kinds() {
        {"the ControlNet's weights", false,
         [](Pipeline& self, Weights& weights) {
           need(self.transformer_, "transformer");
-          turn_block_matrices(weights);
+          transpose_block_matrices(weights);
         },
         [](Pipeline& self, Weights& weights, const ModuleConfig& config) {
           self.controlnet_.emplace(std::get<ControlNetConfig>(config), weights, *self.transformer_);
@@ -95,7 +97,7 @@ const std::map<std::string, Pipeline::ModuleKind>& Pipeline::module_kinds() {
 
 void Pipeline::load(const std::string& module, std::unique_ptr<Weights> weights,
                     const ModuleConfig& config) {
-  ZRT_TURN;
+  const PipelineLock lock(mutex_, options_.device);
   const auto found = module_kinds().find(module);
   if (found == module_kinds().end())
     throw std::invalid_argument("no program runs the module " + module);
@@ -113,15 +115,15 @@ void Pipeline::load(const std::string& module, std::unique_ptr<Weights> weights,
   weights_.merge(loaded);
 }
 
-void Pipeline::change(const std::string& module, const std::vector<LowRank>& changes, bool add) {
-  ZRT_TURN;
+void Pipeline::patch(const std::string& module, const std::vector<WeightPatch>& patches, bool add) {
+  const PipelineLock lock(mutex_, options_.device);
   const auto found = weights_.find(module);
-  if (found == weights_.end() || !module_kinds().at(module).changeable)
+  if (found == weights_.end() || !module_kinds().at(module).patchable)
     throw std::invalid_argument("module: expected a loaded one with matrices, got " + module);
   Weights& weights = *found->second;
   stream_.synchronize();
-  if (weights.streams()) check_limit(weights.bytes_with(changes, add), kTextEncoderWeights);
-  weights.change(changes, stream_.get(), add);
+  if (weights.streams()) check_limit(weights.bytes_with(patches, add), kTextEncoderWeights);
+  weights.patch(patches, stream_.get(), add);
 }
 
 // At least `bytes` of a buffer that grows: what it held, and graphs that point into it, are lost.
@@ -167,7 +169,7 @@ void Pipeline::with_text_encoder(const std::function<void()>& work) {
 }
 
 void Pipeline::encode(const std::int64_t* input_ids, int tokens, float* prompt_embeds) {
-  ZRT_TURN;
+  const PipelineLock lock(mutex_, options_.device);
   TextEncoder& encoder = need(text_encoder_, "text_encoder");
   Arena size(nullptr);
   encoder.plan(tokens, size);
@@ -180,7 +182,7 @@ void Pipeline::encode(const std::int64_t* input_ids, int tokens, float* prompt_e
 }
 
 void Pipeline::refine(const float* prompt_embeds, int tokens, float* context) {
-  ZRT_TURN;
+  const PipelineLock lock(mutex_, options_.device);
   const ContextRefiner& refiner = need(context_refiner_, "context_refiner");
   const std::size_t count = static_cast<std::size_t>(tokens) * refiner.embed_dim();
   Arena size(nullptr);
@@ -192,12 +194,12 @@ void Pipeline::refine(const float* prompt_embeds, int tokens, float* context) {
   const StreamDrain drain(stream_);
   upload_to(embeds, prompt_embeds, count, stream_.get());
   refiner.run(embeds, tokens, at, ops());
-  read_back(context, at.context, sizeof(float) * padded_rows(tokens) * refiner.dim(), stream_);
+  read_back(context, at.context, sizeof(float) * padded_tokens(tokens) * refiner.dim(), stream_);
   gemm_.save_cache();
 }
 
 void Pipeline::context(const std::int64_t* input_ids, int tokens, float* context) {
-  ZRT_TURN;
+  const PipelineLock lock(mutex_, options_.device);
   TextEncoder& encoder = need(text_encoder_, "text_encoder");
   const ContextRefiner& refiner = need(context_refiner_, "context_refiner");
   Arena size(nullptr);
@@ -209,22 +211,22 @@ void Pipeline::context(const std::int64_t* input_ids, int tokens, float* context
   const StreamDrain drain(stream_);
   with_text_encoder([&] { encoder.run(input_ids, tokens, text, ops()); });
   refiner.run(text.x, tokens, at, ops());
-  read_back(context, at.context, sizeof(float) * padded_rows(tokens) * refiner.dim(), stream_);
+  read_back(context, at.context, sizeof(float) * padded_tokens(tokens) * refiner.dim(), stream_);
   gemm_.save_cache();
 }
 
 void Pipeline::evaluate(const float* latents, int latent_height, int latent_width, float timestep,
-                        const float* contexts, const std::vector<int>& context_rows,
+                        const float* contexts, const std::vector<int>& context_tokens,
                         const Control& control, float* noise_pred) {
-  ZRT_TURN;
+  const PipelineLock lock(mutex_, options_.device);
   const Transformer& transformer = need(transformer_, "transformer");
   const bool controlled = control.latents != nullptr;
   if (controlled) need(controlnet_, "controlnet");
-  const auto samples = static_cast<int>(context_rows.size());
+  const auto samples = static_cast<int>(context_tokens.size());
   const SampleShape shape{.latent_samples = samples,
                           .latent_height = latent_height,
                           .latent_width = latent_width,
-                          .context_rows = context_rows};
+                          .context_tokens = context_tokens};
   const PatchGrid grid = transformer.grid(shape);
   const std::size_t count = static_cast<std::size_t>(samples) * grid.values();
   float *in = nullptr, *out = nullptr;
@@ -248,7 +250,7 @@ void Pipeline::evaluate(const float* latents, int latent_height, int latent_widt
   upload_to(table.timesteps, &timestep, 1, stream_.get());
   upload_to(at.contexts, contexts,
             static_cast<std::size_t>(
-                std::accumulate(context_rows.begin(), context_rows.end(), std::int64_t{0})) *
+                std::accumulate(context_tokens.begin(), context_tokens.end(), std::int64_t{0})) *
                 transformer.dim(),
             stream_.get());
   const Ops run = ops();
@@ -293,7 +295,7 @@ void Pipeline::decode_to(const float* latents, int batch, int latent_height, int
 
 void Pipeline::decode(const float* latents, int batch, int latent_height, int latent_width,
                       float* image) {
-  ZRT_TURN;
+  const PipelineLock lock(mutex_, options_.device);
   decode_to(latents, batch, latent_height, latent_width, image,
             [&](const TinyVaeDecoder& decoder, const float* in, float* out, int*, std::byte* work) {
               decoder.decode(in, out, batch, latent_height, latent_width, work, side_stream_.get());
@@ -302,7 +304,7 @@ void Pipeline::decode(const float* latents, int batch, int latent_height, int la
 
 void Pipeline::decode_pixels(const float* latents, int batch, int latent_height, int latent_width,
                              std::uint8_t* pixels) {
-  ZRT_TURN;
+  const PipelineLock lock(mutex_, options_.device);
   decode_to(latents, batch, latent_height, latent_width, pixels,
             [&](const TinyVaeDecoder& decoder, const float* in, std::uint8_t* out, int* not_finite,
                 std::byte* work) {
@@ -333,7 +335,7 @@ void Pipeline::encode_from(const T* source, int batch, int height, int width, fl
 }
 
 void Pipeline::encode_image(const float* image, int batch, int height, int width, float* latents) {
-  ZRT_TURN;
+  const PipelineLock lock(mutex_, options_.device);
   encode_from(image, batch, height, width, latents,
               [&](const TinyVaeEncoder& encoder, const float* in, float* out, std::byte* work) {
                 encoder.encode(in, out, batch, height, width, work, side_stream_.get());
@@ -342,7 +344,7 @@ void Pipeline::encode_image(const float* image, int batch, int height, int width
 
 void Pipeline::encode_pixels(const std::uint8_t* pixels, int batch, int height, int width,
                              float* latents) {
-  ZRT_TURN;
+  const PipelineLock lock(mutex_, options_.device);
   encode_from(
       pixels, batch, height, width, latents,
       [&](const TinyVaeEncoder& encoder, const std::uint8_t* in, float* out, std::byte* work) {
@@ -351,7 +353,7 @@ void Pipeline::encode_pixels(const std::uint8_t* pixels, int batch, int height, 
 }
 
 MemoryUse Pipeline::memory() {
-  ZRT_TURN;
+  const PipelineLock lock(mutex_, options_.device);
   MemoryUse use{};
   for (const auto& [module, weights] : weights_)
     if (weights->uploaded()) use.weights += weights->bytes();

@@ -21,8 +21,9 @@
 #include "models/text_encoder.h"
 #include "models/tiny_vae.h"
 #include "models/transformer.h"
-#include "ops/attention.h"
 #include "ops/cublaslt_gemm.h"
+#include "ops/cudnn_attention.h"
+#include "ops/ops.h"
 #include "weights/weights.h"
 
 namespace zimage_rt {
@@ -64,10 +65,10 @@ using LoopCallback = std::function<bool(const LoopStep&)>;
 struct SampleJob {
   int latent_height;
   int latent_width;
-  std::vector<const float*> contexts;  // [context_rows[i], dim] each
-  std::vector<int> context_rows;
+  std::vector<const float*> contexts;  // [context_tokens[i], dim] each
+  std::vector<int> context_tokens;
   std::vector<const float*> negatives;
-  std::vector<int> negative_rows;
+  std::vector<int> negative_tokens;
   std::vector<SamplerStep> steps;  // a table of zimage_rt/sampling/samplers.py
   Guidance guidance;
   const float* mask = nullptr;  // of an inpainting (cpu/sampler.h), else null
@@ -114,15 +115,15 @@ class Pipeline {
   // Changes a loaded module's weights where they lie, so that captured graphs stay as they are; see
   // Weights::change, also for a text encoder that is not kept. Throws std::invalid_argument for a
   // module that was not loaded.
-  void change(const std::string& module, const std::vector<LowRank>& changes, bool add = false);
+  void patch(const std::string& module, const std::vector<WeightPatch>& patches, bool add = false);
 
   // The modules one by one, on host memory.
   void encode(const std::int64_t* input_ids, int tokens, float* prompt_embeds);
   void refine(const float* prompt_embeds, int tokens, float* context);
   // noise_pred for samples whose contexts lie behind one another, all at one timestep.
   void evaluate(const float* latents, int latent_height, int latent_width, float timestep,
-                const float* contexts, const std::vector<int>& context_rows, const Control& control,
-                float* noise_pred);
+                const float* contexts, const std::vector<int>& context_tokens,
+                const Control& control, float* noise_pred);
   void decode(const float* latents, int batch, int latent_height, int latent_width, float* image);
   void decode_pixels(const float* latents, int batch, int latent_height, int latent_width,
                      std::uint8_t* pixels);
@@ -130,7 +131,7 @@ class Pipeline {
   // The same from a picture [batch, height, width, 3].
   void encode_pixels(const std::uint8_t* pixels, int batch, int height, int width, float* latents);
 
-  // Text encoder and context refiner in one: context [padded_rows(tokens), dim].
+  // Text encoder and context refiner in one: context [padded_tokens(tokens), dim].
   void context(const std::int64_t* input_ids, int tokens, float* context);
   // The sampler loop, and the decoder if `pixels` is asked for. A callback is called when its step
   // is done, while the device already works on the next one: stopping costs that step, and asking
@@ -140,7 +141,7 @@ class Pipeline {
 
   // Milliseconds a run, each on the device between two events, on random inputs.
   std::vector<float> time_evaluation(int latent_height, int latent_width,
-                                     const std::vector<int>& context_rows, int repeats);
+                                     const std::vector<int>& context_tokens, int repeats);
   std::vector<float> time_text_encoder(int tokens, int repeats);
   std::vector<float> time_decode(int latent_height, int latent_width, int repeats);
 
@@ -160,9 +161,9 @@ class Pipeline {
   explicit Pipeline(const PipelineOptions& options);  // on the current device
   Ops ops() {
     return {.gemm = gemm_,
-            .attention = attention_,
+            .cudnn = cudnn_.get(),
             .stream = stream_.get(),
-            .fused = fused_workspace_.data()};
+            .fused_workspace = fused_workspace_.data()};
   }
   static const std::map<std::string, ModuleKind>& module_kinds();
   void check_limit(std::size_t more, const std::string& purpose);
@@ -204,8 +205,8 @@ class Pipeline {
   DeviceBuffer fused_workspace_;
   Stream stream_;
   Stream side_stream_;  // of the VAE: a preview does not wait for the step that runs
-  Gemm gemm_;
-  Attention attention_;
+  CublasLtGemm gemm_;
+  std::unique_ptr<CudnnAttention> cudnn_;                    // null: not used
   std::map<std::string, std::unique_ptr<Weights>> weights_;  // of loaded modules
   std::optional<TextEncoder> text_encoder_;
   std::optional<ContextRefiner> context_refiner_;

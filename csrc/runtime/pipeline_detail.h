@@ -16,12 +16,17 @@
 #include "models/transformer.h"
 #include "runtime/pipeline.h"
 
-// One thread at a time, on the pipeline's device.
-#define ZRT_TURN                                            \
-  const std::lock_guard<std::recursive_mutex> turn(mutex_); \
-  const DeviceGuard guard(options_.device)
-
 namespace zimage_rt {
+
+// Locks a pipeline for the calling thread, with its device current.
+class PipelineLock {
+ public:
+  PipelineLock(std::recursive_mutex& mutex, int device) : lock_(mutex), guard_(device) {}
+
+ private:
+  const std::lock_guard<std::recursive_mutex> lock_;
+  const DeviceGuard guard_;
+};
 
 // Where one request's tensors lie in loop_memory_: what captured kernels read and write.
 struct Pipeline::SampleBuffers {
@@ -69,7 +74,7 @@ class StreamDrain {
 // How a module is loaded.
 struct Pipeline::ModuleKind {
   const char* weights;  // what they are called when they do not fit
-  bool changeable;      // see Pipeline::change
+  bool patchable;       // see Pipeline::patch
   void (*arrange)(Pipeline& pipeline, Weights& weights);  // before the upload
   // Makes the program, which refers to the weights; after an error there is none.
   void (*construct)(Pipeline& pipeline, Weights& weights, const ModuleConfig& config);

@@ -129,10 +129,10 @@ void Pipeline::load_inputs(const SampleShape& shape, const SampleJob& job, const
     upload_to(target, context, count, stream);
     target += count;
   };
-  for (std::size_t i = 0; i < job.contexts.size(); ++i) add(job.contexts[i], job.context_rows[i]);
+  for (std::size_t i = 0; i < job.contexts.size(); ++i) add(job.contexts[i], job.context_tokens[i]);
   if (job.guidance.ever())
     for (std::size_t i = 0; i < job.negatives.size(); ++i)
-      add(job.negatives[i], job.negative_rows[i]);
+      add(job.negatives[i], job.negative_tokens[i]);
 }
 
 // What every evaluation needs and no latents change; the tables of all steps.
@@ -210,7 +210,7 @@ void Pipeline::run_piece(const SampleShape& shape, const SampleJob& job, Piece p
   if (piece != Piece::kDecode) {
     key.push_back(job.guidance.normalization > 0.0f);
     key.push_back(job.control.latents != nullptr);
-    key.insert(key.end(), shape.context_rows.begin(), shape.context_rows.end());
+    key.insert(key.end(), shape.context_tokens.begin(), shape.context_tokens.end());
   }
   const auto found = std::find_if(graphs_.begin(), graphs_.end(),
                                   [&](const Graph& graph) { return graph.key == key; });
@@ -327,7 +327,7 @@ bool Pipeline::run_steps(const SampleShape& shape, const SampleJob& job, const S
 }
 
 bool Pipeline::sample(const SampleJob& job, SampleTimes& times) {
-  ZRT_TURN;
+  const PipelineLock lock(mutex_, options_.device);
   const Transformer& transformer = need(transformer_, "transformer");
   if (job.pixels != nullptr) need(vae_decoder_, "tiny_vae_decoder");
   if (job.control.latents != nullptr) need(controlnet_, "controlnet");
@@ -336,10 +336,10 @@ bool Pipeline::sample(const SampleJob& job, SampleTimes& times) {
   SampleShape shape{.latent_samples = static_cast<int>(job.contexts.size()),
                     .latent_height = job.latent_height,
                     .latent_width = job.latent_width,
-                    .context_rows = job.context_rows};
+                    .context_tokens = job.context_tokens};
   if (job.guidance.ever())
-    shape.context_rows.insert(shape.context_rows.end(), job.negative_rows.begin(),
-                              job.negative_rows.end());
+    shape.context_tokens.insert(shape.context_tokens.end(), job.negative_tokens.begin(),
+                                job.negative_tokens.end());
   Arena size(nullptr);
   plan(shape, job, size);
   Arena memory = arena(loop_memory_, size.used(), "the sampler loop");

@@ -44,14 +44,14 @@ std::vector<float> Pipeline::time(int repeats, const std::function<void()>& work
 }
 
 std::vector<float> Pipeline::time_evaluation(int latent_height, int latent_width,
-                                             const std::vector<int>& context_rows, int repeats) {
-  ZRT_TURN;
+                                             const std::vector<int>& context_tokens, int repeats) {
+  const PipelineLock lock(mutex_, options_.device);
   const Transformer& transformer = need(transformer_, "transformer");
-  const auto samples = static_cast<int>(context_rows.size());
+  const auto samples = static_cast<int>(context_tokens.size());
   const SampleShape shape{.latent_samples = samples,
                           .latent_height = latent_height,
                           .latent_width = latent_width,
-                          .context_rows = context_rows};
+                          .context_tokens = context_tokens};
   const std::size_t count = static_cast<std::size_t>(samples) * transformer.grid(shape).values();
   Arena size(nullptr);
   size.take<float>(count);
@@ -63,7 +63,7 @@ std::vector<float> Pipeline::time_evaluation(int latent_height, int latent_width
   Transformer::Buffers at = transformer.plan(shape, memory);
   at.vectors = table.vectors, at.scales = table.scales;
   const std::size_t rows =
-      std::accumulate(context_rows.begin(), context_rows.end(), std::size_t{0});
+      std::accumulate(context_tokens.begin(), context_tokens.end(), std::size_t{0});
   const std::vector<float> x = noise(1, count), contexts = noise(2, rows * transformer.dim());
   const float timestep = 0.5f;
   upload_to(latents, x.data(), x.size(), stream_.get());
@@ -78,7 +78,7 @@ std::vector<float> Pipeline::time_evaluation(int latent_height, int latent_width
 }
 
 std::vector<float> Pipeline::time_text_encoder(int tokens, int repeats) {
-  ZRT_TURN;
+  const PipelineLock lock(mutex_, options_.device);
   TextEncoder& encoder = need(text_encoder_, "text_encoder");
   std::vector<std::int64_t> ids(static_cast<std::size_t>(tokens));
   for (std::size_t i = 0; i < ids.size(); ++i)
@@ -103,7 +103,7 @@ std::vector<float> Pipeline::time_text_encoder(int tokens, int repeats) {
 }
 
 std::vector<float> Pipeline::time_decode(int latent_height, int latent_width, int repeats) {
-  ZRT_TURN;
+  const PipelineLock lock(mutex_, options_.device);
   const TinyVaeDecoder& decoder = need(vae_decoder_, "tiny_vae_decoder");
   const std::size_t count =
       static_cast<std::size_t>(latent_channels_) * latent_height * latent_width;

@@ -13,42 +13,42 @@
 namespace zimage_rt {
 namespace {
 
-constexpr std::size_t kNumberBytes = 2;
+constexpr std::size_t kElementBytes = 2;
 
 }  // namespace
 
-// What one thread copies with.
-class Uploader::Lane {
+// The buffers and the stream of one thread.
+class Uploader::Worker {
  public:
-  explicit Lane(std::size_t chunk) : buffers_{PinnedBuffer(chunk), PinnedBuffer(chunk)} {}
-  Lane(const Lane&) = delete;
-  Lane& operator=(const Lane&) = delete;
-  // After an error copies may still be under way, out of the buffers that go now.
-  ~Lane() { cudaStreamSynchronize(stream_.get()); }
+  explicit Worker(std::size_t chunk) : buffers_{PinnedBuffer(chunk), PinnedBuffer(chunk)} {}
+  Worker(const Worker&) = delete;
+  Worker& operator=(const Worker&) = delete;
+  // After an error, copies from these buffers may still be in flight.
+  ~Worker() { cudaStreamSynchronize(stream_.get()); }
 
-  // Copies chunks that it takes from a shared list, two buffers deep. Of those that are turned none
-  // is larger than `turned`.
-  void copy(const std::vector<Chunk>& chunks, std::atomic<std::size_t>& next, std::size_t turned) {
-    for (std::size_t turn = 0;; ++turn) {
+  // Copies chunks from a shared list, double-buffered. `transposed_bytes`: see Uploader.
+  void copy(const std::vector<Chunk>& chunks, std::atomic<std::size_t>& next,
+            std::size_t transposed_bytes) {
+    for (std::size_t round = 0;; ++round) {
       const std::size_t i = next.fetch_add(1);
       if (i >= chunks.size()) break;
-      ZRT_CUDA(cudaEventSynchronize(copied_[turn % 2].get()));
-      send(chunks[i], turn % 2, turned);
-      ZRT_CUDA(cudaEventRecord(copied_[turn % 2].get(), stream_.get()));
+      ZRT_CUDA(cudaEventSynchronize(copied_[round % 2].get()));
+      send(chunks[i], round % 2, transposed_bytes);
+      ZRT_CUDA(cudaEventRecord(copied_[round % 2].get(), stream_.get()));
     }
     stream_.synchronize();
   }
 
  private:
-  void send(const Chunk& chunk, std::size_t buffer, std::size_t turned) {
+  void send(const Chunk& chunk, std::size_t buffer, std::size_t transposed_bytes) {
     const Part& part = chunk.part;
     if (part.bytes > buffers_[buffer].bytes()) buffers_[buffer] = PinnedBuffer(part.bytes);
     std::byte* const from = buffers_[buffer].data();
     std::byte* target = part.target;
     if (part.columns > 0) {
-      if (part.bytes > turning_[buffer].bytes())
-        turning_[buffer] = DeviceBuffer(turned, "turning matrices");
-      target = turning_[buffer].data();
+      if (part.bytes > staging_[buffer].bytes())
+        staging_[buffer] = DeviceBuffer(transposed_bytes, "transposing matrices");
+      target = staging_[buffer].data();
     }
     std::memcpy(from, part.source, part.bytes);
     ZRT_CUDA(cudaMemcpyAsync(target, from, part.bytes, cudaMemcpyHostToDevice, stream_.get()));
@@ -58,7 +58,7 @@ class Uploader::Lane {
 
   Stream stream_;
   PinnedBuffer buffers_[2];
-  DeviceBuffer turning_[2];
+  DeviceBuffer staging_[2];
   Event copied_[2];
 };
 
@@ -72,15 +72,15 @@ std::vector<Uploader::Chunk> Uploader::split(const std::vector<Part>& parts, std
                                    .bytes = std::min(chunk, part.bytes - at)}});
       continue;
     }
-    const std::size_t row = static_cast<std::size_t>(part.columns) * kNumberBytes;
+    const std::size_t row = static_cast<std::size_t>(part.columns) * kElementBytes;
     const int fitting = std::max(1, static_cast<int>(chunk / row));
-    // Whole tiles of the kernel, where one fits.
+    // Whole tiles of the kernel, if one fits.
     const int step = fitting < kTransposeTile ? fitting : fitting / kTransposeTile * kTransposeTile;
     for (int first = 0; first < part.rows; first += step) {
       const int rows = std::min(step, part.rows - first);
       chunks.push_back(
           {.part = {.source = part.source + static_cast<std::size_t>(first) * row,
-                    .target = part.target + static_cast<std::size_t>(first) * kNumberBytes,
+                    .target = part.target + static_cast<std::size_t>(first) * kElementBytes,
                     .bytes = static_cast<std::size_t>(rows) * row,
                     .rows = rows,
                     .columns = part.columns},
@@ -90,7 +90,7 @@ std::vector<Uploader::Chunk> Uploader::split(const std::vector<Part>& parts, std
   return chunks;
 }
 
-std::size_t Uploader::largest_turned(const std::vector<Chunk>& chunks) {
+std::size_t Uploader::largest_transposed(const std::vector<Chunk>& chunks) {
   std::size_t largest = 0;
   for (const Chunk& chunk : chunks)
     if (chunk.part.columns > 0) largest = std::max(largest, chunk.part.bytes);
@@ -101,12 +101,12 @@ std::size_t Uploader::count(const std::vector<Part>& parts, std::size_t chunk) {
   return split(parts, chunk).size();
 }
 
-std::size_t Uploader::turning_bytes(const std::vector<Part>& parts, std::size_t chunk,
-                                    std::size_t threads) {
+std::size_t Uploader::transpose_bytes(const std::vector<Part>& parts, std::size_t chunk,
+                                      std::size_t threads) {
   const std::vector<Chunk> chunks = split(parts, chunk);
-  const auto turned = std::count_if(chunks.begin(), chunks.end(),
-                                    [](const Chunk& it) { return it.part.columns > 0; });
-  return std::min(2 * threads, static_cast<std::size_t>(turned)) * largest_turned(chunks);
+  const auto transposed = std::count_if(chunks.begin(), chunks.end(),
+                                        [](const Chunk& it) { return it.part.columns > 0; });
+  return std::min(2 * threads, static_cast<std::size_t>(transposed)) * largest_transposed(chunks);
 }
 
 Uploader::Uploader(std::size_t chunk, std::size_t threads) : chunk_(chunk) {
@@ -136,11 +136,11 @@ void Uploader::copy(const std::vector<Part>& parts) {
   std::unique_lock<std::mutex> lock(mutex_);
   chunks_ = split(parts, chunk_);
   if (chunks_.empty()) return;
-  // In the file's order, as disks like it.
+  // Sequential reads are faster from disks.
   std::sort(chunks_.begin(), chunks_.end(), [](const Chunk& a, const Chunk& b) {
     return std::less<const std::byte*>()(a.part.source, b.part.source);
   });
-  turned_ = largest_turned(chunks_);
+  transposed_bytes_ = largest_transposed(chunks_);
   next_ = 0;
   busy_ = threads_.size();
   ++calls_;
@@ -150,7 +150,7 @@ void Uploader::copy(const std::vector<Part>& parts) {
 }
 
 void Uploader::read(int device) {
-  std::optional<Lane> lane;
+  std::optional<Worker> worker;
   std::size_t seen = 0;
   std::unique_lock<std::mutex> lock(mutex_);
   for (;;) {
@@ -160,15 +160,15 @@ void Uploader::read(int device) {
     lock.unlock();
     std::exception_ptr failure;
     try {
-      if (!lane) {
+      if (!worker) {
         ZRT_CUDA(cudaSetDevice(device));
-        lane.emplace(chunk_);
+        worker.emplace(chunk_);
       }
-      lane->copy(chunks_, next_, turned_);
+      worker->copy(chunks_, next_, transposed_bytes_);
     } catch (...) {
       failure = std::current_exception();
-      next_ = chunks_.size();  // the others stop, too
-      lane.reset();
+      next_ = chunks_.size();  // so that the other threads stop
+      worker.reset();
     }
     lock.lock();
     if (failure) failure_ = failure;

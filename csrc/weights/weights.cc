@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <limits>
 #include <thread>
 #include <utility>
 
@@ -18,9 +19,9 @@
 namespace zimage_rt {
 namespace {
 
-constexpr std::size_t kAlignment = 256;  // what cudaMalloc gives, and vector loads need
+constexpr std::size_t kAlignment = 256;  // as cudaMalloc aligns, and as vector loads need
 constexpr std::size_t kChunk = std::size_t{4} << 20;
-// Of a group: at its beginning and its end the bus waits for one chunk.
+// For groups: the bus is idle for one chunk at the beginning and one at the end of each.
 constexpr std::size_t kGroupChunk = std::size_t{2} << 20;
 // One thread copies from the page cache at 5 to 10 GB/s; the bus takes 50.
 constexpr unsigned kReaders = 8;
@@ -45,14 +46,14 @@ std::size_t readers() {
   return std::max(1u, std::min(kReaders, std::thread::hardware_concurrency()));
 }
 
-// Floats of a change's factors.
-std::size_t down_count(const LowRank& change) {
-  if (change.down == nullptr) return 0;
-  return static_cast<std::size_t>(change.rank) * static_cast<std::size_t>(change.rows);
+// Floats in the factors of a patch.
+std::size_t down_count(const WeightPatch& patch) {
+  if (patch.down == nullptr) return 0;
+  return static_cast<std::size_t>(patch.rank) * static_cast<std::size_t>(patch.rows);
 }
-std::size_t up_count(const LowRank& change) {
-  const int rows = change.down == nullptr ? change.rows : change.rank;
-  return static_cast<std::size_t>(rows) * static_cast<std::size_t>(change.columns);
+std::size_t up_count(const WeightPatch& patch) {
+  const int rows = patch.down == nullptr ? patch.rows : patch.rank;
+  return static_cast<std::size_t>(rows) * static_cast<std::size_t>(patch.columns);
 }
 
 }  // namespace
@@ -85,7 +86,7 @@ Weights::Weights(const std::string& path, std::vector<WeightEntry> entries) : pa
   map_ = static_cast<const std::byte*>(map);
 }
 
-// Kernels compute a module in one format: all tensors of 16 bits must share it.
+// Kernels compute a module in one format, which all 16-bit tensors must share.
 void Weights::check_storage(const WeightEntry& entry) {
   if (entry.dtype == DType::kFloat32) return;
   if (storage_ == DType::kFloat32) {
@@ -103,7 +104,7 @@ Weights::~Weights() {
 }
 
 void Weights::stream(const std::function<int(const std::string&)>& group_of) {
-  shared_bytes_ = kAlignment;  // the word in which keep() finds an overflow
+  shared_bytes_ = kAlignment;  // the overflow flag of defer_patches()
   for (auto& [name, place] : entries_) {
     if (place.entry.host) continue;
     place.group = group_of(name);
@@ -118,37 +119,33 @@ void Weights::stream(const std::function<int(const std::string&)>& group_of) {
   uploader_ = std::make_unique<Uploader>(kGroupChunk, readers());
 }
 
-std::size_t Weights::bytes_with(const std::vector<LowRank>& changes, bool add) const {
+std::size_t Weights::bytes_with(const std::vector<WeightPatch>& patches, bool add) const {
   std::map<int, std::size_t> bytes;
   for (const auto& [number, group] : groups_) bytes[number] = group.bytes;
-  for (const LowRank& change : changes)
-    bytes[place_of(change).group] += (down_count(change) + up_count(change)) * sizeof(float);
+  for (const WeightPatch& patch : patches)
+    bytes[place_of(patch).group] += (down_count(patch) + up_count(patch)) * sizeof(float);
   if (add)
-    for (const Kept& kept : kept_)
-      bytes[kept.place->group] += (kept.down.size() + kept.up.size()) * sizeof(float);
+    for (const DeferredPatch& deferred : deferred_)
+      bytes[deferred.place->group] += (deferred.down.size() + deferred.up.size()) * sizeof(float);
   std::size_t largest = 0;
   for (const auto& [number, size] : bytes) largest = std::max(largest, size);
   return shared_bytes_ + largest;
 }
 
-void Weights::turn(const std::function<bool(const std::string&)>& which) {
+void Weights::transpose_on_upload(const std::function<bool(const std::string&)>& selects) {
   for (auto& [name, place] : entries_) {
-    place.turned = place.entry.dtype != DType::kFloat32 && place.entry.shape.size() == 2 &&
-                   !place.entry.host && which(name);
+    const bool transposed = place.entry.dtype != DType::kFloat32 && place.entry.shape.size() == 2 &&
+                            !place.entry.host && selects(name);
+    place.layout = transposed ? Layout::kOutIn : Layout::kInOut;
   }
 }
 
 std::size_t Weights::staging_bytes() const {
   if (streams()) return 0;
-  std::vector<Uploader::Part> parts;  // for their sizes: it does not matter where they go
+  std::vector<Uploader::Part> parts;  // only their sizes matter here
   for (const auto& [name, place] : entries_)
-    if (place.turned) parts.push_back(part(place, const_cast<std::byte*>(map_)));
-  return Uploader::turning_bytes(parts, kChunk, readers());
-}
-
-bool Weights::turned(const std::string& name) const {
-  const auto found = entries_.find(name);
-  return found != entries_.end() && found->second.turned;
+    if (place.layout == Layout::kOutIn) parts.push_back(part(place, const_cast<std::byte*>(map_)));
+  return Uploader::transpose_bytes(parts, kChunk, readers());
 }
 
 void Weights::upload(const std::string& purpose) {
@@ -158,21 +155,21 @@ void Weights::upload(const std::string& purpose) {
     if (!place.entry.host && place.group < 0) places.push_back(&place);
   copy(places, buffer.data());
   device_ = std::move(buffer);
-  changed_.clear();
+  patched_.clear();
 }
 
 Uploader::Part Weights::part(const Place& place, std::byte* device) const {
   Uploader::Part part{.source = map_ + place.entry.offset,
                       .target = device + place.device_offset,
                       .bytes = place.bytes};
-  if (place.turned) {
+  if (place.layout == Layout::kOutIn) {
     part.rows = static_cast<int>(place.entry.shape[0]);
     part.columns = static_cast<int>(place.entry.shape[1]);
   }
   return part;
 }
 
-// Tensors from the file to their places on the device, turned where they are to be.
+// Copies tensors from the file to the device, in the layouts that they have there.
 void Weights::copy(const std::vector<const Place*>& places, std::byte* device) const {
   std::vector<Uploader::Part> parts;
   for (const Place* const place : places) parts.push_back(part(*place, device));
@@ -181,37 +178,36 @@ void Weights::copy(const std::vector<const Place*>& places, std::byte* device) c
   Uploader(kChunk, std::min(readers(), Uploader::count(parts, kChunk))).copy(parts);
 }
 
-const Weights::Place& Weights::place_of(const LowRank& change) const {
-  const auto found = entries_.find(change.tensor);
+const Weights::Place& Weights::place_of(const WeightPatch& patch) const {
+  const auto found = entries_.find(patch.tensor);
   bool fits = found != entries_.end() && !found->second.entry.host &&
               (!streams() || found->second.group >= 0);
   if (fits) {
     const std::vector<std::int64_t>& shape = found->second.entry.shape;
-    fits = (shape.size() == 2 || shape.size() == 1) && change.first_column >= 0 &&
-           change.rows == (shape.size() == 2 ? shape[0] : 1) &&
-           change.first_column + change.columns <= shape.back();
+    fits = (shape.size() == 2 || shape.size() == 1) && patch.first_column >= 0 &&
+           patch.rows == (shape.size() == 2 ? shape[0] : 1) &&
+           patch.first_column + patch.columns <= shape.back();
   }
   if (!fits)
-    throw WeightError(path_ + ": no matrix " + change.tensor + " of " +
-                      std::to_string(change.rows) + " rows and " +
-                      std::to_string(change.first_column + change.columns) +
+    throw WeightError(path_ + ": no matrix " + patch.tensor + " of " + std::to_string(patch.rows) +
+                      " rows and " + std::to_string(patch.first_column + patch.columns) +
                       " columns or more; export the bundle again");
   return found->second;
 }
 
-void Weights::change(const std::vector<LowRank>& changes, cudaStream_t stream, bool add) {
-  if (streams()) return keep(changes, stream, add);
+void Weights::patch(const std::vector<WeightPatch>& patches, cudaStream_t stream, bool add) {
+  if (streams()) return defer_patches(patches, stream, add);
   std::size_t floats = 0;
-  for (const LowRank& change : changes) {
-    place_of(change);
-    floats += down_count(change) + up_count(change);
+  for (const WeightPatch& patch : patches) {
+    place_of(patch);
+    floats += down_count(patch) + up_count(patch);
   }
   DeviceBuffer factors((floats + 1) * sizeof(float), "the LoRAs");
   if (!add) {
     std::vector<const Place*> places;
-    for (const std::string& name : changed_) places.push_back(&entries_.at(name));
+    for (const std::string& name : patched_) places.push_back(&entries_.at(name));
     copy(places, device_.data());
-    changed_.clear();
+    patched_.clear();
   }
 
   auto* next = reinterpret_cast<float*>(factors.data());
@@ -224,38 +220,38 @@ void Weights::change(const std::vector<LowRank>& changes, cudaStream_t stream, b
         cudaMemcpyAsync(target, source, count * sizeof(float), cudaMemcpyHostToDevice, stream));
     return target;
   };
-  for (const LowRank& change : changes) {
+  for (const WeightPatch& patch : patches) {
     const float* const down =
-        change.down == nullptr ? nullptr : upload_factor(change.down, down_count(change));
-    const float* const up = upload_factor(change.up, up_count(change));
-    changed_.insert(change.tensor);
-    update(place_of(change), change, down, up, device_.data(), overflow, stream);
+        patch.down == nullptr ? nullptr : upload_factor(patch.down, down_count(patch));
+    const float* const up = upload_factor(patch.up, up_count(patch));
+    patched_.insert(patch.tensor);
+    apply(place_of(patch), patch, down, up, device_.data(), overflow, stream);
   }
   check_range(overflow, stream);
 }
 
-void Weights::update(const Place& place, const LowRank& change, const float* down, const float* up,
-                     std::byte* device, int* overflow, cudaStream_t stream) const {
+void Weights::apply(const Place& place, const WeightPatch& patch, const float* down,
+                    const float* up, std::byte* device, int* overflow, cudaStream_t stream) const {
   LowRankUpdate args{};
   args.matrix = device + place.device_offset;
   args.type = place.entry.dtype;
-  args.rank = change.rank;
+  args.rank = patch.rank;
   args.overflow = overflow;
-  if (place.turned) {
-    // The transpose of downᵀ @ up is upᵀ @ down, and the columns are rows.
+  if (place.layout == Layout::kOutIn) {
+    // The transpose of downᵀ @ up is upᵀ @ down, and the patched columns are rows.
     args.matrix =
         static_cast<std::byte*>(args.matrix) +
-        static_cast<std::size_t>(change.first_column) * change.rows * size_of(place.entry.dtype);
-    args.rows = change.columns, args.columns = change.rows;
-    args.stride = change.rows;
+        static_cast<std::size_t>(patch.first_column) * patch.rows * size_of(place.entry.dtype);
+    args.rows = patch.columns, args.columns = patch.rows;
+    args.stride = patch.rows;
     args.down = up, args.up = down;
-    args.delta_row = 1, args.delta_column = change.columns;
+    args.delta_row = 1, args.delta_column = patch.columns;
   } else {
-    args.rows = change.rows, args.columns = change.columns;
+    args.rows = patch.rows, args.columns = patch.columns;
     args.stride = place.entry.shape.back();
-    args.first_column = change.first_column;
+    args.first_column = patch.first_column;
     args.down = down, args.up = up;
-    args.delta_row = change.columns, args.delta_column = 1;
+    args.delta_row = patch.columns, args.delta_column = 1;
   }
   if (down == nullptr) args.rank = 0, args.delta = up;
   low_rank_update(args, stream);
@@ -270,17 +266,17 @@ void Weights::check_range(const int* overflow, cudaStream_t stream) const {
                      "; use smaller weights or a bf16 bundle");
 }
 
-void Weights::bring(int group, cudaStream_t stream) {
-  bring(group, groups_.at(group).places, kept_, device_.data(), stream);
+void Weights::load_group(int group, cudaStream_t stream) {
+  load_group(group, groups_.at(group).places, deferred_, device_.data(), stream);
 }
 
-void Weights::bring(int group, const std::vector<const Place*>& places,
-                    const std::vector<Kept>& changes, std::byte* device,
-                    cudaStream_t stream) const {
+void Weights::load_group(int group, const std::vector<const Place*>& places,
+                         const std::vector<DeferredPatch>& patches, std::byte* device,
+                         cudaStream_t stream) const {
   std::vector<Uploader::Part> parts;
   for (const Place* const place : places) parts.push_back(part(*place, device));
   struct Factors {
-    const Kept& kept;
+    const DeferredPatch& deferred;
     const float* down;
     const float* up;
   };
@@ -294,55 +290,61 @@ void Weights::bring(int group, const std::vector<const Place*>& places,
                      .bytes = factor.size() * sizeof(float)});
     return reinterpret_cast<const float*>(target);
   };
-  for (const Kept& kept : changes)
-    if (kept.place->group == group) {
-      const float* const down = kept.down.empty() ? nullptr : add(kept.down);
-      found.push_back({.kept = kept, .down = down, .up = add(kept.up)});
+  for (const DeferredPatch& deferred : patches)
+    if (deferred.place->group == group) {
+      const float* const down = deferred.down.empty() ? nullptr : add(deferred.down);
+      found.push_back({.deferred = deferred, .down = down, .up = add(deferred.up)});
     }
-  // What lies there may still be read.
+  // Kernels in flight may still read the previous group.
   ZRT_CUDA(cudaStreamSynchronize(stream));
   uploader_->copy(parts);
   for (const Factors& factors : found)
-    update(*factors.kept.place, factors.kept.change, factors.down, factors.up, device,
-           reinterpret_cast<int*>(device), stream);
+    apply(*factors.deferred.place, factors.deferred.patch, factors.down, factors.up, device,
+          reinterpret_cast<int*>(device), stream);
 }
 
-void Weights::keep(const std::vector<LowRank>& changes, cudaStream_t stream, bool add) {
-  const std::size_t bytes = bytes_with(changes, add);
-  std::vector<Kept> kept;
+void Weights::defer_patches(const std::vector<WeightPatch>& patches, cudaStream_t stream,
+                            bool add) {
+  const std::size_t bytes = bytes_with(patches, add);
+  std::vector<DeferredPatch> deferred;
   std::map<int, std::set<const Place*>> places;
-  for (const LowRank& change : changes) {
-    const Place& place = place_of(change);
-    kept.push_back({.place = &place,
-                    .change = change,
-                    .down = change.down == nullptr
-                                ? std::vector<float>()
-                                : std::vector<float>(change.down, change.down + down_count(change)),
-                    .up = {change.up, change.up + up_count(change)}});
-    kept.back().change.down = kept.back().change.up = nullptr;  // the caller's
+  for (const WeightPatch& patch : patches) {
+    const Place& place = place_of(patch);
+    deferred.push_back(
+        {.place = &place,
+         .patch = patch,
+         .down = patch.down == nullptr
+                     ? std::vector<float>()
+                     : std::vector<float>(patch.down, patch.down + down_count(patch)),
+         .up = {patch.up, patch.up + up_count(patch)}});
+    deferred.back().patch.down = deferred.back().patch.up = nullptr;  // the caller's
     places[place.group].insert(&place);
   }
-  if (!kept.empty()) {
+  if (!deferred.empty()) {
     const DeviceBuffer memory(bytes, "the LoRAs");
     auto* const overflow = reinterpret_cast<int*>(memory.data());
     ZRT_CUDA(cudaMemsetAsync(overflow, 0, sizeof(int), stream));
-    for (const auto& [group, changed] : places)
-      bring(group, {changed.begin(), changed.end()}, kept, memory.data(), stream);
+    for (const auto& [group, patched] : places)
+      load_group(group, {patched.begin(), patched.end()}, deferred, memory.data(), stream);
     check_range(overflow, stream);
   }
   if (add)
-    for (Kept& earlier : kept_) kept.push_back(std::move(earlier));
-  kept_ = std::move(kept);
+    for (DeferredPatch& earlier : deferred_) deferred.push_back(std::move(earlier));
+  deferred_ = std::move(deferred);
   bytes_ = bytes;
+}
+
+const Weights::Place& Weights::find(const std::string& name, const std::string& shape) const {
+  const auto found = entries_.find(name);
+  if (found == entries_.end())
+    throw WeightError(path_ + ": tensor " + name + " " + shape +
+                      " is missing; export the bundle again");
+  return found->second;
 }
 
 TensorView Weights::get(const std::string& name, std::initializer_list<std::int64_t> shape,
                         DType dtype) const {
-  const auto found = entries_.find(name);
-  if (found == entries_.end())
-    throw WeightError(path_ + ": tensor " + name + " " + shape_text(shape) +
-                      " is missing; export the bundle again");
-  const Place& place = found->second;
+  const Place& place = find(name, shape_text(shape));
   if (!std::equal(shape.begin(), shape.end(), place.entry.shape.begin(), place.entry.shape.end()) ||
       dtype != place.entry.dtype)
     throw WeightError(path_ + ": tensor " + name + ": expected " + name_of(dtype) + " " +
@@ -351,6 +353,30 @@ TensorView Weights::get(const std::string& name, std::initializer_list<std::int6
   std::byte* const data = place.entry.host ? const_cast<std::byte*>(map_) + place.entry.offset
                                            : device_.data() + place.device_offset;
   return {.data = data, .dtype = dtype, .shape = place.entry.shape};
+}
+
+Matrix Weights::matrix(const std::string& name, int in, int out) const {
+  const TensorView view = get(name, {in, out}, storage_);
+  return {.data = view.data,
+          .dtype = view.dtype,
+          .layout = entries_.at(name).layout,
+          .in = in,
+          .out = out};
+}
+
+const float* Weights::vector(const std::string& name, std::int64_t size) const {
+  return get(name, {size}, DType::kFloat32).f32();
+}
+
+int Weights::axis(const std::string& name, std::size_t rank, std::size_t index) const {
+  const std::vector<std::int64_t>& shape =
+      find(name, "of rank " + std::to_string(rank)).entry.shape;
+  constexpr std::int64_t kLargest = std::numeric_limits<int>::max();
+  if (shape.size() != rank || shape[index] < 1 || shape[index] > kLargest)
+    throw WeightError(path_ + ": tensor " + name + ": expected " + std::to_string(rank) +
+                      (rank == 1 ? " axis" : " axes") + ", got " + shape_text(shape) +
+                      "; export the bundle again");
+  return static_cast<int>(shape[index]);
 }
 
 }  // namespace zimage_rt

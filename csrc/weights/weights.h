@@ -14,6 +14,7 @@
 
 #include "device/device.h"
 #include "device/dtype.h"
+#include "device/matrix.h"
 #include "device/tensor_view.h"
 #include "weights/uploader.h"
 
@@ -28,9 +29,9 @@ struct WeightEntry {
   bool host = false;   // stays in the mapped file: a table of which few rows are read
 };
 
-// A change of some columns of a stored matrix [rows, …], or of a vector, which has one row: downᵀ @
-// up is added, or, without a down, up itself. Host memory.
-struct LowRank {
+// A change of some columns of a stored matrix [rows, …], or of a vector, which has one row. Adds
+// downᵀ @ up or, if `down` is null, `up` itself. Host memory.
+struct WeightPatch {
   std::string tensor;
   std::int64_t first_column;
   int rank;
@@ -40,62 +41,66 @@ struct LowRank {
   const float* up;    // [rank, columns], or [rows, columns]
 };
 
-// The weights' format cannot hold what a change makes of them.
+// A patched weight does not fit into the format of the weights.
 struct RangeError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// A module's weights: the mapped file, and a copy of it on the device, whole or, streamed, one
-// group of tensors after another.
+// A module's weights: the mapped file, and its tensors on the device. Either all tensors are
+// resident, or they are streamed: one group of tensors is resident at a time, in one shared slot.
 class Weights {
  public:
-  // Throws WeightError if the file is shorter than an entry says, or if its tensors of 16 bits are
-  // not all fp16 or all bf16; std::runtime_error if it cannot be mapped.
+  // Throws WeightError if the file is shorter than an entry says, or if its 16-bit tensors are not
+  // all fp16 or all bf16; std::runtime_error if it cannot be mapped.
   Weights(const std::string& path, std::vector<WeightEntry> entries);
   Weights(const Weights&) = delete;
   Weights& operator=(const Weights&) = delete;
   ~Weights();
 
-  // From now on the device holds one group of tensors at a time, each where the last one lay, and
-  // with it those of no group (a negative number). Before anything is uploaded.
+  // Switches to streaming. `group_of` gives the group of each tensor; tensors of a negative group
+  // are always resident. Call it before the first upload.
   void stream(const std::function<int(const std::string&)>& group_of);
   bool streams() const { return !groups_.empty(); }
-  // From now on the device holds these matrices, [in, out] in the file, as [out, in]: what products
-  // are faster with at the power limit (benchmarks/LOG.md). Before anything is uploaded; not of
-  // streamed weights.
-  void turn(const std::function<bool(const std::string&)>& which);
-  bool turned(const std::string& name) const;
-  // Brings a group, with its changes, when what the stream does is done: until the next group comes
-  // its tensors are what get() says, and no other group's. Uploaded weights alone.
-  void bring(int group, cudaStream_t stream);
+  // Stores the selected matrices, [in, out] in the file, as [out, in] on the device: products of
+  // that layout are faster at the power limit (benchmarks/LOG.md). Call it before the first upload;
+  // not for streamed weights.
+  void transpose_on_upload(const std::function<bool(const std::string&)>& selects);
+  // Loads a group with its patches, in stream order. Until the next group is loaded, get() is valid
+  // for its tensors and for no other group's. Uploaded weights only.
+  void load_group(int group, cudaStream_t stream);
 
-  // Copies everything to the device through page-locked buffers, several threads reading the file;
-  // streamed, only the tensors of no group, and takes the memory that the others need. Throws
-  // OutOfMemoryError. Addresses change with every upload.
+  // Allocates device memory and copies the tensors to it; of streamed weights, only those of no
+  // group. Throws OutOfMemoryError. Addresses change with every upload.
   void upload(const std::string& purpose);
-  // Makes the device's tensors the file's plus these changes, where they lie; what an earlier call
-  // changed and this one does not is the file's again, to the byte. No two changes share columns,
-  // and no kernel may be running. Throws WeightError and OutOfMemoryError before anything changes,
-  // RangeError after it: the caller then calls again with the changes that were there.
-  // Streamed weights, which are not uploaded then, remember the changes for when their groups come.
-  // All are tried at once, in memory of their own, so whatever this throws, nothing has changed.
-  // With `add`, what earlier calls changed stays changed, and no change may share columns with it.
-  void change(const std::vector<LowRank>& changes, cudaStream_t stream, bool add = false);
+  // Sets the device's tensors to the file's plus these patches, in place. Tensors of earlier
+  // patches that are not among these are restored to the byte; with `add`, earlier patches stay,
+  // and the new ones share no columns with them. No two patches share columns. No kernel may be
+  // running. Throws WeightError and OutOfMemoryError before anything changes, RangeError after it:
+  // the caller then patches again with the previous patches. Streamed weights store the patches
+  // until their groups are loaded, and need no upload before. All patches are tried at once in
+  // separate memory, so after any error nothing has changed.
+  void patch(const std::vector<WeightPatch>& patches, cudaStream_t stream, bool add = false);
   void release() { device_.release(); }
   bool uploaded() const { return device_.data() != nullptr; }
-  // Of the device's memory, while uploaded.
+  // Device memory while uploaded.
   std::size_t bytes() const { return bytes_; }
-  // What upload() and change() take beside it for as long as they run, for matrices to be turned.
+  // Device memory that upload() and patch() need in addition while they run, for transpositions.
   std::size_t staging_bytes() const;
-  // The same for streamed weights with these changes instead of theirs, or, with `add`, beside
-  // them. Throws WeightError.
-  std::size_t bytes_with(const std::vector<LowRank>& changes, bool add = false) const;
+  // bytes() of streamed weights with these patches instead of the current ones, or, with `add`, in
+  // addition to them. Throws WeightError.
+  std::size_t bytes_with(const std::vector<WeightPatch>& patches, bool add = false) const;
 
-  // The tensor where it lies now: on the device, or in the mapped file for host entries. `shape` is
-  // the file's, also where the device holds it turned.
-  // Throws WeightError if it is missing or has another shape or dtype.
+  // The current address of a tensor: device memory, or the mapped file for host entries. `shape` is
+  // the file's, even if the device stores the transpose. Throws WeightError if the tensor is
+  // missing or has another shape or dtype.
   TensorView get(const std::string& name, std::initializer_list<std::int64_t> shape,
                  DType dtype) const;
+  // A matrix in the format and layout that it has on the device. Throws WeightError.
+  Matrix matrix(const std::string& name, int in, int out) const;
+  // An fp32 vector. Throws WeightError.
+  const float* vector(const std::string& name, std::int64_t size) const;
+  // The size of one axis of a tensor of `rank` axes. Throws WeightError.
+  int axis(const std::string& name, std::size_t rank, std::size_t index) const;
   // The format of all matrices: fp16 or bf16.
   DType storage() const { return storage_; }
 
@@ -105,46 +110,48 @@ class Weights {
     std::size_t bytes;
     std::size_t device_offset;
     int group = -1;  // none
-    bool turned = false;
+    Layout layout = Layout::kInOut;
   };
-  // Of streamed weights: tensors that are on the device together. Behind them lie the factors of
-  // their changes.
+  // Tensors of streamed weights that are resident together, followed by the factors of their
+  // patches.
   struct Group {
     std::vector<const Place*> places;
     std::size_t bytes = 0;
   };
-  // A change that streamed weights remember, with factors of its own.
-  struct Kept {
+  // A patch of streamed weights, which owns its factors.
+  struct DeferredPatch {
     const Place* place;
-    LowRank change;  // without its factors
+    WeightPatch patch;  // without its factors
     std::vector<float> down;
     std::vector<float> up;
   };
 
   void check_storage(const WeightEntry& entry);
-  const Place& place_of(const LowRank& change) const;
+  const Place& find(const std::string& name, const std::string& shape) const;
+  const Place& place_of(const WeightPatch& patch) const;
   Uploader::Part part(const Place& place, std::byte* device) const;
   void copy(const std::vector<const Place*>& places, std::byte* device) const;
-  void update(const Place& place, const LowRank& change, const float* down, const float* up,
-              std::byte* device, int* overflow, cudaStream_t stream) const;
+  void apply(const Place& place, const WeightPatch& patch, const float* down, const float* up,
+             std::byte* device, int* overflow, cudaStream_t stream) const;
   void check_range(const int* overflow, cudaStream_t stream) const;
-  void keep(const std::vector<LowRank>& changes, cudaStream_t stream, bool add);
-  void bring(int group, const std::vector<const Place*>& places, const std::vector<Kept>& changes,
-             std::byte* device, cudaStream_t stream) const;
+  void defer_patches(const std::vector<WeightPatch>& patches, cudaStream_t stream, bool add);
+  void load_group(int group, const std::vector<const Place*>& places,
+                  const std::vector<DeferredPatch>& patches, std::byte* device,
+                  cudaStream_t stream) const;
 
   std::string path_;
   std::unordered_map<std::string, Place> entries_;
   const std::byte* map_ = nullptr;
   std::size_t map_bytes_ = 0;
   std::size_t bytes_ = 0;
-  DType storage_ = DType::kFloat32;  // no tensor of 16 bits was seen yet
-  std::string storage_from_;         // the first one
+  DType storage_ = DType::kFloat32;  // until the first 16-bit tensor
+  std::string storage_from_;         // the name of that tensor
   DeviceBuffer device_;
-  std::set<std::string> changed_;  // since the last upload
+  std::set<std::string> patched_;  // since the last upload
 
-  std::map<int, Group> groups_;   // none: all tensors are on the device together
+  std::map<int, Group> groups_;   // empty unless streamed
   std::size_t shared_bytes_ = 0;  // in front of every group
-  std::vector<Kept> kept_;
+  std::vector<DeferredPatch> deferred_;
   std::unique_ptr<Uploader> uploader_;
 };
 

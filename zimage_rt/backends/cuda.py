@@ -192,10 +192,10 @@ class CudaPipeline:
         for name, found in changes.items():
             with _errors(f"changing the weights of {name}"):
                 thin = [part for part in found if isinstance(part, LowRank)]
-                self.native.change(name, [(part.tensor, part.first_column, part.down, part.up) for part in thin])
+                self.native.patch(name, [(part.tensor, part.first_column, part.down, part.up) for part in thin])
                 for part in found:  # one after the other, so that memory holds one of them
                     if isinstance(part, Dense):
-                        self.native.change(name, [(part.tensor, part.first_column, None, part.make())], add=True)
+                        self.native.patch(name, [(part.tensor, part.first_column, None, part.make())], add=True)
 
     def module(self, name: str) -> Module:
         """One module by itself, numpy in and out, as other backends have them: for parity tests."""
