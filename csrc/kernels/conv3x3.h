@@ -8,6 +8,9 @@
 
 namespace zimage_rt {
 
+// Channels of the body, and of padded latents and images.
+constexpr int kConvWideChannels = 64, kConvNarrowChannels = 16;
+
 // 3x3 convolution with padding 1 on the tensor cores, NHWC, with fp32 sums.
 //
 // Channels: 64 -> 64 (the autoencoder's body), at most 16 -> 64 (its first layer) and 64 -> at most

@@ -31,8 +31,8 @@
 namespace zimage_rt {
 namespace conv3x3_detail {
 
-constexpr int kWideChannels = 64;    // of the body
-constexpr int kNarrowChannels = 16;  // of latents and images, padded
+constexpr int kWideChannels = kConvWideChannels;
+constexpr int kNarrowChannels = kConvNarrowChannels;
 constexpr std::size_t kBiasBytes = kWideChannels * sizeof(float);
 
 constexpr int padded(int channels) {

@@ -8,7 +8,7 @@
 namespace zimage_rt {
 namespace {
 
-constexpr int kMaxWidth = 256;
+constexpr int kMaxWidth = kMaxModulationWidth;
 constexpr int kThreads = 128;
 // Steps per thread: the weights are read once for all of them.
 constexpr int kSteps = 8;

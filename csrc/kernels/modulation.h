@@ -6,6 +6,9 @@
 
 namespace zimage_rt {
 
+// The widest timestep embedding that the kernels of a modulation take.
+constexpr int kMaxModulationWidth = 256;
+
 // The timestep's modulation of the transformer, for all steps of a loop at once, before it begins.
 
 // out fp32 [steps, width] = linear2(silu(linear1(features(timestep * t_scale)))), where features
@@ -42,7 +45,7 @@ struct Modulation {
   const float* embedding;        // [steps, width] from timestep_embedding
   const ModulatedBlock* blocks;  // on the device
   int block_count;
-  int width;  // at most 256
+  int width;  // at most kMaxModulationWidth
   int dim;    // a multiple of 8
   DType type;
   float* vectors;

@@ -68,8 +68,8 @@ ControlNet::ControlNet(const ControlNetConfig& config, const Weights& weights,
       shape_(config.transformer.block_shape(weights.storage())),
       blocks_(config.transformer, weights, block_names(config),
               "the ControlNet's modulation table") {
-  if (shape_.type != transformer.type())
-    throw WeightError("controlnet: expected the transformer's number format");
+  if (shape_.type != transformer.type() || blocks_.width() != transformer.width())
+    throw WeightError("controlnet: expected the transformer's number format and modulation width");
   const int patch = config.transformer.patch_size;
   const std::string name = "control_all_x_embedder." + std::to_string(patch) + "-1.";
   embedder_ = {.channels = config.control_in_dim,

@@ -1,7 +1,7 @@
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <cstddef>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -13,24 +13,31 @@
 namespace zimage_rt {
 namespace {
 
-// Fixed in the architecture, not in the config (export/modeling/transformer.py).
-constexpr int kAdaLnWidth = 256;
+constexpr char kModulation[] = "adaLN_modulation.0.weight";
+
+// The input of a block's modulation.
+int modulation_width(const Weights& weights, const std::string& layer) {
+  const int width = weights.axis(layer + kModulation, 2, 0);
+  if (width > kMaxModulationWidth)
+    throw std::invalid_argument("transformer: expected a modulation of at most " +
+                                std::to_string(kMaxModulationWidth) + " inputs, got " +
+                                std::to_string(width));
+  return width;
+}
 
 }  // namespace
 
-int TransformerConfig::adaln_width() const { return std::min(dim, kAdaLnWidth); }
-
 ModulatedBlocks::ModulatedBlocks(const TransformerConfig& config, const Weights& weights,
                                  const std::vector<std::string>& layers, const char* purpose)
-    : shape_(config.block_shape(weights.storage())), width_(config.adaln_width()) {
+    : shape_(config.block_shape(weights.storage())),
+      width_(modulation_width(weights, layers.at(0))) {
   std::vector<ModulatedBlock> modulated;
   for (const std::string& layer : layers) {
     blocks_.push_back(block_weights(config, shape_, weights, layer));
     const auto norm = [&](const char* name) {
       return weights.vector(layer + name + ".weight", config.dim);
     };
-    const Matrix adaln =
-        weights.matrix(layer + "adaLN_modulation.0.weight", width_, 4 * config.dim);
+    const Matrix adaln = weights.matrix(layer + kModulation, width_, 4 * config.dim);
     modulated.push_back({.weight = in_out_data(adaln),
                          .bias = weights.vector(layer + "adaLN_modulation.0.bias", 4 * config.dim),
                          .norms = {norm("attention_norm1"), norm("attention_norm2"),

@@ -6,16 +6,17 @@
 #include "device/arena.h"
 #include "device/device.h"
 #include "models/block.h"
+#include "models/reference.h"
 #include "weights/weights.h"
 
 namespace zimage_rt {
 
-// Sizes of Qwen3 as the manifest has them (export/modeling/text_encoder.py).
+// The config of Qwen3 in the manifest (export/modeling/text_encoder.py).
 struct TextEncoderConfig {
   int vocab_size;
   int hidden_size;
   int intermediate_size;
-  int num_hidden_layers;  // the checkpoint's; the last one is not run
+  int num_hidden_layers;  // of the checkpoint; the last one is not run
   int num_attention_heads;
   int num_key_value_heads;
   int head_dim;
@@ -25,24 +26,24 @@ struct TextEncoderConfig {
   float up_scale;
 };
 
-// Qwen3's hidden_states[-2]. The embedding table stays on the host, where a prompt's few rows are
-// read from the mapped file. Streamed weights come to the device as their layers run.
+// Qwen3's hidden_states[-2]. The embedding table stays on the host, because a prompt reads few rows
+// of it. Streamed weights are loaded a group of layers at a time.
 class TextEncoder {
  public:
-  // Makes weights streamed, a few layers at a time.
+  // Switches the weights to streaming, a few layers per group.
   static void stream(Weights& weights);
   // Checks the weights. Throws WeightError.
   TextEncoder(const TextEncoderConfig& config, Weights& weights);
 
   struct Buffers {
-    float* x;  // [rows, hidden_size]: prompt_embeds in the end
+    float* x;  // [rows, hidden_size]; prompt_embeds after the run
     float* cos;
     float* sin;
     BlockBuffers block;
   };
-  // Prompts run at a multiple of 32 rows, so that few shapes are ever timed: the model is causal,
-  // and rows behind the prompt change nothing before them.
-  static int padded(int tokens) { return (tokens + 31) / 32 * 32; }
+  // Prompts run at a multiple of 32 rows, so that few shapes are ever timed. The model is causal:
+  // rows after the prompt do not change the rows before them.
+  static int padded(int tokens) { return round_up(tokens, 32); }
   Buffers plan(int tokens, Arena& arena) const;
 
   // Leaves prompt_embeds [tokens, hidden_size] at the start of buffers.x. Throws

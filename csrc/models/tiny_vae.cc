@@ -15,7 +15,7 @@ namespace {
 
 using Layer = TinyVaeLayers::Layer;
 
-constexpr int kWidth = 64;
+constexpr int kWidth = kConvWideChannels;
 
 void check(const TinyVaeConfig& config) {
   if (config.widths.empty() || config.widths.size() != config.blocks.size())

@@ -20,12 +20,6 @@
 namespace zimage_rt {
 namespace {
 
-// Fixed in the architecture, not in the config (export/modeling/transformer.py).
-constexpr int kFrequencies = 128;
-constexpr int kTimestepMiddle = 1024;
-constexpr float kQkNormEps = 1e-5f;
-constexpr float kFinalNormEps = 1e-6f;
-
 // A block's matrices.
 constexpr char kQkv[] = "attention.qkv.weight";
 constexpr char kOut[] = "attention.to_out.0.weight";
@@ -111,25 +105,27 @@ Transformer::Transformer(const TransformerConfig& config, const Weights& weights
     : config_(config),
       shape_(config.block_shape(weights.storage())),
       blocks_(config, weights, layer_names(config), "the transformer's modulation table"),
-      axes_(rope_axes(config, weights, 3)),
-      tensors_(tensors_of(config, weights)),
-      width_(config.adaln_width()) {}
+      axes_(rope_axes(config, weights, kRopeAxes)),
+      tensors_(tensors_of(config, weights, blocks_.width())) {}
 
 Transformer::Tensors Transformer::tensors_of(const TransformerConfig& config,
-                                             const Weights& weights) {
+                                             const Weights& weights, int width) {
   const auto vector = [&](const std::string& name, int size) { return weights.vector(name, size); };
   const auto matrix = [&](const std::string& name, int in, int out) {
     return weights.matrix(name, in, out);
   };
-  const int dim = config.dim, width = config.adaln_width();
+  const int dim = config.dim;
   const int features = config.patch_size * config.patch_size * config.in_channels;
   const std::string patch = std::to_string(config.patch_size) + "-1.";
   const std::string embedder = "all_x_embedder." + patch, last = "all_final_layer." + patch;
   Tensors out{};
-  out.frequencies = vector("t_embedder.constants.frequencies", kFrequencies);
-  out.timestep1 = matrix("t_embedder.mlp.0.weight", 2 * kFrequencies, kTimestepMiddle);
-  out.timestep1_bias = vector("t_embedder.mlp.0.bias", kTimestepMiddle);
-  out.timestep2 = matrix("t_embedder.mlp.2.weight", kTimestepMiddle, width);
+  // Every size comes from one tensor, and the others are checked against it.
+  out.half = weights.axis("t_embedder.constants.frequencies", 1, 0);
+  out.middle = weights.axis("t_embedder.mlp.0.bias", 1, 0);
+  out.frequencies = vector("t_embedder.constants.frequencies", out.half);
+  out.timestep1 = matrix("t_embedder.mlp.0.weight", 2 * out.half, out.middle);
+  out.timestep1_bias = vector("t_embedder.mlp.0.bias", out.middle);
+  out.timestep2 = matrix("t_embedder.mlp.2.weight", out.middle, width);
   out.timestep2_bias = vector("t_embedder.mlp.2.bias", width);
   out.embedder = {.channels = config.in_channels,
                   .weight = matrix(embedder + "weight", features, dim),
@@ -187,7 +183,7 @@ Transformer::StepTable Transformer::plan_steps(int steps, Arena& arena) const {
   const auto count = static_cast<std::size_t>(steps);
   StepTable table{};
   table.timesteps = arena.take<float>(count);
-  table.embedding = arena.take<float>(count * width_);
+  table.embedding = arena.take<float>(count * width());
   table.vectors = arena.take<float>(count * blocks_.step_vectors());
   table.scales = arena.take<float>(count * config_.dim);
   return table;
@@ -197,13 +193,13 @@ void Transformer::prepare_steps(const StepTable& table, int steps, const Ops& op
   timestep_embedding({.timesteps = table.timesteps,
                       .t_scale = config_.t_scale,
                       .frequencies = tensors_.frequencies,
-                      .half = kFrequencies,
+                      .half = tensors_.half,
                       .weight1 = in_out_data(tensors_.timestep1),
                       .bias1 = tensors_.timestep1_bias,
-                      .middle = kTimestepMiddle,
+                      .middle = tensors_.middle,
                       .weight2 = in_out_data(tensors_.timestep2),
                       .bias2 = tensors_.timestep2_bias,
-                      .width = width_,
+                      .width = width(),
                       .type = shape_.type,
                       .out = table.embedding,
                       .steps = steps},
@@ -212,7 +208,7 @@ void Transformer::prepare_steps(const StepTable& table, int steps, const Ops& op
   final_modulation({.embedding = table.embedding,
                     .weight = in_out_data(tensors_.last_modulation),
                     .bias = tensors_.last_modulation_bias,
-                    .width = width_,
+                    .width = width(),
                     .dim = config_.dim,
                     .type = shape_.type,
                     .scales = table.scales,

@@ -12,6 +12,7 @@
 #include "kernels/patchify.h"
 #include "kernels/rope_table.h"
 #include "models/block.h"
+#include "models/reference.h"
 #include "weights/weights.h"
 
 namespace zimage_rt {
@@ -36,14 +37,7 @@ struct TransformerConfig {
   float up_scale;
 
   BlockShape block_shape(DType type) const;
-  int adaln_width() const;  // of the timestep's embedding
 };
-
-// Rows of every sequence are padded to a multiple of this (SEQ_MULTI_OF in diffusers).
-constexpr int kSequenceMultiple = 32;
-inline int padded_tokens(int rows) {
-  return (rows + kSequenceMultiple - 1) / kSequenceMultiple * kSequenceMultiple;
-}
 
 // The checkpoint's RoPE tables of the first `count` axes.
 std::vector<RopeAxis> rope_axes(const TransformerConfig& config, const Weights& weights, int count);
@@ -110,6 +104,8 @@ class ModulatedBlocks {
 
   // The number of floats in the vectors of one step, [blocks, 4, dim].
   std::size_t step_vectors() const { return blocks_.size() * 4 * shape_.dim; }
+  // Of the timestep's embedding, in the shapes of the weights.
+  int width() const { return width_; }
   // vectors [steps, blocks, 4, dim], from the embedding of the timesteps.
   void prepare(const float* embedding, int steps, float* vectors, cudaStream_t stream) const;
   // Runs x through blocks [first, last), in place, with the vectors of one step.
@@ -195,6 +191,7 @@ class Transformer {
   int dim() const { return config_.dim; }
   const TransformerConfig& config() const { return config_; }
   DType type() const { return shape_.type; }
+  int width() const { return blocks_.width(); }  // of the timestep's embedding
   // Rows of one image with padding, and of the first `samples` samples with their contexts.
   int image_tokens(const SampleShape& shape) const { return padded_tokens(grid(shape).rows()); }
   int rows(const SampleShape& shape, int samples) const;
@@ -205,7 +202,10 @@ class Transformer {
  private:
   // The tensors outside of the blocks.
   struct Tensors {
-    const float* frequencies;  // of the timestep's embedding
+    // The timestep's embedding: frequencies [half], a middle layer, an output of the blocks' width.
+    const float* frequencies;
+    int half;
+    int middle;
     Matrix timestep1;
     const float* timestep1_bias;
     Matrix timestep2;
@@ -217,14 +217,13 @@ class Transformer {
     Matrix last;  // [dim, features]
     const float* last_bias;
   };
-  static Tensors tensors_of(const TransformerConfig& config, const Weights& weights);
+  static Tensors tensors_of(const TransformerConfig& config, const Weights& weights, int width);
 
   TransformerConfig config_;
   BlockShape shape_;
   ModulatedBlocks blocks_;  // noise_refiner, then layers
   std::vector<RopeAxis> axes_;
   Tensors tensors_;
-  int width_;  // of the timestep's embedding
 };
 
 }  // namespace zimage_rt
