@@ -87,5 +87,6 @@ target_compile_options(zimage_cuda PRIVATE
 
 file(GLOB kernel_bindings CONFIGURE_DEPENDS csrc/bindings/kernels_*.cc)
 list(JOIN ZIMAGE_RT_CUDA_ARCHITECTURES "," architectures)  # a semicolon would end the compiler's command
-add_python_module(_cuda SOURCES csrc/bindings/cuda.cc ${kernel_bindings} LIBRARIES zimage_cuda
+add_python_module(_cuda SOURCES
+  csrc/bindings/cuda.cc csrc/bindings/module_config.cc csrc/bindings/sample_job.cc ${kernel_bindings} LIBRARIES zimage_cuda
                   DEFINITIONS "ZIMAGE_RT_CUDA_ARCHITECTURES=\"${architectures}\"")

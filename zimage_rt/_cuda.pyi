@@ -1,7 +1,9 @@
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 
 import numpy as np
+
+from .backends.base import SampleJob
 
 architectures: str
 kernels: ModuleType
@@ -19,7 +21,7 @@ def device_info(device: int) -> dict: ...
 def profiler(on: bool) -> None: ...
 
 class Pipeline:
-    """The programs of one bundle on one device; csrc/runtime/pipeline.h has the details."""
+    """The modules of one bundle on one device; csrc/runtime/pipeline.h has the details."""
 
     def __init__(
         self,
@@ -53,24 +55,7 @@ class Pipeline:
     def decode_pixels(self, latents: np.ndarray) -> np.ndarray: ...
     def encode_pixels(self, image: np.ndarray, latent_channels: int, factor: int) -> np.ndarray: ...
     def encode_image(self, image: np.ndarray, latent_channels: int, factor: int) -> np.ndarray: ...
-    def sample(
-        self,
-        *,
-        latents: np.ndarray,
-        contexts: Sequence[np.ndarray],
-        negatives: Sequence[np.ndarray],
-        steps: np.ndarray,
-        guidance_scales: np.ndarray,
-        cfg_normalization: float,
-        mask: np.ndarray | None,
-        image: np.ndarray | None,
-        noise: np.ndarray | None,
-        step_noise: np.ndarray | None,
-        control_latents: np.ndarray | None,
-        control_scale: float,
-        decode: bool,
-        callback: Callable[[int, int, float, float, Callable[[], np.ndarray]], bool] | None,
-    ) -> tuple | None: ...
+    def sample(self, job: SampleJob, *, decode: bool) -> tuple | None: ...
     def time_evaluation(
         self, latent_height: int, latent_width: int, context_tokens: Sequence[int], repeats: int
     ) -> list[float]: ...

@@ -4,10 +4,12 @@
 #include <cstddef>
 #include <vector>
 
+#include "cpu/guidance.h"
+
 namespace zimage_rt {
 namespace {
 
-// `kept` is [slots, total]; the sum's order is the CUDA kernel's, too.
+// `kept` is [slots, total]. The order of the sum is that of kernels/sampler_update.cu.
 void update(const SamplerStep& step, float* latents, const float* noise_pred, float* kept,
             const float* noise, std::size_t total) {
   for (std::size_t j = 0; j < total; ++j) {
@@ -23,7 +25,7 @@ void update(const SamplerStep& step, float* latents, const float* noise_pred, fl
   }
 }
 
-// Slots that a table writes or reads.
+// The number of slots that a table writes or reads.
 std::size_t count_slots(const std::vector<SamplerStep>& steps) {
   std::size_t count = 0;
   for (const SamplerStep& step : steps) {
@@ -34,10 +36,10 @@ std::size_t count_slots(const std::vector<SamplerStep>& steps) {
   return count;
 }
 
-void blend(const Inpaint& inpaint, float sigma, float* latents, std::size_t batch,
-           std::size_t sample_size) {
-  for (std::size_t j = 0; j < batch * sample_size; ++j) {
-    const float mask = inpaint.mask[j / sample_size * inpaint.area + j % inpaint.area];
+void blend(const Inpaint& inpaint, float sigma, float* latents, const LatentShape& shape) {
+  const std::size_t area = shape.area(), sample_size = shape.sample_size();
+  for (std::size_t j = 0; j < shape.size(); ++j) {
+    const float mask = inpaint.mask[j / sample_size * area + j % area];
     const float image = sigma * inpaint.noise[j] + (1.0f - sigma) * inpaint.image[j];
     latents[j] = (1.0f - mask) * image + mask * latents[j];
   }
@@ -56,35 +58,36 @@ std::size_t count_draws(const std::vector<SamplerStep>& steps, std::size_t rows)
       steps.begin(), last, [](const SamplerStep& step) { return step.noise != 0.0f; }));
 }
 
-bool sample(Denoiser& denoiser, const std::vector<SamplerStep>& steps, const Guidance& guidance,
-            float* latents, std::size_t batch, std::size_t sample_size, const float* step_noise,
-            const Inpaint* inpaint, const StepCallback& callback) {
-  const std::size_t total = batch * sample_size;
-  std::vector<float> noise_pred(guidance.ever() ? 2 * total : total);
-  std::vector<float> kept(count_slots(steps) * total);
-  const int count = count_steps(steps);
+bool sample(Denoiser& denoiser, const SampleJob& job) {
+  const std::size_t total = job.shape.size(), sample_size = job.shape.sample_size();
+  const auto batch = static_cast<std::size_t>(job.shape.batch);
+  std::vector<float> noise_pred(job.guidance.ever() ? 2 * total : total);
+  std::vector<float> kept(count_slots(job.steps) * total);
+  const auto read_latents = [&](float* target) { std::copy_n(job.latents, total, target); };
+  const int count = count_steps(job.steps);
+  const float* step_noise = job.step_noise;
   int index = 0;
-  float sigma_before = steps.empty() ? 0.0f : steps.front().sigma;
-  for (std::size_t i = 0; i < steps.size(); ++i) {
-    const SamplerStep& step = steps[i];
-    const bool guided = guidance.active(i, batch);
-    denoiser.predict(latents, 1.0f - step.sigma, guided, noise_pred.data());
+  float sigma_before = job.steps.empty() ? 0.0f : job.steps.front().sigma;
+  for (std::size_t i = 0; i < job.steps.size(); ++i) {
+    const SamplerStep& step = job.steps[i];
+    const bool guided = job.guidance.active(i, batch);
+    denoiser.predict(job.latents, 1.0f - step.sigma, guided, noise_pred.data());
     if (guided) {
       for (std::size_t b = 0; b < batch; ++b) {
         float* positive = noise_pred.data() + b * sample_size;
-        apply_guidance(guidance.scales[i * batch + b], guidance.normalization, positive,
+        apply_guidance(job.guidance.scales[i * batch + b], job.guidance.normalization, positive,
                        positive + total, sample_size);
       }
     }
-    update(step, latents, noise_pred.data(), kept.data(), step_noise, total);
+    update(step, job.latents, noise_pred.data(), kept.data(), step_noise, total);
     if (step.noise != 0.0f) step_noise += total;
     if (step.ends == 0.0f) continue;
-    if (inpaint != nullptr) blend(*inpaint, step.sigma_next, latents, batch, sample_size);
-    if (callback && !callback({.index = index,
-                               .count = count,
-                               .sigma = sigma_before,
-                               .sigma_next = step.sigma_next,
-                               .latents = latents}))
+    if (job.inpaint) blend(*job.inpaint, step.sigma_next, job.latents, job.shape);
+    if (job.on_step && !job.on_step({.index = index,
+                                     .count = count,
+                                     .sigma = sigma_before,
+                                     .sigma_next = step.sigma_next,
+                                     .read_latents = read_latents}))
       return false;
     sigma_before = step.sigma_next;
     ++index;

@@ -107,8 +107,8 @@ void Pipeline::load(const std::string& module, std::unique_ptr<Weights> weights,
   kind.arrange(*this, *weights);
   check_limit(weights->bytes() + weights->staging_bytes(), kind.weights);
   weights->upload(kind.weights);
-  // The node is made before the program and kept after it: neither an error of the program nor one
-  // of the map leaves half a module.
+  // The map's node is allocated before the model and merged after it, so that no error leaves half
+  // a module.
   std::map<std::string, std::unique_ptr<Weights>> loaded;
   Weights& uploaded = *loaded.emplace(module, std::move(weights)).first->second;
   kind.construct(*this, uploaded, config);
@@ -126,7 +126,8 @@ void Pipeline::patch(const std::string& module, const std::vector<WeightPatch>& 
   weights.patch(patches, stream_.get(), add);
 }
 
-// At least `bytes` of a buffer that grows: what it held, and graphs that point into it, are lost.
+// An arena over a buffer, which grows to `bytes` if it is smaller. Growing loses its contents, and
+// the graphs that hold its addresses.
 Arena Pipeline::arena(DeviceBuffer& buffer, std::size_t bytes, const char* purpose) {
   if (&buffer == &loop_memory_ && sampling_)
     throw std::invalid_argument(std::string(purpose) +
@@ -150,8 +151,8 @@ void Pipeline::read_back(void* target, const void* source, std::size_t bytes,
   std::memcpy(target, staging_.data(), bytes);
 }
 
-// Runs `work` with the text encoder's weights on the device, or the memory that they come to. Where
-// they are not kept, the memory is given back.
+// Runs `work` with the text encoder's weights on the device. Unless they are kept, they are
+// uploaded before and released after it.
 void Pipeline::with_text_encoder(const std::function<void()>& work) {
   if (options_.keep_text_encoder) return work();
   Weights& weights = *weights_.at("text_encoder");
@@ -217,10 +218,10 @@ void Pipeline::context(const std::int64_t* input_ids, int tokens, float* context
 
 void Pipeline::evaluate(const float* latents, int latent_height, int latent_width, float timestep,
                         const float* contexts, const std::vector<int>& context_tokens,
-                        const Control& control, float* noise_pred) {
+                        const std::optional<Control>& control, float* noise_pred) {
   const PipelineLock lock(mutex_, options_.device);
   const Transformer& transformer = need(transformer_, "transformer");
-  const bool controlled = control.latents != nullptr;
+  const bool controlled = control.has_value();
   if (controlled) need(controlnet_, "controlnet");
   const auto samples = static_cast<int>(context_tokens.size());
   const SampleShape shape{.latent_samples = samples,
@@ -237,7 +238,7 @@ void Pipeline::evaluate(const float* latents, int latent_height, int latent_widt
     out = memory.take<float>(count);
     table = transformer.plan_steps(1, memory);
     Transformer::Buffers buffers = transformer.plan(shape, memory);
-    // The only step is the one that runs.
+    // The only step is the current one.
     buffers.vectors = table.vectors, buffers.scales = table.scales;
     if (controlled) beside = controlnet_->plan(shape, memory);
     return buffers;
@@ -257,8 +258,8 @@ void Pipeline::evaluate(const float* latents, int latent_height, int latent_widt
   transformer.prepare_steps(table, 1, run);
   transformer.prepare(shape, at, run);
   if (controlled) {
-    upload_to(beside.latents, control.latents, controlnet_->latent_values(shape), stream_.get());
-    upload_to(beside.scale, &control.scale, 1, stream_.get());
+    upload_to(beside.latents, control->latents, controlnet_->latent_values(shape), stream_.get());
+    upload_to(beside.scale, &control->scale, 1, stream_.get());
     controlnet_->prepare_steps(table, 1, beside.vectors, run);
     controlnet_->evaluate({.shape = shape, .samples = samples, .buffers = at, .ops = run}, in,
                           beside);
@@ -270,8 +271,8 @@ void Pipeline::evaluate(const float* latents, int latent_height, int latent_widt
   gemm_.save_cache();
 }
 
-// Decodes to values of T: `run` is given the latents, the output, where it says whether that is not
-// finite, and a workspace on the device, and works on the side stream.
+// Decodes to values of T. `run` takes the latents, the output, the flag for values that are not
+// finite and a workspace, all on the device, and works on the side stream.
 template <typename T, typename Run>
 void Pipeline::decode_to(const float* latents, int batch, int latent_height, int latent_width,
                          T* target, Run&& run) {
@@ -313,7 +314,7 @@ void Pipeline::decode_pixels(const float* latents, int batch, int latent_height,
             });
 }
 
-// Encodes values of T: `run` is given the image, the latents and a workspace on the device, and
+// Encodes values of T. `run` takes the image, the latents and a workspace, all on the device, and
 // works on the side stream.
 template <typename T, typename Run>
 void Pipeline::encode_from(const T* source, int batch, int height, int width, float* latents,
@@ -359,7 +360,7 @@ MemoryUse Pipeline::memory() {
     if (weights->uploaded()) use.weights += weights->bytes();
   use.workspace = loop_memory_.bytes() + table_memory_.bytes() + side_memory_.bytes() +
                   gemm_.workspace_bytes() + fused_workspace_.bytes();
-  for (const Graph& graph : graphs_) use.graphs += graph.bytes;
+  use.graphs = graphs_.bytes();
   ZRT_CUDA(cudaMemGetInfo(&use.free, &use.total));
   return use;
 }

@@ -1,13 +1,12 @@
 #pragma once
 
-// What the files of Pipeline share.
+// Declarations that the files of Pipeline share.
 
 #include <cuda_runtime_api.h>
 
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
-#include <vector>
 
 #include "cpu/sampler.h"
 #include "device/check.h"
@@ -15,6 +14,7 @@
 #include "models/controlnet.h"
 #include "models/transformer.h"
 #include "runtime/pipeline.h"
+#include "weights/weights.h"
 
 namespace zimage_rt {
 
@@ -28,38 +28,46 @@ class PipelineLock {
   const DeviceGuard guard_;
 };
 
-// Where one request's tensors lie in loop_memory_: what captured kernels read and write.
+// One call of Pipeline::sample.
+struct Pipeline::Request {
+  const SampleJob& job;
+  const Conditioning& conditioning;
+  SampleShape shape;     // with the negative samples, if any evaluation is guided
+  std::uint8_t* pixels;  // null: not decoded
+};
+
+// The tensors of a request in loop_memory_, which captured kernels read and write.
 struct Pipeline::SampleBuffers {
   float* latents;
   float* kept;        // SamplerStep::kHistory times the latents
-  float* step_noise;  // like the latents: what the step that runs adds
-  SamplerStep* step;  // the one that runs
+  float* step_noise;  // like the latents, of the current step
+  SamplerStep* step;  // the current one
   float* scales;      // its guidance, [batch]
   float* normalization;
-  float* mask;  // null, like the two behind it, unless an image is kept
+  float* mask;  // null, like image and noise, without inpainting
   float* image;
   float* noise;
   float* factors;
   Transformer::Buffers transformer;
   ControlNet::Buffers control;  // unset without a control image
-  // The decoder's, in the memory of the two above: it runs when they are done.
+  // The decoder's, in the memory of the two above: it runs after them.
   std::uint8_t* pixels;
   int* not_finite;  // [1]
   std::byte* decoder;
 };
 
-// What no captured kernel uses, in table_memory_: it grows with the number of steps.
+// The tensors that no captured kernel uses, in table_memory_; they grow with the number of steps.
 struct Pipeline::StepTables {
   SamplerStep* steps;
   float* scales;      // of guidance, [steps, batch]
-  float* step_noise;  // [draws, *latents], for the steps that take noise
+  float* step_noise;  // [draws, *latents], of the steps that take noise
   Transformer::StepTable transformer;
   float* control_vectors;  // [steps, blocks, 4, dim]; null without a control image
-  float* seen[2];          // latents after a step, for its callback; steps alternate
+  float* snapshots[2];     // latents after a step, for its callback; steps alternate
 };
 
-// Waits for a stream at the end of a scope, also when an error ends it: memory that the stream
-// works on is then free for others.
+// Synchronises a stream at the end of a scope, even after an error, so that the memory of its work
+// can be reused.
 class StreamDrain {
  public:
   explicit StreamDrain(const Stream& stream) : stream_(stream) {}
@@ -73,26 +81,20 @@ class StreamDrain {
 
 // How a module is loaded.
 struct Pipeline::ModuleKind {
-  const char* weights;  // what they are called when they do not fit
-  bool patchable;       // see Pipeline::patch
+  const char* weights;                                    // their name in errors
+  bool patchable;                                         // see Pipeline::patch
   void (*arrange)(Pipeline& pipeline, Weights& weights);  // before the upload
-  // Makes the program, which refers to the weights; after an error there is none.
+  // Constructs the model, which refers to the weights; after an error there is none.
   void (*construct)(Pipeline& pipeline, Weights& weights, const ModuleConfig& config);
 };
 
-struct Pipeline::Graph {
-  std::vector<int> key;
-  GraphExec exec;
-  std::size_t bytes;
-};
-
-// Pixels a latent covers.
+// Pixels per latent.
 template <typename Vae>
 std::size_t area(const Vae& vae) {
   return static_cast<std::size_t>(vae.factor()) * vae.factor();
 }
 
-// Waits for the stream and says what it left in a flag on the device.
+// Synchronises the stream and reads a flag on the device.
 inline bool read_flag(const int* flag, const Stream& stream) {
   int value = 0;
   ZRT_CUDA(cudaMemcpyAsync(&value, flag, sizeof(int), cudaMemcpyDeviceToHost, stream.get()));

@@ -1,4 +1,4 @@
-// What benchmarks ask of a pipeline: milliseconds on the device, between two events.
+// Timings of a pipeline for benchmarks: milliseconds on the device, between two events.
 
 #include <cstddef>
 #include <cstdint>
@@ -9,6 +9,8 @@
 #include "cpu/rng.h"
 #include "device/arena.h"
 #include "device/check.h"
+#include "device/device.h"
+#include "runtime/graph_cache.h"
 #include "runtime/pipeline_detail.h"
 
 namespace zimage_rt {
@@ -25,12 +27,7 @@ std::vector<float> noise(std::uint64_t seed, std::size_t count) {
 std::vector<float> Pipeline::time(int repeats, const std::function<void()>& work) {
   work();
   stream_.synchronize();
-  cudaGraph_t graph = nullptr;
-  ZRT_CUDA(cudaStreamBeginCapture(stream_.get(), cudaStreamCaptureModeThreadLocal));
-  work();
-  ZRT_CUDA(cudaStreamEndCapture(stream_.get(), &graph));
-  const GraphExec exec(graph);
-  ZRT_CUDA(cudaGraphDestroy(graph));
+  const GraphExec exec = capture_graph(stream_.get(), work);
   std::vector<float> times;
   for (int i = 0; i < repeats + 2; ++i) {
     ZRT_CUDA(cudaEventRecord(started_.get(), stream_.get()));

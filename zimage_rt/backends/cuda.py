@@ -220,26 +220,10 @@ class CudaPipeline:
         return self._run(job, decode=True)
 
     def _run(self, job: SampleJob, decode: bool) -> tuple[np.ndarray, dict[str, float]] | None:
-        control = job.conditioning.control
-        name = "transformer" if control is None else "controlnet"
+        name = "transformer" if job.conditioning.control is None else "controlnet"
         self.load([name])
         with _errors("drawing"):
-            result = self.native.sample(
-                latents=job.latents,
-                contexts=list(job.conditioning.contexts),
-                negatives=list(job.conditioning.negatives),
-                steps=job.steps,
-                guidance_scales=job.guidance.scales,
-                cfg_normalization=job.guidance.normalization,
-                mask=None if job.inpaint is None else job.inpaint.mask,
-                image=None if job.inpaint is None else job.inpaint.image,
-                noise=None if job.inpaint is None else job.inpaint.noise,
-                step_noise=job.step_noise,
-                control_latents=None if control is None else control.latents,
-                control_scale=0.0 if control is None else control.scale,
-                decode=decode,
-                callback=job.on_step,
-            )
+            result = self.native.sample(job, decode=decode)
         if result is None:
             return None
         check_finite(job.latents, name)

@@ -13,7 +13,7 @@ from .. import _core
 from ..errors import RequestError
 from ..image.convert import to_signed, to_uint8
 from ..not_finite import check_finite
-from .base import Change, CheckModule, Conditioning, Module, OnStep, SampleJob
+from .base import Change, CheckModule, Conditioning, Module, SampleJob
 
 # Loads a module by name with changed weights.
 LoadPatched = Callable[[str, Sequence[Change]], Module]
@@ -91,17 +91,7 @@ class ModulePipeline:
         """See `Pipeline`; the loop is `csrc/cpu/sampler.cc`."""
         name = "transformer" if job.conditioning.control is None else "controlnet"
         denoiser = ModuleDenoiser(name, self.module(name), job.conditioning)
-        kept = {} if job.inpaint is None else vars(job.inpaint)
-        finished = _core.sample(
-            denoiser,
-            job.steps,
-            job.latents,
-            job.guidance.scales,
-            job.guidance.normalization,
-            step_noise=job.step_noise,
-            callback=None if job.on_step is None else _with_latents_here(job.on_step),
-            **kept,
-        )
+        finished = _core.sample(denoiser, job)
         check_finite(job.latents, name)  # guidance may overflow where no prediction does
         return finished
 
@@ -133,15 +123,6 @@ class ModulePipeline:
         denoised = time.perf_counter()
         images = self.decode(job.latents, vae)
         return images, {"denoise": denoised - start, "decode": time.perf_counter() - denoised}
-
-
-def _with_latents_here(on_step: OnStep) -> Callable[[int, int, float, float, np.ndarray], bool]:
-    """`on_step` as the loop on the host calls it, with the latents themselves."""
-
-    def callback(step: int, count: int, sigma: float, sigma_next: float, latents: np.ndarray) -> bool:
-        return on_step(step, count, sigma, sigma_next, lambda: latents)
-
-    return callback
 
 
 class ModuleDenoiser:
