@@ -85,8 +85,13 @@ target_compile_options(zimage_cuda PRIVATE
   $<$<AND:$<COMPILE_LANGUAGE:CUDA>,$<BOOL:${ZIMAGE_RT_WERROR}>>:--Werror=all-warnings>
   $<$<COMPILE_LANGUAGE:CXX>:${ZIMAGE_RT_WARNINGS}>)
 
-file(GLOB kernel_bindings CONFIGURE_DEPENDS csrc/bindings/kernels_*.cc)
 list(JOIN ZIMAGE_RT_CUDA_ARCHITECTURES "," architectures)  # a semicolon would end the compiler's command
-add_python_module(_cuda SOURCES
-  csrc/bindings/cuda.cc csrc/bindings/module_config.cc csrc/bindings/sample_job.cc ${kernel_bindings} LIBRARIES zimage_cuda
+add_python_module(_cuda LIBRARIES zimage_cuda
+                  SOURCES csrc/bindings/cuda.cc csrc/bindings/module_config.cc csrc/bindings/sample_job.cc
                   DEFINITIONS "ZIMAGE_RT_CUDA_ARCHITECTURES=\"${architectures}\"")
+
+# Single kernels, for tests in a working tree; no wheel has this module.
+if(ZIMAGE_RT_TEST_MODULES)
+  file(GLOB kernel_bindings CONFIGURE_DEPENDS csrc/bindings/kernels_*.cc)
+  add_python_module(_cuda_kernels LIBRARIES zimage_cuda SOURCES csrc/bindings/cuda_kernels.cc ${kernel_bindings})
+endif()

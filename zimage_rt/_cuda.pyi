@@ -1,12 +1,10 @@
 from collections.abc import Sequence
-from types import ModuleType
 
 import numpy as np
 
 from .backends.base import SampleJob
 
 architectures: str
-kernels: ModuleType
 
 class CudaError(RuntimeError): ...
 class OutOfMemoryError(CudaError): ...

@@ -19,7 +19,6 @@
 #include <utility>
 #include <vector>
 
-#include "bindings/kernels.h"
 #include "bindings/module_config.h"
 #include "bindings/sample_job.h"
 #include "cpu/guidance.h"
@@ -416,10 +415,4 @@ PYBIND11_MODULE(_cuda, m) {
            py::arg("repeats"), py::call_guard<py::gil_scoped_release>())
       .def("memory", &memory)
       .def_property_readonly("graph_count", &Pipeline::graph_count);
-
-  py::module_ kernels = m.def_submodule("kernels", "Single kernels over numpy arrays, for tests.");
-  bind_elementwise(kernels);
-  bind_gemm(kernels);
-  bind_attention(kernels);
-  bind_conv(kernels);
 }

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cuda_reference import TOLERANCE, cast, relative_error, require_gpu, to_float
+from cuda_reference import TOLERANCE, cast, relative_error, require_kernels, to_float
 
 from zimage_rt.image.convert import to_signed, to_uint8
 
 pytestmark = pytest.mark.gpu
-cuda = require_gpu()
+cuda_kernels = require_kernels()
 
 DTYPES = ["float16", "bfloat16"]
 # Half a unit in the last place, and room for fp32 sums of 576 terms, whose size here is one: tensor cores cut off where
@@ -23,7 +23,7 @@ SIZES = [(1, 1), (1, 40), (17, 33), (64, 64)]
 
 @pytest.fixture(scope="module")
 def kernels() -> Any:
-    return cuda.kernels
+    return cuda_kernels
 
 
 def reference(

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from cuda_reference import TOLERANCE, cast, patches_of, relative_error, require_gpu, to_float
+from cuda_reference import TOLERANCE, cast, patches_of, relative_error, require_kernels, to_float
 
 from zimage_rt.sampling.guidance import apply_guidance
 from zimage_rt.sampling.samplers import blend_kept, sampler_table
 from zimage_rt.sampling.schedules import flow_match_sigmas
 
 pytestmark = pytest.mark.gpu
-cuda = require_gpu()
+cuda_kernels = require_kernels()
 
 HALVES = ("float16", "bfloat16")
 
 
 @pytest.fixture(scope="module")
 def kernels():
-    return cuda.kernels
+    return cuda_kernels
 
 
 @pytest.fixture

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from cuda_reference import TOLERANCE, cast, relative_error, require_gpu, to_float
+from cuda_reference import TOLERANCE, cast, relative_error, require_kernels, to_float
 
 from zimage_rt.backends.cuda_libraries import find_library
 
 pytestmark = pytest.mark.gpu
-cuda = require_gpu()
+cuda_kernels = require_kernels()
 
 HALVES = ("float16", "bfloat16")
 CLUSTERS = ("2x1", "1x2")
@@ -19,7 +19,7 @@ SHAPES = [(1, 64, 128), (127, 64, 256), (129, 200, 640), (256, 384, 1152), (300,
 
 @pytest.fixture(scope="module")
 def kernels():
-    return cuda.kernels
+    return cuda_kernels
 
 
 @pytest.fixture
