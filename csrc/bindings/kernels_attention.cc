@@ -1,4 +1,4 @@
-// The attention kernel over numpy arrays: for its tests only.
+// The attention kernel over numpy arrays: for tests.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -19,7 +19,7 @@ void require_dims(const py::array& array, py::ssize_t dims, const char* wanted) 
   if (array.ndim() != dims) throw std::invalid_argument(wanted);
 }
 
-// An operand [batch, tokens, heads, head_dim] with nothing in between.
+// A dense operand [batch, tokens, heads, head_dim].
 FlashAttention::Input dense_input(const DeviceArray& array) {
   const py::ssize_t row = array.shape(2) * array.shape(3);
   return {.data = array.data(), .token_stride = row, .batch_stride = array.shape(1) * row};
@@ -59,8 +59,8 @@ py::array attend(const py::array& q, const py::array& k, const py::array& v, flo
   return out.download();
 }
 
-// q, k and v are column ranges of one matrix. The output has a token and a head more than there
-// are, which stay as they were.
+// q, k and v are column ranges of one matrix. The output has one more token and head than the
+// input, which are not written.
 py::array attend_packed(const py::array& qkv, int heads, int kv_heads, float scale, bool causal,
                         int query_tile) {
   require_dims(qkv, 3, "qkv: expected [batch, tokens, (heads + 2 kv_heads) * head_dim]");

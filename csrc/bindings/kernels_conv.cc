@@ -1,4 +1,4 @@
-// The convolution and the kernels that feed it over numpy arrays: for their tests only.
+// The convolution and the kernels that feed it over numpy arrays: for tests.
 
 #include <cuda_runtime.h>
 #include <pybind11/numpy.h>

@@ -1,4 +1,4 @@
-// The element-wise kernels and norms over numpy arrays: for their tests only.
+// The element-wise kernels and norms over numpy arrays: for tests.
 
 #include <cuda_runtime.h>
 #include <pybind11/numpy.h>
@@ -48,7 +48,7 @@ py::array run_rms_norm(const py::array& x, const py::array& weight, float eps,
   return out.download();
 }
 
-// Returns x and the normed output; without `pre` the output stays as poisoned as it came.
+// Returns x and the normed output; without `pre` the output is not written.
 py::tuple run_residual_norm(const py::array& x, const py::array& branch,
                             const std::optional<py::array>& post, float post_eps,
                             float branch_scale, const std::optional<py::array>& pre,
@@ -130,7 +130,7 @@ py::array run_qk_norm_rope(const py::array& qkv, const std::optional<py::array>&
   return rows.download();
 }
 
-// Returns the changed matrix, and whether its format cannot hold a result.
+// Returns the updated matrix, and whether its format cannot hold a result.
 py::tuple run_low_rank_update(const py::array& matrix, const py::array& down, const py::array& up,
                               int first_column) {
   const DeviceArray target(matrix), d(down), u(up), overflow(py::array_t<float>(1));
@@ -196,8 +196,8 @@ py::array run_unpatchify(const py::array& patches, int channels, int height, int
   return out.download();
 }
 
-// Returns the latents and what was kept, [3, samples, ...]. `inpaint` holds mask, image and noise,
-// or nothing.
+// Returns the latents and the kept arrays, [3, samples, ...]. `inpaint` is mask, image and noise,
+// or empty.
 py::tuple run_sampler_update(const py::array& patches, const py::array& latents,
                              const py::array& kept, int patch, const py::array& steps, int step,
                              bool guided, float scale, float normalization,
@@ -257,7 +257,7 @@ py::tuple run_rope_table(const std::vector<py::array>& cos, const std::vector<py
   return py::make_tuple(c.download(), s.download());
 }
 
-// Row `row` of several tables [rows, ...], copied together.
+// Row `row` of several tables [rows, ...], copied in one launch.
 std::vector<py::array> run_copy_rows(const std::vector<py::array>& tables, int row) {
   CopyRows args;
   std::vector<DeviceArray> from, to;

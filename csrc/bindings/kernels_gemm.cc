@@ -1,4 +1,4 @@
-// Matrix products over numpy arrays: for their tests.
+// Matrix products over numpy arrays: for tests.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>

@@ -10,7 +10,7 @@ void paste(const std::uint8_t* drawn, const std::uint8_t* original, const std::u
            std::size_t count, std::uint8_t* out) {
   constexpr std::size_t kChannels = 3;
   for (std::size_t begin = 0, end = 0; begin < count; begin = end) {
-    // Masks are plain over long stretches, which are copied at once.
+    // Masks are constant over long runs, which are copied at once.
     const std::uint8_t weight = mask[begin];
     end = begin + 1;
     while (end < count && mask[end] == weight) ++end;

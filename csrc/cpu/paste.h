@@ -5,9 +5,8 @@
 
 namespace zimage_rt {
 
-// Lays a drawn picture over the original, both RGB of `count` pixels: where the mask is 0 the
-// original's bytes stay as they are, where it is 255 the drawn ones, and between them both are
-// mixed and rounded to the nearest.
+// Blends a drawn image with the original, both RGB of `count` pixels. A mask of 0 keeps the
+// original's bytes, 255 the drawn ones, and values in between mix both, rounded to nearest.
 void paste(const std::uint8_t* drawn, const std::uint8_t* original, const std::uint8_t* mask,
            std::size_t count, std::uint8_t* out);
 

@@ -10,12 +10,12 @@ namespace {
 
 constexpr double kTwoPi = 2.0 * 3.14159265358979323846;
 
-// 24 random bits: every float32 in [0, 1) that torch's uniform can give.
+// 24 random bits: every float32 in [0, 1) that torch's uniform returns.
 float uniform_float(std::mt19937& engine) {
   return static_cast<float>(engine() & ((1u << 24) - 1)) * (1.0f / (1u << 24));
 }
 
-// 53 bits out of two words, the first being the high one.
+// 53 bits of two words, the high word first.
 double uniform_double(std::mt19937& engine) {
   const std::uint64_t high = engine();
   const std::uint64_t low = engine();
@@ -23,7 +23,7 @@ double uniform_double(std::mt19937& engine) {
   return static_cast<double>(bits) * (1.0 / static_cast<double>(std::uint64_t{1} << 53));
 }
 
-// Turns sixteen uniforms into sixteen normals: the first eight give radii, the last eight angles.
+// Replaces sixteen uniforms by sixteen normals: the first eight are radii, the last eight angles.
 void box_muller_16(float* block) {
   for (int i = 0; i < 8; ++i) {
     const float u1 = 1.0f - block[i];  // (0, 1]: the logarithm stays finite
@@ -55,7 +55,7 @@ void NormalStream::draw(float* out, std::size_t count) {
   for (std::size_t i = 0; i < count; ++i) out[i] = uniform_float(engine_);
   for (std::size_t i = 0; i + 16 <= count; i += 16) box_muller_16(out + i);
   if (count % 16 != 0) {
-    // The last sixteen are drawn anew, over the tail of the last whole block.
+    // The last sixteen are drawn again, over the tail of the last whole block.
     float* tail = out + count - 16;
     for (int i = 0; i < 16; ++i) tail[i] = uniform_float(engine_);
     box_muller_16(tail);

@@ -23,7 +23,7 @@ namespace zimage_rt {
 namespace {
 
 // NumPy's SeedSequence (O'Neill's seed_seq_fe): entropy of any length hashed into a pool of words.
-// Only the first word of its state is wanted here.
+// Only the first word of its state is needed here.
 class SeedHash {
  public:
   explicit SeedHash(const std::vector<std::uint32_t>& entropy) {
@@ -79,7 +79,7 @@ std::uint32_t node_seed(std::uint64_t seed, std::uint64_t key, std::uint32_t dep
   return SeedHash(entropy).first_word();
 }
 
-// To 6 decimals, correctly rounded as Python's round() is: midpoints often lie half way.
+// To 6 decimals, correctly rounded like Python's round(): midpoints are often exact ties.
 double rounded(double value) {
   std::array<char, 400> text{};  // the largest double has 309 digits before the point
   std::snprintf(text.data(), text.size(), "%.6f", value);
@@ -120,8 +120,8 @@ void brownian_path(std::uint64_t seed, const BrownianRange& range, double end, s
   for (std::size_t i = 0; i < size; ++i) at[i] += width[i];
 }
 
-// Runs work(0) … work(count - 1) on as many threads as this process has cores; throws what one of
-// them threw.
+// Runs work(0) … work(count - 1) on as many threads as there are cores. Rethrows an exception of
+// one of them.
 void in_parallel(std::size_t count, const std::function<void(std::size_t)>& work) {
   const std::size_t cores = std::max(1u, std::thread::hardware_concurrency());
   std::atomic<std::size_t> next{0};
@@ -139,7 +139,7 @@ void in_parallel(std::size_t count, const std::function<void(std::size_t)>& work
   try {
     for (std::size_t i = 1; i < std::min(cores, count); ++i) others.emplace_back(take);
   } catch (const std::system_error&) {
-    // No more threads are to be had: those that there are do it.
+    // No more threads can be created; the existing ones do the work.
   }
   take();
   for (std::thread& other : others) other.join();
@@ -162,7 +162,7 @@ void brownian_noise(const std::vector<std::uint64_t>& seeds, const BrownianRange
                     float* out) {
   const BrownianRange ends = {rounded(range.low), rounded(range.high)};
   const auto inside = [&](double end) { return std::clamp(rounded(end), ends.low, ends.high); };
-  std::vector<double> points;  // neighbouring intervals share theirs
+  std::vector<double> points;  // neighbouring intervals share ends
   for (const auto& [from, to] : intervals) {
     points.push_back(inside(from));
     points.push_back(inside(to));
@@ -183,7 +183,7 @@ void brownian_noise(const std::vector<std::uint64_t>& seeds, const BrownianRange
     const auto [from, to] = intervals[i];
     const float* const before = paths.data() + index(from) * row;
     const float* const after = paths.data() + index(to) * row;
-    // Where `from` is the higher one the difference is the negative increment, as wanted.
+    // If `from` is the higher end, the difference is the negative increment, as it should be.
     const auto length = static_cast<float>(std::sqrt(std::abs(from - to)));
     for (std::size_t j = 0; j < row; ++j) out[i * row + j] = (after[j] - before[j]) / length;
   }

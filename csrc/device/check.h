@@ -8,17 +8,17 @@
 
 namespace zimage_rt {
 
-// A CUDA, cuBLASLt or cuDNN call failed; the text says which, where and why.
+// A CUDA, cuBLASLt or cuDNN call failed; the message has the call, its place and the reason.
 struct CudaError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// The device has too little memory. Nothing was changed; the caller may go on with less.
+// The device has too little memory. Nothing was changed; the caller may try again with less.
 struct OutOfMemoryError : CudaError {
   OutOfMemoryError(const std::string& what, std::size_t needed, std::size_t free);
 };
 
-// The bundle's weights are not what the program expects.
+// The weights of a bundle are not those that a model expects.
 struct WeightError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
@@ -35,5 +35,5 @@ struct WeightError : std::runtime_error {
       ::zimage_rt::throw_cuda_error(zrt_status, #call, __FILE__, __LINE__); \
   } while (0)
 
-// After a kernel launch: a wrong launch configuration shows here.
+// After a kernel launch, to report a wrong launch configuration.
 #define ZRT_LAUNCHED() ZRT_CUDA(cudaGetLastError())

@@ -17,7 +17,7 @@ OutOfMemoryError::OutOfMemoryError(const std::string& what, std::size_t needed, 
                 megabytes(free) + " MB are free") {}
 
 void throw_cuda_error(cudaError_t status, const char* call, const char* file, int line) {
-  // The error is told once, here; the next launch must not find it again.
+  // Reset the error, or the next launch would report it again.
   cudaGetLastError();
   const std::string path = file;
   throw CudaError(std::string(call) + ": " + cudaGetErrorString(status) + " (" +

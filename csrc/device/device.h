@@ -7,7 +7,7 @@
 
 namespace zimage_rt {
 
-// Owners of CUDA objects: made whole or not at all, movable, freed by destructors that never throw.
+// RAII owners of CUDA objects. Constructors throw CudaError, destructors never throw.
 
 // Device memory. Throws OutOfMemoryError naming `purpose`.
 class DeviceBuffer {
@@ -34,7 +34,7 @@ class DeviceBuffer {
   std::size_t bytes_ = 0;
 };
 
-// Page-locked host memory, for copies that run beside kernels.
+// Page-locked host memory, for copies that overlap with kernels.
 class PinnedBuffer {
  public:
   PinnedBuffer() = default;
@@ -80,14 +80,14 @@ class Event {
   ~Event();
 
   cudaEvent_t get() const { return event_; }
-  // Milliseconds from `start` to this; both must have been reached.
+  // Milliseconds from `start` to this; both must be complete.
   float since(const Event& start) const;
 
  private:
   cudaEvent_t event_ = nullptr;
 };
 
-// A captured sequence of kernels, ready to run.
+// An instantiated CUDA graph.
 class GraphExec {
  public:
   GraphExec() = default;
@@ -105,7 +105,7 @@ class GraphExec {
   cudaGraphExec_t exec_ = nullptr;
 };
 
-// Makes a device current for this thread while it lives.
+// Makes a device current for this thread for a scope.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device);

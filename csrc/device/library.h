@@ -4,10 +4,10 @@
 
 namespace zimage_rt {
 
-// A shared library opened at run time: the module imports where it is not installed. Never closed.
+// A shared library opened at run time, so that the module imports without it. Never closed.
 class Library {
  public:
-  // Throws std::runtime_error naming the file and what the loader says.
+  // Throws std::runtime_error with the file and the message of the loader.
   explicit Library(const std::string& path);
 
   // Throws std::runtime_error if the library has no such function.

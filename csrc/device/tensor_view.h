@@ -8,7 +8,7 @@
 
 namespace zimage_rt {
 
-// Memory that somebody else owns, and how to read it: dense, row-major.
+// A dense, row-major tensor in memory that it does not own.
 struct TensorView {
   void* data = nullptr;
   DType dtype = DType::kFloat32;

@@ -53,8 +53,8 @@ void conv3x3(const Conv3x3& args, cudaStream_t stream);
 std::size_t conv3x3_packed_bytes(int in_channels, int out_channels);
 
 // weight [out_channels, in_channels, 3, 3] and bias [out_channels] (null for none), both in
-// `dtype`, to the order of the tensor core's registers (see the .cu); run once when weights are
-// loaded. `packed` is 16-byte aligned.
+// `dtype`, to the order of the tensor cores' registers (conv3x3_kernel.cuh); called once when
+// weights are loaded. `packed` is 16-byte aligned.
 void conv3x3_pack(const void* weight, const void* bias, DType dtype, int in_channels,
                   int out_channels, void* packed, cudaStream_t stream);
 

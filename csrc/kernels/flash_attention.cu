@@ -2,10 +2,14 @@
 // over the keys, 64 at a time. A warp keeps the running maximum, sum and output of 16 or 32 queries
 // in registers, so that warps share only the tiles of K and V.
 
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
 #include "device/check.h"
+#include "device/dtype.h"
 #include "kernels/flash_attention.h"
 #include "kernels/numeric.cuh"
 #include "kernels/tensor_core.cuh"

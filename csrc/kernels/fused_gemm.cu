@@ -1,3 +1,5 @@
+#include <cuda_runtime_api.h>
+
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -220,7 +222,7 @@ __global__ void __cluster_dims__(kClusterM* kClusterN, 1, 1) __launch_bounds__(k
 }
 
 // The TMA descriptor of a row-major matrix. A load copies `box_rows` rows of `boxes` neighbouring
-// strips of 64 columns, which are one behind the other in shared memory.
+// strips of 64 columns, which are consecutive in shared memory.
 CUtensorMap tensor_map(const void* data, DType type, int rows, int columns, int box_rows,
                        int boxes) {
   static const auto encode = [] {

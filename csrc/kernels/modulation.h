@@ -11,7 +11,7 @@ constexpr int kMaxModulationWidth = 256;
 
 // The timestep's modulation of the transformer, for all steps of a loop at once, before it begins.
 
-// out fp32 [steps, width] = linear2(silu(linear1(features(timestep * t_scale)))), where features
+// out fp32 [steps, width] = linear2(silu(linear1(features(timestep * t_scale)))), in which features
 // are the cosines, then the sines, of the timestep times `frequencies` [half]. Weights are [in,
 // out] in `type`, everything else fp32; the sums are fp32.
 struct TimestepEmbedding {

@@ -1,3 +1,6 @@
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 

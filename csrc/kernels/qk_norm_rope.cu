@@ -1,4 +1,7 @@
+#include <cuda_runtime_api.h>
+
 #include <cstddef>
+#include <cstdint>
 #include <stdexcept>
 
 #include "device/check.h"

@@ -1,3 +1,6 @@
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
 #include <stdexcept>
 
 #include "device/check.h"

@@ -1,3 +1,5 @@
+#include <cuda_runtime_api.h>
+
 #include <cstddef>
 #include <stdexcept>
 
@@ -43,7 +45,7 @@ void rope_table(const RopeTable& args, cudaStream_t stream) {
     // The context alone (no image rows) needs only its own ids of the first axis.
     const int last = i == 0 && args.image_tokens == 0 ? args.context_tokens : largest[i];
     if (args.axes[i].cos != nullptr && last >= args.axes[i].length)
-      throw std::invalid_argument("rope_table: a position lies outside the checkpoint's tables");
+      throw std::invalid_argument("rope_table: a position is outside of the checkpoint's tables");
   }
   if (width > 1024) throw std::invalid_argument("rope_table: heads too wide");
   rope_table_kernel<<<args.image_tokens + args.context_tokens, ceil_div(width, 32) * 32, 0,

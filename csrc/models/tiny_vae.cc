@@ -5,7 +5,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <stdexcept>
+#include <string>
 #include <utility>
+#include <vector>
 
 #include "device/check.h"
 #include "kernels/nchw_to_nhwc16.h"
@@ -55,7 +57,7 @@ class Builder {
     layer.bias = {true, true, true};
     layers_.push_back(layer);
   }
-  // A ReLU or an upsampling has a number of its own, but no weights.
+  // A ReLU or an upsampling has a number, but no weights.
   void skip_number() { ++number_; }
   std::vector<Layer> take() { return std::move(layers_); }
 
@@ -97,7 +99,7 @@ std::vector<Layer> encoder_layers(const TinyVaeConfig& config) {
   return build.take();
 }
 
-// Of the largest activation of one picture of `factor` times the latents' size.
+// Bytes of the largest activation of one image, `factor` times as large as the latents.
 std::size_t buffer_bytes(int latent_height, int latent_width, int factor) {
   return static_cast<std::size_t>(latent_height) * factor * latent_width * factor * kWidth * 2;
 }
@@ -128,13 +130,13 @@ TinyVaeLayers::TinyVaeLayers(std::vector<Layer> layers, const Weights& weights)
                    packed_.data() + layer.packed[i], stream.get());
     }
   }
-  // conv3x3's early start reads weights before it waits for other kernels.
+  // With early_start, conv3x3 reads the weights before it waits for other kernels.
   stream.synchronize();
 }
 
 void TinyVaeLayers::run(std::byte* buffers, std::size_t buffer_bytes, int height, int width,
                         const Conv3x3& last, cudaStream_t stream) const {
-  // Buffers go by role: x holds the current layer's input, a and b are free.
+  // The buffers by role: x is the input of the current layer, a and b are free.
   std::byte* a = buffers;
   std::byte* x = buffers + buffer_bytes;
   std::byte* b = buffers + 2 * buffer_bytes;
@@ -157,7 +159,7 @@ void TinyVaeLayers::run(std::byte* buffers, std::size_t buffer_bytes, int height
     if (layer.kind == Layer::Kind::kBlock) {
       conv(layer, 0, x, a, true, nullptr);
       conv(layer, 1, a, b, true, nullptr);
-      conv(layer, 2, b, x, true, x);  // every element of x is read and written by one thread
+      conv(layer, 2, b, x, true, x);  // one thread reads and writes each element of x
     } else {
       conv(layer, 0, x, a, layer.relu, nullptr);
       std::swap(x, a);
@@ -189,7 +191,7 @@ void TinyVaeDecoder::decode(const float* latents, float* image, int batch, int l
   Conv3x3 last;
   last.output = image;
   last.kind = Conv3x3Output::kFloat;
-  last.scale = 2.0f, last.shift = -1.0f;  // the layers make [0, 1]
+  last.scale = 2.0f, last.shift = -1.0f;  // the layers output [0, 1]
   decode_to(latents, last, batch, latent_height, latent_width, workspace, stream);
 }
 
@@ -240,7 +242,7 @@ void TinyVaeEncoder::encode_with(Read&& read, float* latents, int batch, int hei
     Conv3x3 last;
     last.output = latents + i * latent_count;
     last.kind = Conv3x3Output::kFloat;
-    // latents = (own - shift_factor) * scaling_factor
+    // latents = (x - shift_factor) * scaling_factor
     last.scale = config_.scaling_factor;
     last.shift = -config_.shift_factor * config_.scaling_factor;
     layers_.run(workspace, bytes, height, width, last, stream);

@@ -14,23 +14,24 @@
 
 namespace zimage_rt {
 
-// Sizes of TAEF1's decoder or encoder as the manifest has them (export/modeling/vae.py).
+// The config of TAEF1's decoder or encoder in the manifest (export/modeling/vae.py).
 struct TinyVaeConfig {
-  std::vector<int> widths;  // of each stage; 64 is what the kernels compute
+  std::vector<int> widths;  // of each stage; the kernels compute 64 only
   std::vector<int> blocks;  // of each stage
   int latent_channels = 16;
   int image_channels = 3;  // out_channels of a decoder, in_channels of an encoder
-  // Of the transformer's latents: own = latents / scaling_factor + shift_factor.
+  // From the transformer's latents to this model's: x = latents / scaling_factor + shift_factor.
   float scaling_factor = 1.0f;
   float shift_factor = 0.0f;
 };
 
-// A decoder made NaN or infinity of its latents; what it says is the module.
+// The output of a decoder is not finite; the message is the name of the module.
 struct NotFiniteError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// The layers of either half in order, their weights packed for conv3x3 in one buffer.
+// The layers of a decoder or an encoder in order, with their weights packed for conv3x3 in one
+// buffer.
 class TinyVaeLayers {
  public:
   struct Layer {
@@ -47,9 +48,9 @@ class TinyVaeLayers {
   // Checks and packs. Throws WeightError naming the tensor.
   TinyVaeLayers(std::vector<Layer> layers, const Weights& weights);
 
-  // Runs all layers on one picture of `height` x `width` that lies in buffer 1 as pixels of 16
-  // channels; buffers 0 to 2 are `buffer_bytes` apart. `last` says what becomes of the last layer's
-  // result: output, kind, scale, shift.
+  // Runs all layers on one image of `height` x `width` in buffer 1, NHWC with 16 channels; buffers
+  // 0 to 2 are `buffer_bytes` apart. `last` has the output, kind, scale and shift of the last
+  // layer.
   void run(std::byte* buffers, std::size_t buffer_bytes, int height, int width, const Conv3x3& last,
            cudaStream_t stream) const;
   DType storage() const { return storage_; }
@@ -60,11 +61,11 @@ class TinyVaeLayers {
   DeviceBuffer packed_;
 };
 
-// Latents to a picture. Pictures of a batch are made one after another, in the memory of one.
+// Latents to images. The images of a batch are decoded one by one, in the memory of one.
 class TinyVaeDecoder {
  public:
-  // Reads `weights` (uploaded, "decoder.layers...") and keeps its own copy. Throws WeightError for
-  // tensors, std::invalid_argument for sizes that the kernels do not compute.
+  // Reads uploaded weights ("decoder.layers...") and keeps a packed copy. Throws WeightError for
+  // tensors, std::invalid_argument for sizes that no kernel computes.
   TinyVaeDecoder(const TinyVaeConfig& config, const Weights& weights);
 
   // Pixels per latent, in each direction.
@@ -72,7 +73,7 @@ class TinyVaeDecoder {
   std::size_t workspace_bytes(int batch, int latent_height, int latent_width) const;
 
   // latents fp32 [batch, latent_channels, latent_height, latent_width]
-  // -> pixels [batch, height, width, 3], and in `not_finite` [1] whether a value was NaN or
+  // -> pixels [batch, height, width, 3]; sets `not_finite` [1] to whether a value was NaN or
   // infinite. `workspace` is 16-byte aligned.
   void decode_uint8(const float* latents, std::uint8_t* pixels, int* not_finite, int batch,
                     int latent_height, int latent_width, std::byte* workspace,
@@ -88,10 +89,10 @@ class TinyVaeDecoder {
   TinyVaeLayers layers_;
 };
 
-// A picture to latents.
+// Images to latents.
 class TinyVaeEncoder {
  public:
-  // As TinyVaeDecoder, "encoder.layers...".
+  // See TinyVaeDecoder; "encoder.layers...".
   TinyVaeEncoder(const TinyVaeConfig& config, const Weights& weights);
 
   int factor() const { return 1 << (config_.widths.size() - 1); }
@@ -106,7 +107,7 @@ class TinyVaeEncoder {
                     std::byte* workspace, cudaStream_t stream) const;
 
  private:
-  // `read` makes the i-th picture the first convolution's input.
+  // `read` writes the i-th image as the input of the first convolution.
   template <typename Read>
   void encode_with(Read&& read, float* latents, int batch, int height, int width,
                    std::byte* workspace, cudaStream_t stream) const;

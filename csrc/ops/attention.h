@@ -5,7 +5,7 @@
 
 namespace zimage_rt {
 
-// Attention by cuDNN, or by our own kernel for short sequences and where cuDNN is not used.
+// Attention by cuDNN, or by our own kernel for short sequences and without cuDNN.
 void attention(const AttentionArgs& args, const Ops& ops);
 
 }  // namespace zimage_rt

@@ -210,7 +210,7 @@ struct CublasLtGemm::State {
     const auto faster = [](const auto& a, const auto& b) { return a.first < b.first; };
     std::sort(timed.begin(), timed.end(), faster);
     timed.resize(std::min(timed.size(), kFinalists));
-    // The finalists alternate. Large products run in bursts: many of them in a row bring the chip
+    // The finalists alternate. Large products run in bursts: many of them in a row take the chip
     // to its power limit, where another algorithm may be the fastest than in a single call.
     std::vector<std::array<float, kRepeats>> times(timed.size());
     for (std::size_t round = 0; round < kRepeats; ++round)

@@ -2,6 +2,7 @@
 
 #include "device/check.h"
 #include "device/dtype.h"
+#include "device/matrix.h"
 #include "kernels/fused_gemm.h"
 #include "kernels/qk_norm_rope.h"
 #include "kernels/swiglu.h"

@@ -1,15 +1,23 @@
 #include "runtime/pipeline.h"
 
+#include <cuda_runtime_api.h>
+
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
+#include <functional>
+#include <map>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <variant>
 #include <vector>
 
+#include "device/arena.h"
 #include "device/check.h"
 #include "kernels/fused_gemm.h"
 #include "kernels/patchify.h"
@@ -48,49 +56,71 @@ void Pipeline::check_limit(std::size_t more, const std::string& purpose) {
 }
 
 const std::map<std::string, Pipeline::ModuleKind>& Pipeline::module_kinds() {
+  using Prepare = decltype(ModuleKind::prepare);
+  constexpr Prepare kNothing = [](Pipeline&, Weights&) {};
+  constexpr Prepare kTranspose = [](Pipeline&, Weights& weights) {
+    transpose_block_matrices(weights);
+  };
   static const std::map<std::string, ModuleKind> kinds = {
       {"text_encoder",
-       {kTextEncoderWeights, true,
-        [](Pipeline& self, Weights& weights) {
-          if (!self.options_.keep_text_encoder) TextEncoder::stream(weights);
-        },
-        [](Pipeline& self, Weights& weights, const ModuleConfig& config) {
-          self.text_encoder_.emplace(std::get<TextEncoderConfig>(config), weights);
-          if (!self.options_.keep_text_encoder) weights.release();
-        }}},
+       {.weights = kTextEncoderWeights,
+        .patchable = true,
+        .prepare =
+            [](Pipeline& self, Weights& weights) {
+              if (!self.options_.keep_text_encoder) TextEncoder::stream(weights);
+            },
+        .construct =
+            [](Pipeline& self, Weights& weights, const ModuleConfig& config) {
+              self.text_encoder_.emplace(std::get<TextEncoderConfig>(config), weights);
+              if (!self.options_.keep_text_encoder) weights.release();
+            }}},
       {"context_refiner",
-       {"the context refiner's weights", true,
-        [](Pipeline&, Weights& weights) { transpose_block_matrices(weights); },
-        [](Pipeline& self, Weights& weights, const ModuleConfig& config) {
-          self.context_refiner_.emplace(std::get<TransformerConfig>(config), weights);
-        }}},
+       {.weights = "the context refiner's weights",
+        .patchable = true,
+        .prepare = kTranspose,
+        .construct =
+            [](Pipeline& self, Weights& weights, const ModuleConfig& config) {
+              self.context_refiner_.emplace(std::get<TransformerConfig>(config), weights);
+            }}},
       {"transformer",
-       {"the transformer's weights", true,
-        [](Pipeline&, Weights& weights) { transpose_block_matrices(weights); },
-        [](Pipeline& self, Weights& weights, const ModuleConfig& config) {
-          self.transformer_.emplace(std::get<TransformerConfig>(config), weights);
-        }}},
+       {.weights = "the transformer's weights",
+        .patchable = true,
+        .prepare = kTranspose,
+        .construct =
+            [](Pipeline& self, Weights& weights, const ModuleConfig& config) {
+              self.transformer_.emplace(std::get<TransformerConfig>(config), weights);
+            }}},
       {"controlnet",
-       {"the ControlNet's weights", false,
-        [](Pipeline& self, Weights& weights) {
-          need(self.transformer_, "transformer");
-          transpose_block_matrices(weights);
-        },
-        [](Pipeline& self, Weights& weights, const ModuleConfig& config) {
-          self.controlnet_.emplace(std::get<ControlNetConfig>(config), weights, *self.transformer_);
-        }}},
+       {.weights = "the ControlNet's weights",
+        .patchable = false,
+        .prepare =
+            [](Pipeline& self, Weights& weights) {
+              need(self.transformer_, "transformer");
+              transpose_block_matrices(weights);
+            },
+        .construct =
+            [](Pipeline& self, Weights& weights, const ModuleConfig& config) {
+              self.controlnet_.emplace(std::get<ControlNetConfig>(config), weights,
+                                       *self.transformer_);
+            }}},
       {"tiny_vae_decoder",
-       {"the decoder's weights", false, [](Pipeline&, Weights&) {},
-        [](Pipeline& self, Weights& weights, const ModuleConfig& config) {
-          self.vae_decoder_.emplace(std::get<TinyVaeConfig>(config), weights);
-          self.latent_channels_ = std::get<TinyVaeConfig>(config).latent_channels;
-        }}},
+       {.weights = "the decoder's weights",
+        .patchable = false,
+        .prepare = kNothing,
+        .construct =
+            [](Pipeline& self, Weights& weights, const ModuleConfig& config) {
+              self.vae_decoder_.emplace(std::get<TinyVaeConfig>(config), weights);
+              self.latent_channels_ = std::get<TinyVaeConfig>(config).latent_channels;
+            }}},
       {"tiny_vae_encoder",
-       {"the encoder's weights", false, [](Pipeline&, Weights&) {},
-        [](Pipeline& self, Weights& weights, const ModuleConfig& config) {
-          self.vae_encoder_.emplace(std::get<TinyVaeConfig>(config), weights);
-          self.latent_channels_ = std::get<TinyVaeConfig>(config).latent_channels;
-        }}},
+       {.weights = "the encoder's weights",
+        .patchable = false,
+        .prepare = kNothing,
+        .construct =
+            [](Pipeline& self, Weights& weights, const ModuleConfig& config) {
+              self.vae_encoder_.emplace(std::get<TinyVaeConfig>(config), weights);
+              self.latent_channels_ = std::get<TinyVaeConfig>(config).latent_channels;
+            }}},
   };
   return kinds;
 }
@@ -104,7 +134,7 @@ void Pipeline::load(const std::string& module, std::unique_ptr<Weights> weights,
   if (weights_.count(module) != 0)
     throw std::invalid_argument(module + " is loaded already; open a new pipeline to replace it");
   const ModuleKind& kind = found->second;
-  kind.arrange(*this, *weights);
+  kind.prepare(*this, *weights);
   check_limit(weights->bytes() + weights->staging_bytes(), kind.weights);
   weights->upload(kind.weights);
   // The map's node is allocated before the model and merged after it, so that no error leaves half
@@ -232,7 +262,7 @@ void Pipeline::evaluate(const float* latents, int latent_height, int latent_widt
   const std::size_t count = static_cast<std::size_t>(samples) * grid.values();
   float *in = nullptr, *out = nullptr;
   Transformer::StepTable table{};
-  ControlNet::Buffers beside{};
+  ControlNet::Buffers control_buffers{};
   const auto plan = [&](Arena& memory) {
     in = memory.take<float>(count);
     out = memory.take<float>(count);
@@ -240,7 +270,7 @@ void Pipeline::evaluate(const float* latents, int latent_height, int latent_widt
     Transformer::Buffers buffers = transformer.plan(shape, memory);
     // The only step is the current one.
     buffers.vectors = table.vectors, buffers.scales = table.scales;
-    if (controlled) beside = controlnet_->plan(shape, memory);
+    if (controlled) control_buffers = controlnet_->plan(shape, memory);
     return buffers;
   };
   Arena size(nullptr);
@@ -258,11 +288,12 @@ void Pipeline::evaluate(const float* latents, int latent_height, int latent_widt
   transformer.prepare_steps(table, 1, run);
   transformer.prepare(shape, at, run);
   if (controlled) {
-    upload_to(beside.latents, control->latents, controlnet_->latent_values(shape), stream_.get());
-    upload_to(beside.scale, &control->scale, 1, stream_.get());
-    controlnet_->prepare_steps(table, 1, beside.vectors, run);
+    upload_to(control_buffers.latents, control->latents, controlnet_->latent_values(shape),
+              stream_.get());
+    upload_to(control_buffers.scale, &control->scale, 1, stream_.get());
+    controlnet_->prepare_steps(table, 1, control_buffers.vectors, run);
     controlnet_->evaluate({.shape = shape, .samples = samples, .buffers = at, .ops = run}, in,
-                          beside);
+                          control_buffers);
   } else {
     transformer.evaluate({.shape = shape, .samples = samples, .buffers = at, .ops = run}, in);
   }

@@ -50,7 +50,7 @@ struct Context {
   int tokens;  // a multiple of kSequenceMultiple
 };
 
-// Everything that the transformer reads beside latents and timestep. Entry i belongs to sample i.
+// The inputs of the transformer other than latents and timestep. Entry i belongs to sample i.
 struct Conditioning {
   std::vector<Context> contexts;
   std::vector<Context> negatives;  // read at guided evaluations; empty without guidance

@@ -83,7 +83,7 @@ class StreamDrain {
 struct Pipeline::ModuleKind {
   const char* weights;                                    // their name in errors
   bool patchable;                                         // see Pipeline::patch
-  void (*arrange)(Pipeline& pipeline, Weights& weights);  // before the upload
+  void (*prepare)(Pipeline& pipeline, Weights& weights);  // before the upload
   // Constructs the model, which refers to the weights; after an error there is none.
   void (*construct)(Pipeline& pipeline, Weights& weights, const ModuleConfig& config);
 };

@@ -1,10 +1,16 @@
 #include "weights/uploader.h"
 
 #include <algorithm>
+#include <atomic>
+#include <cstddef>
 #include <cstring>
+#include <exception>
 #include <functional>
+#include <mutex>
 #include <optional>
+#include <thread>
 #include <utility>
+#include <vector>
 
 #include "device/check.h"
 #include "device/device.h"

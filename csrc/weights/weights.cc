@@ -1,5 +1,6 @@
 #include "weights/weights.h"
 
+#include <cuda_runtime_api.h>
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -7,13 +8,24 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
+#include <functional>
+#include <initializer_list>
 #include <limits>
+#include <map>
+#include <memory>
+#include <set>
+#include <stdexcept>
+#include <string>
 #include <thread>
 #include <utility>
+#include <vector>
 
 #include "device/check.h"
 #include "device/dtype.h"
+#include "device/matrix.h"
 #include "kernels/low_rank.h"
 
 namespace zimage_rt {

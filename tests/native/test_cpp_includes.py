@@ -53,6 +53,7 @@ OTHER_HEADERS = {
     r"device/check\.h": r"\bZRT_CUDA\(",
     r"device/dtype\.h": r"\bDType::",
     r"device/arena\.h": r"\bArena&?\s",
+    r"device/matrix\.h": r"\bLayout::k",
 }
 FILES = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".cc", ".cu", ".h", ".cuh"})
 
@@ -76,10 +77,6 @@ def test_a_file_includes_what_it_uses(path: Path) -> None:
     csrc = ROOT / "csrc"
     name = str(path.relative_to(csrc))
     source = path.read_text(encoding="utf-8")
-    # A source's own header counts: `x.cc` implements `x.h`, and includes it first.
-    own = path.with_suffix(".h")
-    if path.suffix in {".cc", ".cu"} and own.exists():
-        source = "\n".join([*re.findall(r"#include [^\n]*", own.read_text(encoding="utf-8")), source])
     assert missing_includes(source, name) == []
 
 
