@@ -348,27 +348,7 @@ std::string device_problem() {
   return status == cudaSuccess ? (count > 0 ? "" : "no GPU") : cudaGetErrorString(status);
 }
 
-}  // namespace
-}  // namespace zimage_rt
-
-PYBIND11_MODULE(_cuda, m) {
-  using namespace zimage_rt;
-  m.doc() = "The CUDA backend of zimage_rt.";
-  const auto error = py::register_local_exception<CudaError>(m, "CudaError", PyExc_RuntimeError);
-  py::register_local_exception<OutOfMemoryError>(m, "OutOfMemoryError", error);
-  py::register_local_exception<WeightError>(m, "WeightError", PyExc_RuntimeError);
-  py::register_local_exception<RangeError>(m, "RangeError", PyExc_RuntimeError);
-  py::register_local_exception<NotFiniteError>(m, "NotFiniteError", PyExc_RuntimeError);
-  // A type of its own, to tell it from a ValueError raised by a callback.
-  py::register_local_exception<std::invalid_argument>(m, "ArgumentError", PyExc_ValueError);
-  m.def("device_count", &device_count);
-  m.def("device_problem", &device_problem);
-  m.def("device_info", &device_info, py::arg("device"));
-  m.def(
-      "profiler", [](bool on) { ZRT_CUDA(on ? cudaProfilerStart() : cudaProfilerStop()); },
-      py::arg("on"));
-  m.attr("architectures") = ZIMAGE_RT_CUDA_ARCHITECTURES;
-
+void bind_pipeline(py::module_& m) {
   py::class_<Pipeline>(m, "Pipeline")
       .def(py::init([](int device, std::string cublaslt, std::string cudnn, std::string cache_file,
                        std::size_t memory_limit, bool keep_text_encoder, bool fused_gemm) {
@@ -415,4 +395,28 @@ PYBIND11_MODULE(_cuda, m) {
            py::arg("repeats"), py::call_guard<py::gil_scoped_release>())
       .def("memory", &memory)
       .def_property_readonly("graph_count", &Pipeline::graph_count);
+}
+
+}  // namespace
+}  // namespace zimage_rt
+
+PYBIND11_MODULE(_cuda, m) {
+  using namespace zimage_rt;
+  m.doc() = "The CUDA backend of zimage_rt.";
+  const auto error = py::register_local_exception<CudaError>(m, "CudaError", PyExc_RuntimeError);
+  py::register_local_exception<OutOfMemoryError>(m, "OutOfMemoryError", error);
+  py::register_local_exception<WeightError>(m, "WeightError", PyExc_RuntimeError);
+  py::register_local_exception<RangeError>(m, "RangeError", PyExc_RuntimeError);
+  py::register_local_exception<NotFiniteError>(m, "NotFiniteError", PyExc_RuntimeError);
+  // A type of its own, to tell it from a ValueError raised by a callback.
+  py::register_local_exception<std::invalid_argument>(m, "ArgumentError", PyExc_ValueError);
+  m.def("device_count", &device_count);
+  m.def("device_problem", &device_problem);
+  m.def("device_info", &device_info, py::arg("device"));
+  m.def(
+      "profiler", [](bool on) { ZRT_CUDA(on ? cudaProfilerStart() : cudaProfilerStop()); },
+      py::arg("on"));
+  m.attr("architectures") = ZIMAGE_RT_CUDA_ARCHITECTURES;
+
+  bind_pipeline(m);
 }

@@ -7,14 +7,11 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
-#include <map>
 #include <memory>
 #include <numeric>
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <utility>
-#include <variant>
 #include <vector>
 
 #include "device/arena.h"
@@ -24,12 +21,6 @@
 #include "runtime/pipeline_detail.h"
 
 namespace zimage_rt {
-namespace {
-
-constexpr char kTextEncoderWeights[] = "the text encoder's weights";
-
-}  // namespace
-
 std::unique_ptr<Pipeline> Pipeline::make(const PipelineOptions& options) {
   const DeviceGuard guard(options.device);
   return std::unique_ptr<Pipeline>(new Pipeline(options));
@@ -53,107 +44,6 @@ void Pipeline::check_limit(std::size_t more, const std::string& purpose) {
   if (used + more > options_.memory_limit)
     throw OutOfMemoryError(purpose + " (memory_limit)", more,
                            options_.memory_limit - std::min(used, options_.memory_limit));
-}
-
-const std::map<std::string, Pipeline::ModuleKind>& Pipeline::module_kinds() {
-  using Prepare = decltype(ModuleKind::prepare);
-  constexpr Prepare kNothing = [](Pipeline&, Weights&) {};
-  constexpr Prepare kTranspose = [](Pipeline&, Weights& weights) {
-    transpose_block_matrices(weights);
-  };
-  static const std::map<std::string, ModuleKind> kinds = {
-      {"text_encoder",
-       {.weights = kTextEncoderWeights,
-        .patchable = true,
-        .prepare =
-            [](Pipeline& self, Weights& weights) {
-              if (!self.options_.keep_text_encoder) TextEncoder::stream(weights);
-            },
-        .construct =
-            [](Pipeline& self, Weights& weights, const ModuleConfig& config) {
-              self.text_encoder_.emplace(std::get<TextEncoderConfig>(config), weights);
-              if (!self.options_.keep_text_encoder) weights.release();
-            }}},
-      {"context_refiner",
-       {.weights = "the context refiner's weights",
-        .patchable = true,
-        .prepare = kTranspose,
-        .construct =
-            [](Pipeline& self, Weights& weights, const ModuleConfig& config) {
-              self.context_refiner_.emplace(std::get<TransformerConfig>(config), weights);
-            }}},
-      {"transformer",
-       {.weights = "the transformer's weights",
-        .patchable = true,
-        .prepare = kTranspose,
-        .construct =
-            [](Pipeline& self, Weights& weights, const ModuleConfig& config) {
-              self.transformer_.emplace(std::get<TransformerConfig>(config), weights);
-            }}},
-      {"controlnet",
-       {.weights = "the ControlNet's weights",
-        .patchable = false,
-        .prepare =
-            [](Pipeline& self, Weights& weights) {
-              need(self.transformer_, "transformer");
-              transpose_block_matrices(weights);
-            },
-        .construct =
-            [](Pipeline& self, Weights& weights, const ModuleConfig& config) {
-              self.controlnet_.emplace(std::get<ControlNetConfig>(config), weights,
-                                       *self.transformer_);
-            }}},
-      {"tiny_vae_decoder",
-       {.weights = "the decoder's weights",
-        .patchable = false,
-        .prepare = kNothing,
-        .construct =
-            [](Pipeline& self, Weights& weights, const ModuleConfig& config) {
-              self.vae_decoder_.emplace(std::get<TinyVaeConfig>(config), weights);
-              self.latent_channels_ = std::get<TinyVaeConfig>(config).latent_channels;
-            }}},
-      {"tiny_vae_encoder",
-       {.weights = "the encoder's weights",
-        .patchable = false,
-        .prepare = kNothing,
-        .construct =
-            [](Pipeline& self, Weights& weights, const ModuleConfig& config) {
-              self.vae_encoder_.emplace(std::get<TinyVaeConfig>(config), weights);
-              self.latent_channels_ = std::get<TinyVaeConfig>(config).latent_channels;
-            }}},
-  };
-  return kinds;
-}
-
-void Pipeline::load(const std::string& module, std::unique_ptr<Weights> weights,
-                    const ModuleConfig& config) {
-  const PipelineLock lock(mutex_, options_.device);
-  const auto found = module_kinds().find(module);
-  if (found == module_kinds().end())
-    throw std::invalid_argument("no program runs the module " + module);
-  if (weights_.count(module) != 0)
-    throw std::invalid_argument(module + " is loaded already; open a new pipeline to replace it");
-  const ModuleKind& kind = found->second;
-  kind.prepare(*this, *weights);
-  check_limit(weights->bytes() + weights->staging_bytes(), kind.weights);
-  weights->upload(kind.weights);
-  // The map's node is allocated before the model and merged after it, so that no error leaves half
-  // a module.
-  std::map<std::string, std::unique_ptr<Weights>> loaded;
-  Weights& uploaded = *loaded.emplace(module, std::move(weights)).first->second;
-  kind.construct(*this, uploaded, config);
-  weights_.merge(loaded);
-}
-
-void Pipeline::patch(const std::string& module, const std::vector<WeightPatch>& patches, bool add) {
-  const PipelineLock lock(mutex_, options_.device);
-  const auto found = weights_.find(module);
-  if (found == weights_.end() || !module_kinds().at(module).patchable)
-    throw std::invalid_argument("module: expected a loaded one with matrices, got " + module);
-  Weights& weights = *found->second;
-  stream_.synchronize();
-  if (weights.streams()) check_limit(weights.bytes_with(patches, add), kTextEncoderWeights);
-  weights.patch(patches, stream_.get(), add);
 }
 
 // An arena over a buffer, which grows to `bytes` if it is smaller. Growing loses its contents, and

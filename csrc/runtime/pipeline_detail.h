@@ -14,9 +14,10 @@
 #include "models/controlnet.h"
 #include "models/transformer.h"
 #include "runtime/pipeline.h"
-#include "weights/weights.h"
 
 namespace zimage_rt {
+
+inline constexpr char kTextEncoderWeights[] = "the text encoder's weights";
 
 // Locks a pipeline for the calling thread, with its device current.
 class PipelineLock {
@@ -77,15 +78,6 @@ class StreamDrain {
 
  private:
   const Stream& stream_;
-};
-
-// How a module is loaded.
-struct Pipeline::ModuleKind {
-  const char* weights;                                    // their name in errors
-  bool patchable;                                         // see Pipeline::patch
-  void (*prepare)(Pipeline& pipeline, Weights& weights);  // before the upload
-  // Constructs the model, which refers to the weights; after an error there is none.
-  void (*construct)(Pipeline& pipeline, Weights& weights, const ModuleConfig& config);
 };
 
 // Pixels per latent.
