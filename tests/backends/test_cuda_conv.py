@@ -97,7 +97,7 @@ def test_options(kernels: Any, dtype: str, size: tuple[int, int], batch: int, op
 
 
 # Enough tiles that the large ones are chosen, that blocks take more than one, and that the last ones are cut off:
-# (height, width) of the output for large tiles, then of narrow pictures that keep the small ones.
+# (height, width) of the output for large tiles, then of narrow images that keep the small ones.
 LARGE = [(208, 384), (203, 377), (512, 130), (784, 48), (797, 35)]
 
 

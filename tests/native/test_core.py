@@ -85,7 +85,7 @@ def test_guidance_is_active_as_in_diffusers() -> None:
 
 def test_dynamic_guidance_follows_the_prompt_and_the_step() -> None:
     scales = guidance_scales(np.array([1.0, 0.5, 0.1]), 4.0, 1.0, 0.5, [8, 64, 128, 500])
-    assert (np.diff(scales, axis=0) < 0).all()  # less as the picture settles
+    assert (np.diff(scales, axis=0) < 0).all()  # less as the image settles
     assert (np.diff(scales[:, :3], axis=1) > 0).all()  # more for a longer prompt
     assert (scales[:, 2] == scales[:, 3]).all()  # up to a length
     assert scales[0, 1] == 4.0  # a prompt of half that length, at the start: the scale itself
