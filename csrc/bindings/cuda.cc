@@ -24,6 +24,7 @@
 #include "cpu/guidance.h"
 #include "device/check.h"
 #include "device/dtype.h"
+#include "models/reference.h"
 #include "models/controlnet.h"
 #include "models/text_encoder.h"
 #include "models/tiny_vae.h"

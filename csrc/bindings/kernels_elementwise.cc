@@ -239,7 +239,7 @@ py::tuple run_rope_table(const std::vector<py::array>& cos, const std::vector<py
   std::vector<DeviceArray> tables;
   RopeTable args{};
   py::ssize_t width = 0;
-  for (std::size_t i = 0; i < 3; ++i) {
+  for (std::size_t i = 0; i < kRopeAxes; ++i) {
     tables.emplace_back(cos.at(i));
     tables.emplace_back(sin.at(i));
     args.axes[i] = {.cos = tables[2 * i].data<float>(),

@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "device/check.h"
+#include "kernels/rope_table.h"
 #include "models/controlnet.h"
-#include "models/reference.h"
 #include "models/text_encoder.h"
 #include "models/tiny_vae.h"
 #include "models/transformer.h"

@@ -14,8 +14,9 @@ __global__ void rope_table_kernel(RopeTable args) {
   const int row = blockIdx.x;
   const int grid = args.grid_rows * args.grid_columns;
   const bool image = row < args.image_tokens, pad = image && row >= grid;
-  const int ids[3] = {image ? args.context_tokens + 1 : row - args.image_tokens + 1,
-                      image ? row / args.grid_columns : 0, image ? row % args.grid_columns : 0};
+  const int ids[kRopeAxes] = {image ? args.context_tokens + 1 : row - args.image_tokens + 1,
+                              image ? row / args.grid_columns : 0,
+                              image ? row % args.grid_columns : 0};
   int column = threadIdx.x, width = 0;
   for (const RopeAxis& axis : args.axes) width += axis.size;
   if (column >= width) return;
@@ -38,9 +39,10 @@ __global__ void position_table_kernel(const float* inv_freq, int size, float* co
 }  // namespace
 
 void rope_table(const RopeTable& args, cudaStream_t stream) {
-  const int largest[3] = {args.context_tokens + 1, args.grid_rows - 1, args.grid_columns - 1};
+  const int largest[kRopeAxes] = {args.context_tokens + 1, args.grid_rows - 1,
+                                  args.grid_columns - 1};
   int width = 0;
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i < kRopeAxes; ++i) {
     width += args.axes[i].size;
     // The context alone (no image rows) needs only its own ids of the first axis.
     const int last = i == 0 && args.image_tokens == 0 ? args.context_tokens : largest[i];

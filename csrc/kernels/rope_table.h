@@ -4,6 +4,9 @@
 
 namespace zimage_rt {
 
+// Axes of a position: one of the sequence, two of the image (RopeEmbedder of diffusers 0.42.1).
+constexpr int kRopeAxes = 3;
+
 // Cosines and sines by position, fp32 [length, size], from the bundle: one pair of tables per axis.
 // Null tables mean no rotation.
 struct RopeAxis {
@@ -18,7 +21,7 @@ struct RopeAxis {
 // context rows have (1 …, 0, 0). Source: ZImageTransformer2DModel.patchify_and_embed of diffusers
 // 0.42.1.
 struct RopeTable {
-  RopeAxis axes[3];
+  RopeAxis axes[kRopeAxes];
   int grid_rows;
   int grid_columns;
   int image_tokens;  // with padding

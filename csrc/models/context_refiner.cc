@@ -6,6 +6,7 @@
 #include "device/dtype.h"
 #include "kernels/copy_rows.h"
 #include "kernels/norm.h"
+#include "kernels/rope_table.h"
 #include "models/transformer.h"
 #include "ops/linear.h"
 
@@ -84,7 +85,7 @@ void ContextRefiner::run(const float* prompt_embeds, int tokens, const Buffers& 
   RopeTable table{};
   table.axes[0] = tensors_.positions;
   // A caption has position 0 on the other axes: no rotation.
-  for (int i = 1; i < 3; ++i) table.axes[i].size = config_.axes_dims[i] / 2;
+  for (int i = 1; i < kRopeAxes; ++i) table.axes[i].size = config_.axes_dims[i] / 2;
   table.grid_rows = table.grid_columns = 1;
   table.context_tokens = rows;
   table.cos = buffers.cos, table.sin = buffers.sin;

@@ -72,12 +72,10 @@ ControlNet::ControlNet(const ControlNetConfig& config, const Weights& weights,
     throw WeightError("controlnet: expected the transformer's number format and modulation width");
   const int patch = config.transformer.patch_size;
   const std::string name = "control_all_x_embedder." + std::to_string(patch) + "-1.";
-  embedder_ = {.channels = config.control_in_dim,
-               .weight = weights
-                             .get(name + "weight",
-                                  {patch * patch * config.control_in_dim, shape_.dim}, shape_.type)
-                             .data,
-               .bias = weights.get(name + "bias", {shape_.dim}, DType::kFloat32).f32()};
+  embedder_ = {
+      .channels = config.control_in_dim,
+      .weight = weights.matrix(name + "weight", patch * patch * config.control_in_dim, shape_.dim),
+      .bias = weights.vector(name + "bias", shape_.dim)};
 
   const int layers = static_cast<int>(config.control_layers_places.size());
   before_layers_ = projection(weights, block_name(kLayers, 0) + "before_proj.");
@@ -204,7 +202,8 @@ void ControlNet::run(int first, int last, const Sequences& sequences, float* c,
   blocks_.run(first, last, buffers.vectors, c, sequences, at.buffers.block, at.ops);
 }
 
-// out = projection(c); `out` may be c, because the product reads a rounded copy.
+// out = projection(c); `out` may be c, because the product reads a rounded copy. The scale is that
+// of the product alone: the bias is added after it.
 void ControlNet::project(const Projection& projection, const float* c, int rows, float* out,
                          const Transformer::Evaluation& at) const {
   void* const rounded = at.buffers.block.normed;

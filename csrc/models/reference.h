@@ -11,8 +11,6 @@ constexpr int kSequenceMultiple = 32;
 constexpr float kQkNormEps = 1e-5f;
 // Of the norm of the final layer (FinalLayer).
 constexpr float kFinalNormEps = 1e-6f;
-// Axes of the rotary embedding: the caption's, and two of the image (RopeEmbedder).
-constexpr int kRopeAxes = 3;
 
 // `rows` rounded up to a multiple.
 constexpr int round_up(int rows, int multiple) {

@@ -74,13 +74,9 @@ using Key = std::array<int, 7>;  // type, out_type, bias, m, n, k, whether [out,
 
 Key key_of(const LinearArgs& args) {
   return {
-      static_cast<int>(args.weight.dtype),
-      static_cast<int>(args.out_type),
-      args.bias != nullptr,
-      args.rows <= kSmallRows ? args.rows : (args.rows + kRowBucket - 1) / kRowBucket * kRowBucket,
-      args.weight.out,
-      args.weight.in,
-      args.weight.layout == Layout::kOutIn};
+      {static_cast<int>(args.weight.dtype), static_cast<int>(args.out_type), args.bias != nullptr,
+       args.rows <= kSmallRows ? args.rows : (args.rows + kRowBucket - 1) / kRowBucket * kRowBucket,
+       args.weight.out, args.weight.in, args.weight.layout == Layout::kOutIn}};
 }
 
 // cuBLASLt's descriptors of one product. The library is column-major, where a row-major matrix is

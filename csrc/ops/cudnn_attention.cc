@@ -47,17 +47,9 @@ class CudnnAttention::State {
   ~State() { fe::detail::destroy_handle(handle_); }
 
   void run(const AttentionArgs& args, cudaStream_t stream) {
-    const Key key{static_cast<std::int64_t>(args.type),
-                  args.batch,
-                  args.tokens,
-                  args.heads,
-                  args.kv_heads,
-                  args.head_dim,
-                  args.token_stride,
-                  args.batch_stride,
-                  args.out_token_stride,
-                  args.out_batch_stride,
-                  args.causal};
+    const Key key{{static_cast<std::int64_t>(args.type), args.batch, args.tokens, args.heads,
+                   args.kv_heads, args.head_dim, args.token_stride, args.batch_stride,
+                   args.out_token_stride, args.out_batch_stride, args.causal}};
     auto found = plans_.find(key);
     if (found == plans_.end()) found = plans_.emplace(key, build(args)).first;
     if (fe::detail::set_stream(handle_, stream) != CUDNN_STATUS_SUCCESS)

@@ -18,6 +18,7 @@
 #include "device/check.h"
 #include "kernels/fused_gemm.h"
 #include "kernels/patchify.h"
+#include "models/reference.h"
 #include "runtime/pipeline_detail.h"
 
 namespace zimage_rt {
