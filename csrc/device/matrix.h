@@ -4,7 +4,7 @@
 
 namespace zimage_rt {
 
-// How a weight matrix is stored, row-major: [in, out] or [out, in].
+// The storage order of a weight matrix, row-major: [in, out] or [out, in].
 enum class Layout { kInOut, kOutIn };
 
 // A weight matrix on the device, for products x [rows, in] · matrix -> [rows, out].

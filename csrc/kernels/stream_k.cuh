@@ -1,6 +1,6 @@
 #pragma once
 
-// How the output tiles of a fused product are shared out among the clusters of a launch.
+// The distribution of the output tiles of a fused product to the clusters of a launch.
 
 #include <cuda_runtime_api.h>
 

@@ -7,9 +7,9 @@ namespace zimage_rt {
 
 // Rows of every sequence are padded to a multiple of this (SEQ_MULTI_OF).
 constexpr int kSequenceMultiple = 32;
-// Of the norms of queries and keys (ZImageTransformerBlock).
+// The eps of the norms of queries and keys (ZImageTransformerBlock).
 constexpr float kQkNormEps = 1e-5f;
-// Of the norm of the final layer (FinalLayer).
+// The eps of the norm of the final layer (FinalLayer).
 constexpr float kFinalNormEps = 1e-6f;
 
 // `rows` rounded up to a multiple.

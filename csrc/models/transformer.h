@@ -104,7 +104,7 @@ class ModulatedBlocks {
 
   // The number of floats in the vectors of one step, [blocks, 4, dim].
   std::size_t step_vectors() const { return blocks_.size() * 4 * shape_.dim; }
-  // Of the timestep's embedding, in the shapes of the weights.
+  // The width of the timestep's embedding, from the shapes of the weights.
   int width() const { return width_; }
   // vectors [steps, blocks, 4, dim], from the embedding of the timesteps.
   void prepare(const float* embedding, int steps, float* vectors, cudaStream_t stream) const;

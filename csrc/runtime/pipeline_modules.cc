@@ -17,7 +17,7 @@
 
 namespace zimage_rt {
 
-// How a module is loaded.
+// The steps of loading a module.
 struct Pipeline::ModuleKind {
   const char* weights;                                    // their name in errors
   bool patchable;                                         // see Pipeline::patch
