@@ -43,7 +43,7 @@ class CMakeBuild(build_ext):
     """One CMake build makes all modules; setuptools then finds those that came out of it."""
 
     def build_extensions(self) -> None:
-        """Configure and build; an extension that CMake left out, which is _cuda alone, is left out here, too."""
+        """Configure and build. Extensions that CMake did not build are left out: _cuda, or what only tests use."""
         package = Path(self.get_ext_fullpath("zimage_rt._core")).resolve().parent
         # Another environment's choices must not stick: without a folder that was asked for, nothing is kept.
         kept = os.environ.get("ZIMAGE_RT_BUILD")
@@ -63,11 +63,12 @@ class CMakeBuild(build_ext):
             f"-DZIMAGE_RT_OUTPUT={package}",
             # Passed at every configure, so that a kept choice is replaced.
             f"-DZIMAGE_RT_CUDA={os.environ.get('ZIMAGE_RT_CUDA', 'AUTO')}",
+            f"-DZIMAGE_RT_TEST_MODULES={'ON' if self.editable_mode else 'OFF'}",
             f"-DZIMAGE_RT_PYTHONS={PYTHONS}",
             f"-DZIMAGE_RT_MANYLINUX_LINKER={os.environ.get('ZIMAGE_RT_MANYLINUX_LINKER', '')}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
-        for stale in package.glob("_cuda.*.so"):
+        for stale in package.glob("_cuda*.so"):
             stale.unlink()
         tools = with_build_tools()
         cmake = shutil.which("cmake", path=tools["PATH"]) or "cmake"
@@ -97,6 +98,6 @@ setup(
         *find_packages(str(ROOT), include=["zimage_rt", "zimage_rt.*"]),
         *(f"zimage_rt.{name}" for top in INSIDE for name in find_packages(str(ROOT), include=[top, f"{top}.*"])),
     ],
-    ext_modules=[Extension("zimage_rt._core", sources=[]), Extension("zimage_rt._cuda", sources=[])],
+    ext_modules=[Extension(f"zimage_rt.{name}", sources=[]) for name in ("_core", "_cuda", "_cuda_kernels")],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
 )

@@ -32,7 +32,7 @@ except ImportError as error:
 
 PROGRAMS = ("text_encoder", "context_refiner", "transformer", "controlnet", "tiny_vae_decoder", "tiny_vae_encoder")
 
-# Read on the host, row by row: see csrc/programs/text_encoder.h.
+# Read on the host, row by row: see csrc/models/text_encoder.h.
 HOST_TENSORS = ("embed_tokens.weight",)
 
 
@@ -192,10 +192,10 @@ class CudaPipeline:
         for name, found in changes.items():
             with _errors(f"changing the weights of {name}"):
                 thin = [part for part in found if isinstance(part, LowRank)]
-                self.native.change(name, [(part.tensor, part.first_column, part.down, part.up) for part in thin])
+                self.native.patch(name, [(part.tensor, part.first_column, part.down, part.up) for part in thin])
                 for part in found:  # one after the other, so that memory holds one of them
                     if isinstance(part, Dense):
-                        self.native.change(name, [(part.tensor, part.first_column, None, part.make())], add=True)
+                        self.native.patch(name, [(part.tensor, part.first_column, None, part.make())], add=True)
 
     def module(self, name: str) -> Module:
         """One module by itself, numpy in and out, as other backends have them: for parity tests."""
@@ -220,26 +220,10 @@ class CudaPipeline:
         return self._run(job, decode=True)
 
     def _run(self, job: SampleJob, decode: bool) -> tuple[np.ndarray, dict[str, float]] | None:
-        control = job.conditioning.control
-        name = "transformer" if control is None else "controlnet"
+        name = "transformer" if job.conditioning.control is None else "controlnet"
         self.load([name])
         with _errors("drawing"):
-            result = self.native.sample(
-                latents=job.latents,
-                contexts=list(job.conditioning.contexts),
-                negatives=list(job.conditioning.negatives),
-                steps=job.steps,
-                guidance_scales=job.guidance.scales,
-                cfg_normalization=job.guidance.normalization,
-                mask=None if job.inpaint is None else job.inpaint.mask,
-                image=None if job.inpaint is None else job.inpaint.image,
-                noise=None if job.inpaint is None else job.inpaint.noise,
-                step_noise=job.step_noise,
-                control_latents=None if control is None else control.latents,
-                control_scale=0.0 if control is None else control.scale,
-                decode=decode,
-                callback=job.on_step,
-            )
+            result = self.native.sample(job, decode=decode)
         if result is None:
             return None
         check_finite(job.latents, name)

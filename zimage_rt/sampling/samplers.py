@@ -1,6 +1,6 @@
 """Samplers as tables: each is a list of function evaluations with a linear update behind them.
 
-The loop that runs a table is one and in C++ (`csrc/runtime/sampler.cc`); `sample_reference` is what it is held to.
+The loop that runs a table is one and in C++ (`csrc/cpu/sampler.cc`); `sample_reference` is what it is held to.
 `SAMPLERS` is the one list of them; their rows are in `sampling/tables.py`.
 
 Plain names are ComfyUI's and give its numbers (0.33.0, commit 783545f6); those that begin with `diffusers_` are

@@ -18,7 +18,7 @@ from .beta import beta_quantile
 
 
 def flow_match_sigmas(num_inference_steps: int, shift: float) -> np.ndarray:
-    """Sigmas of flow-match Euler, 1 → 0: what `_core.flow_match_sigmas` is held to.
+    """Sigmas of flow-match Euler, 1 → 0.
 
     `linspace(1, 1/N, N)`, shifted, then 0 (diffusers' FlowMatchEulerDiscreteScheduler, as ZImagePipeline drives it).
 

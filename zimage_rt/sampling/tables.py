@@ -23,7 +23,7 @@ HISTORY = 3
 class SamplerStep:
     """One row: an evaluation at `sigma`, and the linear update behind it.
 
-    `csrc/include/zimage_rt/sampler.h` has the same fields in the same order, and says what they do. `interval` is for
+    `csrc/cpu/sampler.h` has the same fields in the same order, and says what they do. `interval` is for
     noise of a Brownian path alone: which of its increments is added.
     """
 
