@@ -31,7 +31,7 @@ constexpr int kBlockM = 128, kBlockN = 256, kBlockK = 64;
 constexpr int kBox = 64;  // columns of a TMA box: 128 bytes, the widest swizzle
 constexpr int kBoxBytes = kBox * kBox * 2;
 constexpr int kABoxes = kBlockM / kBox, kBBoxes = kBlockN / kBox;
-constexpr int kHalfBytes = kBBoxes / 2 * kBoxBytes;  // of the weight's tile
+[[maybe_unused]] constexpr int kHalfBytes = kBBoxes / 2 * kBoxBytes;  // of the weight's tile
 constexpr int kStageBytes = (kABoxes + kBBoxes) * kBoxBytes;
 constexpr int kStages = 4;
 // Tiles of this many rows of tiles are rasterised together: their part of `a`, 16 MB at a k of
