@@ -1,7 +1,7 @@
 """Samplers as tables: each is a list of function evaluations with a linear update behind them.
 
 The loop that runs a table is one and in C++ (`csrc/runtime/sampler.cc`); `sample_reference` is what it is held to.
-`SAMPLERS` is the one list of them; their rows are in `sampling/tables.py`.
+`SAMPLERS` is the one list of them; their rows are in `deterministic.py` and `stochastic.py`.
 
 Plain names are ComfyUI's and give its numbers (0.33.0, commit 783545f6); those that begin with `diffusers_` are
 diffusers'.
@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from .._core import brownian_noise, stream_noise
-from . import tables as sampler_tables
+from . import deterministic, stochastic
 from .guidance import apply_guidance
 from .schedules import add_noise
 from .tables import HISTORY, SamplerStep
@@ -51,29 +51,29 @@ class Sampler:
 SAMPLERS: dict[str, Sampler] = {
     sampler.name: sampler
     for sampler in (
-        Sampler("euler", "Euler", "both", "The default: one evaluation a step.", sampler_tables.euler),
-        Sampler("heun", "Heun", "both", "Two evaluations a step, second order.", sampler_tables.heun),
+        Sampler("euler", "Euler", "both", "The default: one evaluation a step.", deterministic.euler),
+        Sampler("heun", "Heun", "both", "Two evaluations a step, second order.", deterministic.heun),
         Sampler(
             "diffusers_dpmpp_2m",
             "DPM++ 2M",
             "diffusers",
             "DPMSolverMultistepScheduler's: second order, in lambda.",
-            sampler_tables.diffusers_dpmpp_2m,
+            deterministic.diffusers_dpmpp_2m,
         ),
-        Sampler("dpmpp_2m", "DPM++ 2M", "ComfyUI", "Second order, in ln sigma.", sampler_tables.dpmpp_2m),
+        Sampler("dpmpp_2m", "DPM++ 2M", "ComfyUI", "Second order, in ln sigma.", deterministic.dpmpp_2m),
         Sampler(
             "res_multistep",
             "RES Multistep",
             "ComfyUI",
             "What the Z-Image templates use: second order, exponential.",
-            sampler_tables.res_multistep,
+            deterministic.res_multistep,
         ),
         Sampler(
             "dpm_2",
             "DPM2",
             "ComfyUI",
             "Two evaluations a step, the second in the middle.",
-            sampler_tables.dpm_2,
+            deterministic.dpm_2,
             spare_step=True,
         ),
         Sampler(
@@ -81,14 +81,14 @@ SAMPLERS: dict[str, Sampler] = {
             "Gradient Estimation",
             "ComfyUI",
             "Euler with twice the slope less the one before.",
-            sampler_tables.gradient_estimation,
+            deterministic.gradient_estimation,
         ),
         Sampler(
             "uni_pc",
             "UniPC",
             "ComfyUI",
             "Predictor and corrector of third order.",
-            sampler_tables.uni_pc,
+            deterministic.uni_pc,
             spare_step=True,
         ),
         Sampler(
@@ -96,16 +96,16 @@ SAMPLERS: dict[str, Sampler] = {
             "UniPC BH2",
             "ComfyUI",
             "The same with the other weighting.",
-            sampler_tables.uni_pc_bh2,
+            deterministic.uni_pc_bh2,
             spare_step=True,
         ),
-        Sampler("ddim", "DDIM", "ComfyUI", "Euler by another name.", sampler_tables.euler),
+        Sampler("ddim", "DDIM", "ComfyUI", "Euler by another name.", deterministic.euler),
         Sampler(
             "euler_ancestral",
             "Euler a",
             "ComfyUI",
             "Euler with new noise in every step.",
-            sampler_tables.euler_ancestral,
+            stochastic.euler_ancestral,
             STREAM,
         ),
         Sampler(
@@ -113,17 +113,17 @@ SAMPLERS: dict[str, Sampler] = {
             "RES Multistep a",
             "ComfyUI",
             "RES with new noise in every step.",
-            sampler_tables.res_multistep_ancestral,
+            stochastic.res_multistep_ancestral,
             STREAM,
         ),
-        Sampler("lcm", "LCM", "ComfyUI", "The clean image under new noise, for few steps.", sampler_tables.lcm, STREAM),
-        Sampler("er_sde", "ER SDE", "ComfyUI", "Third order, with noise.", sampler_tables.er_sde, STREAM),
+        Sampler("lcm", "LCM", "ComfyUI", "The clean image under new noise, for few steps.", stochastic.lcm, STREAM),
+        Sampler("er_sde", "ER SDE", "ComfyUI", "Third order, with noise.", stochastic.er_sde, STREAM),
         Sampler(
             "dpmpp_sde",
             "DPM++ SDE",
             "ComfyUI",
             "Two evaluations a step, with Brownian noise.",
-            sampler_tables.dpmpp_sde,
+            stochastic.dpmpp_sde,
             BROWNIAN,
         ),
         Sampler(
@@ -131,7 +131,7 @@ SAMPLERS: dict[str, Sampler] = {
             "DPM++ 2M SDE",
             "ComfyUI",
             "Second order, with Brownian noise.",
-            sampler_tables.dpmpp_2m_sde,
+            stochastic.dpmpp_2m_sde,
             BROWNIAN,
         ),
         Sampler(
@@ -139,7 +139,7 @@ SAMPLERS: dict[str, Sampler] = {
             "DPM++ 3M SDE",
             "ComfyUI",
             "Third order, with Brownian noise.",
-            sampler_tables.dpmpp_3m_sde,
+            stochastic.dpmpp_3m_sde,
             BROWNIAN,
         ),
     )
