@@ -20,9 +20,9 @@ from zimage_rt.bundle.manifest import (
     Parity,
     PipelineSpec,
     ShapeRanges,
-    hash_file,
     write_manifest,
 )
+from zimage_rt.bundle.verify import hash_file
 
 from . import graph_cache, weights
 from .builders import builder_for

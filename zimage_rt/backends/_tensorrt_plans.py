@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..bundle.manifest import EngineSpec, Manifest, ModuleSpec, ProfileRange, TensorSpec, check_file, shape_text
+from ..bundle.manifest import EngineSpec, Manifest, ModuleSpec, ProfileRange, TensorSpec, shape_text
+from ..bundle.verify import check_file
 from ..errors import BundleMismatch, RequestError
 from .base import CheckModule
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic_write import check_folder
-from ..bundle.manifest import hash_file
+from ..bundle.verify import hash_file
 from ..checks import MAX_SHOWN, shown_text
 from ..engine import Engine
 from ..errors import RequestError

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..bundle.manifest import hash_file
+from ..bundle.verify import hash_file
 from ..image.formats import is_whole
 from .rows import RowContent, hash_json
 from .table import Row

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,6 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 # What to do about a manifest that cannot be read.
 _AGAIN = "export the bundle again"
 _NEWER = "a newer zimage_rt may have written it: upgrade, or export the bundle again"
-
-# Bytes that are hashed at a time.
-_PIECE = 8 << 20
 
 Dim = int | str
 
@@ -391,36 +388,3 @@ def write_manifest(manifest: Manifest, bundle: Path) -> None:
     """Write `bundle/manifest.json`; the last file of a bundle to be written."""
     text = json.dumps(to_json(manifest), indent=1, ensure_ascii=False)
     (bundle / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
-
-
-def hash_file(path: Path, on_bytes: Callable[[int], object] = lambda count: None) -> FileEntry:
-    """Size and SHA-256 of a file, in pieces, so that 12 GB need no memory; `on_bytes` is told each piece's size."""
-    digest, size, piece = hashlib.sha256(), 0, memoryview(bytearray(_PIECE))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(piece):
-            digest.update(piece[:count])
-            size += count
-            on_bytes(count)
-    return FileEntry(size, digest.hexdigest())
-
-
-def check_file(
-    bundle: Path,
-    name: str,
-    entry: FileEntry,
-    *,
-    content: bool = True,
-    on_bytes: Callable[[int], object] = lambda count: None,
-) -> None:
-    """Raise BundleMismatch unless the file is there, whole, and (with `content`) unchanged."""
-    path = bundle / name
-    again = "copy the bundle again, or export it again"
-    if not path.is_file():
-        raise BundleMismatch(f"{path}: the manifest names it, but it is missing; {again}")
-    size = path.stat().st_size
-    if size != entry.size:
-        raise BundleMismatch(f"{path}: expected {entry.size} bytes, got {size}; {again}")
-    if content and (actual := hash_file(path, on_bytes).sha256) != entry.sha256:
-        raise BundleMismatch(
-            f"{path}: expected sha256 {entry.sha256[:16]}…, got {actual[:16]}…: the file was changed; {again}"
-        )

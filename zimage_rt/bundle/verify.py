@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import BundleMismatch
-from .manifest import Manifest, check_file
+from .manifest import FileEntry, Manifest
+
+# Bytes that are hashed at a time.
+_PIECE = 8 << 20
 
 
 class BundleFiles:
@@ -62,3 +66,36 @@ class BundleFiles:
     def loaded(self) -> None:
         """Tell nobody any more: what is read from now on belongs to a request."""
         self._on_stage = None
+
+
+def hash_file(path: Path, on_bytes: Callable[[int], object] = lambda count: None) -> FileEntry:
+    """Size and SHA-256 of a file, in pieces, so that 12 GB need no memory; `on_bytes` is told each piece's size."""
+    digest, size, piece = hashlib.sha256(), 0, memoryview(bytearray(_PIECE))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(piece):
+            digest.update(piece[:count])
+            size += count
+            on_bytes(count)
+    return FileEntry(size, digest.hexdigest())
+
+
+def check_file(
+    bundle: Path,
+    name: str,
+    entry: FileEntry,
+    *,
+    content: bool = True,
+    on_bytes: Callable[[int], object] = lambda count: None,
+) -> None:
+    """Raise BundleMismatch unless the file is there, whole, and (with `content`) unchanged."""
+    path = bundle / name
+    again = "copy the bundle again, or export it again"
+    if not path.is_file():
+        raise BundleMismatch(f"{path}: the manifest names it, but it is missing; {again}")
+    size = path.stat().st_size
+    if size != entry.size:
+        raise BundleMismatch(f"{path}: expected {entry.size} bytes, got {size}; {again}")
+    if content and (actual := hash_file(path, on_bytes).sha256) != entry.sha256:
+        raise BundleMismatch(
+            f"{path}: expected sha256 {entry.sha256[:16]}…, got {actual[:16]}…: the file was changed; {again}"
+        )

@@ -16,7 +16,8 @@ from rich.table import Table
 from .._version import __version__
 from ..backends.registry import probe_backends
 from ..bundle.folders import find_leftovers
-from ..bundle.manifest import Manifest, check_file, read_manifest
+from ..bundle.manifest import Manifest, read_manifest
+from ..bundle.verify import check_file
 from ..engine import Engine
 from ..errors import RequestError, RequestWarning, ZImageError
 from ..metadata.image_file import read_record

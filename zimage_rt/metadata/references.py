@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle.manifest import hash_file
+from ..bundle.verify import hash_file
 from ..errors import MetadataError
 from ..image.convert import read_image
 from ..lora.file import weights_file
