@@ -6,12 +6,14 @@ elsewhere, and only if the user who runs this process wrote it and nobody else m
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import logging
 import os
 import stat
 import tempfile
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 USER_FOLDER = "~/.cache/zimage_rt"
 
@@ -29,7 +31,13 @@ def cache_folder(bundle: Path, cache_dir: str | Path | None) -> Path | None:
         candidates = [bundle.parent / f"{bundle.name}.cache", Path(USER_FOLDER).expanduser()]
     else:
         candidates = [Path(cache_dir).expanduser()]
-    return next((folder for folder in candidates if _usable(folder)), None)
+    found = next((folder for folder in candidates if _usable(folder)), None)
+    if found is None:
+        tried = " and ".join(map(str, candidates))
+        log.warning("compiled kernels are not cached: %s cannot be written, or others can write there", tried)
+    elif found != candidates[0]:
+        log.warning("compiled kernels are cached in %s: %s cannot be used", found, candidates[0])
+    return found
 
 
 def _usable(folder: Path) -> bool:
@@ -67,7 +75,7 @@ def read_cache(path: Path) -> bytes:
 
 def write_cache(path: Path, data: bytes) -> None:
     """Put a cache in place of the old one, whole or not at all. A full disk costs the cache, not the request."""
-    with contextlib.suppress(OSError):
+    try:
         # mkstemp's files are this user's alone.
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
         try:
@@ -77,3 +85,5 @@ def write_cache(path: Path, data: bytes) -> None:
         except OSError:
             Path(name).unlink(missing_ok=True)
             raise
+    except OSError as error:
+        log.warning("%s: compiled kernels were not saved: %s", path, error)

@@ -6,8 +6,10 @@ serves both, and each backend's file has only what the other library lacks.
 
 from __future__ import annotations
 
+import logging
 import mmap
 import threading
+import time
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
@@ -39,6 +41,8 @@ from .modules import ModulePipeline
 
 if TYPE_CHECKING:
     import tensorrt as trt
+
+log = logging.getLogger(__name__)
 
 # Input shapes of one module whose preparation is kept; every length of a prompt is one.
 MAX_PROGRAMS = 16
@@ -184,6 +188,7 @@ class TensorRTBackendBase:
 
     def load_module(self, bundle: Path, manifest: Manifest, module: str, check: CheckModule) -> TensorRTModule:
         """Load a module's plans, cheap checks first. Raises BundleMismatch or OutOfMemory."""
+        start = time.perf_counter()
         spec = manifest.module(module)
         version, capability = self.library.__version__, self.gpu.compute_capability
         plans = checked_plans(bundle, manifest, module, check, self.name, version, capability)
@@ -196,6 +201,7 @@ class TensorRTBackendBase:
                 parts.append(self._load_part(label, engine_spec, sha256, plan))
                 if engine_spec.stripped:
                     self.refit(parts[-1], bundle, spec)
+        log.debug("%s loaded from %d plans in %.3f s", module, len(parts), time.perf_counter() - start)
         return TensorRTModule(self, module, spec, parts)
 
     def _load_part(self, label: str, spec: EngineSpec, sha256: str, plan: mmap.mmap) -> Part:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from .onnxruntime_providers import (
     probe_providers,
     require,
 )
+
+log = logging.getLogger(__name__)
 
 BFLOAT16 = 16  # TensorProto.BFLOAT16 in onnx.proto3
 # ONNX Runtime starts as many as it is told.
@@ -90,6 +94,7 @@ class OnnxRuntimeBackend:
         self, bundle: Path, manifest: Manifest, module: str, changes: Sequence[Change] = ()
     ) -> OnnxRuntimeModule:
         """Load a module, with other weights of its own or its base's. Raises BundleMismatch where they do not fit."""
+        start = time.perf_counter()
         spec = manifest.module(module)
         if spec.graph is None:
             raise BundleMismatch(
@@ -118,6 +123,10 @@ class OnnxRuntimeBackend:
         if self._io_binding:
             place = "cuda" if self._provider.on_gpu else "cpu"
             bound = BoundSession(session, [output.name for output in spec.outputs], place, self._device)
+        seconds = time.perf_counter() - start
+        log.debug(
+            "%s loaded on %s with %d changed tensors in %.3f s", module, self._provider.name, len(weights), seconds
+        )
         return OnnxRuntimeModule(module, spec, session, bound, weights)
 
     def _settings(self) -> ort.SessionOptions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import mmap
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from ._tensorrt_cache import cache_file, cache_folder, read_cache, write_cache
 from ._tensorrt_common import Part, TensorRTBackendBase
 from .base import CheckModule, Probe
 from .modules import ModulePipeline
+
+log = logging.getLogger(__name__)
 
 SHAPE_KERNELS = ("lazy", "eager", "none")
 
@@ -92,8 +95,9 @@ class TensorRTRTXBackend(TensorRTBackendBase):
             if part.sha256 not in self._caches:
                 cache = config.create_runtime_cache()
                 data = read_cache(path)
-                # One that another version or driver wrote is no error: it is made anew.
+                # Caches of another version or driver are refused; the kernels are compiled again.
                 if data and not cache.deserialize(data):
+                    log.warning("%s: TensorRT-RTX refused the kernel cache; its kernels are compiled again", path)
                     cache.reset()
                 self._caches[part.sha256] = (cache, len(data))
             config.set_runtime_cache(self._caches[part.sha256][0])

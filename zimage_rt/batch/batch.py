@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ from .plan import DoneRows, plan_rows
 from .rows import RowReader, Template
 from .table import Row, Table
 
-# Of a row's failure, in the journal; longer ones are cut.
+log = logging.getLogger(__name__)
+
+# Characters of a row's error in the journal; longer ones are cut.
 MAX_REASON = 20 * MAX_SHOWN
 # Request fields that have a meaning beside an image alone, which may be a row's own.
 BESIDE_IMAGE = ("denoise", "strength", "mask")
@@ -115,6 +118,7 @@ class Batch:
         except BaseException:
             self.journal.__exit__()
             raise
+        log.info("batch in %s: %d rows, %d of them done", folder, len(self.rows), len(self._done))
         extra = dict.fromkeys(column for content in self._contents.values() for column in content.extra)
         if extra:
             self.notes.append(f"no request fields, and kept in the journal: {', '.join(extra)}")
@@ -163,6 +167,7 @@ class Batch:
             reason = shown_text(reason, MAX_REASON)
             self._done.discard(row.number)
             self.journal.add(row.number, error=reason, line=row.line, **more)
+            log.info("row %d failed: %s", row.number, type(error).__name__)  # the message may quote the prompt
             return reason
         request = result.records[0].request
         before = self.journal.lines.get(row.number, {}).get("pictures", [])
@@ -181,6 +186,7 @@ class Batch:
             old.unlink(missing_ok=True)
             sidecar_path(old).unlink(missing_ok=True)
         self._done.add(row.number)
+        log.info("row %d done: %d images in %.2f s", row.number, len(paths), result.timings["total"])
         return result, paths
 
     def _header(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -16,6 +17,8 @@ from ..bundle.json_codec import parse_json
 from ..checks import shown
 from ..errors import RequestError
 from ..image.formats import FORMATS, sidecar_path
+
+log = logging.getLogger(__name__)
 
 JOURNAL_NAME = "journal.jsonl"
 # What people call the parts of a header.
@@ -163,7 +166,8 @@ class Journal:
         for line in lines[1:]:
             self._note(line)
         if whole < self.path.stat().st_size:
-            # The line that a killed process was writing; its row is drawn again.
+            # A killed process left half a line; its row is drawn again.
+            log.warning("%s: the last line was cut off and is removed", self.path)
             os.truncate(self.path, whole)
 
 

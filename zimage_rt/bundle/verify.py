@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import BundleMismatch
 from .manifest import FileEntry, Manifest
+
+log = logging.getLogger(__name__)
 
 # Bytes that are hashed at a time.
 _PIECE = 8 << 20
@@ -60,8 +64,10 @@ class BundleFiles:
 
         if hashed:
             tell(0)
+        start = time.perf_counter()
         check_file(self._bundle, file, self._manifest.files[file], content=hashed, on_bytes=tell)
         self._verified.add(file)
+        log.debug("%s: %s checked in %.3f s", file, "content" if hashed else "size", time.perf_counter() - start)
 
     def loaded(self) -> None:
         """Tell nobody any more: what is read from now on belongs to a request."""

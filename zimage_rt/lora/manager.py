@@ -210,7 +210,8 @@ class LoraSet:
                 raise EngineClosed("the engine was closed; load the bundle again")
             try:
                 self._pipeline.patch({module: combine(_on(loaded, applied, module), module) for module in modules})
-            except BaseException:
+            except BaseException as error:
+                log.warning("patching %s failed (%s): back to the weights before", modules, type(error).__name__)
                 before = {module: combine(_on(self._loaded, self._applied, module), module) for module in modules}
                 self._pipeline.patch(before)
                 raise

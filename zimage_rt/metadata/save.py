@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from ..errors import RequestError
 from ..image.formats import FORMATS, check_quality
 from .image_file import check_sidecar, save_image
 from .record import ImageRecord
+
+log = logging.getLogger(__name__)
 
 # A name with an ending like a file's that is not there is rather a slip than a folder.
 ENDING = re.compile(r"\.[A-Za-z][A-Za-z0-9]{1,4}")
@@ -88,6 +91,7 @@ def _save_all(folder: Path, pictures: list[tuple[np.ndarray, ImageRecord]], side
             try:
                 save_image(path, pixels, record, sidecar=sidecar, replace=False)
             except FileExistsError:
+                log.debug("%s was taken by another process; trying the next number", path)
                 continue
             paths.append(path)
             break
