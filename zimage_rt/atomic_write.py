@@ -100,7 +100,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _link(source: Path, path: Path) -> None:
-    """Rename a file if the new name is free; of several concurrent calls one succeeds. Raises FileExistsError."""
+    """Link a file to a second name, which must be free; of several concurrent calls one succeeds."""
     try:
         os.link(source, path)
     except FileExistsError:

@@ -12,9 +12,9 @@ from .tables import HISTORY, CleanHistory, SamplerStep, exponential_2, step_pair
 
 
 def euler(sigmas: np.ndarray, shift: float) -> list[SamplerStep]:
-    """x + v (sigma' - sigma)."""
+    """Euler: x + v (sigma' - sigma)."""
     del shift
-    # The difference in float32, as diffusers takes it.
+    # The difference is in float32, as in diffusers.
     return [
         SamplerStep(float(sigma), float(following), pred=float(following - sigma))
         for sigma, following in itertools.pairwise(sigmas)
@@ -22,7 +22,7 @@ def euler(sigmas: np.ndarray, shift: float) -> list[SamplerStep]:
 
 
 def heun(sigmas: np.ndarray, shift: float) -> list[SamplerStep]:
-    """Heun's second order: the mean of the slopes at both ends; the last step, to 0, is Euler's."""
+    """Heun's method of second order: the mean of the slopes at both ends. The last step, to 0, is an Euler step."""
     del shift
     steps: list[SamplerStep] = []
     for sigma, following in step_pairs(sigmas):
@@ -31,13 +31,13 @@ def heun(sigmas: np.ndarray, shift: float) -> list[SamplerStep]:
             steps.append(SamplerStep(sigma, following, pred=delta))
             continue
         steps.append(SamplerStep(sigma, following, pred=delta, keep_pred=1.0, ends=0.0))
-        # The whole step was taken with the first slope; half of it is taken back for half of the second one.
+        # The first row made the whole step with the first slope; this one replaces half of it by the second slope.
         steps.append(SamplerStep(following, following, pred=delta / 2, history=(-delta / 2, 0.0, 0.0)))
     return steps
 
 
 def dpm_2(sigmas: np.ndarray, shift: float) -> list[SamplerStep]:
-    """DPM-Solver-2 (Lu et al. 2022): the slope at the geometric middle, and the whole step with it."""
+    """DPM-Solver-2 (Lu et al. 2022): the whole step with the slope at the geometric mean of both sigmas."""
     del shift
     steps: list[SamplerStep] = []
     for sigma, following in step_pairs(sigmas):
@@ -51,7 +51,7 @@ def dpm_2(sigmas: np.ndarray, shift: float) -> list[SamplerStep]:
 
 
 def gradient_estimation(sigmas: np.ndarray, shift: float) -> list[SamplerStep]:
-    """x + (2 v - v of the step before) (sigma' - sigma) (Permenter and Yuan 2023, gamma 2)."""
+    """Gradient estimation (Permenter and Yuan 2023, gamma 2): x + (2 v - previous v) (sigma' - sigma)."""
     del shift
     steps: list[SamplerStep] = []
     for i, (sigma, following) in enumerate(step_pairs(sigmas)):
@@ -66,7 +66,7 @@ def gradient_estimation(sigmas: np.ndarray, shift: float) -> list[SamplerStep]:
 
 
 def dpmpp_2m(sigmas: np.ndarray, shift: float) -> list[SamplerStep]:
-    """DPM-Solver++(2M) (Lu et al. 2022) in ln sigma, not in lambda: ComfyUI's for every model."""
+    """DPM-Solver++(2M) (Lu et al. 2022) in ln sigma instead of lambda, which ComfyUI uses for every model."""
     del shift
     steps: list[SamplerStep] = []
     kept = CleanHistory(1)
@@ -92,16 +92,16 @@ def _half_log_snr(sigma: float) -> float:
 
 
 def diffusers_dpmpp_2m(sigmas: np.ndarray, shift: float) -> list[SamplerStep]:
-    """DPM-Solver++(2M) in lambda, as diffusers' DPMSolverMultistepScheduler has it for flow models (midpoint).
+    """DPM-Solver++(2M) in lambda, as in diffusers' DPMSolverMultistepScheduler for flow models (midpoint).
 
-    Of first order at the first step, after a step from pure noise, and at the last.
+    The first step, a step after one from pure noise, and the last step are of first order.
     """
     del shift
     steps: list[SamplerStep] = []
     before = -math.inf  # lambda of the last step's start
     for i, (sigma, following) in enumerate(step_pairs(sigmas)):
         here, there = _half_log_snr(sigma), _half_log_snr(following)
-        # alpha_t (1 - exp(-h)), the weight of the clean image; h is infinite from pure noise and to a clean image.
+        # alpha_t (1 - exp(-h)), the weight of D; h is infinite from sigma 1 and to sigma 0.
         weight = (1 - following) * -math.expm1(here - there)
         second = 0.0
         if i > 0 and following > 0.0 and math.isfinite(before):
@@ -123,7 +123,10 @@ def diffusers_dpmpp_2m(sigmas: np.ndarray, shift: float) -> list[SamplerStep]:
 
 
 def res_multistep(sigmas: np.ndarray, shift: float) -> list[SamplerStep]:
-    """RES (Zhang et al. 2023, refined exponential solver), two steps, in ln sigma; first and last step Euler's."""
+    """RES, the refined exponential solver (Zhang et al. 2023), with two steps in ln sigma.
+
+    The first and the last step are Euler steps.
+    """
     del shift
     steps: list[SamplerStep] = []
     kept = CleanHistory(1)
@@ -158,12 +161,12 @@ def uni_pc_bh2(sigmas: np.ndarray, shift: float) -> list[SamplerStep]:
 class _UniStep:
     """One step of UniPC (Zhao et al. 2023, algorithms 5 to 8) on z = x / sqrt(1 + sigma^2), lambda = -ln sigma.
 
-    z' = x * z + base * D0 + sum_k weight_k * (D_k - D0) / r_k + rest * (D' - D0), D0 the step's first D, D_k those
-    before it, D' the one at its end, in the corrector alone.
+    z' = x * z + base * D0 + sum_k weight_k * (D_k - D0) / r_k + rest * (D' - D0), with D0 at the step's beginning, D_k
+    at the steps before it, and D' at its end, which only the corrector has.
     """
 
     def __init__(self, sigmas: Sequence[float], order: int, bh2: bool) -> None:
-        """`sigmas`: the step's end, its beginning, and those before it, `order + 1` of them."""
+        """`sigmas` are the step's end, its beginning, and earlier ones: `order + 1` in all."""
         (alpha, spread, end), (_, spread_start, start), *before = (_uni_terms(sigma) for sigma in sigmas)
         h = end - start
         self.x = spread / spread_start
@@ -189,15 +192,15 @@ class _UniStep:
         self.rest = float(scale * corrector[-1])
 
     def of_past(self, weights: Sequence[float]) -> list[float]:
-        """The differences' weights as those of D0, D1, …"""
+        """The weights of the differences, rewritten as weights of D0, D1, …"""
         shares = [weight / ratio for weight, ratio in zip(weights, self.ratios, strict=True)]
         return [-sum(shares), *shares]
 
 
 def _uni_terms(sigma: float) -> tuple[float, float, float]:
-    """alpha, spread and lambda of z, in float32 as ComfyUI has them: 1 - alpha^2 of small sigmas is rough, and shows.
+    """alpha, spread and lambda of z, in float32 as in ComfyUI: the rounding of 1 - alpha^2 changes small sigmas.
 
-    The logarithm and the exponential are in float64 and rounded: but for a last place, they are so in float32.
+    The logarithm and the exponential are rounded from float64, which equals float32 up to a unit in the last place.
     """
     square = np.float32(sigma) * np.float32(sigma) + np.float32(1)
     log_alpha = np.float32(0.5) * np.float32(math.log(float(np.float32(1) / square)))
@@ -208,10 +211,10 @@ def _uni_terms(sigma: float) -> tuple[float, float, float]:
 
 
 def _uni_pc(sigmas: np.ndarray, *, bh2: bool) -> list[SamplerStep]:
-    """UniPC of order 3, or less near both ends, as ComfyUI runs it.
+    """UniPC of order 3, lower near both ends, as in ComfyUI.
 
-    The last 0 becomes 0.001, and the result is divided by 1 - 0.001. The corrector is no evaluation of its own: the one
-    at a step's end corrects that end, and begins the next step. Both are one row, because the predictor's x is there.
+    The last 0 becomes 0.001, and the result is divided by 1 - 0.001. The corrector needs no evaluation of its own: the
+    evaluation at a step's end corrects that end and begins the next step, so that one row does both.
     """
     whole = [float(sigma) for sigma in sigmas.astype(np.float64)]
     path = [*whole[:-1], float(np.float32(0.001))] if whole[-1] == 0 else whole
@@ -224,9 +227,9 @@ def _uni_pc(sigmas: np.ndarray, *, bh2: bool) -> list[SamplerStep]:
         sigma, following = path[i], path[i + 1]
         step = _UniStep([following, *path[i::-1]][: order + 1], order, bh2)
         grown, grown_next = math.hypot(1, sigma), math.hypot(1, following)
-        clean = [0.0] * (HISTORY + 1)  # of D0 here, D1, D2, D3; of z until the end
+        clean = [0.0] * (HISTORY + 1)  # weights of D0, D1, D2, D3 in z
         if last is not None:
-            # The corrected beginning less the predicted one: only the weights of D differ.
+            # The corrected beginning minus the predicted one: only the weights of D differ.
             clean[0] += last.rest
             clean[1] -= last.rest
             predicted = last.of_past(last.predict) if last.predict else []

@@ -10,14 +10,14 @@ from .tables import CleanHistory, SamplerStep, exponential_2, step_pairs, to_cle
 
 
 def _flow_split(sigma: float, following: float) -> tuple[float, float, float]:
-    """An ancestral step of a flow: it goes down to `down`, is scaled, and gets noise. Returns down, scale, noise."""
+    """Down, scale and noise of a flow's ancestral step: Euler to `down`, a scaling of the latents, and new noise."""
     down = following**2 / sigma
     scale = (1 - following) / (1 - down)
     return down, scale, math.sqrt(max(0.0, following**2 - (down * scale) ** 2))
 
 
 def euler_ancestral(sigmas: np.ndarray, shift: float) -> list[SamplerStep]:
-    """Euler to less than sigma', and noise back up to it, as a flow mixes them."""
+    """Ancestral Euler: an Euler step below sigma', then noise up to sigma', mixed as in a flow model."""
     del shift
     steps: list[SamplerStep] = []
     for sigma, following in step_pairs(sigmas):
@@ -32,7 +32,7 @@ def euler_ancestral(sigmas: np.ndarray, shift: float) -> list[SamplerStep]:
 
 
 def lcm(sigmas: np.ndarray, shift: float) -> list[SamplerStep]:
-    """D under new noise (Luo et al. 2023, latent consistency models)."""
+    """LCM (Luo et al. 2023, latent consistency models): D with new noise."""
     del shift
     return [
         SamplerStep(sigma, following, x=1 - following, pred=-sigma * (1 - following), noise=following)
@@ -41,23 +41,23 @@ def lcm(sigmas: np.ndarray, shift: float) -> list[SamplerStep]:
 
 
 def _lambda(sigma: float) -> float:
-    """lambda in float32, as ComfyUI has it: a Brownian path's noise is another for a middle that rounds otherwise.
+    """lambda in float32, as in ComfyUI: a middle that rounds otherwise gets other noise of the Brownian path.
 
-    The logarithm itself is in float64, so that it does not depend on the machine.
+    The logarithm is computed in float64, so that it does not depend on the machine.
     """
     value = np.float32(sigma)
     return float(np.float32(-math.log(float(value / (np.float32(1) - value)))))
 
 
 def _middle(sigma: float, following: float) -> float:
-    """The sigma half way in lambda, in float32 for the same reason."""
+    """The sigma at the middle in lambda, in float32 for the same reason."""
     here, there = np.float32(_lambda(sigma)), np.float32(_lambda(following))
     middle = there - (there - here) * np.float32(0.5)
     return float(np.float32(1) / (np.float32(1) + np.float32(math.exp(float(middle)))))
 
 
 def _below_one(sigmas: np.ndarray, shift: float) -> np.ndarray:
-    """A first sigma of 1, whose lambda is infinite, becomes that of timestep 0.9999."""
+    """The sigmas with a first sigma of 1, whose lambda is infinite, replaced by that of timestep 0.9999."""
     if sigmas[0] < 1:
         return sigmas
     t = np.float32(0.9999)
@@ -69,7 +69,7 @@ def dpmpp_2m_sde(sigmas: np.ndarray, shift: float) -> list[SamplerStep]:
     """SDE-DPM-Solver++(2M), midpoint, in lambda, eta 1."""
     steps: list[SamplerStep] = []
     kept = CleanHistory(1)
-    before = None  # the last step in lambda
+    before = None  # width of the last step in lambda
     for sigma, following in step_pairs(_below_one(sigmas, shift)):
         if following == 0.0:
             steps.append(to_clean(sigma))
@@ -92,10 +92,10 @@ def dpmpp_2m_sde(sigmas: np.ndarray, shift: float) -> list[SamplerStep]:
 
 
 def dpmpp_3m_sde(sigmas: np.ndarray, shift: float) -> list[SamplerStep]:
-    """SDE-DPM-Solver++(3M) in lambda, eta 1: second and third order from the D of the last two steps."""
+    """SDE-DPM-Solver++(3M) in lambda, eta 1: second and third order by the D of the last two steps."""
     steps: list[SamplerStep] = []
     kept = CleanHistory(2)
-    widths: list[float] = []  # the steps in lambda, the last one first
+    widths: list[float] = []  # of the last steps in lambda, the latest first
     for sigma, following in step_pairs(_below_one(sigmas, shift)):
         if following == 0.0:
             steps.append(to_clean(sigma))
@@ -130,13 +130,13 @@ def dpmpp_3m_sde(sigmas: np.ndarray, shift: float) -> list[SamplerStep]:
 
 
 def _ancestral(sigma: float, following: float) -> tuple[float, float]:
-    """How far an ancestral step goes down, and the noise that brings it up again, where noise is added, not mixed."""
+    """The lower sigma of an ancestral step, and the noise back up to sigma', for noise that is added, not mixed."""
     up = min(following, following * math.sqrt(max(0.0, 1 - (following / sigma) ** 2)))
     return math.sqrt(following**2 - up**2), up
 
 
 def dpmpp_sde(sigmas: np.ndarray, shift: float) -> list[SamplerStep]:
-    """DPM-Solver++ SDE of two stages, r 1/2, eta 1: to the middle in lambda, and the whole step with the D there."""
+    """DPM-Solver++ SDE of two stages, r 1/2, eta 1: a step to the middle in lambda, the whole step with its D."""
     steps: list[SamplerStep] = []
     for sigma, following in step_pairs(_below_one(sigmas, shift)):
         if following == 0.0:
@@ -145,7 +145,7 @@ def dpmpp_sde(sigmas: np.ndarray, shift: float) -> list[SamplerStep]:
         middle = _middle(sigma, following)
 
         def to(end: float, sigma: float = sigma) -> tuple[float, float, float]:
-            """Weights of x, D and noise on the way to `end`; the split is that of sigma / (1 - sigma)."""
+            """Weights of x, D and noise of the step to `end`; the ancestral split is in sigma / (1 - sigma)."""
             start, stop = sigma / (1 - sigma), end / (1 - end)
             down, up = _ancestral(start, stop)
             share = down / start
@@ -180,7 +180,7 @@ def dpmpp_sde(sigmas: np.ndarray, shift: float) -> list[SamplerStep]:
 
 
 def res_multistep_ancestral(sigmas: np.ndarray, shift: float) -> list[SamplerStep]:
-    """The same down to less than sigma', and noise added; the split is the old one, not the flow's."""
+    """RES with ancestral noise: a step below sigma', then added noise, as for models that are no flows."""
     del shift
     steps: list[SamplerStep] = []
     kept = CleanHistory(1)
@@ -204,7 +204,7 @@ def er_sde(sigmas: np.ndarray, shift: float) -> list[SamplerStep]:
     """ER-SDE-Solver-3 (Cui et al. 2023) with the noise scale e (exp(e^0.3) + 10) of e = sigma / (1 - sigma)."""
     steps: list[SamplerStep] = []
     kept = CleanHistory(2)
-    past: list[float] = []  # e of the last steps, the last one first
+    past: list[float] = []  # e of the last steps, the latest first
 
     def scale(e: np.ndarray | float) -> np.ndarray:
         return e * (np.exp(np.power(e, 0.3)) + 10)

@@ -2,11 +2,12 @@
 
 The samplers themselves are in `deterministic.py` and `stochastic.py`.
 
-x are the latents, v the prediction, sign flipped, so that dx/dsigma = v; the clean image is D = x - sigma v. A step
-goes from sigma to sigma'. Flow models have x = (1 - sigma) image + sigma noise; lambda = ln((1 - sigma) / sigma).
+Notation: x are the latents; v is the prediction with its sign flipped, so that dx/dsigma = v; D = x - sigma v is the
+clean image. A step goes from sigma to sigma'. Flow models have x = (1 - sigma) image + sigma noise, and
+lambda = ln((1 - sigma) / sigma).
 
-Coefficients are in float64 from float32 sigmas; the loop is in float32. What the samplers are is in docs/samplers.md;
-those of ComfyUI are held to its numbers by tests/sampling/test_comfyui_samplers.py.
+Coefficients are computed in float64 from float32 sigmas; the loop runs in float32. docs/samplers.md describes the
+samplers; tests/sampling/test_comfyui_samplers.py compares those of ComfyUI with its numbers.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ HISTORY = 3
 class SamplerStep:
     """One row: an evaluation at `sigma`, and the linear update behind it.
 
-    `csrc/include/zimage_rt/sampler.h` has the same fields in the same order, and says what they do. `interval` is for
-    noise of a Brownian path alone: which of its increments is added.
+    `csrc/include/zimage_rt/sampler.h` has the same fields in the same order and describes them. `interval` is the
+    increment of the Brownian path that is added; other noise has none.
     """
 
     sigma: float
@@ -56,11 +57,11 @@ def _in_slots(values: dict[int, float]) -> tuple[float, float, float]:
 
 
 class CleanHistory:
-    """The D of the last steps, in slots by turns: row i writes slot i % size over the oldest."""
+    """A ring buffer of the D of the last `size` steps: row i writes slot i % size, which holds the oldest."""
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._count = 0  # of the rows so far
+        self._count = 0  # rows so far
 
     def row(
         self,
@@ -72,7 +73,7 @@ class CleanHistory:
         noise: float = 0.0,
         interval: tuple[float, float] | None = None,
     ) -> SamplerStep:
-        """x' = x * latents + clean[0] * D + clean[1] * D of the row before + … + noise."""
+        """The row of x' = x * latents + clean[0] * D + clean[1] * (D of the row before) + … + noise."""
         index = self._count
         self._count += 1
         history = {(index - age) % self._size: weight for age, weight in enumerate(clean) if age > 0}
@@ -96,12 +97,12 @@ def step_pairs(sigmas: np.ndarray) -> Iterator[tuple[float, float]]:
 
 
 def to_clean(sigma: float) -> SamplerStep:
-    """The last row: it ends at sigma 0 with D."""
+    """The last row, which ends at sigma 0 with D."""
     return SamplerStep(sigma, 0.0, pred=-sigma)
 
 
 def exponential_2(sigma: float, end: float, offset: float) -> tuple[float, float, float]:
-    """Weights of x, D and the D before for the second-order exponential step in ln sigma; `offset` is c2."""
+    """Weights of x, D and the previous D in the second-order exponential step in ln sigma; `offset` is c2."""
     h = math.log(sigma / end)
     first = -math.expm1(-h) / h
     second = (1 - first) / h
