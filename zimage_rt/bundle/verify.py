@@ -1,4 +1,4 @@
-"""A bundle's files, each checked once before it is first read."""
+"""Size and hash checks of a bundle's files, before a file is first read."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from .manifest import FileEntry, Manifest
 
 log = logging.getLogger(__name__)
 
-# Bytes that are hashed at a time.
-_PIECE = 8 << 20
+# Bytes per read when hashing.
+_CHUNK = 8 << 20
 
 
 class BundleFiles:
-    """Checks files against the manifest.
+    """The files of a bundle, each checked against the manifest before its first use.
 
     Args:
-        bundle: the folder.
-        manifest: what it says of itself.
-        verify: hash every file; without, only sizes are checked.
-        modules: what is loaded with the engine, whose files `tell` counts.
-        on_stage: told `hash` in bytes as they are read, until `loaded`.
+        bundle: the bundle's folder.
+        manifest: its manifest.
+        verify: hash every file; if False, only sizes are checked.
+        modules: the modules that are loaded with the engine, whose files count in the progress.
+        on_stage: called with (`hash`, done, total) in bytes as files are read, until `loaded`.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class BundleFiles:
         """Check one file. Raises BundleMismatch."""
         if file not in self._manifest.files:
             raise BundleMismatch(f"{file}: not among the manifest's files; export the bundle again")
-        # Once: 12 GB take seconds to hash, and two modules may read them.
+        # Each file is hashed once: 12 GB take seconds, and two modules may read the same file.
         hashed = self._verify and file not in self._verified
         before = sum(size for name, size in self._sizes.items() if name in self._verified)
         total, read = sum(self._sizes.values()), 0
@@ -70,16 +70,16 @@ class BundleFiles:
         log.debug("%s: %s checked in %.3f s", file, "content" if hashed else "size", time.perf_counter() - start)
 
     def loaded(self) -> None:
-        """Tell nobody any more: what is read from now on belongs to a request."""
+        """Stop reporting progress: files that are read from now on belong to a request."""
         self._on_stage = None
 
 
 def hash_file(path: Path, on_bytes: Callable[[int], object] = lambda count: None) -> FileEntry:
-    """Size and SHA-256 of a file, in pieces, so that 12 GB need no memory; `on_bytes` is told each piece's size."""
-    digest, size, piece = hashlib.sha256(), 0, memoryview(bytearray(_PIECE))
+    """Size and SHA-256 of a file, which is read in chunks; `on_bytes` is called with the size of each chunk."""
+    digest, size, chunk = hashlib.sha256(), 0, memoryview(bytearray(_CHUNK))
     with path.open("rb", buffering=0) as file:
-        while count := file.readinto(piece):
-            digest.update(piece[:count])
+        while count := file.readinto(chunk):
+            digest.update(chunk[:count])
             size += count
             on_bytes(count)
     return FileEntry(size, digest.hexdigest())
@@ -93,7 +93,7 @@ def check_file(
     content: bool = True,
     on_bytes: Callable[[int], object] = lambda count: None,
 ) -> None:
-    """Raise BundleMismatch unless the file is there, whole, and (with `content`) unchanged."""
+    """Raise BundleMismatch unless the file exists with its size and, with `content`, its SHA-256."""
     path = bundle / name
     again = "copy the bundle again, or export it again"
     if not path.is_file():

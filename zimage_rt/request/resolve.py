@@ -1,4 +1,4 @@
-"""Checks a request against a bundle before any work is done: every default filled in, every field in its range."""
+"""Checks a request against a bundle before any work is done, and fills in its defaults."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..errors import RequestError
 from ..image.convert import read_image
 from ..sampling.noise import MAX_SEED
 from ..sampling.samplers import SAMPLERS
-from .images import fitted, image_and_mask, read_control_image, side
+from .images import fit_pixels, image_and_mask, read_control_image, side
 from .schedule import ScheduleFields, resolve_sigmas
 from .types import BATCH_NOISE, SECOND_PASS_METHODS, GenerateRequest, ResolvedRequest, ResolvedSecondPass, SecondPass
 from .warnings_of import without_effect
@@ -172,7 +172,7 @@ def _sigmas(request: GenerateRequest, manifest: Manifest, shift: float, *, begin
 
 
 def _prompts(request: GenerateRequest, manifest: Manifest) -> tuple[tuple[str, ...], tuple[str, ...], int]:
-    """Prompts, as many negative prompts, and images for each; no more together than one batch holds."""
+    """The prompts, as many negative prompts, and the number of images per prompt, which all fit into one batch."""
     allowed = manifest.shapes.batch
     most, tokens = min(allowed.max, limits.MAX_BATCH), manifest.shapes.prompt_tokens.max
     prompts = _texts(request.prompt, "prompt", most, tokens)
@@ -193,7 +193,7 @@ def _prompts(request: GenerateRequest, manifest: Manifest) -> tuple[tuple[str, .
 
 
 def resolve_vae(vae: Any, manifest: Manifest) -> str:
-    """The VAE of that name, or for None the first that the bundle has. Raises RequestError where it has none."""
+    """The VAE of that name, or for None the bundle's first. Raises RequestError if the bundle does not have it."""
     if vae is None:
         vae = next((v for v in VAES if vae_decoder(v) in manifest.modules), "tiny")
     if not isinstance(vae, str) or vae not in VAES:
@@ -216,7 +216,7 @@ def _shift(request: GenerateRequest, manifest: Manifest) -> float:
 
 
 def resolve_tile(value: Any, manifest: Manifest) -> int | None:
-    """A tile's side in pixels; None for none. Raises RequestError."""
+    """The side of a tile in pixels; None stays None. Raises RequestError."""
     if value is None:
         return None
     multiple = manifest.pipeline.size_multiple
@@ -273,7 +273,7 @@ def _second_pass(
 
 def _control_image(image: Image | None, width: int, height: int, fit: str) -> np.ndarray | None:
     """The control image at a pass's size, uint8 `[height, width, 3]`."""
-    return None if image is None else fitted(image, width, height, fit)
+    return None if image is None else fit_pixels(image, width, height, fit)
 
 
 def _loras(value: Any) -> dict[str, float] | None:
@@ -293,7 +293,7 @@ def _texts(value: Any, name: str, most: int, max_tokens: int) -> tuple[str, ...]
 
 def _seeds(seed: Any, batch: int, *, joint: bool) -> tuple[int, ...]:
     if seed is None:
-        # 32 bits: what people can copy by hand, and all of a seed that the generator uses.
+        # 32 bits are easy to copy by hand, and the generator uses no more of a seed.
         seed = secrets.randbits(32)
     if isinstance(seed, str) or not isinstance(seed, (Sequence, np.ndarray)):
         first = checks.integer(seed, "seed", 0, MAX_SEED)
@@ -321,7 +321,7 @@ def _latents(array: np.ndarray | None, shape: tuple[int, ...], name: str) -> np.
 
 
 def check_latents(latents: Any, manifest: Manifest) -> None:
-    """Raise RequestError unless these are latents of a size that the bundle decodes, in a batch of any size."""
+    """Raise RequestError unless these are latents of a size that the bundle decodes; the batch may have any size."""
     pipeline, shapes = manifest.pipeline, manifest.shapes
     shape: tuple[int, ...] = latents.shape if isinstance(latents, np.ndarray) else ()
     heights, widths = (sizes.scaled(1, pipeline.vae_scale_factor) for sizes in (shapes.height, shapes.width))

@@ -19,8 +19,8 @@ def guidance_scales(
 ) -> np.ndarray:
     """The scale of each evaluation and sample, float32 `[len(sigmas), len(prompt_tokens)]`; 0 means no guidance.
 
-    Guidance ends at the first evaluation whose timestep, 1 - sigma, exceeds `truncation`. With d = `dynamic` > 0 the
-    scale of a sample of n tokens at sigma is
+    Evaluations whose timestep, 1 - sigma, exceeds `truncation` are not guided. With d = `dynamic` > 0 the scale of a
+    sample of n tokens at sigma is
 
         scale * (1 + d * (min(n / 128, 1) - 1/2)) * (1 - d * (1 - sigma)),
 

@@ -20,7 +20,8 @@ from .beta import beta_quantile
 def flow_match_sigmas(num_inference_steps: int, shift: float) -> np.ndarray:
     """Sigmas of flow-match Euler from 1 to 0: `linspace(1, 1/N, N)`, shifted, then 0.
 
-    The source is diffusers' FlowMatchEulerDiscreteScheduler as used by ZImagePipeline.
+    The source is diffusers' FlowMatchEulerDiscreteScheduler as used by ZImagePipeline. This is the reference of
+    `_core.flow_match_sigmas`.
 
     Args:
         num_inference_steps: N, the number of steps; at least 1.
