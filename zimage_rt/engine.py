@@ -23,7 +23,7 @@ from .bundle.tokenizer import PromptTokenizer, check_prompt
 from .bundle.verify import BundleFiles
 from .errors import EngineClosed, OutOfMemory, RequestError, RequestWarning
 from .gate import Gate
-from .generation import Generation, causes_named, decode
+from .generation import Generation, decode, explain_not_finite
 from .lora.manager import ActiveLora, LoraSet
 from .metadata.record import make_provenance, make_records, recorded_fields
 from .prompts import PromptEncoder
@@ -203,7 +203,7 @@ class Engine:
     def _run(self, request: GenerateRequest, callback: Callback | None, on_stage: OnStage | None) -> GenerateResult:
         checks.function(callback, "callback")
         checks.function(on_stage, "on_stage")
-        with self._gate.place(), _out_of_memory_typed():  # also for `resolve`, which decodes images
+        with self._gate.place(), _typed_memory_errors():  # also for `resolve`, which decodes images
             resolved = self._prompts.checked(resolve(request, self.manifest))
             for text in resolved.warnings:
                 warnings.warn(text, RequestWarning, stacklevel=3)  # at the caller of `generate` or `run`
@@ -222,7 +222,7 @@ class Engine:
         # Input images are hashed in parallel. One thread per request: a thread of a longer life is lost in a fork.
         with ThreadPoolExecutor(1, "zimage-record") as recorder:
             fields = recorder.submit(recorded_fields, request, resolved, self.manifest)
-            with causes_named(self.manifest, {lora.name: lora.weight for lora in loras}, resolved.guidance_scale):
+            with explain_not_finite(self.manifest, {lora.name: lora.weight for lora in loras}, resolved.guidance_scale):
                 images, latents = generation.run()
         timings = generation.timings
         records = make_records(self._provenance, [lora.to_json() for lora in loras], fields.result(), resolved, timings)
@@ -253,9 +253,9 @@ class Engine:
     @contextmanager
     def _computing(self) -> Iterator[None]:
         """Hold a place at the gate with the engine's LoRAs applied; errors are typed as in `generate`."""
-        with self._gate.place(), self._loras.use() as loras, _out_of_memory_typed():
+        with self._gate.place(), self._loras.use() as loras, _typed_memory_errors():
             self.pipeline  # noqa: B018  (raises EngineClosed)
-            with causes_named(self.manifest, {lora.name: lora.weight for lora in loras}):
+            with explain_not_finite(self.manifest, {lora.name: lora.weight for lora in loras}):
                 yield
 
     @property
@@ -312,7 +312,7 @@ class Engine:
 
 
 @contextmanager
-def _out_of_memory_typed() -> Iterator[None]:
+def _typed_memory_errors() -> Iterator[None]:
     """Raise OutOfMemory in place of the MemoryError of Python or numpy."""
     try:
         yield

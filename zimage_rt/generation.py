@@ -235,7 +235,7 @@ def decode(
 
 
 @contextmanager
-def causes_named(manifest: Manifest, loras: Mapping[str, float], guidance_scale: float = 0.0) -> Iterator[None]:
+def explain_not_finite(manifest: Manifest, loras: Mapping[str, float], guidance_scale: float = 0.0) -> Iterator[None]:
     """Add the possible causes to a NotFinite: the precision, the active LoRAs, the guidance."""
     try:
         yield

@@ -77,7 +77,7 @@ class Session:
 
     def generate(self, prompt: str, *, callback: Callback | None = None, **fields: Any) -> GenerateResult:
         """Generate a new image; fields as in `Engine.generate`, one image per turn."""
-        return self._take("generate", {"prompt": prompt, **fields}, callback)
+        return self._run_turn("generate", {"prompt": prompt, **fields}, callback)
 
     def edit(
         self, prompt: str, *, mask: Any = None, strength: float = 1.0, callback: Callback | None = None, **fields: Any
@@ -92,7 +92,7 @@ class Session:
         begin: dict[str, Any] = {"image": now.result.images[0], "mask": mask}
         if mask is None and self._pick("edit")[0] == now.engine:
             begin = {"image_latents": now.result.latents}
-        return self._take("edit", {"prompt": prompt, **begin, **fields}, callback)
+        return self._run_turn("edit", {"prompt": prompt, **begin, **fields}, callback)
 
     def refine(
         self,
@@ -114,7 +114,7 @@ class Session:
             fields["fit"] = "stretch"
         same = scale == 1.0 and self._pick("refine")[0] == now.engine and now.request.mask is None
         begin = {"image_latents": now.result.latents} if same else {"image": now.result.images[0]}
-        return self._take("refine", {**kept, **begin, **fields, "strength": strength}, callback)
+        return self._run_turn("refine", {**kept, **begin, **fields, "strength": strength}, callback)
 
     def undo(self) -> GenerateResult | None:
         """Undo the last turn; returns the result before it, None if there is none."""
@@ -133,7 +133,7 @@ class Session:
         role = next(role for role in TASKS[task] if role in self._engines)
         return role, self._engines[role]
 
-    def _take(self, task: str, fields: dict[str, Any], callback: Callback | None) -> GenerateResult:
+    def _run_turn(self, task: str, fields: dict[str, Any], callback: Callback | None) -> GenerateResult:
         prompt, count = fields["prompt"], fields.get("num_images", 1)
         if not isinstance(prompt, str):
             raise RequestError(f"prompt: expected a string, for the one picture of a turn, got {checks.shown(prompt)}")

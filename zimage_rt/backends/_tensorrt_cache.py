@@ -31,7 +31,7 @@ def cache_folder(bundle: Path, cache_dir: str | Path | None) -> Path | None:
         candidates = [bundle.parent / f"{bundle.name}.cache", Path(USER_FOLDER).expanduser()]
     else:
         candidates = [Path(cache_dir).expanduser()]
-    found = next((folder for folder in candidates if _usable(folder)), None)
+    found = next((folder for folder in candidates if _is_usable(folder)), None)
     if found is None:
         tried = " and ".join(map(str, candidates))
         log.warning("compiled kernels are not cached: %s cannot be written, or others can write there", tried)
@@ -40,7 +40,7 @@ def cache_folder(bundle: Path, cache_dir: str | Path | None) -> Path | None:
     return found
 
 
-def _usable(folder: Path) -> bool:
+def _is_usable(folder: Path) -> bool:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:

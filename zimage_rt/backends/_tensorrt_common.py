@@ -99,7 +99,7 @@ def deserialize(runtime: trt.Runtime, log: Log, label: str, library: str, plan: 
     return engine
 
 
-def border_of(engine: trt.ICudaEngine, is_input: Any) -> list[tuple[TensorSpec, bool]]:
+def engine_tensors(engine: trt.ICudaEngine, is_input: Any) -> list[tuple[TensorSpec, bool]]:
     """An engine's tensors as `check_border` takes them; `is_input` is the library's `TensorIOMode.INPUT`."""
     border = []
     for index in range(engine.num_io_tensors):
@@ -210,7 +210,7 @@ class TensorRTBackendBase:
             engine = deserialize(self.runtime, self.log, label, self.name, plan)
         except OutOfMemory as error:
             raise self.gpu.out_of_memory(f"loading {label}", len(plan)) from error
-        border = border_of(engine, self.library.TensorIOMode.INPUT)
+        border = engine_tensors(engine, self.library.TensorIOMode.INPUT)
         check_border(label, spec, border, engine.num_optimization_profiles)
         return Part(label, spec, sha256, engine)
 

@@ -182,7 +182,7 @@ def check_border(label: str, spec: EngineSpec, border: Sequence[tuple[TensorSpec
         )
     for name, (tensor, is_input) in wanted.items():
         got, got_input = found[name]
-        if got_input != is_input or got.dtype != tensor.dtype or not _may_be(tensor.dims, got.dims):
+        if got_input != is_input or got.dtype != tensor.dtype or not _dims_match(tensor.dims, got.dims):
             raise BundleMismatch(
                 f"{label}: expected {'input' if is_input else 'output'} {name} as {tensor.dtype} "
                 f"{shape_text(tensor.dims)}, got {'input' if got_input else 'output'} {got.dtype} "
@@ -192,7 +192,7 @@ def check_border(label: str, spec: EngineSpec, border: Sequence[tuple[TensorSpec
         raise BundleMismatch(f"{label}: expected {len(spec.profiles)} profiles, got {profiles}; {again}")
 
 
-def _may_be(dims: Sequence[int | str], got: Sequence[int | str]) -> bool:
+def _dims_match(dims: Sequence[int | str], got: Sequence[int | str]) -> bool:
     """Whether sizes (-1 for a free one) may be those of a spec."""
     return len(dims) == len(got) and all(
         size in (dim, -1) or isinstance(dim, str) for dim, size in zip(dims, got, strict=True)
@@ -205,7 +205,7 @@ def check_inputs(module: str, specs: Sequence[TensorSpec], inputs: Mapping[str, 
     checked = {}
     for tensor in specs:
         got = inputs[tensor.name]
-        fits = got.dtype == tensor.dtype and _may_be(tensor.dims, got.shape)
+        fits = got.dtype == tensor.dtype and _dims_match(tensor.dims, got.shape)
         if not fits or any(
             sizes.setdefault(dim, size) != size
             for dim, size in zip(tensor.dims, got.shape, strict=True)
@@ -213,13 +213,13 @@ def check_inputs(module: str, specs: Sequence[TensorSpec], inputs: Mapping[str, 
         ):
             raise RequestError(
                 f"{module}.{tensor.name}: expected {tensor.dtype} {shape_text(tensor.dims)}"
-                f"{_known(sizes, tensor)}, got {got.dtype} {shape_text(got.shape)}"
+                f"{_known_sizes(sizes, tensor)}, got {got.dtype} {shape_text(got.shape)}"
             )
         checked[tensor.name] = np.ascontiguousarray(got)
     return checked
 
 
-def _known(sizes: Mapping[str, int], tensor: TensorSpec) -> str:
+def _known_sizes(sizes: Mapping[str, int], tensor: TensorSpec) -> str:
     known = [f"{dim} {sizes[dim]}" for dim in tensor.dims if isinstance(dim, str) and dim in sizes]
     return f" with {', '.join(known)}" if known else ""
 
@@ -284,7 +284,7 @@ def _distance(profile: Mapping[str, ProfileRange], shapes: Shapes) -> float:
 
 def check_output(label: str, tensor: TensorSpec, shape: Shape) -> int:
     """Bytes of an output whose shape the engine inferred. Raises BundleMismatch where it is not the manifest's."""
-    if any(size < 0 for size in shape) or not _may_be(tensor.dims, shape):
+    if any(size < 0 for size in shape) or not _dims_match(tensor.dims, shape):
         raise BundleMismatch(
             f"{label}.{tensor.name}: expected {shape_text(tensor.dims)}, got {shape_text(shape)}; "
             "export the bundle again"

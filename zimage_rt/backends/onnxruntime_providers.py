@@ -99,7 +99,7 @@ def require(provider: Provider, device: int) -> None:
     """Raise BackendUnavailable where the provider or its device is not here, RequestError where it has no devices."""
     if device != 0 and not provider.on_gpu:
         raise RequestError(f"device: expected 0 with provider {provider.name!r}, got {device}")
-    problem, devices = _look(provider)
+    problem, devices = _availability(provider)
     count = len(plugin_devices(provider)) if provider.plugin else len(devices)
     if problem is None and provider.on_gpu and not 0 <= device < count:
         problem = f"no device {device}: there are {count}"
@@ -111,7 +111,7 @@ def probe_providers() -> list[Probe]:
     """See `Probe`: every provider of `PROVIDERS`."""
     probes = []
     for provider in PROVIDERS.values():
-        problem, devices = _look(provider)
+        problem, devices = _availability(provider)
         versions = {ort.package_name or "onnxruntime": ort.__version__}
         if provider.plugin and problem is None:
             versions[provider.plugin] = importlib.import_module(provider.plugin).__version__
@@ -119,9 +119,9 @@ def probe_providers() -> list[Probe]:
     return probes
 
 
-def _look(provider: Provider) -> tuple[str | None, Sequence[Device]]:
+def _availability(provider: Provider) -> tuple[str | None, Sequence[Device]]:
     """Why a provider cannot run here, or None; and the GPUs it could run on."""
-    problem = _missing(provider)
+    problem = _load_problem(provider)
     if not provider.on_gpu:
         return problem, ()
     driver = nvidia_driver.query()
@@ -133,7 +133,7 @@ def _look(provider: Provider) -> tuple[str | None, Sequence[Device]]:
     return driver.problem, driver.devices
 
 
-def _missing(provider: Provider) -> str | None:
+def _load_problem(provider: Provider) -> str | None:
     """Why a provider's code cannot be loaded, or None."""
     if provider.plugin:
         return _register(provider)

@@ -104,7 +104,7 @@ class Batch:
         name = None if options.name is None else Template(options.name, "name")
         self._reader = RowReader(table, template, options.defaults, options.seed, name)
         # What no row could make good fails now, not once a row.
-        resolve(GenerateRequest("a prompt", **_checkable(options.defaults)), engine.manifest)
+        resolve(GenerateRequest("a prompt", **_checkable_defaults(options.defaults)), engine.manifest)
         if name is not None:
             row_stems(table.rows, self._reader, name)
         folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ class Batch:
             plan = plan_rows(table.rows, self._reader.content, self.journal.lines)
             self.rows, self._contents = plan.rows, plan.contents
             self._stems = {} if name is None else row_stems(plan.rows, self._reader, name)
-            self._claim()
+            self._claim_names()
             self._done = self._find_done(plan.known)
         except BaseException:
             self.journal.__exit__()
@@ -194,7 +194,7 @@ class Batch:
         engine = self._engine
         header: dict[str, Any] = {
             "template": options.template,
-            "options": {name: _recorded(value) for name, value in options.defaults.items()},
+            "options": {name: _option_json(value) for name, value in options.defaults.items()},
             "seed": options.seed,
             "bundle": engine.bundle_id,
             "loras": [
@@ -232,7 +232,7 @@ class Batch:
                 self.notes.append(f"{len(numbers)} rows are drawn again, because their {why}: {shown}")
         return done
 
-    def _claim(self) -> None:
+    def _claim_names(self) -> None:
         """Make the names by `name` the batch's own. Raises RequestError where another file has one of them."""
         if not self._stems:
             return
@@ -256,12 +256,12 @@ class Batch:
         return [f"{stem}-{i:03d}{self._suffix}" for i in range(min(count, 1000))]
 
 
-def _checkable(defaults: Mapping[str, Any]) -> dict[str, Any]:
+def _checkable_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:
     """The defaults that can be checked without a row: what belongs to an image waits for one."""
     return {name: value for name, value in defaults.items() if name not in BESIDE_IMAGE or defaults.get("image")}
 
 
-def _recorded(value: Any) -> Any:
+def _option_json(value: Any) -> Any:
     """An option as JSON; a file by its path and hash."""
     if isinstance(value, Path):
         return {"path": str(value), "sha256": hash_file(value).sha256}

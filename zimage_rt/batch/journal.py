@@ -90,7 +90,7 @@ class Journal:
         """Write lines of rows, or of claims, all at once."""
         encoded = [_encoded(line) for line in lines]
         for line in encoded:
-            self._note(json.loads(line))
+            self._remember(json.loads(line))
         self._append(b"".join(encoded))
 
     def _append(self, content: bytes) -> None:
@@ -106,7 +106,7 @@ class Journal:
                 os.truncate(descriptor, before)
             raise named_error(error, self.path) from error
 
-    def _note(self, line: dict[str, Any]) -> None:
+    def _remember(self, line: dict[str, Any]) -> None:
         if "row" in line:
             self.lines[line["row"]] = line
             self.claims.update(line.get("pictures", ()))
@@ -115,15 +115,15 @@ class Journal:
 
     def _open(self, header: dict[str, Any], restart: bool) -> IO[bytes]:
         if self.path.is_file() and not restart:
-            self._go_on(header)
+            self._resume(header)
         else:
-            self._begin(header, restart)
+            self._create(header, restart)
         for leftover in self.folder.glob(".*.tmp"):  # of a killed process: ours alone holds the folder now
             if TEMPORARY.search(leftover.name):
                 leftover.unlink()
         return self.path.open("ab", buffering=0)
 
-    def _begin(self, header: dict[str, Any], restart: bool) -> None:
+    def _create(self, header: dict[str, Any], restart: bool) -> None:
         old: list[str] = []
         claims: list[str] = []
         if restart and self.path.is_file():
@@ -142,7 +142,7 @@ class Journal:
             (self.folder / name).unlink(missing_ok=True)
             sidecar_path(self.folder / name).unlink(missing_ok=True)
 
-    def _go_on(self, header: dict[str, Any]) -> None:
+    def _resume(self, header: dict[str, Any]) -> None:
         lines, whole = _lines(self.path)
         if not lines or "zimage_batch" not in lines[0]:
             raise RequestError(f"{self.path}: expected a batch's journal, got something else; choose another folder")
@@ -164,7 +164,7 @@ class Journal:
                     f"{now!r}; give the same again to go on, {anew}"
                 )
         for line in lines[1:]:
-            self._note(line)
+            self._remember(line)
         if whole < self.path.stat().st_size:
             # A killed process left half a line; its row is drawn again.
             log.warning("%s: the last line was cut off and is removed", self.path)

@@ -105,7 +105,7 @@ class RowReader:
         """The request of a row. Raises RequestError, with the column that is wrong."""
         if row.problem is not None:
             raise RequestError(row.problem)
-        values = _flattened(row.values)
+        values = _flatten_parts(row.values)
         if not self._columns_are_checked:
             self._check(list(values))
         said: dict[str, Any] = {}
@@ -118,13 +118,13 @@ class RowReader:
         fields = self._defaults | {"seed": row_seed(self._seed, row.number)} | read_fields(said, self._folder, labels)
         if self._template is not None:
             fields["prompt"] = self._template.fill(row.values)
-        if not str(fields.setdefault("prompt", "")).strip() and not _has_other_wishes(fields):
+        if not str(fields.setdefault("prompt", "")).strip() and not _may_omit_prompt(fields):
             raise RequestError("prompt: expected what to draw, got nothing")
         return GenerateRequest(**fields)
 
     def content(self, row: Row) -> RowContent:
         """What identifies a row, whether or not it can be drawn."""
-        values = _flattened(row.values)
+        values = _flatten_parts(row.values)
         used: dict[str, Any] = {} if row.problem is None else {"problem": row.problem}
         extra: dict[str, Any] = {}
         for column, value in values.items():
@@ -200,12 +200,12 @@ def hash_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _has_other_wishes(fields: Mapping[str, Any]) -> bool:
+def _may_omit_prompt(fields: Mapping[str, Any]) -> bool:
     """Whether a request without text may be meant so: it has an image, or guidance, and is checked later."""
     return bool(fields.get("guidance_scale")) or any(fields.get(name) is not None for name in IMAGES)
 
 
-def _flattened(values: Mapping[str, Any]) -> dict[str, Any]:
+def _flatten_parts(values: Mapping[str, Any]) -> dict[str, Any]:
     """`{"second_pass": {"scale": 2}}` to `{"second_pass.scale": 2}`; other objects stay whole."""
     flat: dict[str, Any] = {}
     for name, value in values.items():

@@ -58,7 +58,7 @@ class TensorFile:
                     raise ValueError("it is no object")
                 self.metadata: Mapping[str, str] = _metadata(header.pop("__metadata__", {}))
                 self.tensors: Mapping[str, Any] = header
-                end = _check_places({name: _place(name, entry) for name, entry in header.items()})
+                end = _check_contiguous({name: _tensor_range(name, entry) for name, entry in header.items()})
             except ValueError as error:
                 raise ValueError(f"its header is damaged ({shown_text(str(error))})") from error
         if 8 + length + end != size:
@@ -150,7 +150,7 @@ def _metadata(value: Any) -> Mapping[str, str]:
     return value
 
 
-def _place(name: str, entry: Any) -> tuple[int, int]:
+def _tensor_range(name: str, entry: Any) -> tuple[int, int]:
     """A tensor's first byte and its end, relative to the data. Raises ValueError unless its header entry is valid."""
     problem = ValueError(f"{name}: expected a dtype, a shape and data_offsets that belong together, got {entry}")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
@@ -170,7 +170,7 @@ def _are_sizes(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
 
 
-def _check_places(places: Mapping[str, tuple[int, int]]) -> int:
+def _check_contiguous(places: Mapping[str, tuple[int, int]]) -> int:
     """The end of the last tensor. Raises ValueError unless tensors are contiguous, as the format demands."""
     end, before = 0, "the beginning"
     for name, (first, last) in sorted(places.items(), key=lambda item: item[1]):

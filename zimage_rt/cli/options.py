@@ -236,7 +236,7 @@ BACKEND: Mapping[str, Shared] = {
 }
 
 
-def some(group: Mapping[str, Shared], *names: str) -> dict[str, Shared]:
+def select_options(group: Mapping[str, Shared], *names: str) -> dict[str, Shared]:
     """A part of a group."""
     return {name: group[name] for name in names}
 

@@ -63,7 +63,7 @@ def read_image(value: Any, name: str, notes: list[str] | None = None) -> Image:
         _check_size(value.shape[:2][::-1], name)
         return from_array(value, name)
     if isinstance(value, Image.Image):
-        return _decoded(value, name, name)
+        return _decode(value, name, name)
     if not isinstance(value, (str, os.PathLike)):
         raise RequestError(f"{name}: expected a PIL image, an array or a path, got {type(value).__name__}")
     path = checks.path(value, name)
@@ -82,7 +82,7 @@ def read_image(value: Any, name: str, notes: list[str] | None = None) -> Image:
         ) from error
     with image:
         _check_size(image.size, name)
-        read = _decoded(image, name, f"{name}: {path}")
+        read = _decode(image, name, f"{name}: {path}")
         # A JPEG's further images (MPO) belong to the first: its depth, or the other eye's.
         if notes is not None and image.format != "MPO" and getattr(image, "is_animated", False):
             notes.append(f"{name}: {path.name} has several frames or pages; the first one is used")
@@ -110,7 +110,7 @@ def _check_size(size: tuple[int, ...], name: str) -> None:
         )
 
 
-def _decoded(image: Image, name: str, what: str) -> Image:
+def _decode(image: Image, name: str, what: str) -> Image:
     """The first frame, or what a caller's image shows, at eight bits and turned upright."""
     from PIL import Image
 

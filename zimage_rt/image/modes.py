@@ -36,7 +36,7 @@ def from_array(array: np.ndarray, name: str) -> Image:
             f"channels behind, got {kind} {list(array.shape)}"
         )
     if kind == np.uint16:
-        array = _from_white(array, 65535)
+        array = _scale_to_8_bits(array, 65535)
     elif kind == np.bool_:
         array = array.astype(np.uint8) * np.uint8(255)
     elif kind != np.uint8:
@@ -60,7 +60,7 @@ def to_8_bits(image: Image, name: str) -> Image:
 
     mode = image.mode
     if mode == "I" or mode.startswith("I;16"):
-        return _from_sixteen_bits(image, name)
+        return _from_16_bits(image, name)
     if mode == "F":
         raise RequestError(
             f"{name}: expected an image with a known range, got mode F, floats of any range; give an array of floats "
@@ -89,26 +89,26 @@ def _alpha_in_palette(image: Image) -> bool:
     return image.palette is not None and "A" in image.palette.mode
 
 
-def _from_white(values: np.ndarray, white: int) -> np.ndarray:
+def _scale_to_8_bits(values: np.ndarray, white: int) -> np.ndarray:
     """uint8: 0 stays 0, `white` becomes 255, rounded to the nearest."""
     scaled = values.astype(np.float32) * np.float32(255 / white)
     return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
 
 
-def _from_sixteen_bits(image: Image, name: str) -> Image:
+def _from_16_bits(image: Image, name: str) -> Image:
     """Modes I;16… and I. `transparency` is the grey that is transparent."""
     from PIL import Image
 
-    white, inverted = _white(image, name)
+    white, inverted = _white_level(image, name)
     values = np.asarray(image).astype(np.int32)
-    grey = _from_white(white - values if inverted else values, white)
+    grey = _scale_to_8_bits(white - values if inverted else values, white)
     see_through = image.info.get("transparency")
     if isinstance(see_through, int):
         return Image.fromarray(np.stack([grey, np.where(values == see_through, 0, 255).astype(np.uint8)], axis=-1))
     return Image.fromarray(grey)
 
 
-def _white(image: Image, name: str) -> tuple[int, bool]:
+def _white_level(image: Image, name: str) -> tuple[int, bool]:
     """The number that is white, and whether the numbers are the other way round: white is 0."""
     tags = getattr(image, "tag_v2", None)
     if tags is not None:

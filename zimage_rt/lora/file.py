@@ -108,7 +108,7 @@ def read_lora(path: Path) -> LoraFile:
     path = weights_file(path)
     try:
         file, sha256 = TensorFile(path), ""
-        if _sort(file.tensors)[0]:  # not a checkpoint of many GB, which its header gives away
+        if _group_by_layer(file.tensors)[0]:  # not a checkpoint of many GB, which its header gives away
             content = path.read_bytes()
             file, sha256 = TensorFile(path, content), hashlib.sha256(content).hexdigest()
     except FileNotFoundError:
@@ -127,8 +127,8 @@ def read_lora(path: Path) -> LoraFile:
         kind = file_kind(path)
         what = f"it seems to be {kind}" if kind else str(error)
         raise LoraError(f"{path}: {what}; expected a LoRA's .safetensors file: {remedy(kind)}") from error
-    parts, unknown = _sort(file.tensors)
-    problems, bad = [_unknown(key) for key in unknown], list(unknown)
+    parts, unknown = _group_by_layer(file.tensors)
+    problems, bad = [_unknown_key(key) for key in unknown], list(unknown)
     scales = read_scales(path, file, any("alpha" in roles for roles in parts.values()))
     layers: list[Layer] = []
     for name, roles in parts.items():
@@ -142,7 +142,7 @@ def read_lora(path: Path) -> LoraFile:
     return LoraFile(path, layers, problems, bad, sha256, [scales.note] if scales.note else [], scales.sha256)
 
 
-def _sort(keys: Mapping[str, Any]) -> tuple[dict[str, dict[str, str]], list[str]]:
+def _group_by_layer(keys: Mapping[str, Any]) -> tuple[dict[str, dict[str, str]], list[str]]:
     """Layer name → role → key, and the keys that have no role."""
     parts: dict[str, dict[str, str]] = {}
     unknown = []
@@ -159,7 +159,7 @@ def _sort(keys: Mapping[str, Any]) -> tuple[dict[str, dict[str, str]], list[str]
     return parts, unknown
 
 
-def _unknown(key: str) -> str:
+def _unknown_key(key: str) -> str:
     kind = other_adapter(key)
     if kind is not None:
         return (
@@ -213,7 +213,7 @@ def _read_change(
 ) -> Layer:
     keys = tuple(roles[role] for role in roles if role not in ("up_bias", "bias"))
     if kind == "LoRA":
-        down, up = _halves(file, roles)
+        down, up = _low_rank_pair(file, roles)
         return LoraLayer(name, down, up * np.float32(scale_of(len(down))), keys)
     if kind == "LoKr":
         w1, w2 = _factors(file, roles, "lokr_w1"), _factors(file, roles, "lokr_w2", roles.get("lokr_t2"))
@@ -249,19 +249,19 @@ def _with_magnitude(file: TensorFile, layer: Layer, roles: Mapping[str, str]) ->
     return dataclasses.replace(layer, magnitude=values)
 
 
-def _halves(file: TensorFile, roles: Mapping[str, str]) -> tuple[np.ndarray, np.ndarray]:
+def _low_rank_pair(file: TensorFile, roles: Mapping[str, str]) -> tuple[np.ndarray, np.ndarray]:
     """A plain LoRA's `down` and `up`."""
     if "down" not in roles or "up" not in roles:
         key = roles["down" if "down" in roles else "up"]
-        raise _LayerError(f"{key}: expected {_partner(key)} beside it")
-    down, up = (_without_ones(file.shape(roles[role])) for role in ("down", "up"))
+        raise _LayerError(f"{key}: expected {_counterpart(key)} beside it")
+    down, up = (_squeeze_kernel(file.shape(roles[role])) for role in ("down", "up"))
     if len(down) != 2 or len(up) != 2 or down[0] != up[1] or 0 in (*down, *up):
         expected = "expected [rank, in] and [out, rank]"
         raise _LayerError(f"{roles['down']}, {roles['up']}: {expected}, got {list(down)} and {list(up)}")
     return _matrix(file, roles["down"]), _matrix(file, roles["up"])
 
 
-def _partner(key: str) -> str:
+def _counterpart(key: str) -> str:
     for first, second in _PARTNER.items():
         for one, other in ((first, second), (second, first)):
             if f".{one}" in key:
@@ -308,12 +308,12 @@ def _vector(file: TensorFile, key: str) -> np.ndarray:
 def _matrix(file: TensorFile, key: str) -> np.ndarray:
     """A matrix, or the kernel of a 1x1 convolution, which is one."""
     values = _floats(file, key)
-    values = values.reshape(_without_ones(values.shape))
+    values = values.reshape(_squeeze_kernel(values.shape))
     if values.ndim != 2:
         raise _LayerError(f"{key}: expected a matrix, got {list(values.shape)}")
     return values
 
 
-def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+def _squeeze_kernel(shape: tuple[int, ...]) -> tuple[int, ...]:
     """A kernel's shape without its size, if that is 1."""
     return shape[:2] if math.prod(shape[2:]) == 1 else shape

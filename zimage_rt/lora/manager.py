@@ -203,16 +203,18 @@ class LoraSet:
         modules = [
             module
             for module in LORA_MODULES
-            if _on(loaded, applied, module) != _on(self._loaded, self._applied, module)
+            if _loras_of(loaded, applied, module) != _loras_of(self._loaded, self._applied, module)
         ]
         if modules:
             if self._closed:
                 raise EngineClosed("the engine was closed; load the bundle again")
             try:
-                self._pipeline.patch({module: combine(_on(loaded, applied, module), module) for module in modules})
+                self._pipeline.patch(
+                    {module: combine(_loras_of(loaded, applied, module), module) for module in modules}
+                )
             except BaseException as error:
                 log.warning("patching %s failed (%s): back to the weights before", modules, type(error).__name__)
-                before = {module: combine(_on(self._loaded, self._applied, module), module) for module in modules}
+                before = {module: combine(_loras_of(self._loaded, self._applied, module), module) for module in modules}
                 self._pipeline.patch(before)
                 raise
         self._loaded, self._applied = loaded, applied
@@ -221,7 +223,7 @@ class LoraSet:
             self._changed(modules)
 
 
-def _on(
+def _loras_of(
     loaded: Mapping[str, MatchedLora], weights: Mapping[str, float], module: str
 ) -> list[tuple[MatchedLora, float]]:
     """The LoRAs that change a module, in the order of their loading."""

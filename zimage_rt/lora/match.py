@@ -100,17 +100,17 @@ def match_layers(file: LoraFile, manifest: Manifest, bundle: Path | None = None,
         if matcher.names.is_idle(layer.name):
             idle += layer.keys
         else:
-            problems.append(f"{_some(layer.keys)}: {problem}")
+            problems.append(f"{_key_list(layer.keys)}: {problem}")
             bad += layer.keys
     used = any(matcher.modules.values())
     if not problems and not used:
-        problems.append(f"{_some(idle)}: these layers never run, so it changes nothing")
+        problems.append(f"{_key_list(idle)}: these layers never run, so it changes nothing")
         bad += idle
     if problems and (strict or not used):
         raise LoraError(_refusal(file, manifest, matcher, problems, bad), bad)
     notes = list(file.notes)
     if idle:
-        notes.append(f"{len(idle)} tensors belong to layers that never run, and change nothing: {_some(idle)}")
+        notes.append(f"{len(idle)} tensors belong to layers that never run, and change nothing: {_key_list(idle)}")
     if problems:
         what = f"used {matcher.matched} of {len(file.layers) + len(file.problems)} layers; left out:"
         notes.append("\n  ".join([what, *_lines(problems, _MAX_LINES)]))
@@ -138,7 +138,7 @@ def _lines(problems: Sequence[str], limit: int) -> list[str]:
     return [*[*first, *others][:limit], f"… and {len(problems) - limit} more"]
 
 
-def _some(keys: Sequence[str]) -> str:
+def _key_list(keys: Sequence[str]) -> str:
     return ", ".join(keys if len(keys) < 5 else [*keys[:3], f"… and {len(keys) - 3} more"])
 
 
@@ -178,7 +178,7 @@ class _Matcher:
             else:
                 expected, got = f"a change of [{wanted}, {inputs}]", f"{list(layer.shape)}"
             return f"expected {expected}, got {got}: it is of a model of another size"
-        return self._put(
+        return self._add(
             [(module, where.tensor, where.first_column) for module, where in places], self._parts(layer, places)
         )
 
@@ -196,16 +196,16 @@ class _Matcher:
         values = half_split(layer.values, head_dim)[None]
         if layer.replaces:
             values = values - self._base.columns(module, tensor, 0, size)
-        return self._put([(module, tensor, 0)], [lambda: values])
+        return self._add([(module, tensor, 0)], [lambda: values])
 
-    def _put(self, keys: list[tuple[str, str, int]], parts: list[Part]) -> str | None:
+    def _add(self, keys: list[tuple[str, str, int]], parts: list[Part]) -> str | None:
         again = [
             (key, part)
             for key, part in zip(keys, parts, strict=True)
             if (key[1], key[2]) in self.modules.get(key[0], {})
         ]
         for (module, tensor, first), part in again:
-            if not _same(self.modules[module][tensor, first], part):
+            if not _is_same_update(self.modules[module][tensor, first], part):
                 return "expected each layer once, got it a second time under another name, and not the same"
         for (module, tensor, first), part in zip(keys, parts, strict=True):
             self.modules.setdefault(module, {}).setdefault((tensor, first), part)
@@ -219,18 +219,18 @@ class _Matcher:
             parts.append(_part(layer, rows, where))
             rows += where.columns
         if isinstance(layer, WholeLayer) and layer.replaces:
-            return [self._less_base(part, *at) for part, at in zip(parts, places, strict=True)]
+            return [self._minus_base(part, *at) for part, at in zip(parts, places, strict=True)]
         if layer.magnitude is not None:
-            return self._decomposed(layer.magnitude, parts, places)
+            return self._with_magnitude(layer.magnitude, parts, places)
         return parts
 
-    def _less_base(self, part: Part, module: str, where: LinearPlace) -> Part:
+    def _minus_base(self, part: Part, module: str, where: LinearPlace) -> Part:
         return lambda: whole(part) - self._columns(module, where)
 
     def _columns(self, module: str, where: LinearPlace) -> np.ndarray:
         return self._base.columns(module, where.tensor, where.first_column, where.columns)
 
-    def _decomposed(
+    def _with_magnitude(
         self, magnitude: np.ndarray, parts: Sequence[Part], places: Sequence[tuple[str, LinearPlace]]
     ) -> list[Part]:
         """DoRA: the changed weight, its rows (or columns) scaled to the magnitudes; stored, it is transposed.
@@ -278,7 +278,7 @@ def _part(layer: LoraLayer | WholeLayer, first: int, where: LinearPlace) -> Part
     return lambda: np.ascontiguousarray(half_split(layer.delta()[rows], where.head_dim).T)
 
 
-def _same(one: Part, other: Part) -> bool:
+def _is_same_update(one: Part, other: Part) -> bool:
     """Whether two writings of an update mean the same."""
     if isinstance(one, tuple) and isinstance(other, tuple):
         return same_product(one, other, _SAME)

@@ -85,10 +85,10 @@ class Scales:
                 name = name.removeprefix(prefix)
             for component in self.components:
                 if component and name.startswith(f"{component}."):
-                    return self.components[component], _inside(name, component)
+                    return self.components[component], _strip_component(name, component)
         for component in ("", "transformer"):
             if component in self.components:
-                return self.components[component], _inside(name, "transformer")
+                return self.components[component], _strip_component(name, "transformer")
         return {}, name
 
 
@@ -108,7 +108,7 @@ def read_scales(path: Path, file: TensorFile, has_alphas: bool) -> Scales:
             content = config.read_bytes()
             components, sha256 = {"": _object(parse_json(content))}, hashlib.sha256(content).hexdigest()
         else:
-            return Scales(path, {}) if has_alphas else _loose(path, file.metadata)
+            return Scales(path, {}) if has_alphas else _metadata_scales(path, file.metadata)
         scales = Scales(path, components, sha256=sha256)
         for component, settings in components.items():  # so that what cannot be understood is refused once, by name
             _check(settings)
@@ -142,7 +142,7 @@ def _check(settings: Mapping[str, Any]) -> None:
         _number(value)
 
 
-def _loose(path: Path, metadata: Mapping[str, str]) -> Scales:
+def _metadata_scales(path: Path, metadata: Mapping[str, str]) -> Scales:
     for key in _PEFT_ALPHAS:
         alpha = _text_number(metadata.get(key))
         if alpha is not None:
@@ -182,7 +182,7 @@ def _number(value: Any) -> float | None:
     return float(value)
 
 
-def _inside(name: str, component: str) -> str:
+def _strip_component(name: str, component: str) -> str:
     """A name without its component, and what stands before it inside of that."""
     name = name.removeprefix("diffusion_model.").removeprefix(f"{component}.")
     for prefix in _WRAPPERS:
@@ -204,7 +204,7 @@ def _matches(path: Path, pattern: str, name: str) -> bool:
     for character in body:
         if escaped:
             if character.isalnum():
-                raise _no_name(path, pattern)
+                raise _unsupported_pattern(path, pattern)
             characters.append(character)
             escaped = False
         elif character == "\\":
@@ -214,16 +214,16 @@ def _matches(path: Path, pattern: str, name: str) -> bool:
         elif character == ".":
             characters.append(None)
         else:
-            raise _no_name(path, pattern)
+            raise _unsupported_pattern(path, pattern)
     if escaped or not characters:
-        raise _no_name(path, pattern)
+        raise _unsupported_pattern(path, pattern)
     end = len(name) - len(characters)
     if end < 0 or any(want not in (None, got) for want, got in zip(characters, name[end:], strict=True)):
         return False
     return end == 0 or (not whole and name[end - 1] == ".")
 
 
-def _no_name(path: Path, pattern: str) -> LoraError:
+def _unsupported_pattern(path: Path, pattern: str) -> LoraError:
     return LoraError(
         f"{path}: alpha_pattern {pattern!r}: expected a layer's name or the end of one, such as "
         "'^layers.0.attention.to_k'; other regular expressions are not read: save it with the layers' names"

@@ -45,7 +45,7 @@ def resolve_sigmas(
     """
     name = choice(fields.schedule, "schedule", SCHEDULES)
     spare = SAMPLERS[choice(fields.sampler, "sampler", SAMPLERS)].spare_step
-    part = _denoise(fields.denoise, begins, prefix)
+    part = _check_denoise(fields.denoise, begins, prefix)
     sigmas, num_inference_steps = fields.sigmas, fields.num_inference_steps
     if sigmas is None:
         steps = default_steps if num_inference_steps is None else num_inference_steps
@@ -63,7 +63,7 @@ def resolve_sigmas(
             raise RequestError(
                 f"{prefix}denoise: expected none beside `sigmas`, which are run whole; give those to run"
             )
-        whole = custom_sigmas(_given(sigmas), shift)
+        whole = custom_sigmas(_check_sigmas(sigmas), shift)
         count = len(whole) - 1
         if num_inference_steps is not None and integer(num_inference_steps, "num_inference_steps", 1, 1 << 62) != count:
             raise RequestError(
@@ -79,7 +79,7 @@ def resolve_sigmas(
     return whole[min(first_step(len(whole) - 1, share), len(whole) - 2) :]
 
 
-def _given(sigmas: Any) -> np.ndarray:
+def _check_sigmas(sigmas: Any) -> np.ndarray:
     """The sigmas that a request gives itself, checked, float64 `[steps]`."""
     values = np.array([number(item, "sigmas", np.inf, -np.inf) for item in items(sigmas, "sigmas", _SIGMAS, MAX_STEPS)])
     # Compared in float32, as the loop has them: two that round to one number would be a step of length 0.
@@ -89,7 +89,7 @@ def _given(sigmas: Any) -> np.ndarray:
     return values
 
 
-def _denoise(value: Any, begins: bool, prefix: str) -> float | None:
+def _check_denoise(value: Any, begins: bool, prefix: str) -> float | None:
     if value is None:
         return None
     denoise = number(value, f"{prefix}denoise", 1.0)

@@ -46,7 +46,7 @@ def custom_sigmas(sigmas: Sequence[float] | np.ndarray, shift: float) -> np.ndar
     return np.append(shifted, np.float32(0))
 
 
-def _between(sigmas: np.ndarray, spread: Callable[[float, float, int], np.ndarray]) -> np.ndarray:
+def _respace(sigmas: np.ndarray, spread: Callable[[float, float, int], np.ndarray]) -> np.ndarray:
     """The schedule with the sigmas between the first and the last above 0 replaced by those of `spread`."""
     if len(sigmas) < 3:
         return sigmas
@@ -74,16 +74,16 @@ def _table(shift: float) -> np.ndarray:
     return custom_sigmas(np.arange(1, 1001) / 1000, shift)[:-1]
 
 
-def _ended(sigmas: Sequence[float] | np.ndarray) -> np.ndarray:
+def _append_zero(sigmas: Sequence[float] | np.ndarray) -> np.ndarray:
     return np.append(np.asarray(sigmas, np.float64), 0.0).astype(np.float32)
 
 
 def _comfyui_simple(num_inference_steps: int, shift: float) -> np.ndarray:
     table = _table(shift)
-    return _ended([table[999 - int(i * 1000 / num_inference_steps)] for i in range(num_inference_steps)])
+    return _append_zero([table[999 - int(i * 1000 / num_inference_steps)] for i in range(num_inference_steps)])
 
 
-def _even(first: float, last: float, count: int) -> np.ndarray:
+def _linspace(first: float, last: float, count: int) -> np.ndarray:
     """Even steps as in torch.linspace: counted from the nearer end, in float32, with one rounding.
 
     Equal to the bit, because sigmas that differ in the sixth decimal get other noise of a Brownian path.
@@ -98,7 +98,7 @@ def _even(first: float, last: float, count: int) -> np.ndarray:
 
 def _comfyui_normal(num_inference_steps: int, shift: float) -> np.ndarray:
     """Even steps down to the smallest sigma of the table, then shifted; that sigma is shifted twice, as in ComfyUI."""
-    return custom_sigmas(_even(1.0, float(_table(shift)[0]), num_inference_steps), shift)
+    return custom_sigmas(_linspace(1.0, float(_table(shift)[0]), num_inference_steps), shift)
 
 
 def _former_normal(num_inference_steps: int, shift: float) -> np.ndarray:
@@ -108,29 +108,29 @@ def _former_normal(num_inference_steps: int, shift: float) -> np.ndarray:
 
 
 def _comfyui_sgm_uniform(num_inference_steps: int, shift: float) -> np.ndarray:
-    return custom_sigmas(_even(1.0, float(_table(shift)[0]), num_inference_steps + 1)[:-1], shift)
+    return custom_sigmas(_linspace(1.0, float(_table(shift)[0]), num_inference_steps + 1)[:-1], shift)
 
 
 def _comfyui_karras(num_inference_steps: int, shift: float) -> np.ndarray:
     low, high = (float(end) ** (1 / 7) for end in _table(shift)[[0, -1]])
-    roots = np.float32(high) + _even(0.0, 1.0, num_inference_steps) * np.float32(low - high)
-    return _ended(roots.astype(np.float64) ** 7)
+    roots = np.float32(high) + _linspace(0.0, 1.0, num_inference_steps) * np.float32(low - high)
+    return _append_zero(roots.astype(np.float64) ** 7)
 
 
 def _comfyui_exponential(num_inference_steps: int, shift: float) -> np.ndarray:
     low, high = (math.log(float(end)) for end in _table(shift)[[0, -1]])
-    return _ended(np.exp(_even(high, low, num_inference_steps).astype(np.float64)))
+    return _append_zero(np.exp(_linspace(high, low, num_inference_steps).astype(np.float64)))
 
 
 def _comfyui_ddim_uniform(num_inference_steps: int, shift: float) -> np.ndarray:
-    return _ended(_table(shift)[1 :: max(1000 // num_inference_steps, 1)][::-1])
+    return _append_zero(_table(shift)[1 :: max(1000 // num_inference_steps, 1)][::-1])
 
 
 def _comfyui_beta(num_inference_steps: int, shift: float) -> np.ndarray:
     table = _table(shift)
     shares = 1 - np.arange(num_inference_steps) / num_inference_steps
     indices = np.rint([beta_quantile(float(share), 0.6) * 999 for share in shares]).astype(int)
-    return _ended(table[[index for i, index in enumerate(indices) if i == 0 or index != indices[i - 1]]])
+    return _append_zero(table[[index for i, index in enumerate(indices) if i == 0 or index != indices[i - 1]]])
 
 
 def _comfyui_linear_quadratic(num_inference_steps: int, shift: float) -> np.ndarray:
@@ -138,13 +138,13 @@ def _comfyui_linear_quadratic(num_inference_steps: int, shift: float) -> np.ndar
     del shift
     n, knee = num_inference_steps, 0.025
     if n == 1:
-        return _ended([1.0])
+        return _append_zero([1.0])
     linear = n // 2
     quadratic = n - linear
     bend = (linear - knee * n) / (linear * quadratic**2)
     slope = knee / linear - 2 * (linear - knee * n) / quadratic**2
     way = [i * knee / linear if i < linear else bend * (i * i + linear * linear) + slope * i for i in range(n)]
-    return _ended(1 - np.array(way))
+    return _append_zero(1 - np.array(way))
 
 
 def _comfyui_kl_optimal(num_inference_steps: int, shift: float) -> np.ndarray:
@@ -152,7 +152,7 @@ def _comfyui_kl_optimal(num_inference_steps: int, shift: float) -> np.ndarray:
     low, high = (np.float32(math.atan(float(end))) for end in _table(shift)[[0, -1]])
     way = np.arange(num_inference_steps, dtype=np.float32) / np.float32(max(num_inference_steps - 1, 1))
     angles = way * low + (np.float32(1) - way) * high
-    return _ended(np.tan(angles.astype(np.float64)))
+    return _append_zero(np.tan(angles.astype(np.float64)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,21 +191,21 @@ SCHEDULES: dict[str, Schedule] = {
             "Karras",
             "diffusers",
             "`use_karras_sigmas`: Karras' spacing between the first and the last sigma of diffusers_simple.",
-            lambda n, shift: _between(flow_match_sigmas(n, shift), _karras),
+            lambda n, shift: _respace(flow_match_sigmas(n, shift), _karras),
         ),
         Schedule(
             "diffusers_exponential",
             "Exponential",
             "diffusers",
             "`use_exponential_sigmas`: even in the logarithm between the same two.",
-            lambda n, shift: _between(flow_match_sigmas(n, shift), _exponential),
+            lambda n, shift: _respace(flow_match_sigmas(n, shift), _exponential),
         ),
         Schedule(
             "diffusers_beta",
             "Beta",
             "diffusers",
             "`use_beta_sigmas`: Beta(0.6, 0.6) between the same two.",
-            lambda n, shift: _between(flow_match_sigmas(n, shift), _beta),
+            lambda n, shift: _respace(flow_match_sigmas(n, shift), _beta),
         ),
         Schedule(
             "former_normal",

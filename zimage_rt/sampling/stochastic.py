@@ -49,14 +49,14 @@ def _lambda(sigma: float) -> float:
     return float(np.float32(-math.log(float(value / (np.float32(1) - value)))))
 
 
-def _middle(sigma: float, following: float) -> float:
+def _lambda_midpoint(sigma: float, following: float) -> float:
     """The sigma at the middle in lambda, in float32 for the same reason."""
     here, there = np.float32(_lambda(sigma)), np.float32(_lambda(following))
     middle = there - (there - here) * np.float32(0.5)
     return float(np.float32(1) / (np.float32(1) + np.float32(math.exp(float(middle)))))
 
 
-def _below_one(sigmas: np.ndarray, shift: float) -> np.ndarray:
+def _clamp_first_sigma(sigmas: np.ndarray, shift: float) -> np.ndarray:
     """The sigmas with a first sigma of 1, whose lambda is infinite, replaced by that of timestep 0.9999."""
     if sigmas[0] < 1:
         return sigmas
@@ -70,7 +70,7 @@ def dpmpp_2m_sde(sigmas: np.ndarray, shift: float) -> list[SamplerStep]:
     steps: list[SamplerStep] = []
     kept = CleanHistory(1)
     before = None  # width of the last step in lambda
-    for sigma, following in step_pairs(_below_one(sigmas, shift)):
+    for sigma, following in step_pairs(_clamp_first_sigma(sigmas, shift)):
         if following == 0.0:
             steps.append(to_clean(sigma))
             continue
@@ -96,7 +96,7 @@ def dpmpp_3m_sde(sigmas: np.ndarray, shift: float) -> list[SamplerStep]:
     steps: list[SamplerStep] = []
     kept = CleanHistory(2)
     widths: list[float] = []  # of the last steps in lambda, the latest first
-    for sigma, following in step_pairs(_below_one(sigmas, shift)):
+    for sigma, following in step_pairs(_clamp_first_sigma(sigmas, shift)):
         if following == 0.0:
             steps.append(to_clean(sigma))
             continue
@@ -129,7 +129,7 @@ def dpmpp_3m_sde(sigmas: np.ndarray, shift: float) -> list[SamplerStep]:
     return steps
 
 
-def _ancestral(sigma: float, following: float) -> tuple[float, float]:
+def _ancestral_split(sigma: float, following: float) -> tuple[float, float]:
     """The lower sigma of an ancestral step, and the noise back up to sigma', for noise that is added, not mixed."""
     up = min(following, following * math.sqrt(max(0.0, 1 - (following / sigma) ** 2)))
     return math.sqrt(following**2 - up**2), up
@@ -138,16 +138,16 @@ def _ancestral(sigma: float, following: float) -> tuple[float, float]:
 def dpmpp_sde(sigmas: np.ndarray, shift: float) -> list[SamplerStep]:
     """DPM-Solver++ SDE of two stages, r 1/2, eta 1: a step to the middle in lambda, the whole step with its D."""
     steps: list[SamplerStep] = []
-    for sigma, following in step_pairs(_below_one(sigmas, shift)):
+    for sigma, following in step_pairs(_clamp_first_sigma(sigmas, shift)):
         if following == 0.0:
             steps.append(to_clean(sigma))
             continue
-        middle = _middle(sigma, following)
+        middle = _lambda_midpoint(sigma, following)
 
         def to(end: float, sigma: float = sigma) -> tuple[float, float, float]:
             """Weights of x, D and noise of the step to `end`; the ancestral split is in sigma / (1 - sigma)."""
             start, stop = sigma / (1 - sigma), end / (1 - end)
-            down, up = _ancestral(start, stop)
+            down, up = _ancestral_split(start, stop)
             share = down / start
             return (1 - end) / (1 - sigma) * share, (1 - end) * (1 - share), (1 - end) * up
 
@@ -186,7 +186,7 @@ def res_multistep_ancestral(sigmas: np.ndarray, shift: float) -> list[SamplerSte
     kept = CleanHistory(1)
     before = None  # sigma and `down` of the last step
     for sigma, following in step_pairs(sigmas):
-        down, up = _ancestral(sigma, following)
+        down, up = _ancestral_split(sigma, following)
         if down == 0.0:
             steps.append(SamplerStep(sigma, following, x=1.0, pred=-sigma, noise=up, keep_x=1.0, keep_pred=-sigma))
         elif before is None:
@@ -209,7 +209,7 @@ def er_sde(sigmas: np.ndarray, shift: float) -> list[SamplerStep]:
     def scale(e: np.ndarray | float) -> np.ndarray:
         return e * (np.exp(np.power(e, 0.3)) + 10)
 
-    for sigma, following in step_pairs(_below_one(sigmas, shift)):
+    for sigma, following in step_pairs(_clamp_first_sigma(sigmas, shift)):
         if following == 0.0:
             steps.append(to_clean(sigma))
             continue
