@@ -19,7 +19,8 @@ _PREFIXES = re.compile(
     r"(model[._])?"
 )
 
-# Parts of the checkpoint's names, and their spelling in the original code, ComfyUI and trainers.
+# Parts of the checkpoint's names, and their spelling in the original code, ComfyUI and trainers, which
+# export/checkpoint/single_file.py converts back.
 _ALIASES = (
     (".attention.to_out.0", ".attention.out"),
     (".attention.to_out.0", ".attention.to_out"),
@@ -117,9 +118,9 @@ def _all_names(name: str) -> list[str]:
 
 
 def _idle_layers(manifest: Manifest) -> re.Pattern[str]:
-    """A pattern of layers that never run: the text encoder's last block and what follows it, and its vision tower.
+    """A pattern of layers that never run: the text encoder's last block and later layers, SigLIP's, and a norm.
 
-    Z-Image reads the hidden states before that block. `norm_final` of the transformer's checkpoint is unused too.
+    Z-Image reads the hidden states before that block; `norm_final` of the transformer's checkpoint is unused.
     """
     last = manifest.module("text_encoder").config.get("num_hidden_layers", 0) - 1
     parts = "self_attn|mlp|input_layernorm|post_attention_layernorm"
