@@ -44,8 +44,8 @@ class Turn:
 class Session:
     """An image that is edited over several turns. Not thread-safe, though its engines are.
 
-    Nothing is computed twice: contexts of prompts are cached by the engine, a refinement begins from latents without
-    decoding and encoding, and a turn without a seed keeps the image's own.
+    Nothing is computed twice: the engine caches contexts, and a refinement begins from latents without decoding and
+    encoding. A turn without a seed uses the image's own.
 
     Args:
         engines: one engine for all tasks, or one per role: `draft` (Turbo, for speed), `final` (Base, for the last

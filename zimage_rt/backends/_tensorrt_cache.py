@@ -1,7 +1,7 @@
 """TensorRT-RTX's runtime cache on disk: the kernels that were compiled for a plan on one GPU.
 
-A cache has machine code, and no manifest has its hash. So it is never read from a bundle, which may be from an
-untrusted source, and only if it belongs to the user of this process and nobody else can write it.
+A cache has machine code, and no manifest has its hash. So it is never read from a bundle, which may be untrusted. It
+is read only if it belongs to the user of this process and nobody else can write it.
 """
 
 from __future__ import annotations

@@ -307,8 +307,8 @@ class TensorRTModule:
     def _capture(self, program: Program) -> Graph:
         """Capture a graph of all parts.
 
-        A captured context serves no other shapes, so the program gets contexts of its own; and a context must run once
-        after its shapes were set (both from NVIDIA's Developer Guide, "CUDA Graphs").
+        A captured context serves no other shapes, so the program gets contexts of its own. A context must run once
+        after its shapes were set. Both are from NVIDIA's Developer Guide, "CUDA Graphs".
         """
         program.graph = None
         program.contexts = [self._backend.context(old.part, old.profile) for old in program.contexts]

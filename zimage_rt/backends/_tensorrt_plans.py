@@ -1,7 +1,7 @@
 """Checks of TensorRT plans before they run, without a GPU and NVIDIA's libraries.
 
 A plan is a program, which the library trusts. So a plan is selected by its entry in the manifest, then hashed, and only
-then given to the library; `verify=False` skips the hashes of other files, never those of plans.
+then given to the library. `verify=False` skips the hashes of other files, never those of plans.
 """
 
 from __future__ import annotations

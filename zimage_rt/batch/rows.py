@@ -189,8 +189,8 @@ class RowReader:
 def row_seed(base: int, number: int) -> int:
     """The seed of row `number`: 32 bits of a hash of base and number.
 
-    With base + number, batches of neighbouring seeds would share most of their noise, and so would the images of a row
-    with several and those of the rows after it.
+    With base + number, batches of neighbouring seeds would share most of their noise. So would the images of a row
+    with several and those of the next rows.
     """
     return int.from_bytes(hashlib.sha256(f"{base}:{number}".encode()).digest()[:4])
 

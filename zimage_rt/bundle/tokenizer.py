@@ -97,8 +97,8 @@ class PromptTokenizer:
     def _literal_ids(self, prompt: str) -> list[int]:
         """Token ids with the template's markers, and without any markers in the prompt.
 
-        The text between the template's last marker before the prompt and its first marker after it is tokenized
-        together with the prompt: `user`, a line break and the prompt may share tokens.
+        The template's text next to the prompt, up to the nearest marker on each side, is tokenized together with it:
+        `user`, a line break and the prompt may share tokens.
         """
         with self._lock:
             if self._plain is None:

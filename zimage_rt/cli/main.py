@@ -43,7 +43,7 @@ from .like import open_engine_like, requests_of, select_and_compare
 from .options import BACKEND, LORAS, REQUEST, SAVING, AsJson, Bundle, Shared, with_options
 from .start import INTERRUPTED, show_every_character
 
-# Plain help, which cuts no option's name on narrow terminals and works on any console.
+# Plain help: it cuts no option's name on narrow terminals and works on any console.
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command()(batch)
 app.command()(explain)

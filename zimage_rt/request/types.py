@@ -174,7 +174,7 @@ class ResolvedSecondPass:
 class ResolvedRequest:
     """A request with every default filled in and every field checked; tuples have one entry per image.
 
-    `sigmas` are those that are run; `image` and `control_image` are uint8 `[height, width, 3]`; `mask` is uint8
+    `sigmas` are those that are run. `image` and `control_image` are uint8 `[height, width, 3]`. `mask` is uint8
     `[height, width]`, 255 for pixels to draw. `warnings` has one sentence per field that has no effect.
     """
 

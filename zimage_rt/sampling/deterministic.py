@@ -161,7 +161,7 @@ def uni_pc_bh2(sigmas: np.ndarray, shift: float) -> list[SamplerStep]:
 class _UniStep:
     """One step of UniPC (Zhao et al. 2023, algorithms 5 to 8) on z = x / sqrt(1 + sigma^2), lambda = -ln sigma.
 
-    z' = x * z + base * D0 + sum_k weight_k * (D_k - D0) / r_k + rest * (D' - D0), with D0 at the step's beginning, D_k
+    z' = x * z + base * D0 + sum_k weight_k * (D_k - D0) / r_k + rest * (D' - D0). D0 is at the step's beginning, D_k
     at the steps before it, and D' at its end, which only the corrector has.
     """
 
