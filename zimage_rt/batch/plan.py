@@ -37,7 +37,7 @@ def plan_rows(rows: Sequence[Row], read: Callable[[Row], RowContent], lines: Map
 
     A row is in the journal if its content is, at any position. Of several equal rows the one with the same other
     columns is used, else the first. Any other row gets the number of its position in the table, if that is unused or
-    belonged to a removed row, so that a changed row replaces its old images; else it gets a new number.
+    belonged to a removed row: a changed row replaces its old images. Otherwise it gets a new number.
     """
     contents = [read(row) for row in rows]
     exact: dict[tuple[str, str], deque[int]] = defaultdict(deque)
