@@ -29,7 +29,8 @@ from zimage_rt.export.precision import PRECISIONS
 from zimage_rt.export.recipe import ExportRecipe
 
 import zimage_rt
-from zimage_rt.bundle.manifest import Manifest, ModuleSpec, hash_file, write_manifest
+from zimage_rt.bundle.manifest import Manifest, ModuleSpec, write_manifest
+from zimage_rt.bundle.verify import hash_file
 
 NANO = Path("checkpoints/zimage-nano")
 SIZES = ("full", "nano")

@@ -19,9 +19,9 @@ from zimage_rt.bundle.manifest import (
     Parity,
     PipelineSpec,
     ShapeRanges,
-    hash_file,
     write_manifest,
 )
+from zimage_rt.bundle.verify import hash_file
 
 from . import weights
 from .builders import Builder, builder_for

@@ -266,7 +266,7 @@ def test_the_initializers_of_a_graph_are_found_without_onnx(bundle: Path, module
 
 
 def test_the_library_refuses_what_is_no_plan(folder: Path, manifest: Manifest, engines) -> None:
-    from zimage_rt.backends._tensorrt_common import Log, deserialize
+    from zimage_rt.backends._tensorrt_engine import Log, deserialize
     from zimage_rt.backends.tensorrt_rtx import diagnosis
 
     log = Log(trt)
@@ -283,7 +283,7 @@ def test_the_library_refuses_what_is_no_plan(folder: Path, manifest: Manifest, e
 
 @needs_no_gpu
 def test_without_a_gpu_the_library_deserialises_nothing(folder: Path, engines) -> None:
-    from zimage_rt.backends._tensorrt_common import Log, deserialize
+    from zimage_rt.backends._tensorrt_engine import Log, deserialize
 
     log = Log(trt)
     with pytest.raises(BundleMismatch, match=r"refuses the plan: .*CUDA driver"):
@@ -343,7 +343,7 @@ class Untouched:
 
 
 def test_the_library_sees_no_plan_before_its_hash_is_right(folder: Path, manifest: Manifest, engines) -> None:
-    from zimage_rt.backends._tensorrt_common import Log
+    from zimage_rt.backends._tensorrt_engine import Log
     from zimage_rt.backends.tensorrt_rtx import TensorRTRTXBackend
 
     # All of a backend that loading needs before a GPU; its own constructor would ask for one.

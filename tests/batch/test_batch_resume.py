@@ -18,7 +18,7 @@ from zimage_rt.batch.batch import Batch, BatchOptions
 from zimage_rt.batch.plan import plan_rows
 from zimage_rt.batch.rows import RowContent, row_seed
 from zimage_rt.batch.table import Row, read_table
-from zimage_rt.bundle.manifest import hash_file
+from zimage_rt.bundle.verify import hash_file
 from zimage_rt.errors import RequestError
 from zimage_rt.image.formats import is_whole
 

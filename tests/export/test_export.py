@@ -29,7 +29,8 @@ from zimage_rt.export.parity.reference import load_reference, reference_function
 from zimage_rt.export.plan import plan_modules  # noqa: E402
 from zimage_rt.export.precision import FP16, FP32, Precision  # noqa: E402
 
-from zimage_rt.bundle.manifest import check_file, read_manifest  # noqa: E402
+from zimage_rt.bundle.manifest import read_manifest  # noqa: E402
+from zimage_rt.bundle.verify import check_file  # noqa: E402
 from zimage_rt.sampling.schedules import flow_match_sigmas  # noqa: E402
 
 

@@ -43,9 +43,9 @@ from zimage_rt.bundle.manifest import (  # noqa: E402
     ModuleSpec,
     ShapeRange,
     ShapeRanges,
-    check_file,
     read_manifest,
 )
+from zimage_rt.bundle.verify import check_file  # noqa: E402
 
 MODULES = {
     "text_encoder",

@@ -17,9 +17,9 @@ from zimage_rt.bundle.manifest import (
     ShapeRange,
     ShapeRanges,
     TensorSpec,
-    hash_file,
     write_manifest,
 )
+from zimage_rt.bundle.verify import hash_file
 
 WIDTH = 16
 # Not a module of Z-Image's, whose tensors have other names.

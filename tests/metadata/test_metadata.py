@@ -22,7 +22,8 @@ from shared import BUNDLE, copy_bundle
 
 import zimage_rt
 from zimage_rt.atomic_write import atomic_write
-from zimage_rt.bundle.manifest import hash_file, read_manifest
+from zimage_rt.bundle.manifest import read_manifest
+from zimage_rt.bundle.verify import hash_file
 from zimage_rt.errors import LoraWarning, MetadataError, RequestError
 from zimage_rt.metadata.image_file import read_record
 from zimage_rt.request.types import SecondPass
