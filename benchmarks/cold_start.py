@@ -28,10 +28,10 @@ engine = zimage_rt.Engine.load(bundle, backend=backend, verify=False, backend_op
 stages["load"] = time.time() - float(began)
 settings = dict(height=int(height), width=int(width), num_inference_steps=int(evaluations), vae="tiny", seed=1)
 result = engine.generate(sys.stdin.read(), **settings)
-stages["first picture"] = time.time() - float(began)
+stages["first image"] = time.time() - float(began)
 assert result.images.shape[1:3] == (int(height), int(width))
-again = engine.generate("another " + "picture", **settings)
-stages["second picture"] = time.time() - float(began)
+again = engine.generate("another " + "image", **settings)
+stages["second image"] = time.time() - float(began)
 print(json.dumps({
     "stages": stages,
     "first_timings": dict(result.timings),

@@ -252,7 +252,7 @@ def image(bench: Bench, precision: str) -> None:
     }
     tokens = best.encode(prompt()).shape[1]
     fields: dict[str, Any] = {
-        "figure": "prompt to picture, warm",
+        "figure": "prompt to image, warm",
         "precision": precision,
         "shape": f"{width}x{height}, {tokens} caption tokens, batch 1",
     }
@@ -298,8 +298,8 @@ def cold(bench: Bench, precision: str) -> None:
         }
         if not options:
             bench.report.add(
-                [start["stages"]["first picture"] for start in starts],
-                figure="process start to picture",
+                [start["stages"]["first image"] for start in starts],
+                figure="process start to image",
                 includes="a new process, weights in the page cache, to the first uint8 image",
                 unit="s",
                 **common,

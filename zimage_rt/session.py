@@ -72,7 +72,7 @@ class Session:
     def current(self) -> Turn:
         """The last turn that was not undone. Raises RequestError before the first."""
         if not self._turns:
-            raise RequestError("the session has no picture yet; call generate first")
+            raise RequestError("the session has no image yet; call generate first")
         return self._turns[-1]
 
     def generate(self, prompt: str, *, callback: Callback | None = None, **fields: Any) -> GenerateResult:
@@ -136,10 +136,10 @@ class Session:
     def _run_turn(self, task: str, fields: dict[str, Any], callback: Callback | None) -> GenerateResult:
         prompt, count = fields["prompt"], fields.get("num_images", 1)
         if not isinstance(prompt, str):
-            raise RequestError(f"prompt: expected a string, for the one picture of a turn, got {checks.shown(prompt)}")
+            raise RequestError(f"prompt: expected a string, for the one image of a turn, got {checks.shown(prompt)}")
         if not isinstance(count, int) or count != 1:
             raise RequestError(
-                f"num_images: expected 1, as a session draws one picture a turn, got {checks.shown(count)}; use "
+                f"num_images: expected 1, as a session draws one image per turn, got {checks.shown(count)}; use "
                 "Engine.generate for several"
             )
         role, engine = self._pick(task)

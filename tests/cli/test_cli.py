@@ -101,7 +101,7 @@ def test_loras_are_put_on_and_repeated(bundle: Path, tmp_path: Path) -> None:
     assert len(set(drawn.values())) == 3
     run = zimage("generate", bundle, "--like", tmp_path / "half.png", "-o", tmp_path / "again.png")
     assert run.returncode == 0, run.stderr
-    assert "the same picture to the byte" in run.stderr
+    assert "the same image to the byte" in run.stderr
     run = zimage("generate", bundle, *settings, "--lora", tmp_path / "none.safetensors=0.5")
     assert run.returncode == 1
     assert "none.safetensors" in run.stderr.replace("\n", "")

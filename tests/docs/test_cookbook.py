@@ -52,7 +52,7 @@ def committed(drawn: dict[str, Any]) -> dict[str, list[np.ndarray]]:
     found = {}
     for name, recipe in drawn.items():
         strip, images, left = np.asarray(Image.open(PAGE.parent / "cookbook" / f"{name}.png").convert("RGB")), [], 0
-        for height, width in (image.shape[:2] for image in recipe.pictures):
+        for height, width in (image.shape[:2] for image in recipe.images):
             images.append(strip[:height, left : left + width])
             left += width + 8
         found[name] = images
@@ -85,18 +85,18 @@ def test_the_page_is_up_to_date(cookbook: Any, drawn: dict[str, Any]) -> None:
     lines = [line for recipe in drawn.values() for line in recipe.lines]
     assert "\n".join([*cookbook.header(), *lines]) + "\n" == PAGE.read_text(encoding="utf-8"), STALE
     for name, recipe in drawn.items():
-        strip = cookbook.side_by_side(recipe.pictures)
+        strip = cookbook.side_by_side(recipe.images)
         assert Image.open(PAGE.parent / "cookbook" / f"{name}.png").size == strip.size, f"{name}: {STALE}"
     assert {path.stem for path in (PAGE.parent / "cookbook").glob("*.png")} == set(drawn), STALE
 
 
 def test_images_show_their_scenes(judge: Judge, drawn: dict[str, Any], committed: dict[str, list[np.ndarray]]) -> None:
     for name, recipe in drawn.items():
-        assert recipe.scenes, f"{name}: name the scenes that its pictures show"
+        assert recipe.scenes, f"{name}: name the scenes that its images show"
         for scene in recipe.scenes:
-            for where, images in (("drawn here", recipe.pictures), ("on the page", committed[name])):
-                found = seen(judge, images[scene.picture], scene)
-                assert found == (scene.colour, scene.subjects), f"{name}, picture {scene.picture}, {where}"
+            for where, images in (("drawn here", recipe.images), ("on the page", committed[name])):
+                found = seen(judge, images[scene.image], scene)
+                assert found == (scene.colour, scene.subjects), f"{name}, image {scene.image}, {where}"
 
 
 def test_a_wrong_image_on_the_page_is_detected(
@@ -111,31 +111,31 @@ def test_a_wrong_image_on_the_page_is_detected(
             for other, instead in (*shown[i:], *shown[:i])
             if instead.subjects != scene.subjects and instead.box is None
         )
-        found = seen(judge, committed[other][instead.picture], scene)[1]
-        assert found != scene.subjects, f"{name}, picture {scene.picture}, in place of which stands {other}"
+        found = seen(judge, committed[other][instead.image], scene)[1]
+        assert found != scene.subjects, f"{name}, image {scene.image}, in place of which stands {other}"
 
 
 def test_images_without_a_scene_have_their_effects(
     drawn: dict[str, Any], committed: dict[str, list[np.ndarray]]
 ) -> None:
-    for images in (drawn["lora"].pictures, committed["lora"]):
+    for images in (drawn["lora"].images, committed["lora"]):
         distances = [adapters.distance_from_style(image) for image in images]
         assert all(later < earlier for earlier, later in pairwise(distances))
         assert distances[-1] < adapters.IN_STYLE
-    for images in (drawn["previews"].pictures, committed["previews"]):
+    for images in (drawn["previews"].images, committed["previews"]):
         left = [np.abs(image.astype(float) - images[-1]).mean() for image in images]
         assert all(later < earlier for earlier, later in pairwise(left))
-    for images in (drawn["shapes"].pictures, committed["shapes"]):
+    for images in (drawn["shapes"].images, committed["shapes"]):
         # Above and below what was given it is dark, nearly as fitted; the orange between has a mean of 148.
         padded = images[2].astype(float)
         assert padded[:40].mean() < 60
         assert padded[-40:].mean() < 60
         assert padded[60:-60].mean() > 100
-    for images in (drawn["inpaint"].pictures, committed["inpaint"]):
+    for images in (drawn["inpaint"].images, committed["inpaint"]):
         assert (images[2][:, 150:] == images[0][:, 150:]).all()
 
 
 def test_an_image_drawn_again_is_the_same_to_the_byte(drawn: dict[str, Any]) -> None:
     """On one machine, also from another process."""
-    first, second, third = drawn["the_same_picture_again"].pictures
+    first, second, third = drawn["the_same_picture_again"].images
     assert first.tobytes() == second.tobytes() != third.tobytes()

@@ -253,7 +253,7 @@ def test_a_bundle_without_one_says_how_to_get_it(engine: zimage_rt.Engine, card:
         ({"control_scale": -1.0}, "control_scale: expected a finite number, 0 or more, got -1.0"),
         ({"control_scale": float("nan")}, "control_scale: expected a finite number"),
         ({"control_scale": "much"}, "control_scale: expected a number, got 'much'"),
-        ({"control_image": "no/such/picture.png"}, "control_image: no/such/picture.png cannot be read as a picture"),
+        ({"control_image": "no/such/image.png"}, "control_image: no/such/image.png cannot be read as an image"),
         ({"control_image": 5}, "control_image: expected a PIL image, an array or a path, got int"),
         ({"control_image": Image.new("RGB", (8, 8))}, "height: expected 64"),
     ],

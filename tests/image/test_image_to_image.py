@@ -174,7 +174,7 @@ def test_an_image_of_another_shape_is_fitted(engine: zimage_rt.Engine, fit: str)
     [
         ({"strength": 0.0}, "strength: expected more than 0"),
         ({"strength": 1.5}, "strength: expected at most 1, got 1.5"),
-        ({"image": "no/such/picture.png"}, "cannot be read as a picture"),
+        ({"image": "no/such/image.png"}, "cannot be read as an image"),
         ({"image": 5}, "expected a PIL image, an array or a path, got int"),
         ({"image": np.zeros((4, 4, 2), np.uint8)}, "got uint8 [4, 4, 2]"),
         ({"image": np.zeros((4, 4, 3), np.int32)}, "got int32"),

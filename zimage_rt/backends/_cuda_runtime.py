@@ -86,7 +86,7 @@ class Gpu:
         free, total = self.free_memory()
         return OutOfMemory(
             f"{doing}: needs {megabytes(needed)} of device memory, {megabytes(free)} of {megabytes(total)} are free; "
-            "ask for a smaller picture or batch, or free memory on the GPU"
+            "ask for a smaller image or batch, or free memory on the GPU"
         )
 
     def buffer(self, what: str) -> Buffer:

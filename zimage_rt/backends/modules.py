@@ -135,7 +135,7 @@ class ModuleDenoiser:
     """The transformer module as the C++ loop's predict, or with a `control` the module with the ControlNet beside it.
 
     Samples whose contexts have the same length run as one batch: an image token's position
-    depends on its context's length, and equal lengths need no mask, so a picture is the same in a
+    depends on its context's length, and equal lengths need no mask, so an image is the same in a
     batch as alone.
     """
 

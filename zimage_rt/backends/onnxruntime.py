@@ -219,4 +219,4 @@ def _raise_if_out_of_memory(error: Exception, doing: str) -> None:
     text = str(error)
     signs = ("bad_alloc", "Failed to allocate", "out of memory")
     if isinstance(error, MemoryError) or any(sign in text for sign in signs):
-        raise OutOfMemory(f"{doing}: {text}; ask for a smaller picture or batch, or free memory") from error
+        raise OutOfMemory(f"{doing}: {text}; ask for a smaller image or batch, or free memory") from error

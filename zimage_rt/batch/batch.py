@@ -125,7 +125,7 @@ class Batch:
         if plan.removed:
             self.notes.append(
                 f"{len(plan.removed)} rows of the journal are no longer in the table; their images stay: "
-                f"{', '.join(self.journal.pictures[plan.removed[0]])}{', …' if len(plan.removed) > 1 else ''}"
+                f"{', '.join(self.journal.images[plan.removed[0]])}{', …' if len(plan.removed) > 1 else ''}"
             )
 
     @property

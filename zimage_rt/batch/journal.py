@@ -73,7 +73,7 @@ class Journal:
         self._lock.close()
 
     @property
-    def pictures(self) -> dict[int, list[str]]:
+    def images(self) -> dict[int, list[str]]:
         """The file names of the images of each drawn row, by number."""
         return {row: line["pictures"] for row, line in self.lines.items() if "error" not in line}
 

@@ -85,7 +85,7 @@ def explain(
     if as_json:
         print(json_line({"file": str(path), **sheet.data}))
     else:
-        print(printable(f"{path}  {prompt}  ({len(sheet.data['cells'])} pictures, seed {seed})"))
+        print(printable(f"{path}  {prompt}  ({len(sheet.data['cells'])} images, seed {seed})"))
 
 
 def _numbers(text: str, option: str, kind: Callable[[str], Number]) -> list[Number]:

@@ -52,7 +52,7 @@ def requests_of(
     if record is not None and like is not None and not prompts and not fields:
         return [request_like(record, like, {})]
     if record is None and not prompts:
-        raise RequestError("prompt: expected what to draw; give it with -p, or a picture with --like")
+        raise RequestError("prompt: expected what to draw; give it with -p, or an image with --like")
     requests = []
     for number, text in enumerate(prompts or [None]):
         own = dict(fields)
@@ -153,7 +153,7 @@ def warn_of_differences(record: ImageRecord, engine: Engine) -> None:
     ]
     for recorded, now, differs in differences:
         if differs:
-            warn(f"the picture was drawn by {recorded}; this is {now}: it may come out otherwise")
+            warn(f"the image was drawn by {recorded}; this is {now}: it may come out otherwise")
 
 
 def select_and_compare(result: GenerateResult, record: ImageRecord) -> tuple[GenerateResult, bool]:
@@ -161,7 +161,7 @@ def select_and_compare(result: GenerateResult, record: ImageRecord) -> tuple[Gen
     result = result[0 if record.batch is None else record.batch["index"]]
     same = pixels_sha256(result.images[0]) == record.pixels_sha256
     if same:
-        stderr.print("the same picture to the byte", highlight=False)
+        stderr.print("the same image to the byte", highlight=False)
     else:
-        warn("the picture is not the recorded one to the byte; another machine or library may round otherwise")
+        warn("the image is not the recorded one to the byte; another machine or library may round otherwise")
     return result, same

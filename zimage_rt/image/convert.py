@@ -75,11 +75,11 @@ def read_image(value: Any, name: str, notes: list[str] | None = None) -> Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise RequestError(f"{name}: {path}: expected at most {limits.MAX_INPUT_PIXELS} pixels: {error}") from error
     except FileNotFoundError as error:
-        raise RequestError(f"{name}: {path} cannot be read as a picture: there is no such file") from error
+        raise RequestError(f"{name}: {path} cannot be read as an image: there is no such file") from error
     except Exception as error:  # Pillow has no error class for damaged files
         reason = getattr(error, "strerror", None) or error  # the text of an OSError repeats the path
         raise RequestError(
-            f"{name}: {path} cannot be read as a picture: {reason}; expected an undamaged file of {', '.join(FORMATS)}"
+            f"{name}: {path} cannot be read as an image: {reason}; expected an undamaged file of {', '.join(FORMATS)}"
         ) from error
     with image:
         _check_size(image.size, name)
@@ -125,7 +125,7 @@ def _decode(image: Image, name: str, what: str) -> Image:
     except MemoryError as error:
         raise OutOfMemory(f"{what}: its {image.width}x{image.height} pixels do not fit; scale it down") from error
     except Exception as error:  # cut off, damaged, or closed: Pillow has no error class for these
-        raise RequestError(f"{what} cannot be read as a picture: {error}; it is damaged, cut off or closed") from error
+        raise RequestError(f"{what} cannot be read as an image: {error}; it is damaged, cut off or closed") from error
     if 0 in eight.size:
         raise RequestError(f"{name}: expected an image with pixels, got {eight.width}x{eight.height}")
     transposition = TRANSPOSES.get(orientation)

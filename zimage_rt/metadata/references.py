@@ -101,7 +101,7 @@ def find_file(reference: Mapping[str, Any], name: str, folder: Path | None) -> P
     places = [path] if folder is None else [path, folder / path, folder / path.name]
     found = next((place for place in places if weights_file(place).is_file()), None)
     if found is None:
-        raise MetadataError(f"{name}: expected {path}, which the picture was made from, but it is gone; give it again")
+        raise MetadataError(f"{name}: expected {path}, which the image was made from, but it is gone; give it again")
     actual = hash_file(weights_file(found)).sha256
     if actual != reference["sha256"]:
         raise MetadataError(
