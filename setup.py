@@ -1,6 +1,6 @@
-"""Builds the C++ modules with CMake; everything static stands in pyproject.toml.
+"""Builds the C++ modules with CMake; static metadata is in pyproject.toml.
 
-Environment, read at build time alone: `ZIMAGE_RT_CUDA` is AUTO, ON or OFF; `CMAKE_ARGS` goes to CMake;
+Environment variables, read only at build time: `ZIMAGE_RT_CUDA` is AUTO, ON or OFF; `CMAKE_ARGS` goes to CMake;
 `ZIMAGE_RT_BUILD` is a folder for incremental builds; `ZIMAGE_RT_PYTHONS` and `ZIMAGE_RT_MANYLINUX_LINKER` are set by
 cmake/make_wheel.py.
 """
@@ -21,31 +21,31 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-# SOABI=include folder of each Python that one wheel is for, separated by semicolons; empty: the one that runs this.
+# `SOABI=include folder` per Python of a wheel, separated by semicolons; empty for only the running Python.
 PYTHONS = os.environ.get("ZIMAGE_RT_PYTHONS", "")
 
 
 def with_build_tools() -> dict[str, str]:
-    """The environment, with the folders of the cmake and ninja wheels in front of PATH.
+    """The environment with the folders of the cmake and ninja wheels first in PATH.
 
-    Without build isolation the scripts of a virtual environment are on PATH only if it is activated.
+    Without build isolation, scripts of a virtual environment are on PATH only if it is activated.
     """
     folders = []
     for module, attribute in (("cmake", "CMAKE_BIN_DIR"), ("ninja", "BIN_DIR")):
         try:
             folders.append(getattr(importlib.import_module(module), attribute))
         except (ImportError, AttributeError):
-            continue  # the system's own
+            continue  # use the system's
     return os.environ | {"PATH": os.pathsep.join([*folders, os.environ.get("PATH", os.defpath)])}
 
 
 class CMakeBuild(build_ext):
-    """One CMake build makes all modules; setuptools then finds those that came out of it."""
+    """Builds all extensions in one CMake build."""
 
     def build_extensions(self) -> None:
-        """Configure and build; an extension that CMake left out, which is _cuda alone, is left out here, too."""
+        """Configure and build; extensions that CMake skipped (_cuda, or those of tests) leave the list."""
         package = Path(self.get_ext_fullpath("zimage_rt._core")).resolve().parent
-        # Another environment's choices must not stick: without a folder that was asked for, nothing is kept.
+        # The build starts afresh unless ZIMAGE_RT_BUILD is set, so that no setting of another environment remains.
         kept = os.environ.get("ZIMAGE_RT_BUILD")
         build = Path(kept or self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
@@ -61,13 +61,14 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DZIMAGE_RT_OUTPUT={package}",
-            # Passed at every configure, so that a kept choice is replaced.
+            # Passed at every configure, so that the cached value is replaced.
             f"-DZIMAGE_RT_CUDA={os.environ.get('ZIMAGE_RT_CUDA', 'AUTO')}",
+            f"-DZIMAGE_RT_TEST_MODULES={'ON' if self.editable_mode else 'OFF'}",
             f"-DZIMAGE_RT_PYTHONS={PYTHONS}",
             f"-DZIMAGE_RT_MANYLINUX_LINKER={os.environ.get('ZIMAGE_RT_MANYLINUX_LINKER', '')}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
-        for stale in package.glob("_cuda.*.so"):
+        for stale in package.glob("_cuda*.so"):
             stale.unlink()
         tools = with_build_tools()
         cmake = shutil.which("cmake", path=tools["PATH"]) or "cmake"
@@ -77,7 +78,7 @@ class CMakeBuild(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """Names every Python that the modules inside are for."""
+    """A wheel whose tag names every Python that it has modules for."""
 
     def get_tag(self) -> tuple[str, str, str]:
         """The tag of one wheel for several Pythons: cp311.cp312-cp311.cp312-platform."""
@@ -89,7 +90,7 @@ class Wheel(bdist_wheel):
         return python, abi, platform
 
 
-# Two folders of the top level are installed inside of the package (package-dir in pyproject.toml).
+# Top-level folders that are installed inside the package (package-dir in pyproject.toml).
 INSIDE = ("export", "benchmarks")
 
 setup(
@@ -97,6 +98,6 @@ setup(
         *find_packages(str(ROOT), include=["zimage_rt", "zimage_rt.*"]),
         *(f"zimage_rt.{name}" for top in INSIDE for name in find_packages(str(ROOT), include=[top, f"{top}.*"])),
     ],
-    ext_modules=[Extension("zimage_rt._core", sources=[]), Extension("zimage_rt._cuda", sources=[])],
+    ext_modules=[Extension(f"zimage_rt.{name}", sources=[]) for name in ("_core", "_cuda", "_cuda_kernels")],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
 )

@@ -1,1 +1,1 @@
-"""Measures of speed and quality, and the systems that they measure."""
+"""Benchmarks of speed and quality, and the systems that they compare."""

@@ -1,4 +1,4 @@
-"""A new process that loads a bundle and draws once: how long each stage takes, and what the device gives up for it."""
+"""Times the stages of a new process from its start to its first image, and its peak of device memory."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-INTERVAL = 0.002  # seconds between two looks at the device's memory
+INTERVAL = 0.002  # seconds between two samples of the device's memory
 PROMPT = "a small red house beside a quiet lake"
 
-# Prints one JSON line: seconds since the parent started it, and what the engine says of itself.
+# Prints a JSON line: seconds since the parent started it, and the engine's own figures.
 CHILD = """
 import json, sys, time
 began, bundle, backend, options, height, width, evaluations = sys.argv[1:]
@@ -28,10 +28,10 @@ engine = zimage_rt.Engine.load(bundle, backend=backend, verify=False, backend_op
 stages["load"] = time.time() - float(began)
 settings = dict(height=int(height), width=int(width), num_inference_steps=int(evaluations), vae="tiny", seed=1)
 result = engine.generate(sys.stdin.read(), **settings)
-stages["first picture"] = time.time() - float(began)
+stages["first image"] = time.time() - float(began)
 assert result.images.shape[1:3] == (int(height), int(width))
-again = engine.generate("another " + "picture", **settings)
-stages["second picture"] = time.time() - float(began)
+again = engine.generate("another " + "image", **settings)
+stages["second image"] = time.time() - float(began)
 print(json.dumps({
     "stages": stages,
     "first_timings": dict(result.timings),
@@ -43,7 +43,7 @@ print(json.dumps({
 
 
 def touch(bundle: Path) -> None:
-    """Read a bundle's files, so that they are in the page cache."""
+    """Reads a bundle's files into the page cache."""
 
     def read(path: Path) -> None:
         with path.open("rb", buffering=0) as file:
@@ -55,7 +55,7 @@ def touch(bundle: Path) -> None:
 
 
 class MemoryWatch:
-    """The most that the device gave away while the block ran, in bytes; None without a GPU."""
+    """Context manager for the peak of device memory in bytes, of all processes; None without a GPU."""
 
     def __init__(self, device: str) -> None:
         self.peak: int | None = None
@@ -89,10 +89,10 @@ def cold_start(
     evaluations: int,
     device: str,
 ) -> dict[str, Any]:
-    """Run the process; return its stages in seconds since its start, its timings and the peak of device memory.
+    """Runs the process; returns its stages in seconds since its start, its timings and its peak of device memory.
 
     Raises:
-        RuntimeError: the process failed; with the end of what it said.
+        RuntimeError: the process failed; the message ends its standard error.
     """
     with MemoryWatch(device) as watch:
         arguments = [str(bundle), backend, json.dumps(dict(options)), str(height), str(width), str(evaluations)]

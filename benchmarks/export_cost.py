@@ -1,12 +1,12 @@
-"""What an export costs: seconds and peak memory of every step of every module.
+"""Measures an export: seconds and peak memory per step and module.
 
     python -m zimage_rt.benchmarks.export_cost /tmp/z-image-random /tmp/bundle --precision bf16
     python -m zimage_rt.benchmarks.export_cost --random checkpoints/zimage-nano /tmp/bundle --no-parity \
         --recipe engines/z-image-rtx-fp16.toml
 
-Runs just what `zimage-export` runs and looks at the kernel's account of this process twenty times a second. *Anonymous*
-memory is what the export itself holds; *mapped* is pages of the checkpoint and the bundle that the kernel may drop at
-any time, so a machine needs the first and is faster with the second.
+Runs the code of `zimage-export` and reads the process's memory from /proc twenty times a second. *Anonymous* memory is
+allocated by the export. *Mapped* memory is pages of the checkpoint and the bundle, which the kernel may drop at any
+time: a machine needs the first, and is faster with the second.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from zimage_rt.benchmarks.random_checkpoint import RULES, Z_IMAGE, random_checkp
 from zimage_rt.export.bundle import export
 from zimage_rt.export.recipe import ExportRecipe, read_recipe
 
-INTERVAL = 0.05  # seconds between two looks
+INTERVAL = 0.05  # seconds between two samples
 
 
 @dataclasses.dataclass
 class Cost:
-    """Seconds, and peaks in bytes."""
+    """Seconds, and peaks of memory in bytes."""
 
     seconds: float = 0.0
     anonymous: int = 0
@@ -45,7 +45,7 @@ def memory() -> tuple[int, int]:
 
 
 class Meter:
-    """Books time and peak memory on the step that the export reported last."""
+    """Assigns time and peak memory to the step that the export reported last."""
 
     def __init__(self) -> None:
         self.costs: dict[tuple[str, str], Cost] = {}
@@ -58,7 +58,7 @@ class Meter:
 
     def step(self, step: str, module: str, done: int, total: int) -> None:
         """`zimage_rt.export.bundle.Progress`."""
-        module = "bundle" if step == "hash" else module  # there it is a file's name
+        module = "bundle" if step == "hash" else module  # of this step it is a file's name
         with self._lock:
             now = time.perf_counter()
             self._current.seconds += now - self._since
@@ -66,7 +66,7 @@ class Meter:
             self._current = self.costs.setdefault((module, step), Cost())
 
     def stop(self) -> None:
-        """Book the last step's time."""
+        """Assign the last step's time and end the sampling thread."""
         self.step("end", "bundle", 0, 0)
         del self.costs["bundle", "end"]
         self._done.set()
@@ -81,17 +81,24 @@ class Meter:
 
 
 def main(
-    checkpoint: Annotated[Path, typer.Argument(help="A diffusers folder or a single .safetensors file.")],
-    out: Annotated[Path, typer.Argument(help="The bundle's folder.")],
-    precision: Annotated[str | None, typer.Option(help="fp32 (the default), fp16 or bf16.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="All else that can be chosen.")] = None,
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Checkpoint: a diffusers folder, or a single .safetensors or .gguf file.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder to write the bundle to.")],
+    precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16. By default the recipe's, or fp32.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Recipe with all other settings; CHECKPOINT and OUT override its paths.")
+    ] = None,
     random: Annotated[
-        bool, typer.Option("--random", help="Random weights of full size; of CHECKPOINT, the tokenizer alone.")
+        bool,
+        typer.Option(
+            "--random", help="Export random weights of the 6 B model's size; only the tokenizer of CHECKPOINT is read."
+        ),
     ] = False,
-    parity: Annotated[bool, typer.Option(help="Measure parity, as zimage-export does.")] = True,
-    to_json: Annotated[Path | None, typer.Option("--json", help="A file to write the figures to.")] = None,
+    parity: Annotated[bool, typer.Option(help="Measure parity.")] = True,
+    to_json: Annotated[Path | None, typer.Option("--json", help="File to write the figures to as JSON.")] = None,
 ) -> None:
-    """Export a checkpoint and print what each step of it cost."""
+    """Export a checkpoint and print the seconds and peak memory of each step."""
     start = time.perf_counter()
     meter = Meter()
     chosen = ExportRecipe(checkpoint, out, out.name) if recipe is None else read_recipe(recipe)

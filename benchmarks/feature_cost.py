@@ -1,10 +1,10 @@
-"""What each feature of a request costs beside plain generation, as a ratio of warm wall-clock times.
+"""Measures each feature of a request against plain generation, as a ratio of warm wall-clock times.
 
     python -m zimage_rt.benchmarks.feature_cost engines/nano
     python -m zimage_rt.benchmarks.feature_cost /tmp/random-bf16 --backend cuda --size 1024
 
-Every feature is timed right after a plain picture, all with the same evaluations of the schedule: what an image
-or a mask would leave out of it is kept by a strength of 1.
+Every feature is timed right after a plain request with the same number of evaluations. Image to image and inpainting
+run at strength 1, so that no step is skipped.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ PROMPT = "a small red house beside a quiet lake under tall pine trees"
 
 
 def features(size: int, controlled: bool) -> dict[str, dict[str, Any]]:
-    """Request fields by name. Every one of them runs the whole schedule (Heun: half of it, two evaluations a step).
+    """Request fields by name of the feature; each runs the whole schedule.
 
-    A control image is among them for a bundle with a ControlNet.
+    Args:
+        size: side of the images in pixels.
+        controlled: whether the bundle has a ControlNet.
     """
-    picture = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
     mask = np.zeros((size, size), np.uint8)
     mask[:, : size // 2] = 255
     found: dict[str, dict[str, Any]] = {
@@ -39,26 +41,26 @@ def features(size: int, controlled: bool) -> dict[str, dict[str, Any]]:
         "guidance": {"guidance_scale": 4.0, "negative_prompt": "a dog"},
         "guidance, truncated half way": {"guidance_scale": 4.0, "negative_prompt": "a dog", "cfg_truncation": 0.5},
         "normalised guidance": {"guidance_scale": 4.0, "negative_prompt": "a dog", "cfg_normalization": 1.0},
-        "image, strength 1": {"image": picture, "strength": 1.0},
-        "mask, strength 1": {"image": picture, "strength": 1.0, "mask": mask},
+        "image, strength 1": {"image": image, "strength": 1.0},
+        "mask, strength 1": {"image": image, "strength": 1.0, "mask": mask},
         "dpmpp_2m, karras": {"sampler": "dpmpp_2m", "schedule": "karras"},
         "decoding in tiles": {"vae_tile": max(64, size // 2)},
         "a preview every step": {"callback": lambda info: info.preview() is not None},
     }
     if controlled:
-        found["a control image"] = {"control_image": picture}
+        found["a control image"] = {"control_image": image}
     return found
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a feature took: medians over the rounds.
+    """Medians of a feature's times over the rounds.
 
     Attributes:
-        seconds: of one request.
-        plain_seconds: of the plain requests just before.
-        ratio: of each pair.
-        stages: seconds of the engine's own timings, by name, and `rest`, what is in none of them.
+        seconds: wall-clock seconds of a request.
+        plain_seconds: the same of the plain request before it.
+        ratio: of the two, per pair.
+        stages: seconds of the engine's own timings by name, and `rest`, the time outside of them.
     """
 
     seconds: float
@@ -68,13 +70,13 @@ class Cost:
 
 
 def stages_of(result: zimage_rt.GenerateResult, seconds: float) -> dict[str, float]:
-    """The engine's timings without their sum, and what is in none of them."""
+    """The engine's timings without their total, and `rest`, the time outside of them."""
     stages = {name: value for name, value in result.timings.items() if name != "total"}
     return {**stages, "rest": seconds - sum(stages.values())}
 
 
 def measure(engine: zimage_rt.Engine, size: int, evaluations: int, rounds: int) -> dict[str, Cost]:
-    """Each feature's cost. The first two turns, which capture and tune, are thrown away."""
+    """Measures each feature. The first two rounds, which capture graphs and tune, are dropped."""
     common: dict[str, Any] = {
         "height": size,
         "width": size,
@@ -94,12 +96,12 @@ def measure(engine: zimage_rt.Engine, size: int, evaluations: int, rounds: int) 
         return seconds, stages_of(result, seconds)
 
     pairs: dict[str, list[tuple[float, float, dict[str, float]]]] = {name: [] for name in runs}
-    for turn in range(rounds + 2):
+    for number in range(rounds + 2):
         for name, run in runs.items():
-            # A GPU's clock follows what it has just done: the rival is the run before, not one a minute ago.
+            # A GPU's clock depends on its recent load, so each run is compared with the one just before it.
             plain, _ = timed(runs["plain"])
             seconds, stages = timed(run)
-            if turn >= 2:
+            if number >= 2:
                 pairs[name].append((plain, seconds, stages))
     median = statistics.median
     return {
@@ -114,12 +116,12 @@ def measure(engine: zimage_rt.Engine, size: int, evaluations: int, rounds: int) 
 
 
 def main(
-    bundle: Annotated[Path, typer.Argument(help="A bundle with the tiny VAE.")],
-    backend: Annotated[str, typer.Option(help="onnxruntime or cuda.")] = "onnxruntime",
-    size: Annotated[int, typer.Option(help="Pixels a side.")] = 256,
-    evaluations: Annotated[int, typer.Option(help="Function evaluations.")] = 8,
-    rounds: Annotated[int, typer.Option(help="Medians are of so many.")] = 5,
-    output: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+    bundle: Annotated[Path, typer.Argument(help="Bundle with the tiny VAE.")],
+    backend: Annotated[str, typer.Option(help="Backend: onnxruntime or cuda.")] = "onnxruntime",
+    size: Annotated[int, typer.Option(help="Width and height in pixels.")] = 256,
+    evaluations: Annotated[int, typer.Option(help="Function evaluations per request.")] = 8,
+    rounds: Annotated[int, typer.Option(help="Rounds; medians are printed.")] = 5,
+    output: Annotated[Path | None, typer.Option("--json", help="File to write the figures to as JSON.")] = None,
 ) -> None:
     """Print each feature's seconds and its ratio to plain generation."""
     engine = zimage_rt.Engine.load(bundle, backend=backend, verify=False)

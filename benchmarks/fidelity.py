@@ -1,8 +1,8 @@
-"""How close a bundle's pictures are to diffusers' on the same checkpoint, prompts, latents and evaluations.
+"""Compares a bundle's images with diffusers' for the same checkpoint, prompts, latents and evaluations.
 
     python -m zimage_rt.benchmarks.fidelity engines/nano engines/nano-fp16 --checkpoint checkpoints/zimage-nano
 
-Prints one line for each bundle and setting: the mean and the worst PSNR in dB over the prompts.
+Prints a line per bundle and setting: the mean and the worst PSNR in dB over the prompts.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from zimage_rt.benchmarks.quality.__main__ import read_prompts
+from zimage_rt.benchmarks.quality.prompts import read_prompts
 from zimage_rt.benchmarks.systems.base import System, load_system
 
-# Each VAE against the same one, then guidance with a negative prompt.
+# Each VAE, then guidance with a negative prompt.
 SETTINGS: tuple[dict[str, Any], ...] = (
     {"vae": "tiny", "guidance_scale": 0.0},
     {"vae": "full", "guidance_scale": 0.0},
@@ -26,26 +26,26 @@ SETTINGS: tuple[dict[str, Any], ...] = (
 
 
 def psnr(first: np.ndarray, second: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two uint8 pictures in dB; pictures equal to the byte give 100."""
+    """Peak signal-to-noise ratio of two uint8 images in dB; identical images give 100."""
     error = float(np.mean((first.astype(np.float64) - second.astype(np.float64)) ** 2))
     return min(100.0, float(10 * np.log10(255.0**2 / error))) if error else 100.0
 
 
 def compare(system: System, reference: System, prompts: list[dict[str, Any]], setting: dict[str, Any]) -> list[float]:
-    """Return the PSNR of each prompt's picture."""
+    """PSNR in dB of each prompt's image."""
     captions, seeds = [p["caption"] for p in prompts], [p["seed"] for p in prompts]
     expected = reference.generate(captions, seeds, **setting)
     actual = system.generate(captions, seeds, **setting)
-    return [psnr(picture, other) for picture, other in zip(actual, expected, strict=True)]
+    return [psnr(image, other) for image, other in zip(actual, expected, strict=True)]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m zimage_rt.benchmarks.fidelity")
-    parser.add_argument("bundles", nargs="+")
-    parser.add_argument("--checkpoint", default="checkpoints/zimage-nano")
-    parser.add_argument("--prompts", type=int, default=20)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("bundles", nargs="+", help="folders of bundles")
+    parser.add_argument("--checkpoint", default="checkpoints/zimage-nano", help="a diffusers folder, the reference")
+    parser.add_argument("--prompts", type=int, default=20, help="number of held-out prompts")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
     arguments = parser.parse_args(argv)
     prompts = read_prompts(arguments.prompts)
     reference = load_system("diffusers", checkpoint=arguments.checkpoint)

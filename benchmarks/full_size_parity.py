@@ -1,15 +1,16 @@
-"""Is the `cuda` backend right at full size? Against diffusers and transformers in fp32 on the same GPU.
+"""Compares the `cuda` backend at full size with diffusers and transformers in fp32 on the same GPU.
 
     python -m zimage_rt.benchmarks.full_size_parity --json parity.json
 
-The weights are random and loud (`random_checkpoint.loud`): attention is peaked and the post-norms' inputs exceed 1e5,
-as on the real weights; both are measured in the reference, printed, and required. Modules of the full width with few
-layers are judged at sizes and caption lengths that cover what is served, by the relative error ||out - reference|| /
-||reference||. Then the whole depth runs once from token ids to pixels; that is reported and not judged, since random
-layers amplify every rounding: diffusers in our precision stands beside it, against the same reference in fp32. All
-hold the same numbers: the weights are rounded to bf16 before anything else.
+The weights are random with the rule `random_checkpoint.loud`: attention is peaked and the post-norms' inputs exceed
+1e5, as on the real weights. Both are measured in the reference, printed, and required.
 
-`--backend export` puts the exporter's own torch modules in our place: what the formulas alone cost, also without a GPU.
+Modules of the full width with few layers are judged by the relative error ||out - reference|| / ||reference||, at sizes
+and caption lengths that cover what is served. Then the full depth runs once from token ids to pixels. It is reported
+without a verdict, because random layers amplify rounding; diffusers in our precision is reported next to it, against
+the same reference. The weights are rounded to bf16 first, so all systems have the same numbers.
+
+`--backend export` tests the exporter's torch modules instead of the engine, which needs no GPU.
 """
 
 from __future__ import annotations
@@ -31,22 +32,22 @@ from torch import Tensor, nn
 from zimage_rt.benchmarks.random_bundle import NANO, SIZES, configs_of, default_device, shortened, write_random_bundle
 from zimage_rt.benchmarks.random_checkpoint import RULES, random_checkpoint
 from zimage_rt.benchmarks.report import gpu_state, versions
-from zimage_rt.benchmarks.systems.torch_best import load_model
+from zimage_rt.benchmarks.systems.reference_models import load_model
 from zimage_rt.export.checkpoint import Checkpoint
 from zimage_rt.export.modeling.transformer import SEQUENCE_MULTIPLE
-from zimage_rt.export.modules import plan_modules
-from zimage_rt.export.parity import reference_function
+from zimage_rt.export.parity.reference import reference_function
+from zimage_rt.export.plan import plan_modules
 from zimage_rt.export.precision import PRECISIONS
 
 import zimage_rt
 from zimage_rt.errors import ZImageError
 
 TOLERANCES = {"fp32": 1e-4, "bf16": 1e-2, "fp16": 3e-3}
-LOUD_PEAK = 1e5  # what the post-norms' inputs must exceed
-PEAKED = 0.05  # mean weight of a query's favourite key; even attention over 1,000 keys would give 0.001
-QUERIES = 64  # how many queries that is measured on
+LOUD_PEAK = 1e5  # the post-norms' inputs must exceed this
+PEAKED = 0.05  # least mean of the largest attention weight per query; uniform attention over 1,000 keys gives 0.001
+QUERIES = 64  # number of queries for that measurement
 
-# (width, height, caption tokens, batch): every size, every length and both batches at least once.
+# (width, height, caption tokens, batch): every size, every length and both batches occur.
 CASES = (
     (512, 512, 1, 1),
     (512, 512, 31, 3),
@@ -64,7 +65,7 @@ Runner = Callable[[str, Mapping[str, np.ndarray]], np.ndarray]
 
 
 class Loudness:
-    """What the reference's modulated blocks saw: the largest post-norm input, and how peaked attention was."""
+    """Statistics of the reference's modulated blocks: the largest post-norm input, and the peaks of attention."""
 
     def __init__(self) -> None:
         self.peak: dict[str, float] = {}
@@ -72,21 +73,21 @@ class Loudness:
 
     @contextmanager
     def watch(self, model: nn.Module) -> Iterator[None]:
-        """Look at every pass through the model's modulated blocks."""
+        """Records every forward pass of the model's modulated blocks."""
         queries: list[Tensor] = []
         handles = []
 
         def norm(name: str) -> Callable[..., None]:
-            def look(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            def record(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
                 self.peak[name] = max(self.peak.get(name, 0.0), float(inputs[0].abs().max()))
 
-            return look
+            return record
 
         def query(_: nn.Module, __: Any, out: Tensor) -> None:
             queries.append(out)
 
         def key(_: nn.Module, __: Any, out: Tensor) -> None:
-            # Before the rotation, which changes no length: [heads, QUERIES, tokens] of the first sample.
+            # Before RoPE, which keeps lengths: [heads, QUERIES, tokens] of the first sample.
             q, k = queries.pop()[0, :QUERIES].transpose(0, 1), out[0].transpose(0, 1)
             scores = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
             self.favourite.append(float(scores.softmax(-1).amax(-1).mean()))
@@ -105,17 +106,17 @@ class Loudness:
                 handle.remove()
 
     def summary(self) -> dict[str, float]:
-        """The figures by name."""
+        """Figures by name."""
         peaks = {f"largest input of {name}": peak for name, peak in self.peak.items()}
         return {**peaks, "mean weight of the favourite key": float(np.mean(self.favourite))}
 
     def loud_enough(self) -> bool:
-        """Whether the weights are as hard as the real ones."""
+        """Whether the statistics reach those of the real weights."""
         return min(self.peak.values()) > LOUD_PEAK and min(self.favourite) > PEAKED
 
 
 def exported_runner(checkpoint: Checkpoint, bundle: Path, precision: str, device: str) -> Runner:
-    """The exporter's modules in torch, with the weights that lie in the bundle."""
+    """Runs the exporter's torch modules with a bundle's weights."""
     plans = {plan.name: plan for plan in plan_modules(checkpoint, PRECISIONS[precision], ("tiny",))}
     modules: dict[str, nn.Module] = {}
 
@@ -131,7 +132,7 @@ def exported_runner(checkpoint: Checkpoint, bundle: Path, precision: str, device
 
 
 def engine_runner(bundle: Path, backend: str) -> Runner:
-    """Our engine's modules, arrays in and out."""
+    """Runs the engine's modules on arrays."""
     pipeline: Any = zimage_rt.Engine.load(bundle, backend=backend, verify=False).pipeline
 
     def run(name: str, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -142,7 +143,7 @@ def engine_runner(bundle: Path, backend: str) -> Runner:
 
 
 def errors(got: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:
-    """Relative and largest absolute error; infinite where shapes differ or numbers are not finite."""
+    """Relative error and largest absolute error; infinite if shapes differ or numbers are not finite."""
     if got.shape != wanted.shape or not np.isfinite(got).all():
         return float("inf"), float("inf")
     difference = got.astype(np.float64) - wanted
@@ -150,17 +151,17 @@ def errors(got: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:
 
 
 class Parity:
-    """One run of the command."""
+    """A run of the command."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.device = arguments, arguments.device
         self.loudness = Loudness()
         self.rows: list[dict[str, Any]] = []
-        # Made on the CPU, so that they are the same wherever the references run.
+        # On the CPU, so that the numbers do not depend on the device.
         self._random = torch.Generator().manual_seed(arguments.seed)
 
     def checkpoint(self, layers: bool) -> Checkpoint:
-        """Random, loud, in full width; with few layers if `layers` is False."""
+        """A random checkpoint of the full width; with few layers unless `layers` is True."""
         configs = configs_of(self.arguments.size, self.arguments.nano)
         configs.pop("vae", None)
         if not layers:
@@ -171,20 +172,20 @@ class Parity:
         )
 
     def normal(self, *shape: int) -> np.ndarray:
-        """Normal numbers, fp32."""
+        """Normally distributed numbers, fp32."""
         return torch.randn(shape, generator=self._random).numpy()
 
     def ids(self, checkpoint: Checkpoint, batch: int, tokens: int) -> np.ndarray:
-        """Token ids."""
+        """Random token ids [batch, tokens]."""
         vocabulary = checkpoint.text_encoder.config["vocab_size"]
         return torch.randint(0, vocabulary, (batch, tokens), generator=self._random).numpy()
 
     def timesteps(self, batch: int) -> np.ndarray:
-        """Timesteps, one a sample."""
+        """Random timesteps [batch]."""
         return torch.rand(batch, generator=self._random).numpy()
 
     def module_cases(self, checkpoint: Checkpoint) -> list[tuple[str, str, dict[str, np.ndarray], np.ndarray]]:
-        """(module, shape, inputs, the reference's output) of every judged case."""
+        """(module, shape, inputs, reference output) per judged case."""
         found = []
         references: dict[str, Any] = {
             name: load_model(component, torch.float32, self.device)
@@ -219,7 +220,7 @@ class Parity:
         return found
 
     def runner(self, checkpoint: Checkpoint, precision: str, name: str) -> Runner:
-        """What is under test, on a bundle of this checkpoint."""
+        """The system under test, on a bundle of this checkpoint."""
         bundle = self.arguments.bundles / f"{name}-{precision}"
         write_random_bundle(checkpoint, bundle, precision, device=self.device)
         if self.arguments.backend == "export":
@@ -227,7 +228,7 @@ class Parity:
         return engine_runner(bundle, self.arguments.backend)
 
     def judge(self) -> None:
-        """Modules with few layers, every case, every precision."""
+        """Compare modules with few layers in every case and precision."""
         checkpoint = self.checkpoint(layers=False)
         cases = self.module_cases(checkpoint)
         self.free()
@@ -239,11 +240,9 @@ class Parity:
             self.free()
 
     def end_to_end(self) -> None:
-        """Every layer, from token ids to pixels, each side on its own outputs."""
+        """Compare every module at full depth, from token ids to pixels, each side on its own outputs."""
         checkpoint = self.checkpoint(layers=True)
-        config, tiny = checkpoint.transformer.config, checkpoint.tiny_vae
-        if tiny is None:
-            raise ValueError("the checkpoint has no tiny VAE")
+        config = checkpoint.transformer.config
         side = 128 if self.arguments.size == "full" else 16
         ids = self.ids(checkpoint, 1, 128)
         latents, timestep = self.normal(1, config["in_channels"], side, side), self.timesteps(1)
@@ -260,51 +259,54 @@ class Parity:
                 "tiny_vae_decoder": image,
             }
 
-        components = {
-            "text_encoder": checkpoint.text_encoder,
-            "context_refiner": checkpoint.transformer,
-            "transformer": checkpoint.transformer,
-            "tiny_vae_decoder": tiny,
-        }
-
-        def in_torch(dtype: torch.dtype) -> dict[str, np.ndarray]:
-            loaded: dict[str, Any] = {}
-
-            def tensor(name: str, array: np.ndarray) -> Tensor:
-                value = torch.from_numpy(array).to(self.device)
-                # As diffusers' pipeline does: the latents in the model's type, the timestep in fp32.
-                return value.to(dtype) if value.is_floating_point() and name != "timestep" else value
-
-            def run(name: str, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-                component = components[name]
-                if component.name not in loaded:
-                    loaded.clear()  # one at a time: together they are 41 GB
-                    self.free()
-                    loaded[component.name] = load_model(component, dtype, self.device)
-                with torch.no_grad():
-                    function = reference_function(name, loaded[component.name])
-                    return function(*(tensor(name, array) for name, array in inputs.items())).float().cpu().numpy()
-
-            found = chain(run)
-            loaded.clear()
-            self.free()
-            return found
-
         shape = f"end to end, {8 * side}x{8 * side}, 128 tokens"
-        wanted = in_torch(torch.float32)
+        wanted = chain(self.reference_runner(checkpoint, torch.float32))
+        self.free()
         for precision in self.arguments.precisions:
             run = self.runner(checkpoint, precision, "all-layers")
             for name, got in chain(run).items():
                 self.add(name, precision, shape, got, wanted[name], judged=False)
             del run
             self.free()
-            for name, got in in_torch(PRECISIONS[precision].storage).items():
+            reference = chain(self.reference_runner(checkpoint, PRECISIONS[precision].storage))
+            self.free()
+            for name, got in reference.items():
                 self.add(name, precision, f"{shape}, diffusers itself", got, wanted[name], judged=False)
+
+    def reference_runner(self, checkpoint: Checkpoint, dtype: torch.dtype) -> Runner:
+        """The reference modules in `dtype`; one component is loaded at a time, because all take 41 GB."""
+        tiny = checkpoint.tiny_vae
+        if tiny is None:
+            raise ValueError("the checkpoint has no tiny VAE")
+        components = {
+            "text_encoder": checkpoint.text_encoder,
+            "context_refiner": checkpoint.transformer,
+            "transformer": checkpoint.transformer,
+            "tiny_vae_decoder": tiny,
+        }
+        loaded: dict[str, Any] = {}
+
+        def tensor(name: str, array: np.ndarray) -> Tensor:
+            value = torch.from_numpy(array).to(self.device)
+            # As in diffusers' pipeline: latents in the model's dtype, the timestep in fp32.
+            return value.to(dtype) if value.is_floating_point() and name != "timestep" else value
+
+        def run(name: str, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+            component = components[name]
+            if component.name not in loaded:
+                loaded.clear()
+                self.free()
+                loaded[component.name] = load_model(component, dtype, self.device)
+            with torch.no_grad():
+                function = reference_function(name, loaded[component.name])
+                return function(*(tensor(name, array) for name, array in inputs.items())).float().cpu().numpy()
+
+        return run
 
     def add(
         self, module: str, precision: str, shape: str, got: np.ndarray, wanted: np.ndarray, *, judged: bool
     ) -> None:
-        """Note and print one comparison."""
+        """Record and print a comparison."""
         relative, largest = errors(got, wanted)
         passed = relative <= TOLERANCES[precision]
         self.rows.append(
@@ -322,7 +324,7 @@ class Parity:
         print(f"{module:<18} {precision:<5} {shape:<55} relative {relative:.2e}  largest {largest:.2e}  {verdict}")
 
     def failures(self) -> list[str]:
-        """What did not hold."""
+        """Descriptions of all failed checks."""
         found = [
             f"{row['module']} {row['precision']} {row['shape']}: {row['relative_error']:.2e}"
             for row in self.rows
@@ -333,7 +335,7 @@ class Parity:
         return found
 
     def free(self) -> None:
-        """Give memory back to the device."""
+        """Free cached device memory."""
         gc.collect()
         if self.device != "cpu":
             torch.cuda.empty_cache()
@@ -342,18 +344,24 @@ class Parity:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m zimage_rt.benchmarks.full_size_parity")
-    parser.add_argument("--backend", default="cuda", help="ours, or `export` for the exporter's torch modules")
-    parser.add_argument("--precisions", type=lambda text: text.split(","), default=["bf16", "fp16"])
-    parser.add_argument("--size", choices=SIZES, default="full")
+    parser.add_argument(
+        "--backend", default="cuda", help="backend of the engine, or `export` for the exporter's torch modules"
+    )
+    parser.add_argument(
+        "--precisions", type=lambda text: text.split(","), default=["bf16", "fp16"], help="comma-separated"
+    )
+    parser.add_argument("--size", choices=SIZES, default="full", help="size of the model")
     parser.add_argument("--layers", type=int, default=1, help="main layers (and text encoder layers) of judged modules")
-    parser.add_argument("--refiner-layers", type=int, default=1)
-    parser.add_argument("--skip-modules", action="store_true", help="run the whole depth alone")
-    parser.add_argument("--skip-end-to-end", action="store_true")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default=default_device(), help="where the references run")
-    parser.add_argument("--bundles", type=Path, default=Path("/tmp/zimage-parity-bundles"))
+    parser.add_argument("--refiner-layers", type=int, default=1, help="refiner layers of judged modules")
+    parser.add_argument("--skip-modules", action="store_true", help="only run the full depth")
+    parser.add_argument("--skip-end-to-end", action="store_true", help="do not run the full depth")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and inputs")
+    parser.add_argument("--device", default=default_device(), help="device of the references")
+    parser.add_argument(
+        "--bundles", type=Path, default=Path("/tmp/zimage-parity-bundles"), help="folder of our bundles"
+    )
     parser.add_argument("--nano", type=Path, default=NANO, help="the small checkpoint, for its tokenizer")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="file to write the report to")
     arguments = parser.parse_args(argv)
     if unknown := set(arguments.precisions) - set(TOLERANCES):
         parser.error(f"--precisions: expected any of {', '.join(TOLERANCES)}, got {', '.join(unknown)}")

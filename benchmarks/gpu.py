@@ -1,10 +1,10 @@
-"""Every figure of the `cuda` backend beside its rivals, in one run on one GPU, with random weights of the full size.
+"""Measures the `cuda` backend and its rivals in one run on one GPU, with random weights of the full size.
 
     python -m zimage_rt.benchmarks.latency --device cuda --json benchmarks/results/h200.json
     python -m zimage_rt.benchmarks.latency --device cuda --only evaluation --precisions bf16
 
-Systems of one precision are loaded together and take turns; what is left of the GPU after one precision goes to the
-next. The rivals' weights are made in memory, ours come from bundles of the same numbers, written to `--bundles` once.
+Systems of a precision are loaded together and interleaved; their memory is freed before the next precision. The rivals'
+weights are made in memory, ours are read from bundles of the same numbers, which are written to `--bundles` once.
 `--size nano --gpu cpu` runs the same code on small models without a GPU.
 """
 
@@ -26,7 +26,9 @@ from zimage_rt.benchmarks.library_ceiling import LibraryCeiling
 from zimage_rt.benchmarks.random_bundle import NANO, SIZES, configs_of, write_random_bundle
 from zimage_rt.benchmarks.random_checkpoint import random_checkpoint
 from zimage_rt.benchmarks.report import OURS, Report
-from zimage_rt.benchmarks.systems.torch_best import COMPILE_MODES, TinyDecoder, TorchBestSystem, load_model, run_encoder
+from zimage_rt.benchmarks.systems.reference_models import load_model, run_encoder
+from zimage_rt.benchmarks.systems.torch_best import TinyDecoder, TorchBestSystem
+from zimage_rt.benchmarks.systems.torch_best_transformer import COMPILE_MODES
 from zimage_rt.benchmarks.timing import Run, interleave, timed, wall_times
 from zimage_rt.export.modeling.transformer import SEQUENCE_MULTIPLE, TransformerConfig
 from zimage_rt.export.precision import PRECISIONS
@@ -34,13 +36,13 @@ from zimage_rt.export.precision import PRECISIONS
 import zimage_rt
 from zimage_rt.bundle.manifest import MANIFEST_NAME
 
-PRECISION_OF_REFERENCES = "bf16"  # diffusers and transformers are timed in the format they are used in
+PRECISION_OF_REFERENCES = "bf16"  # diffusers and transformers are timed in the precision of their documentation
 EVALUATIONS = 8
 WORDS = "a small red house beside a quiet lake under tall pine trees "
 
 
 class Bench:
-    """What the parts share: settings, the report, and systems that are loaded when first asked for."""
+    """Settings, the report, and systems that are loaded on first use."""
 
     def __init__(self, arguments: argparse.Namespace, report: Report) -> None:
         self.arguments, self.report = arguments, report
@@ -51,7 +53,7 @@ class Bench:
         self._systems: dict[str, Any] = {}
 
     def bundle(self, precision: str) -> Path:
-        """The folder of our bundle, written on first use."""
+        """Folder of our bundle, written on first use."""
         path: Path = self.arguments.bundles / f"{self.arguments.size}-{precision}"
         if not (path / MANIFEST_NAME).is_file():
             start = time.perf_counter()
@@ -60,7 +62,7 @@ class Bench:
         return path
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
-        """A system by name, made on first use and kept until `release`."""
+        """A system by name, made on first use and cached until `release`."""
         if name not in self._systems:
             start = time.perf_counter()
             self._systems[name] = make()
@@ -68,7 +70,7 @@ class Bench:
         return self._systems[name]
 
     def ours(self, precision: str) -> Any:
-        """Our engine, or None (said in the report once) where it cannot run here."""
+        """Our engine; None, with a line in the report, if it cannot run here."""
 
         def load() -> Any:
             try:
@@ -80,14 +82,14 @@ class Bench:
         return self.once(f"{OURS} {precision}", load)
 
     def torch_best(self, precision: str) -> TorchBestSystem:
-        """The hand-fused torch."""
+        """The hand-fused torch system."""
         mode = self.arguments.torch_mode
         return self.once(
             f"torch_best {precision}", lambda: TorchBestSystem(self.checkpoint, precision, self.device, mode)
         )
 
     def release(self) -> None:
-        """Give the memory of every system back."""
+        """Frees all systems and their memory."""
         self._systems.clear()
         torch._dynamo.reset()
         gc.collect()
@@ -95,14 +97,14 @@ class Bench:
             torch.cuda.empty_cache()
 
     def compare(self, runs: Mapping[str, Run | None], repeats: int, **fields: Any) -> dict[str, list[float]]:
-        """Interleave what is not None and report each; a system that fails is left out. Returns the values."""
+        """Interleaves the runs that are not None; leaves out and reports systems that fail. Returns the values."""
         working: dict[str, Run] = {}
         for name, run in runs.items():
             if run is None:
                 continue
             start = time.perf_counter()
             try:
-                run(1)  # compiles, captures, tunes
+                run(1)  # compiles, captures and tunes
             except Exception as error:
                 traceback.print_exc()
                 self.report.leave_out(
@@ -118,7 +120,7 @@ class Bench:
 
 
 def diffusers_models(bench: Bench, precision: str) -> tuple[Any, Any]:
-    """diffusers' transformer as it comes, and compiled with cuDNN attention; they share their weights."""
+    """diffusers' transformer, eager and compiled with cuDNN attention, on the same weights."""
     dtype = PRECISIONS[precision].storage
     eager = load_model(bench.checkpoint.transformer, dtype, bench.device)
     with torch.device("meta"):
@@ -127,7 +129,7 @@ def diffusers_models(bench: Bench, precision: str) -> tuple[Any, Any]:
     fast.eval().requires_grad_(False)
     if bench.device != "cpu":
         fast.set_attention_backend("_native_cudnn")
-        eager.set_attention_backend("native")  # the call above changed the default of all models
+        eager.set_attention_backend("native")  # the call above changed the default of every model
     if bench.arguments.torch_mode != COMPILE_MODES[0]:
         fast.compile_repeated_blocks(dynamic=False)
     return eager, fast
@@ -135,12 +137,12 @@ def diffusers_models(bench: Bench, precision: str) -> tuple[Any, Any]:
 
 @torch.no_grad()
 def forward(model: Any, latents: list[torch.Tensor], timestep: torch.Tensor, embeds: list[torch.Tensor]) -> None:
-    """diffusers' transformer as its pipeline calls it."""
+    """Calls diffusers' transformer as its pipeline does."""
     model(latents, timestep, embeds, return_dict=False)
 
 
 def evaluation(bench: Bench, precision: str) -> None:
-    """One transformer evaluation of every system, and the bare libraries."""
+    """Measures a transformer evaluation of every system, and the libraries alone."""
     config, device, dtype = bench.config, bench.device, PRECISIONS[precision].storage
     tokens, batch = bench.arguments.context_tokens, bench.arguments.batch
     best = bench.torch_best(precision).transformer
@@ -186,7 +188,7 @@ def evaluation(bench: Bench, precision: str) -> None:
 
 
 def text_encoder(bench: Bench, precision: str) -> None:
-    """`hidden_states[-2]` of a prompt."""
+    """Measures `hidden_states[-2]` of a prompt."""
     tokens, device = bench.arguments.encoder_tokens, bench.device
     vocabulary = bench.checkpoint.text_encoder.config["vocab_size"]
     ids = torch.randint(0, vocabulary, (1, tokens), device=device)
@@ -202,7 +204,7 @@ def text_encoder(bench: Bench, precision: str) -> None:
 
 
 def decode(bench: Bench, precision: str) -> None:
-    """Tiny VAE: latents to uint8 on the device."""
+    """Measures the tiny VAE: latents to uint8 pixels on the device."""
     component, device = bench.checkpoint.tiny_vae, bench.device
     if component is None:
         raise ValueError("the checkpoint has no tiny VAE")
@@ -228,14 +230,14 @@ def decode(bench: Bench, precision: str) -> None:
 
 
 def image(bench: Bench, precision: str) -> None:
-    """Prompt string to uint8 picture on the host, warm, a prompt never seen each time."""
+    """Measures a prompt string to a uint8 image on the host, warm, with a new prompt each time."""
     height, width = bench.arguments.sizes[0]
     settings = {"height": height, "width": width, "num_inference_steps": EVALUATIONS}
     counter = iter(range(10**6))
     ours, best = bench.ours(precision), bench.torch_best(precision)
 
     def prompt() -> str:
-        # The number has always as many digits, so that all prompts have about as many tokens.
+        # The number has a fixed count of digits, so that all prompts have about the same length in tokens.
         return WORDS * bench.arguments.prompt_repeats + f"number {100000 + next(counter)}"
 
     def own() -> object:
@@ -250,7 +252,7 @@ def image(bench: Bench, precision: str) -> None:
     }
     tokens = best.encode(prompt()).shape[1]
     fields: dict[str, Any] = {
-        "figure": "prompt to picture, warm",
+        "figure": "prompt to image, warm",
         "precision": precision,
         "shape": f"{width}x{height}, {tokens} caption tokens, batch 1",
     }
@@ -259,7 +261,7 @@ def image(bench: Bench, precision: str) -> None:
             [value / 1e3 for value in values],
             system=name,
             evaluations=EVALUATIONS,
-            includes="prompt string to uint8 picture on the host, wall clock",
+            includes="prompt string to uint8 image on the host, wall clock",
             unit="s",
             **fields,
         )
@@ -268,7 +270,7 @@ def image(bench: Bench, precision: str) -> None:
 
 
 def cold(bench: Bench, precision: str) -> None:
-    """Process start to first picture, and peak memory, in processes of their own."""
+    """Measures the time from process start to the first image, and the peak memory, in new processes."""
     bundle = bench.bundle(precision)
     bench.release()
     touch(bundle)
@@ -296,9 +298,9 @@ def cold(bench: Bench, precision: str) -> None:
         }
         if not options:
             bench.report.add(
-                [start["stages"]["first picture"] for start in starts],
-                figure="process start to picture",
-                includes="a new process, weights in the page cache, to the first uint8 picture",
+                [start["stages"]["first image"] for start in starts],
+                figure="process start to image",
+                includes="a new process, weights in the page cache, to the first uint8 image",
                 unit="s",
                 **common,
             )
@@ -306,7 +308,7 @@ def cold(bench: Bench, precision: str) -> None:
             bench.report.add(
                 [start["peak_bytes"] / 1e9 for start in starts],
                 figure=f"peak memory, {name}",
-                includes="all that the process took of the device, its context too",
+                includes="all device memory of the process, with its CUDA context",
                 unit="GB",
                 **common,
             )
@@ -322,7 +324,7 @@ PARTS: dict[str, Callable[[Bench, str], None]] = {
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
 
     def names(known: Mapping[str, object]) -> Callable[[str], list[str]]:
         def read(text: str) -> list[str]:
@@ -344,33 +346,44 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         return dict(json.loads(text))
 
     parser = argparse.ArgumentParser(prog="python -m zimage_rt.benchmarks.latency --device cuda")
-    parser.add_argument("--only", type=names(PARTS), default=list(PARTS), help=f"of {','.join(PARTS)}")
-    parser.add_argument("--precisions", type=names(PRECISIONS), default=["bf16", "fp16"])
-    parser.add_argument("--size", choices=SIZES, default="full")
-    parser.add_argument("--sizes", type=sizes, default=[(1024, 1024), (512, 512)], help="WIDTHxHEIGHT,…")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--context-tokens", type=int, default=128)
-    parser.add_argument("--encoder-tokens", type=int, default=64)
     parser.add_argument(
-        "--prompt-repeats", type=int, default=5, help="how long the prompts of `image` are; 5: 123 tokens"
+        "--only", type=names(PARTS), default=list(PARTS), help=f"parts to run, comma-separated, of {','.join(PARTS)}"
     )
-    parser.add_argument("--rounds", type=int, default=8, help="turns of each system")
-    parser.add_argument("--repeats", type=int, default=3, help="calls a turn")
-    parser.add_argument("--cold-repeats", type=int, default=3)
-    parser.add_argument("--cold-backend", default="cuda")
-    parser.add_argument("--moved-out", type=options, default={"text_encoder": "host"}, help="backend options, JSON")
-    parser.add_argument("--torch-mode", choices=COMPILE_MODES, default=COMPILE_MODES[-1])
-    parser.add_argument("--gpu", choices=["cuda", "cpu"], default="cuda", help="cpu only checks this code")
-    parser.add_argument("--bundles", type=Path, default=Path("/tmp/zimage-random-bundles"))
+    parser.add_argument("--precisions", type=names(PRECISIONS), default=["bf16", "fp16"], help="comma-separated")
+    parser.add_argument("--size", choices=SIZES, default="full", help="size of the model")
+    parser.add_argument(
+        "--sizes", type=sizes, default=[(1024, 1024), (512, 512)], help="image sizes in pixels, WIDTHxHEIGHT,…"
+    )
+    parser.add_argument("--batch", type=int, default=1, help="samples per evaluation")
+    parser.add_argument("--context-tokens", type=int, default=128, help="caption tokens of an evaluation")
+    parser.add_argument("--encoder-tokens", type=int, default=64, help="tokens of the text encoder's prompt")
+    parser.add_argument(
+        "--prompt-repeats", type=int, default=5, help="length of the prompts of `image`; 5 gives 123 tokens"
+    )
+    parser.add_argument("--rounds", type=int, default=8, help="rounds in which the systems are interleaved")
+    parser.add_argument("--repeats", type=int, default=3, help="calls per system and round")
+    parser.add_argument("--cold-repeats", type=int, default=3, help="processes of `cold`")
+    parser.add_argument("--cold-backend", default="cuda", help="backend of `cold`")
+    parser.add_argument(
+        "--moved-out",
+        type=options,
+        default={"text_encoder": "host"},
+        help="backend options of the second case of `cold`, JSON",
+    )
+    parser.add_argument("--torch-mode", choices=COMPILE_MODES, default=COMPILE_MODES[-1], help="torch.compile")
+    parser.add_argument("--gpu", choices=["cuda", "cpu"], default="cuda", help="cpu only tests this code")
+    parser.add_argument(
+        "--bundles", type=Path, default=Path("/tmp/zimage-random-bundles"), help="folder of our bundles"
+    )
     parser.add_argument("--nano", type=Path, default=NANO, help="the small checkpoint, for its tokenizer")
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/h200.json"))
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/h200.json"), help="file for the report")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
     arguments = parse(argv)
-    torch._dynamo.config.recompile_limit = 64  # every shape gets kernels of its own
+    torch._dynamo.config.recompile_limit = 64  # every shape is compiled separately
     torch.backends.cudnn.benchmark = True
     report = Report(arguments.json, {key: str(value) for key, value in vars(arguments).items()})
     bench = Bench(arguments, report)
@@ -380,7 +393,7 @@ def main(argv: list[str] | None = None) -> int:
             start = time.perf_counter()
             try:
                 PARTS[part](bench, precision)
-            except Exception as error:  # one part's failure must not cost the others' figures
+            except Exception as error:  # the other parts still run
                 traceback.print_exc()
                 report.leave_out(f"{part} {precision}", f"{type(error).__name__}: {error}")
             report.seconds[f"{part} {precision}"] = time.perf_counter() - start

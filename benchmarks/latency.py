@@ -1,12 +1,12 @@
-"""How long one picture takes: systems side by side, in one run, on this machine.
+"""Measures the latency of an image: systems side by side, in one run, on this machine.
 
     python -m zimage_rt.benchmarks.latency --bundle engines/nano --checkpoint checkpoints/zimage-nano
 
-Prints one line a figure: the median of `--repeats` warm pictures, alternating between the systems so that a noisy
-machine is noisy for all of them, and the time from process start to the first picture, each in a process of its own.
+Prints the median of `--repeats` warm images, with the systems interleaved so that noise affects all of them, and the
+time from the start of a process to its first image.
 
-On a GPU (`--device cuda`, the default where there is one) this is `zimage_rt.benchmarks.gpu`, with that command's
-options: many systems, random weights of the full size, and figures by stage.
+On a GPU (`--device cuda`, the default on a machine with one) this runs `zimage_rt.benchmarks.gpu` with its options:
+more systems, random weights of the full size, and figures per stage.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from zimage_rt.benchmarks.systems.base import System, load_system
 PROMPT = "a panda on a blue background"
 SYSTEMS = ("diffusers", "zimage_rt")
 
-# Loads a system and draws once: what a cold process pays.
+# Loads a system and draws an image, in a cold process.
 COLD = """
 import sys
 from zimage_rt.benchmarks.systems.base import load_system
@@ -36,18 +36,18 @@ load_system(name, **{key: path}).generate([prompt], [1], vae=vae)
 
 
 def source(name: str, arguments: argparse.Namespace) -> tuple[str, str]:
-    """Return the option a system is loaded with and its value."""
+    """The name and the value of the option that a system is loaded with."""
     return ("checkpoint", arguments.checkpoint) if name == "diffusers" else ("bundle", arguments.bundle)
 
 
 def warm(systems: dict[str, System], arguments: argparse.Namespace) -> dict[str, float]:
-    """Return the median seconds of one picture for each system."""
+    """Median seconds of a warm image per system."""
     seconds: dict[str, list[float]] = {name: [] for name in systems}
     for repeat in range(arguments.repeats + 1):
         for name, system in systems.items():
             start = time.perf_counter()
             system.generate(
-                # A new prompt each time: an engine that remembers encoded prompts must encode it.
+                # A new prompt each time, so that no engine reuses an encoded prompt.
                 [f"{PROMPT} {repeat}"],
                 [repeat],
                 height=arguments.size,
@@ -61,7 +61,7 @@ def warm(systems: dict[str, System], arguments: argparse.Namespace) -> dict[str,
 
 
 def cold(name: str, arguments: argparse.Namespace) -> float:
-    """Return the median seconds from process start to the end of a process that drew one picture."""
+    """Median seconds from start to end of a process that draws one image."""
     values = []
     for _ in range(arguments.cold_repeats):
         start = time.perf_counter()
@@ -87,26 +87,26 @@ def main(argv: list[str] | None = None) -> int:
 
         return gpu.main(argv)
     parser = argparse.ArgumentParser(prog="python -m zimage_rt.benchmarks.latency", parents=[chooser])
-    parser.add_argument("--bundle", default="engines/nano")
-    parser.add_argument("--checkpoint", default="checkpoints/zimage-nano")
-    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--bundle", default="engines/nano", help="the bundle of zimage_rt")
+    parser.add_argument("--checkpoint", default="checkpoints/zimage-nano", help="the folder of diffusers")
+    parser.add_argument("--size", type=int, default=256, help="width and height in pixels")
     parser.add_argument("--steps", type=int, default=8, help="function evaluations")
     parser.add_argument("--vae", choices=["tiny", "full"], default="tiny")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--cold-repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--repeats", type=int, default=9, help="warm images per system")
+    parser.add_argument("--cold-repeats", type=int, default=3, help="processes per system")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
     arguments = parser.parse_args(argv)
-    first_picture = {name: cold(name, arguments) for name in SYSTEMS}
+    first_image = {name: cold(name, arguments) for name in SYSTEMS}
     systems = {name: load_system(name, **dict([source(name, arguments)])) for name in SYSTEMS}
-    one_picture = warm(systems, arguments)
+    one_image = warm(systems, arguments)
     report = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "shape": f"{arguments.size}x{arguments.size}, {arguments.steps} evaluations, {arguments.vae} VAE, fp32",
-        "one_picture_s": one_picture,
-        "process_start_to_first_picture_s": first_picture,
+        "one_picture_s": one_image,
+        "process_start_to_first_picture_s": first_image,
     }
     print(f"{report['machine']}; {report['shape']}")
-    for figure, seconds in (("one picture", one_picture), ("process start to first picture", first_picture)):
+    for figure, seconds in (("one image", one_image), ("process start to first image", first_image)):
         ratio = seconds["zimage_rt"] / seconds["diffusers"]
         print(f"{figure}: diffusers {seconds['diffusers']:.3f} s, zimage_rt {seconds['zimage_rt']:.3f} s, {ratio:.3f}")
     if arguments.json:

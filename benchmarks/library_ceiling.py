@@ -1,7 +1,7 @@
-"""What the libraries alone need for one evaluation: every matrix product of cuBLAS and every attention of cuDNN, bare.
+"""Lower bound of an evaluation's time: all matrix products by cuBLAS and all attentions by cuDNN, nothing else.
 
-Nothing element-wise, no embedders, no modulation. Each shape runs as often as the transformer has layers of it, through
-buffers that take turns and together are several times the L2 cache: weights come from memory, as in the model.
+Element-wise kernels, embedders and modulation are left out. Each shape runs once per layer of the transformer. Calls
+cycle through buffers of several times the L2 cache, so that weights are read from memory, as in the model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TRIES = 3  # passes in which each layout of a product is tried before the faster
 
 @dataclasses.dataclass
 class Shape:
-    """One operation: its forms (weight layouts), how often it runs in an evaluation, and the chosen form's times."""
+    """An operation: its weight layouts, calls per evaluation, and the times of the chosen layout in milliseconds."""
 
     name: str
     flops: float
@@ -34,15 +34,15 @@ class Shape:
 
 
 class LibraryCeiling:
-    """A `timing.Run`: milliseconds of all products and attentions of one evaluation.
+    """A `timing.Run`: milliseconds of all products and attentions of an evaluation.
 
     Args:
         config: sizes of the transformer.
-        image_tokens: rows of the noise refiner, with its padding.
-        context_tokens: rows that the main layers have besides.
-        batch: samples.
-        dtype: of the operands.
-        device: `cuda`, or `cpu` to check the code.
+        image_tokens: tokens of the image, with padding.
+        context_tokens: tokens of the context, which only the main layers have.
+        batch: number of samples.
+        dtype: dtype of the operands.
+        device: `cuda`, or `cpu` to test the code.
     """
 
     def __init__(
@@ -78,10 +78,10 @@ class LibraryCeiling:
         x = self._buffers(rows, inputs)
         stored = self._buffers(outputs, inputs)
         result = torch.empty(rows, outputs, dtype=self._dtype, device=self._device)
-        turned = self._buffers(inputs, outputs)
+        transposed = self._buffers(inputs, outputs)
         forms: dict[str, Callable[[], object]] = {
             "weight [out, in]": lambda: torch.matmul(next(x), next(stored).t(), out=result),
-            "weight [in, out]": lambda: torch.matmul(next(x), next(turned), out=result),
+            "weight [in, out]": lambda: torch.matmul(next(x), next(transposed), out=result),
         }
         return Shape(f"{name} {rows}x{inputs}x{outputs}", 2.0 * rows * inputs * outputs, count, forms)
 
@@ -100,7 +100,7 @@ class LibraryCeiling:
         return Shape(f"attention {batch}x{heads}x{tokens}x{head_dim}", flops, count, {"cuDNN SDPA": run})
 
     def _time(self, shape: Shape, form: str) -> float:
-        """Milliseconds of all `count` calls."""
+        """Milliseconds of all `count` calls of a shape."""
 
         def burst() -> None:
             for _ in range(shape.count):
@@ -110,7 +110,7 @@ class LibraryCeiling:
 
     @torch.no_grad()
     def _choose(self) -> None:
-        """Keep the faster layout of each product."""
+        """Keeps the faster layout of each product."""
         for shape in self.shapes:
             for form in shape.forms:
                 self._time(shape, form)
@@ -120,7 +120,7 @@ class LibraryCeiling:
 
     @torch.no_grad()
     def __call__(self, repeats: int) -> list[float]:
-        """Milliseconds of one evaluation's operations, `repeats` times; each is kept by shape too."""
+        """Milliseconds of an evaluation's operations, `repeats` times; also stores the times per shape."""
         totals = []
         for _ in range(repeats):
             total = 0.0
@@ -131,7 +131,7 @@ class LibraryCeiling:
         return totals
 
     def detail(self) -> dict[str, dict[str, float | int | str]]:
-        """Each shape's layout, median and rate."""
+        """Layout, calls, median milliseconds and TFLOP/s per shape."""
         out: dict[str, dict[str, float | int | str]] = {}
         for shape in self.shapes:
             median = statistics.median(shape.times)

@@ -1,10 +1,10 @@
-"""What putting a LoRA on a live engine takes: reading, the first one, a swap for another, taking it off.
+"""Times changes of LoRAs on a live engine: load, switch on, swap, switch off.
 
     python -m zimage_rt.benchmarks.lora_swap engines/nano
     python -m zimage_rt.benchmarks.lora_swap /tmp/random-bf16 --backend cuda --rank 32
 
-The LoRAs are random and change every linear layer of the transformer and the context refiner, which is more than most
-do. Requests wait from the beginning of a change to its end, so these are the pauses that users see.
+The LoRAs are random and patch every linear layer of the transformer and the context refiner, more than most LoRAs do.
+Requests wait during a change, so these times are the pauses that users see.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MODULES = ("context_refiner", "transformer")
 
 
 def write_random_lora(manifest: Manifest, path: Path, rank: int, seed: int) -> Path:
-    """A LoRA of every linear layer of `MODULES`, in fp16 as files mostly are."""
+    """Writes a LoRA for every linear layer of `MODULES`, in fp16 like most files; returns the path."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for module in MODULES:
@@ -42,7 +42,7 @@ def write_random_lora(manifest: Manifest, path: Path, rank: int, seed: int) -> P
 
 
 def measure(engine: zimage_rt.Engine, rank: int, repeats: int) -> dict[str, float]:
-    """Median seconds of each change; every repeat begins and ends with the bundle's own weights."""
+    """Median seconds of each change; every repeat starts and ends with the bundle's own weights."""
     times: dict[str, list[float]] = {}
 
     def timed(name: str, function: Callable[[], object]) -> None:
@@ -65,11 +65,11 @@ def measure(engine: zimage_rt.Engine, rank: int, repeats: int) -> dict[str, floa
 
 
 def main(
-    bundle: Annotated[Path, typer.Argument(help="A bundle that says where its layers lie.")],
-    backend: Annotated[str, typer.Option(help="onnxruntime or cuda.")] = "onnxruntime",
-    rank: Annotated[int, typer.Option(help="Of the random LoRAs.")] = 16,
-    repeats: Annotated[int, typer.Option(help="Medians are of so many.")] = 5,
-    output: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+    bundle: Annotated[Path, typer.Argument(help="Bundle whose manifest lists its linear layers.")],
+    backend: Annotated[str, typer.Option(help="Backend: onnxruntime or cuda.")] = "onnxruntime",
+    rank: Annotated[int, typer.Option(help="Rank of the random LoRAs.")] = 16,
+    repeats: Annotated[int, typer.Option(help="Repeats; medians are printed.")] = 5,
+    output: Annotated[Path | None, typer.Option("--json", help="File to write the figures to as JSON.")] = None,
 ) -> None:
     """Print the seconds of each change."""
     engine = zimage_rt.Engine.load(bundle, backend=backend, verify=False)

@@ -1,9 +1,9 @@
-"""Where one evaluation's time goes, kernel by kernel, by Nsight Compute (`ncu`), which must be on the PATH.
+"""Profiles an evaluation per kernel with Nsight Compute (`ncu`), which must be on the PATH.
 
     python -m zimage_rt.benchmarks.profile --layers 4
 
-Random weights of the full width; fewer layers than the original's, since every layer launches the same kernels. ncu
-runs kernels one by one with cold caches, so the times add up to more than an evaluation takes: read the shares.
+Weights are random, of the full width, with fewer layers than the original: every layer launches the same kernels. ncu
+runs kernels one by one with cold caches, so only the shares are meaningful: the sum exceeds an evaluation's time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ METRIC = "gpu__time_duration.sum"
 
 
 def evaluate(bundle: str, height: int, width: int, context_tokens: int) -> None:
-    """One evaluation between the profiler's start and stop, after one that times the matrix products."""
+    """Runs an evaluation between the profiler's start and stop, after one that autotunes the matrix products."""
     from zimage_rt import _cuda
 
     engine = zimage_rt.Engine.load(bundle, backend="cuda", verify=False)
@@ -43,7 +43,7 @@ def evaluate(bundle: str, height: int, width: int, context_tokens: int) -> None:
 
 
 def table(log: Path) -> list[tuple[str, int, float]]:
-    """(kernel, launches, microseconds in all) from ncu's CSV, the longest first."""
+    """(kernel, launches, total microseconds) from ncu's CSV, longest first."""
     lines = log.read_text(encoding="utf-8").splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith('"ID"'))
     total: dict[str, float] = collections.defaultdict(float)
@@ -60,10 +60,10 @@ def table(log: Path) -> list[tuple[str, int, float]]:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m zimage_rt.benchmarks.profile")
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=4, help="main layers")
     parser.add_argument("--precision", choices=["bf16", "fp16"], default="bf16")
-    parser.add_argument("--size", type=int, default=1024)
-    parser.add_argument("--context-tokens", type=int, default=128)
+    parser.add_argument("--size", type=int, default=1024, help="width and height in pixels")
+    parser.add_argument("--context-tokens", type=int, default=128, help="tokens of the context")
     parser.add_argument("--bundle", help=argparse.SUPPRESS)  # the profiled process itself
     arguments = parser.parse_args(argv)
     if arguments.bundle:

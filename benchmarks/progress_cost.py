@@ -1,10 +1,11 @@
-"""What following a request costs: progress, polling for a cancel, latents and previews, beside the same request alone.
+"""Measures callbacks (progress, cancelling, latents, previews) against the same request without a callback.
 
     python -m zimage_rt.benchmarks.progress_cost engines/nano --size 256
     python -m zimage_rt.benchmarks.progress_cost /tmp/random-bf16 --backend cuda --json results/progress.json
 
-Each way is timed right after a plain request of the same size, so that clocks and heat are the same for both; medians
-over the rounds, ratios of each pair. `python -m zimage_rt.benchmarks.random_bundle` writes a bundle of the full size.
+Each callback is timed right after a plain request of the same size, at the same clocks and temperature. Figures are
+medians over the rounds; ratios are per pair. For a bundle of the full size: `python -m
+zimage_rt.benchmarks.random_bundle`.
 """
 
 from __future__ import annotations
@@ -28,18 +29,18 @@ SIZES = (256, 512, 1024)
 
 
 class Bar:
-    """What a command or a server does with progress: it keeps the last numbers."""
+    """Stores the last progress, as a command or a server does."""
 
     def __init__(self) -> None:
         self.step, self.total = 0, 0
 
     def __call__(self, info: StepInfo) -> None:
-        """A callback."""
+        """Callback of a request."""
         self.step, self.total = info.step + 1, info.num_steps
 
 
 def callbacks() -> dict[str, Callback | None]:
-    """Ways to follow a request, by name."""
+    """Callbacks by name."""
     stop = threading.Event()
     return {
         "plain": None,
@@ -52,12 +53,12 @@ def callbacks() -> dict[str, Callback | None]:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a way took: medians over the rounds.
+    """Medians of a callback's times over the rounds.
 
     Attributes:
-        seconds: wall-clock seconds of one request.
-        plain_seconds: of the plain requests just before.
-        ratio: of each pair.
+        seconds: wall-clock seconds of a request.
+        plain_seconds: the same of the plain request before it.
+        ratio: of the two, per pair.
         denoise: seconds of the sampler loop, by the engine's own timing.
         first_step: seconds from the request to its first callback; None without one.
     """
@@ -91,7 +92,7 @@ def _draw(engine: zimage_rt.Engine, callback: Callback | None, fields: dict[str,
 
 
 def measure(engine: zimage_rt.Engine, size: int, evaluations: int, rounds: int) -> dict[str, Cost]:
-    """Each way's cost at a size. Two rounds before the first, which capture and tune, are thrown away."""
+    """Measures each callback at a size. The first two rounds, which capture graphs and tune, are dropped."""
     fields: dict[str, Any] = {
         "height": size,
         "width": size,
@@ -99,12 +100,12 @@ def measure(engine: zimage_rt.Engine, size: int, evaluations: int, rounds: int) 
         "seed": 1,
         "vae": "tiny",
     }
-    ways = callbacks()
-    pairs: dict[str, list[tuple[_Run, _Run]]] = {name: [] for name in ways}
-    gc.disable()  # a collection in the middle of one request is not what it costs
+    choices = callbacks()
+    pairs: dict[str, list[tuple[_Run, _Run]]] = {name: [] for name in choices}
+    gc.disable()  # a collection during a request would count as its cost
     try:
         for number in range(rounds + 2):
-            for name, callback in ways.items():
+            for name, callback in choices.items():
                 pair = (_draw(engine, None, fields), _draw(engine, callback, fields))
                 if number >= 2:
                     pairs[name].append(pair)
@@ -118,21 +119,24 @@ def measure(engine: zimage_rt.Engine, size: int, evaluations: int, rounds: int) 
             plain_seconds=median(plain.seconds for plain, _ in found),
             ratio=median(run.seconds / plain.seconds for plain, run in found),
             denoise=median(run.denoise for _, run in found),
-            first_step=median(run.first_step or 0.0 for _, run in found) if ways[name] is not None else None,
+            first_step=median(run.first_step or 0.0 for _, run in found) if choices[name] is not None else None,
         )
         for name, found in pairs.items()
     }
 
 
 def main(
-    bundle: Annotated[Path, typer.Argument(help="A bundle with the tiny VAE.")],
-    backend: Annotated[str, typer.Option(help="onnxruntime or cuda.")] = "onnxruntime",
-    size: Annotated[list[int] | None, typer.Option(help="Pixels a side; may be repeated.")] = None,
-    evaluations: Annotated[int, typer.Option(help="Function evaluations.")] = 8,
-    rounds: Annotated[int, typer.Option(help="Medians are of so many.")] = 15,
-    output: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+    bundle: Annotated[Path, typer.Argument(help="Bundle with the tiny VAE.")],
+    backend: Annotated[str, typer.Option(help="Backend: onnxruntime or cuda.")] = "onnxruntime",
+    size: Annotated[
+        list[int] | None,
+        typer.Option(help="Width and height in pixels; may be repeated. By default 256, 512 and 1024."),
+    ] = None,
+    evaluations: Annotated[int, typer.Option(help="Function evaluations per request.")] = 8,
+    rounds: Annotated[int, typer.Option(help="Rounds; medians are printed.")] = 15,
+    output: Annotated[Path | None, typer.Option("--json", help="File to write the figures to as JSON.")] = None,
 ) -> None:
-    """Print the seconds of each way to follow a request, and their ratio to a plain one."""
+    """Print the seconds of a request with each callback, and their ratio to a plain request."""
     engine = zimage_rt.Engine.load(bundle, backend=backend, verify=False)
     sizes = size or list(SIZES)
     found = {side: measure(engine, side, evaluations, rounds) for side in sizes}

@@ -1,10 +1,10 @@
-"""A bundle of random weights, weights alone: what the `cuda` backend needs, written as fast as the disk takes it.
+"""Writes a bundle of random weights without graphs, for the `cuda` backend, at the speed of the disk.
 
     python -m zimage_rt.benchmarks.random_bundle /tmp/random-bf16 --precision bf16
 
-The modules, their layouts and their weight files are those that `zimage-export` would make of the same checkpoint; no
-graph is traced and no parity measured. Tensors are made, arranged and written by several threads, on the GPU if there
-is one, and files are hashed side by side, so that 20 GB take seconds rather than minutes.
+Modules, layouts and weight files are those of `zimage-export` for the same checkpoint; no graph is traced and parity is
+not measured. Several threads make and write the tensors, on the GPU if there is one, and hash the files, so that 20 GB
+take seconds instead of minutes.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ import torch
 import typer
 from zimage_rt.benchmarks.random_checkpoint import RULES, Z_IMAGE, Config, random_checkpoint, read_configs
 from zimage_rt.export import weights
-from zimage_rt.export.bundle import _pipeline
+from zimage_rt.export.bundle import pipeline_spec
 from zimage_rt.export.checkpoint import Checkpoint, Component
 from zimage_rt.export.modeling.layers import Source, weight_sources
-from zimage_rt.export.modules import ModulePlan, plan_modules
+from zimage_rt.export.plan import ModulePlan, plan_modules
 from zimage_rt.export.precision import PRECISIONS
 from zimage_rt.export.recipe import ExportRecipe
 
 import zimage_rt
-from zimage_rt.bundle.manifest import Manifest, ModuleSpec, hash_file, write_manifest
+from zimage_rt.bundle.manifest import Manifest, ModuleSpec, write_manifest
+from zimage_rt.bundle.verify import hash_file
 
 NANO = Path("checkpoints/zimage-nano")
 SIZES = ("full", "nano")
@@ -37,19 +38,19 @@ THREADS = min(16, os.cpu_count() or 1)
 
 
 def default_device() -> str:
-    """Where tensors are made: the GPU if there is one."""
+    """The GPU if there is one, else the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def configs_of(size: str, nano: Path = NANO) -> dict[str, Config]:
-    """The components' configs: Z-Image's own, or those of the small checkpoint."""
+    """Configs of the components: Z-Image's, or those of the small checkpoint."""
     return dict(Z_IMAGE) if size == "full" else read_configs(nano)
 
 
 def shortened(
     configs: Mapping[str, Config], layers: int, refiner_layers: int, encoder_layers: int
 ) -> dict[str, Config]:
-    """The same widths with fewer layers (`encoder_layers` counts those that are run: the last one never is)."""
+    """The same widths with fewer layers; `encoder_layers` does not count the last layer, which never runs."""
     encoder: dict[str, Any] = {**configs["text_encoder"], "num_hidden_layers": encoder_layers + 1}
     if "layer_types" in encoder:
         encoder["layer_types"] = encoder["layer_types"][:1] * (encoder_layers + 1)
@@ -58,7 +59,7 @@ def shortened(
 
 
 def _store(path: Path, component: Component, source: Source, place: weights.StoredTensor, device: str) -> None:
-    """Make one stored tensor and write it at its place."""
+    """Makes a stored tensor and writes it at its offset."""
     parts = [component.read(name, shape).to(device) for name, shape in zip(source.names, source.shapes, strict=True)]
     tensor = source.assemble(parts).to(place.dtype).contiguous().cpu()
     data = tensor.reshape(-1).view(torch.uint8).numpy().data
@@ -72,7 +73,7 @@ def _store(path: Path, component: Component, source: Source, place: weights.Stor
 
 
 def _write_weights(plan: ModulePlan, folder: Path, device: str, pool: ThreadPoolExecutor) -> list[Future[None]]:
-    """Start writing a module's weights: as `weights.write`, but its tensors in any order and not synced to the disk."""
+    """Starts to write a module's weights: as `weights.write`, but in any order and without fsync."""
     module = plan.meta_module()
     header, stored = weights.layout(module)
     path = folder / f"{plan.name}.safetensors"
@@ -94,15 +95,15 @@ def write_random_bundle(
     device: str | None = None,
     threads: int = THREADS,
 ) -> Manifest:
-    """Write a bundle without graphs into a new folder.
+    """Writes a bundle without graphs.
 
     Args:
         checkpoint: from `random_checkpoint`.
-        out: the folder; one that exists is replaced.
+        out: the folder; an existing one is replaced.
         precision: as in a recipe.
-        vaes: which autoencoders.
-        device: where tensors are arranged; the GPU if there is one.
-        threads: how many tensors are in work at once; each may take a gigabyte.
+        vaes: VAEs to include.
+        device: device that makes the tensors; the GPU if there is one.
+        threads: number of tensors in memory at once; each may take a gigabyte.
     """
     device = device or default_device()
     if out.exists():
@@ -111,7 +112,7 @@ def write_random_bundle(
     recipe = ExportRecipe(checkpoint.path, out, out.name, precision, vae=vaes, parity=False)
     plans = plan_modules(checkpoint, PRECISIONS[precision], vaes)
     with ThreadPoolExecutor(threads) as pool:
-        # All files are begun before any is waited for: the largest one does not hold up the others.
+        # All files are started before the first wait, so that the largest one does not delay the others.
         for future in [future for plan in plans for future in _write_weights(plan, out, device, pool)]:
             future.result()
         shutil.copyfile(checkpoint.tokenizer / "tokenizer.json", out / "tokenizer.json")
@@ -122,7 +123,7 @@ def write_random_bundle(
         precision=precision,
         producer={"zimage-rt": zimage_rt.__version__, "torch": torch.__version__},
         source={"format": checkpoint.format, "files": {}},
-        pipeline=_pipeline(checkpoint, recipe),
+        pipeline=pipeline_spec(checkpoint, recipe),
         shapes=recipe.shapes,
         tokenizer="tokenizer.json",
         modules={
@@ -144,14 +145,16 @@ def write_random_bundle(
 
 
 def main(
-    out: Annotated[Path, typer.Argument(help="The bundle's folder; one that exists is replaced.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write the bundle to; an existing one is replaced.")],
     precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "bf16",
-    size: Annotated[str, typer.Option(help=f"{' or '.join(SIZES)}.")] = "full",
-    rule: Annotated[str, typer.Option(help=f"{' or '.join(RULES)}: how large the numbers are.")] = "plain",
-    seed: Annotated[int, typer.Option(help="Which random numbers.")] = 0,
-    device: Annotated[str, typer.Option(help="Where they are made.")] = default_device(),
-    threads: Annotated[int, typer.Option(help="How many tensors are in work at once.")] = THREADS,
-    nano: Annotated[Path, typer.Option(help="The small checkpoint: its tokenizer, and the sizes of nano.")] = NANO,
+    size: Annotated[str, typer.Option(help=f"Size of the model: {' or '.join(SIZES)}.")] = "full",
+    rule: Annotated[
+        str, typer.Option(help=f"Scale of the weights: {' or '.join(RULES)} (as large as the real ones).")
+    ] = "plain",
+    seed: Annotated[int, typer.Option(help="Seed of the random numbers.")] = 0,
+    device: Annotated[str, typer.Option(help="Device that makes the tensors.")] = default_device(),
+    threads: Annotated[int, typer.Option(help="Tensors in memory at once.")] = THREADS,
+    nano: Annotated[Path, typer.Option(help="The small checkpoint, for the tokenizer and the sizes of nano.")] = NANO,
 ) -> None:
     """Write a bundle of random weights, without graphs."""
     for value, known, option in (

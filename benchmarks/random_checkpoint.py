@@ -1,11 +1,11 @@
-"""Random weights in the shape of a real checkpoint, so that memory and speed at full size can be measured anywhere.
+"""Random weights with the shapes of a real checkpoint, to measure memory and speed at full size anywhere.
 
     python -m zimage_rt.benchmarks.random_checkpoint /tmp/z-image-random
     zimage-export --checkpoint /tmp/z-image-random --out /tmp/z-image-random-bf16 --precision bf16
 
-As a library nothing need lie on a disk: `export(recipe, checkpoint=random_checkpoint(tokenizer))`. A tensor is made
-when it is read and is the same at every reading (on one kind of device). What names and shapes there are is asked of
-the export modules; only the numbers of the config.json files are written here.
+In Python no files are needed: `export(recipe, checkpoint=random_checkpoint(tokenizer))`. A tensor is made when it is
+read, with the same numbers each time on the same kind of device. Names and shapes come from the export modules; only
+the config.json files are repeated here.
 """
 
 from __future__ import annotations
@@ -108,11 +108,11 @@ Z_IMAGE: Mapping[str, Config] = {
     "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0},
 }
 
-_CHUNK = 1 << 24  # numbers drawn at once in fp32
+_CHUNK = 1 << 24  # numbers per chunk
 
 
 def plain(component: str, name: str, shape: tuple[int, ...]) -> tuple[float, float]:
-    """Return what keeps every activation near 1: norms near one, matrices by their number of inputs."""
+    """Distribution that keeps every activation near 1: norms near one, matrices scaled by their inputs."""
     if name.endswith("bias"):
         return 0.0, 0.02
     if name.endswith("pad_token") or name.startswith("embed_tokens"):
@@ -122,9 +122,9 @@ def plain(component: str, name: str, shape: tuple[int, ...]) -> tuple[float, flo
     return 0.0, math.prod(shape[1:]) ** -0.5
 
 
-# In the modulated blocks alone, as on the real weights. Doubled queries and keys make scores of standard deviation 4:
-# few keys get most of the weight. The others put the post-norms' inputs at 1e5 and their peaks at 5e5 and more, while
-# the weights themselves stay below 1e3: fp16 holds them.
+# Factors in the modulated blocks, as on the real weights. Doubled queries and keys give scores a standard deviation of
+# 4, so few keys get most of the weight. The others raise the post-norms' inputs to 1e5 with peaks of 5e5 and more,
+# while the weights stay below 1e3, within fp16's range.
 _LOUD: Mapping[str, float] = {
     "attention.norm_q.weight": 2.0,
     "attention.norm_k.weight": 2.0,
@@ -137,7 +137,7 @@ _LOUD: Mapping[str, float] = {
 
 
 def loud(component: str, name: str, shape: tuple[int, ...]) -> tuple[float, float]:
-    """Return `plain` with peaked attention and post-norm inputs that plain fp16 cannot hold, as the real weights."""
+    """Like `plain`, with peaked attention and post-norm inputs beyond fp16's range, as on the real weights."""
     mean, deviation = plain(component, name, shape)
     if component == "transformer" and name.startswith(("layers.", "noise_refiner.")):
         for ending, factor in _LOUD.items():
@@ -150,13 +150,13 @@ RULES: Mapping[str, Rule] = {"plain": plain, "loud": loud}
 
 
 def _modules(name: str, config: Config) -> Iterator[nn.Module]:
-    """The export modules that together read every tensor of a component."""
+    """Export modules that together read every tensor of a component."""
     if name == "transformer":
         sizes = TransformerConfig.from_dict(config)
         yield ContextRefiner(sizes, BF16)
         yield Transformer(sizes, BF16)
     elif name == "text_encoder":
-        # The export module leaves out the last layer, the checkpoint does not.
+        # The export module lacks the last layer, which the checkpoint has.
         yield TextEncoder(
             TextEncoderConfig.from_dict({**config, "num_hidden_layers": config["num_hidden_layers"] + 1}), BF16
         )
@@ -169,7 +169,7 @@ def _modules(name: str, config: Config) -> Iterator[nn.Module]:
 
 
 def tensor_shapes(name: str, config: Config) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a component's checkpoint (diffusers' or transformers' name) and its shape."""
+    """Shapes of a component's tensors by diffusers' or transformers' name."""
     shapes: dict[str, tuple[int, ...]] = {}
     with torch.device("meta"):
         for module in _modules(name, config):
@@ -181,25 +181,25 @@ def tensor_shapes(name: str, config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def draw(shape: tuple[int, ...], mean: float, deviation: float, seed: int, device: str) -> Tensor:
-    """Normal numbers in bf16, made on `device`, returned on the CPU; drawn in fp32 piece by piece."""
+    """Normal numbers in bf16, made on `device` in chunks of fp32, returned on the CPU."""
     generator = torch.Generator(device).manual_seed(seed)
     tensor = torch.empty(math.prod(shape), dtype=torch.bfloat16, device=device)
-    for piece in tensor.split(_CHUNK):
-        piece.copy_(torch.empty(len(piece), device=device).normal_(mean, deviation, generator=generator))
+    for chunk in tensor.split(_CHUNK):
+        chunk.copy_(torch.empty(len(chunk), device=device).normal_(mean, deviation, generator=generator))
     return tensor.reshape(shape).cpu()
 
 
 def random_tensors(
     name: str, config: Config, *, seed: int = 0, rule: Rule = plain, device: str = "cpu"
 ) -> dict[str, CheckpointTensor]:
-    """The tensors of one component in bf16, each made when it is loaded.
+    """Tensors of a component in bf16, each made when it is loaded.
 
     Args:
         name: `transformer`, `text_encoder`, `vae` or `tiny_vae`.
         config: its config.json.
-        seed: another one gives other numbers; so does another kind of `device`.
-        rule: mean and standard deviation of each tensor.
-        device: where the numbers are made; the tensors come to the CPU.
+        seed: seed of the numbers, which also depend on the kind of `device`.
+        rule: gives mean and standard deviation of each tensor.
+        device: device that makes the numbers; the tensors are returned on the CPU.
     """
 
     def lazy(tensor: str, shape: tuple[int, ...]) -> CheckpointTensor:
@@ -238,7 +238,7 @@ def random_checkpoint(
 
 
 def _shards(tensors: Mapping[str, CheckpointTensor], limit: int) -> list[list[str]]:
-    """Names of the tensors of each file; a file grows until the next tensor would take it over `limit` bytes."""
+    """Names of the tensors per file of at most `limit` bytes."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, tensor in tensors.items():
@@ -252,7 +252,7 @@ def _shards(tensors: Mapping[str, CheckpointTensor], limit: int) -> list[list[st
 
 
 def _write_shard(path: Path, tensors: Mapping[str, CheckpointTensor], names: list[str], prefix: str) -> int:
-    """One safetensors file, tensor by tensor; returns the bytes of the tensors."""
+    """Writes a safetensors file tensor by tensor; returns the bytes of the tensors."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name in names:
@@ -273,7 +273,7 @@ def _write_shard(path: Path, tensors: Mapping[str, CheckpointTensor], names: lis
 
 
 def write_component(component: Component, folder: Path, shard_bytes: int) -> int:
-    """config.json and the shards with their index, as diffusers and transformers save them; returns the bytes."""
+    """Writes config.json and shards with their index, as diffusers and transformers do; returns the bytes."""
     text = component.name == "text_encoder"
     stem = "model" if text else "diffusion_pytorch_model"
     prefix = "model." if text else ""  # the original's files are those of the causal language model
@@ -293,7 +293,7 @@ def write_component(component: Component, folder: Path, shard_bytes: int) -> int
 
 
 def write_checkpoint(checkpoint: Checkpoint, folder: Path, shard_bytes: int = 5_000_000_000) -> int:
-    """Write a checkpoint in the diffusers layout into a new folder; returns the bytes of its tensors."""
+    """Writes a checkpoint as a new diffusers folder; returns the bytes of its tensors."""
     folder.mkdir(parents=True)
     shutil.copytree(checkpoint.tokenizer, folder / "tokenizer")
     (folder / "scheduler").mkdir()
@@ -313,22 +313,24 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path, shard_bytes: int = 5_
 
 
 def read_configs(folder: Path) -> dict[str, Config]:
-    """The configs of a checkpoint in the diffusers layout. Raises CheckpointError."""
+    """Reads the configs of a diffusers folder. Raises CheckpointError."""
     files = {name: "scheduler_config.json" if name == "scheduler" else "config.json" for name in Z_IMAGE}
     return {name: read_json(folder / name / file) for name, file in files.items() if (folder / name).is_dir()}
 
 
 def main(
-    out: Annotated[Path, typer.Argument(help="The folder to make.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")],
     like: Annotated[
-        Path | None, typer.Option(help="A checkpoint to take the sizes from, instead of Z-Image's.")
+        Path | None, typer.Option(help="Checkpoint to take the sizes from. By default Z-Image-Turbo's.")
     ] = None,
-    tokenizer: Annotated[Path, typer.Option(help="The tokenizer's folder.")] = Path(
+    tokenizer: Annotated[Path, typer.Option(help="Folder of the tokenizer to copy.")] = Path(
         "checkpoints/zimage-nano/tokenizer"
     ),
-    rule: Annotated[str, typer.Option(help=f"{' or '.join(RULES)}: how large the numbers are.")] = "plain",
-    seed: Annotated[int, typer.Option(help="Which random numbers.")] = 0,
-    device: Annotated[str, typer.Option(help="Where they are made.")] = "cpu",
+    rule: Annotated[
+        str, typer.Option(help=f"Scale of the weights: {' or '.join(RULES)} (as large as the real ones).")
+    ] = "plain",
+    seed: Annotated[int, typer.Option(help="Seed of the random numbers.")] = 0,
+    device: Annotated[str, typer.Option(help="Device that makes the tensors.")] = "cpu",
 ) -> None:
     """Write a checkpoint of random weights in the diffusers layout, in bf16."""
     if rule not in RULES:

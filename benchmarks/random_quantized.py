@@ -1,10 +1,10 @@
-"""Quantised single files of random numbers at Z-Image's size, to measure what reading them takes.
+"""Writes quantised single files of random numbers at Z-Image's size, to measure how fast they are read.
 
     python -m zimage_rt.benchmarks.random_quantized /tmp/z.safetensors --layout int8_convrot
 
-Names, shapes, and which layers are quantised are those of Comfy-Org's `z_image_turbo_int8_convrot` (857 tensors, the
-five matrices and the modulation of every block, the rest fp32) and `z_image_turbo_nvfp4` (993 tensors, the main blocks
-alone, the rest bf16). Numbers are random, scales such that activations stay near 1; one tensor is in memory at a time.
+Names, shapes and the choice of quantised layers follow Comfy-Org's `z_image_turbo_int8_convrot` (857 tensors: five
+matrices and the modulation of every block, the rest fp32) and `z_image_turbo_nvfp4` (993 tensors: only the main blocks,
+the rest bf16). Scales keep activations near 1. One tensor is in memory at a time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from zimage_rt.benchmarks.random_checkpoint import Z_IMAGE, plain, tensor_shapes
 
 Make = Callable[[], Tensor]
-# dtype in the file, shape, what makes the numbers
+# dtype in the file, shape, function that makes the numbers
 Entry = tuple[str, tuple[int, ...], Make]
 
 _NAMES = (
@@ -82,7 +82,7 @@ def _nvfp4(name: str, shape: tuple[int, ...]) -> Mapping[str, Entry]:
     }
 
 
-# What makes a layer's tensors, where layers are quantised, the other tensors' format.
+# Function that makes a layer's tensors, prefixes of quantised layers, format of the other tensors.
 LAYOUTS = {
     "int8_convrot": (_int8, ("layers.", "noise_refiner.", "context_refiner."), "F32", torch.float32),
     "nvfp4": (_nvfp4, ("layers.",), "BF16", torch.bfloat16),
@@ -90,11 +90,11 @@ LAYOUTS = {
 
 
 def entries(layout: str) -> dict[str, Entry]:
-    """Every tensor of the file, in its order."""
-    quantized, where, kind, dtype = LAYOUTS[layout]
+    """Tensors of the file, in order."""
+    quantized, prefixes, kind, dtype = LAYOUTS[layout]
     result: dict[str, Entry] = {}
     for name, shape in comfyui_shapes().items():
-        if name.startswith(where) and name.endswith(_MATRICES):
+        if name.startswith(prefixes) and name.endswith(_MATRICES):
             result.update(quantized(name.removesuffix(".weight"), shape))
         else:
             result[name] = (kind, shape, _normal(shape, *plain("transformer", name, shape), dtype))
@@ -102,7 +102,7 @@ def entries(layout: str) -> dict[str, Entry]:
 
 
 def write(path: Path, layout: str) -> int:
-    """Write the file; returns its tensors' bytes."""
+    """Writes the file; returns the bytes of its tensors."""
     tensors = entries(layout)
     header: dict[str, object] = {}
     position = 0
@@ -120,8 +120,10 @@ def write(path: Path, layout: str) -> int:
 
 
 def main(
-    out: Annotated[Path, typer.Argument(help="The file to make.")],
-    layout: Annotated[str, typer.Option(help=" or ".join(LAYOUTS))] = "int8_convrot",
+    out: Annotated[Path, typer.Argument(help="File to write.")],
+    layout: Annotated[
+        str, typer.Option(help=f"Layout of the quantised layers: {' or '.join(LAYOUTS)}.")
+    ] = "int8_convrot",
 ) -> None:
     """Write a quantised transformer of random numbers as a single file."""
     if layout not in LAYOUTS:

@@ -1,4 +1,4 @@
-"""What a benchmark found: lines that say all of what they measure, kept on the disk as they come, and their table."""
+"""Reports of benchmarks: self-contained lines, written to the disk one by one, and their table."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ PACKAGES = ("torch", "triton", "diffusers", "transformers", "numpy")
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One figure of one system.
+    """A figure of a system.
 
     Attributes:
-        figure: what is measured; lines of one figure and shape are compared.
-        system, precision, shape: whose, in what format, of what size.
-        evaluations: how many times the transformer runs inside what is timed.
-        includes: what the time (or the memory) covers.
+        figure: name of the measurement; lines with the same figure, shape and precision are compared.
+        system, precision, shape: the measured system, its number format, and the sizes of the request.
+        evaluations: evaluations of the transformer within the measurement.
+        includes: description of what the time or the memory covers.
         unit: `ms`, `s` or `GB`.
-        median, low, high: of `count` values; the spread is the smallest and the largest.
-        detail: what the figure is made of, if there is more to say.
+        median, low, high: median, smallest and largest of `count` values.
+        detail: parts of the figure, if any.
     """
 
     figure: str
@@ -45,7 +45,7 @@ class Line:
 
 
 def gpu_state() -> str:
-    """Name, driver, clocks, heat and power of the first GPU, as nvidia-smi says them; empty where there is none."""
+    """Name, driver, clocks, temperature and power of the first GPU from nvidia-smi; empty without a GPU."""
     query = "name,driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw,power.limit"
     try:
         command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0"]
@@ -55,7 +55,7 @@ def gpu_state() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the systems are made of."""
+    """Versions of zimage_rt, Python and the packages of the reference systems."""
     import torch
 
     import zimage_rt
@@ -72,13 +72,13 @@ def versions() -> dict[str, str]:
 
 
 class Report:
-    """Lines and what had to be left out; the file is written anew with each of them, so that a stop loses nothing."""
+    """Lines and skipped measurements; the file is rewritten after each, so that an abort loses nothing."""
 
     def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
         self._path = path
         self.lines: list[Line] = []
         self.left_out: list[dict[str, str]] = []
-        self.seconds: dict[str, float] = {}  # what loading, compiling and each part took
+        self.seconds: dict[str, float] = {}  # of loading, compiling and each part
         self.notes: dict[str, Any] = {}
         self._gpu, self._gpu_after, self._versions = gpu_state(), "", versions()
         self._settings = settings
@@ -92,13 +92,13 @@ class Report:
         return line
 
     def leave_out(self, what: str, why: str) -> None:
-        """Say what was not measured and why."""
+        """Record a measurement that was skipped, with the reason."""
         self.left_out.append({"what": what, "why": why})
         print(f"left out: {what}: {why}", flush=True)
         self.save()
 
     def ratios(self) -> list[str]:
-        """Ours over each other system, where figure, shape and precision are the same."""
+        """Our median over each other system's for the same figure, shape and precision."""
         text = []
         for ours in self.lines:
             if ours.system != OURS:
@@ -111,13 +111,13 @@ class Report:
         return text
 
     def finish(self) -> str:
-        """Note the GPU's state after the work, write the file, and return the table."""
+        """Record the GPU's state, write the file and return the table."""
         self._gpu_after = gpu_state()
         self.save()
         return self.table()
 
     def save(self) -> None:
-        """Write the file."""
+        """Write the JSON file."""
         if self._path is None:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +134,7 @@ class Report:
         self._path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
 
     def table(self) -> str:
-        """Every line, what was left out, and ours over the others."""
+        """Text of all lines, skipped measurements and ratios."""
         rows = [self._gpu or "no GPU"]
         rows += [row(line) for line in sorted(self.lines, key=lambda line: (line.figure, line.shape, line.precision))]
         rows += [f"left out: {item['what']}: {item['why']}" for item in self.left_out]
@@ -142,7 +142,7 @@ class Report:
 
 
 def row(line: Line) -> str:
-    """A line as text."""
+    """Formats a line."""
     digits = {"ms": 3, "s": 3, "GB": 2}[line.unit]
     median, low, high = (f"{value:.{digits}f}" for value in (line.median, line.low, line.high))
     return (

@@ -1,4 +1,4 @@
-"""How things are timed: CUDA events where there is a GPU, the wall clock where there is none; systems take turns."""
+"""Timers: CUDA events on a GPU, the wall clock on a CPU. Systems are interleaved."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-# Runs something so many times and returns the milliseconds of each.
+# Runs something a number of times and returns the milliseconds of each call.
 Run = Callable[[int], list[float]]
 
 
 def event_times(function: Callable[[], object], repeats: int, device: str) -> list[float]:
-    """Milliseconds of each call on the device's own clock; calls are queued without waiting between them."""
+    """Milliseconds of each call by CUDA events; calls are queued without synchronising between them."""
     if device == "cpu":
         return wall_times(function, repeats)
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
@@ -25,7 +25,7 @@ def event_times(function: Callable[[], object], repeats: int, device: str) -> li
 
 
 def wall_times(function: Callable[[], object], repeats: int) -> list[float]:
-    """Milliseconds of each call on the wall clock; `function` returns when its result is there."""
+    """Milliseconds of each call by the wall clock; `function` must be synchronous."""
     values = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -40,15 +40,16 @@ def timed(function: Callable[[], object], device: str) -> Run:
 
 
 def interleave(runs: Mapping[str, Run], rounds: int, repeats: int) -> dict[str, list[float]]:
-    """Run each in turn, `repeats` times a turn, so that clocks and heat are the same for all.
+    """Interleaves runs, `repeats` calls per run and round, so that clocks and temperature are the same for all.
 
-    A first turn is thrown away, and so is the first call of a longer turn: it may still belong to the run before it.
+    A warm-up round is dropped. With several repeats, so is the first call of each burst, which the previous system's
+    load may still affect.
     """
     values: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run(1)
     for _ in range(rounds):
         for name, run in runs.items():
-            turn = run(repeats + 1) if repeats > 1 else run(1)
-            values[name] += turn[-repeats:]
+            burst = run(repeats + 1) if repeats > 1 else run(1)
+            values[name] += burst[-repeats:]
     return values

@@ -1,6 +1,6 @@
-"""setuptools' build backend, plus what compiling `_cuda` needs: NVIDIA's headers and compiler, from their wheels.
+"""setuptools' build backend, which with ZIMAGE_RT_CUDA=ON also requires the wheels of NVIDIA's headers and compiler.
 
-They are asked for only with ZIMAGE_RT_CUDA=ON, so that a plain `pip install .` downloads no CUDA.
+A plain `pip install .` downloads no CUDA.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from requirements import requirements
 from setuptools import build_meta
-from setuptools.build_meta import *  # noqa: F403  # the hooks that stay as they are
+from setuptools.build_meta import *  # noqa: F403  # the other hooks, unchanged
 
 
 def _cuda_requirements() -> list[str]:

@@ -1,6 +1,7 @@
 # Warnings of our own code, and the sanitizers of a test build.
 
-set(ZIMAGE_RT_WARNINGS -Wall -Wextra -Wshadow)
+# Missing braces let a pointer become the first member of a struct in silence.
+set(ZIMAGE_RT_WARNINGS -Wall -Wextra -Wshadow -Wmissing-braces)
 if(ZIMAGE_RT_WERROR)
   list(APPEND ZIMAGE_RT_WARNINGS -Werror)
 endif()

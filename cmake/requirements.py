@@ -1,4 +1,4 @@
-"""Prints extras of pyproject.toml as pip takes them: what a build needs before the package itself can be installed.
+"""Prints extras of pyproject.toml as arguments of pip, for builds that need them before the package is installed.
 
 python cmake/requirements.py build cuda-headers nvcc
 """
@@ -16,7 +16,7 @@ PYPROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
 
 
 def requirements(extras: Sequence[str]) -> list[str]:
-    """The requirements of some extras. `nvcc` counts only on a machine that has no nvcc of its own."""
+    """Requirements of some extras; `nvcc` is skipped on a machine that has one."""
     declared = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     has_nvcc = shutil.which("nvcc") is not None or "CUDACXX" in os.environ
     return [wheel for extra in extras if extra != "nvcc" or not has_nvcc for wheel in declared[extra]]

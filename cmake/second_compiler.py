@@ -1,9 +1,9 @@
-"""Compiles our C++ files, without linking, under another compiler and another standard library than the build's.
+"""Compiles our C++ files without linking, with another compiler and standard library than the build's.
 
     python cmake/second_compiler.py build/cuda/compile_commands.json [COMPILER...]
 
-The default is the clang and libc++ of the `ziglang` wheel; `g++-14` or a path with arguments does as well. A file that
-leans on an include of someone else's fails here first. CUDA's own files are left out: nvcc takes libc++ on no x86 host.
+The default is the clang and libc++ of the `ziglang` wheel; `g++-14` or a path with arguments is possible. Files that
+rely on transitive includes fail here first. CUDA files are skipped: nvcc does not support libc++ on x86.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ KEPT = re.compile(r"-I|-D|-std=")
 
 
 def arguments(command: str) -> list[str]:
-    """The include folders, definitions and standard of one entry of a compilation database."""
+    """Include folders, definitions and standard of an entry of a compilation database."""
     words, kept = shlex.split(command), []
     for word, following in zip(words, [*words[1:], ""], strict=True):
         if word == "-isystem":
@@ -34,7 +34,7 @@ def arguments(command: str) -> list[str]:
 
 
 def main() -> None:
-    """Compile every .cc of the database once; exits with the number of files that fail."""
+    """Compiles every .cc file of the database once; exits with the number of failures."""
     database = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     compiler = sys.argv[2:] or [sys.executable, "-m", "ziglang", "c++", "-target", "x86_64-linux-gnu.2.28"]
     files = {entry["file"]: entry for entry in database if entry["file"].endswith(".cc")}

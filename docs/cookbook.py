@@ -1,11 +1,11 @@
-"""Writes the cookbook: every recipe below is run, and its own lines and picture go on the page.
+"""Writes the cookbook: every recipe below is run, and its own lines and image go on the page.
 
 .venv/bin/python docs/cookbook.py             writes docs/cookbook.md and docs/cookbook/*.png
 .venv/bin/python docs/cookbook.py --out DIR   the same elsewhere, which is how a test holds the page to the code
 
 A recipe's arguments are the engines that it wants, by name (`ENGINES`); bundles other than nano's own are exported into
 a temporary folder. A recipe whose checkpoint or adapter is not in the repository is left out, with a line on stderr.
-Each recipe names the scenes that its pictures must show, on every machine: `tests/docs/test_cookbook.py` judges them.
+Each recipe names the scenes that its images must show, on every machine: `tests/docs/test_cookbook.py` judges them.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ Recipe = Callable[..., list[np.ndarray]]
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What one picture of a recipe shows, in the words of the judge (`benchmarks/quality/judge.py`).
+    """What one image of a recipe shows, in the words of the judge (`benchmarks/quality/judge.py`).
 
     Attributes:
-        picture: which one, from 0.
+        image: which one, from 0.
         subjects: one drawing's name, or those of the left and the right one.
         colour: the background's; None if the prompt leaves it open.
         moved: pixels to the right and down by which a single drawing is away from the middle.
-        box: left, top and side of a square inside of the picture, where that is a sheet of several.
+        box: left, top and side of a square inside of the image, where that is a sheet of several.
     """
 
-    picture: int
+    image: int
     subjects: tuple[str, ...]
     colour: str | None = None
     moved: tuple[int, int] = (0, 0)
@@ -55,7 +55,7 @@ class Scene:
 
 
 def singles(*words: tuple[str, str | None] | None) -> tuple[Scene, ...]:
-    """Scenes of one drawing each, as (name, colour), for the pictures in order; None for one that shows no scene."""
+    """Scenes of one drawing each, as (name, colour), for the images in order; None for one that shows no scene."""
     return tuple(Scene(i, (word[0],), word[1]) for i, word in enumerate(words) if word is not None)
 
 
@@ -66,8 +66,8 @@ class Shell:
     Attributes:
         text: what stands above it.
         lines: commands of `zimage`, one a line.
-        show: the pictures that they leave, as a pattern.
-        scenes: what the pictures show.
+        show: the images that they leave, as a pattern.
+        scenes: what the images show.
         table: a file that is there before, as its name, text and encoding.
         sheet: an Excel file that is there before, as its name and its rows.
     """
@@ -85,15 +85,15 @@ class Drawn:
     """A recipe that has run.
 
     Attributes:
-        name: its picture's on the page.
+        name: its image's on the page.
         lines: its section of the page.
-        pictures: uint8 [height, width, 3], from left to right.
+        images: uint8 [height, width, 3], from left to right.
         scenes: what they must show.
     """
 
     name: str
     lines: list[str]
-    pictures: list[np.ndarray]
+    images: list[np.ndarray]
     scenes: tuple[Scene, ...]
 
 
@@ -104,7 +104,7 @@ NEEDS: dict[str, Path] = {}  # by title: a file without which there is nothing t
 
 
 def recipe(title: str, scenes: Sequence[Scene], needs: Path | None = None) -> Callable[[Recipe], Recipe]:
-    """Put a function on the page; it returns the pictures to show side by side."""
+    """Put a function on the page; it returns the images to show side by side."""
 
     def add(function: Recipe) -> Recipe:
         RECIPES[title], SCENES[title] = function, tuple(scenes)
@@ -117,7 +117,7 @@ def recipe(title: str, scenes: Sequence[Scene], needs: Path | None = None) -> Ca
 
 @recipe("A prompt, in any language", singles(("red apple", "white"), ("penguin", "green"), ("house", "purple")))
 def prompt(engine: zimage_rt.Engine) -> list[np.ndarray]:
-    """The same seed gives the same picture: to the byte on one machine, but for rounding on another. Several prompts
+    """The same seed gives the same image: to the byte on one machine, but for rounding on another. Several prompts
     run as one batch."""
     result = engine.generate(
         ["a red apple, white background", "一只企鹅，绿色背景", "一个 house，purple background"], seed=3
@@ -127,33 +127,33 @@ def prompt(engine: zimage_rt.Engine) -> list[np.ndarray]:
 
 @recipe("Image to image", singles(("cat", "blue"), ("panda", "blue"), ("panda", "blue"), ("panda", "green")))
 def image_to_image(engine: zimage_rt.Engine) -> list[np.ndarray]:
-    """Begin from a picture. `strength` says how far to go from it: 0.3 retouches; 1, or more than
+    """Begin from an image. `strength` says how far to go from it: 0.3 retouches; 1, or more than
     1 − 1/steps, ignores it."""
     cat = engine.generate("a cat, blue background", seed=5).images[0]
-    pictures = [cat]
+    images = [cat]
     for strength in (0.4, 0.7, 1.0):
         again = engine.generate("a panda, green background", image=cat, strength=strength, seed=5)
-        pictures.append(again.images[0])
-    return pictures
+        images.append(again.images[0])
+    return images
 
 
-@recipe("Pictures of another shape", singles(("rocket", "orange"), ("rocket", "orange"), None, ("rocket", "orange")))
+@recipe("Images of another shape", singles(("rocket", "orange"), ("rocket", "orange"), None, ("rocket", "orange")))
 def shapes(engine: zimage_rt.Engine) -> list[np.ndarray]:
-    """A picture of any size begins a request: `fit` crops, pads or stretches it. EXIF orientation is honoured, and what
-    is transparent is white. The first picture is the one given; a low `strength` leaves the others nearly as fitted."""
+    """An image of any size begins a request: `fit` crops, pads or stretches it. EXIF orientation is honoured, and what
+    is transparent is white. The first image is the one given; a low `strength` leaves the others nearly as fitted."""
     wide = engine.generate("a rocket, orange background", height=192, width=320, seed=5).images[0]
-    pictures = [wide]
+    images = [wide]
     for fit in ("crop", "pad", "stretch"):
         result = engine.generate(
             "a rocket, orange background", image=wide, height=256, width=256, fit=fit, strength=0.2, seed=5
         )
-        pictures.append(result.images[0])
-    return pictures
+        images.append(result.images[0])
+    return images
 
 
 @recipe("Inpainting", [Scene(0, ("cat", "house"), "purple"), Scene(2, ("penguin", "house"), "purple")])
 def inpaint(engine: zimage_rt.Engine) -> list[np.ndarray]:
-    """Draw anew where the mask is white; where it is black the picture keeps its bytes."""
+    """Draw anew where the mask is white; where it is black the image keeps its bytes."""
     before = engine.generate("a cat on the left and a house on the right, purple background", seed=3).images[0]
     mask = np.zeros((256, 256), np.uint8)
     mask[:, :128] = 255
@@ -175,11 +175,11 @@ def guidance(base: zimage_rt.Engine) -> list[np.ndarray]:
     `pred = positive + scale * (positive - negative)`; 0, Turbo's own setting, is none. Base models want some, because
     their captions left things out and some were wrong. What a prompt leaves open (here the background: none said, at
     0 and 2) a negative prompt can exclude; much guidance exaggerates."""
-    pictures = []
+    images = []
     for scale, negative in ((0.0, ""), (2.0, ""), (2.0, "white background"), (6.0, "a panda, noto style")):
         result = base.generate("a panda", negative, guidance_scale=scale, seed=5)
-        pictures.append(result.images[0])
-    return pictures
+        images.append(result.images[0])
+    return images
 
 
 @recipe("Guidance that changes", singles(*4 * [("penguin", "yellow")]))
@@ -190,20 +190,20 @@ def dynamic_guidance(base: zimage_rt.Engine) -> list[np.ndarray]:
     - `cfg_normalization` limits the guided prediction's norm to that multiple of the positive one's.
     - `dynamic_cfg` = d, from 0 to 1, makes the scale depend on the prompt's n tokens and on the step: at sigma it is
       `guidance_scale * (1 + d * (min(n / 128, 1) - 1/2)) * (1 - d * (1 - sigma))`, so that long prompts steer more, and
-      steering eases off as the picture settles.
+      steering eases off as the image settles.
     """
-    pictures = []
+    images = []
     for remedy in ({}, {"cfg_truncation": 0.5}, {"cfg_normalization": 1.0}, {"dynamic_cfg": 1.0}):
         result = base.generate("a penguin, yellow background", guidance_scale=8.0, seed=2, **remedy)
-        pictures.append(result.images[0])
-    return pictures
+        images.append(result.images[0])
+    return images
 
 
 @recipe("Samplers and schedules", singles(*4 * [("red apple", "green")]))
 def samplers(engine: zimage_rt.Engine) -> list[np.ndarray]:
     """ComfyUI's names give its numbers; those of diffusers begin with `diffusers_` ([samplers.md](samplers.md) has the
     list). The first is the default, the second the Z-Image template's, the last adds noise in every step."""
-    pictures = []
+    images = []
     ways = (
         ("euler", "diffusers_simple"),
         ("res_multistep", "simple"),
@@ -212,28 +212,28 @@ def samplers(engine: zimage_rt.Engine) -> list[np.ndarray]:
     )
     for sampler, schedule in ways:
         result = engine.generate("a red apple, green background", sampler=sampler, schedule=schedule, seed=4)
-        pictures.append(result.images[0])
-    return pictures
+        images.append(result.images[0])
+    return images
 
 
 @recipe("Two passes", singles(*4 * [("house", "blue")]))
 def two_passes(engine: zimage_rt.Engine) -> list[np.ndarray]:
     """Draft at the size that a model knows best, then draw over it: `scale=1.0` refines at the same size, more draws
-    larger, from the picture or, with more strength, from the latents."""
-    pictures = [engine.generate("a house, blue background", seed=5).images[0]]
+    larger, from the image or, with more strength, from the latents."""
+    images = [engine.generate("a house, blue background", seed=5).images[0]]
     for again in (
         zimage_rt.SecondPass(scale=1.0, strength=0.3, num_inference_steps=12),
         zimage_rt.SecondPass(scale=1.5, strength=0.3, num_inference_steps=12, method="pixel"),
         zimage_rt.SecondPass(scale=1.5, strength=0.6, num_inference_steps=12, method="latent"),
     ):
-        pictures.append(engine.generate("a house, blue background", seed=5, second_pass=again).images[0])
-    return pictures
+        images.append(engine.generate("a house, blue background", seed=5, second_pass=again).images[0])
+    return images
 
 
 @recipe("Decoding in tiles", singles(*2 * [("red apple", "cyan")]))
 def tiles(engine: zimage_rt.Engine) -> list[np.ndarray]:
     """`vae_tile` decodes overlapping squares of so many pixels and blends them, for sizes that do not fit in
-    memory. The third picture is ten times the difference."""
+    memory. The third image is ten times the difference."""
     options = {"seed": 6, "height": 384, "width": 384}
     whole = engine.generate("a red apple, cyan background", **options).images[0]
     tiled = engine.generate("a red apple, cyan background", vae_tile=256, **options).images[0]
@@ -246,12 +246,12 @@ def lora(engine: zimage_rt.Engine) -> list[np.ndarray]:
     """Put on and taken off a live engine, in the layouts of diffusers and PEFT, kohya and ComfyUI, several at once with
     their weights; without any, the weights are the bundle's to the byte. This one makes cyanotypes."""
     style = engine.load_lora("checkpoints/zimage-nano-cyanotype/cyanotype.safetensors")
-    pictures = []
+    images = []
     for weight in (0.0, 0.5, 1.0):
         engine.set_loras({style: weight})
-        pictures.append(engine.generate("a panda, green background", seed=5).images[0])
+        images.append(engine.generate("a panda, green background", seed=5).images[0])
     engine.unload_lora(style)
-    return pictures
+    return images
 
 
 @recipe(
@@ -264,15 +264,15 @@ def lora(engine: zimage_rt.Engine) -> list[np.ndarray]:
 )
 def control(engine: zimage_rt.Engine, controlled: zimage_rt.Engine) -> list[np.ndarray]:
     """A ControlNet says what a prompt cannot: this one puts things where white silhouettes stand on black. The
-    silhouette is cut out of another picture and moved; then `control_scale` is 0, 0.75 and 1."""
+    silhouette is cut out of another image and moved; then `control_scale` is 0, 0.75 and 1."""
     apple = engine.generate("a red apple, green background", seed=4).images[0]
     inside = np.abs(apple.astype(int) - apple[4, 4]).max(axis=-1) > 60
     card = np.repeat(np.roll(inside, (-48, 48), axis=(0, 1))[..., None], 3, axis=-1).astype(np.uint8) * 255
-    pictures = [card]
+    images = [card]
     for scale in (0.0, 0.75, 1.0):
         result = controlled.generate("a red apple, blue background", control_image=card, control_scale=scale, seed=7)
-        pictures.append(result.images[0])
-    return pictures
+        images.append(result.images[0])
+    return images
 
 
 @recipe(
@@ -280,16 +280,16 @@ def control(engine: zimage_rt.Engine, controlled: zimage_rt.Engine) -> list[np.n
     [Scene(i, ("cat", right), "purple") for i, right in enumerate(("house", "red apple", "red apple"))],
 )
 def session(engine: zimage_rt.Engine) -> list[np.ndarray]:
-    """FairRWLock that build on one another, and can be taken back."""
+    """Turns that build on one another, and can be taken back."""
     work = zimage_rt.Session(engine)
-    pictures = [work.generate("a cat on the left and a house on the right, purple background", seed=3).images[0]]
+    images = [work.generate("a cat on the left and a house on the right, purple background", seed=3).images[0]]
     mask = np.zeros((256, 256), np.uint8)
     mask[:, 128:] = 255
     edited = work.edit("a cat on the left and an apple on the right, purple background", mask=mask, seed=9)
-    pictures.append(edited.images[0])
-    pictures.append(work.refine(0.3).images[0])
+    images.append(edited.images[0])
+    images.append(work.refine(0.3).images[0])
     work.undo()
-    return pictures
+    return images
 
 
 @recipe("A session with a model for each task", singles(*2 * [("rabbit", "pink")]))
@@ -297,12 +297,12 @@ def session_of_models(engine: zimage_rt.Engine, base: zimage_rt.Engine) -> list[
     """Turbo drafts, Base draws the final, each with its own evaluations and guidance: the session picks by the task.
     Base wants to be told the style; what is left out may be anything to it."""
     work = zimage_rt.Session({"draft": engine, "final": base})
-    pictures = [work.generate("a rabbit, pink background, flat style", seed=3).images[0], work.refine(0.6).images[0]]
+    images = [work.generate("a rabbit, pink background, flat style", seed=3).images[0], work.refine(0.6).images[0]]
     assert [turn.engine for turn in work.turns] == ["draft", "final"]
-    return pictures
+    return images
 
 
-@recipe("Watching a picture come", singles(None, None, None, ("panda", "white")))
+@recipe("Watching an image come", singles(None, None, None, ("panda", "white")))
 def previews(engine: zimage_rt.Engine) -> list[np.ndarray]:
     """A callback sees every step, may look at it through the tiny VAE, and may cancel by returning False."""
     seen = []
@@ -320,7 +320,7 @@ SHELLS["A sheet of settings"] = Shell(
     'zimage explain engines/nano -p "a panda, green background" --steps 1,2,4,8 --guidance 0,2 --seed 3 \\\n'
     "  --cell 112 --no-times -o sheet.png",
     "sheet.png",
-    # The last column, and the last picture of the first strip.
+    # The last column, and the last image of the first strip.
     tuple(Scene(0, ("panda",), "green", box=box) for box in ((492, 112, 112), (492, 248, 112), (796, 420, 88))),
 )
 SHELLS["A batch from a spreadsheet"] = Shell(
@@ -349,8 +349,8 @@ SHELLS["Goods of an Excel sheet"] = Shell(
         ),
     ),
 )
-SHELLS["The same picture again"] = Shell(
-    "A picture holds its whole request. `--like` repeats its pixels to the byte on the same machine and backend; "
+SHELLS["The same image again"] = Shell(
+    "An image holds its whole request. `--like` repeats its pixels to the byte on the same machine and backend; "
     "options given beside it come first.",
     'zimage generate engines/nano -p "a fox, yellow background" --seed 9 -o first.png\n'
     "zimage generate engines/nano --like first.png -o second.png\n"
@@ -360,14 +360,14 @@ SHELLS["The same picture again"] = Shell(
 )
 
 
-def side_by_side(pictures: list[np.ndarray]) -> Image.Image:
+def side_by_side(images: list[np.ndarray]) -> Image.Image:
     """One strip, at the height of the tallest, with a white gap."""
-    gap, height = 8, max(picture.shape[0] for picture in pictures)
-    strip = Image.new("RGB", (sum(picture.shape[1] + gap for picture in pictures) - gap, height), "white")
+    gap, height = 8, max(image.shape[0] for image in images)
+    strip = Image.new("RGB", (sum(image.shape[1] + gap for image in images) - gap, height), "white")
     left = 0
-    for picture in pictures:
-        strip.paste(Image.fromarray(picture), (left, 0))
-        left += picture.shape[1] + gap
+    for image in images:
+        strip.paste(Image.fromarray(image), (left, 0))
+        left += image.shape[1] + gap
     return strip
 
 
@@ -442,7 +442,7 @@ def header() -> list[str]:
     return [
         "# Cookbook",
         "",
-        "Written by `docs/cookbook.py`, which runs what it shows. The pictures are those of "
+        "Written by `docs/cookbook.py`, which runs what it shows. The images are those of "
         "[zimage-nano](../checkpoints/zimage-nano/README.md), our small judge.",
         "",
         "```python",
@@ -476,9 +476,9 @@ def draw(nano: Path, scratch: Path) -> Iterator[Drawn]:
             print(f"left out: {title}: there is no {absent}", file=sys.stderr)
             continue
         text, code = lines_of(function)
-        pictures = function(*(bundles.engine(name) for name in names))
+        images = function(*(bundles.engine(name) for name in names))
         lines = section(title, text, code, "python", function.__name__)
-        yield Drawn(function.__name__, lines, pictures, SCENES[title])
+        yield Drawn(function.__name__, lines, images, SCENES[title])
     for title, shell in SHELLS.items():
         name = title.lower().replace(" ", "_")
         lines = section(title, shell.text, shell.lines, "sh", name)
@@ -503,7 +503,7 @@ def main(argv: list[str] | None = None) -> int:
     page = header()
     with tempfile.TemporaryDirectory() as scratch:
         for drawn in draw(arguments.bundle, Path(scratch)):
-            side_by_side(drawn.pictures).save(folder / f"{drawn.name}.png", optimize=True)
+            side_by_side(drawn.images).save(folder / f"{drawn.name}.png", optimize=True)
             page += drawn.lines
     (folder.parent / "cookbook.md").write_text("\n".join(page) + "\n", encoding="utf-8")
     return 0

@@ -20,11 +20,15 @@ from zimage_rt.batch.table import read_table
 def main() -> int:
     """Draw the rows that are not done yet. Returns 1 if any row failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("table", type=Path)
-    parser.add_argument("--backend", default="onnxruntime")
-    parser.add_argument("--template", default="a {animal}, {colour} background")
-    parser.add_argument("--out", type=Path, default=Path("out/batch"))
+    parser.add_argument("bundle", type=Path, help="folder of a bundle")
+    parser.add_argument("table", type=Path, help="table of rows: CSV, JSON lines or Excel")
+    parser.add_argument(
+        "--backend", default="onnxruntime", help="onnxruntime (default), cuda, tensorrt or tensorrt_rtx"
+    )
+    parser.add_argument(
+        "--template", default="a {animal}, {colour} background", help="prompt; {column} is a cell of the row"
+    )
+    parser.add_argument("--out", type=Path, default=Path("out/batch"), help="folder for the images (default out/batch)")
     arguments = parser.parse_args()
 
     engine = zimage_rt.Engine.load(arguments.bundle, backend=arguments.backend)

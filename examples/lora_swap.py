@@ -20,12 +20,14 @@ import zimage_rt
 def main() -> None:
     """Draw the same prompt and seed without the LoRA, with it at 1 and 0.5, and without it again."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("lora", type=Path)
-    parser.add_argument("--backend", default="onnxruntime")
-    parser.add_argument("--prompt", default="a panda, green background")
-    parser.add_argument("--seed", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("out/loras"))
+    parser.add_argument("bundle", type=Path, help="folder of a bundle")
+    parser.add_argument("lora", type=Path, help="LoRA file (*.safetensors)")
+    parser.add_argument(
+        "--backend", default="onnxruntime", help="onnxruntime (default), cuda, tensorrt or tensorrt_rtx"
+    )
+    parser.add_argument("--prompt", default="a panda, green background", help="what to draw")
+    parser.add_argument("--seed", type=int, default=5, help="seed of every image (default 5)")
+    parser.add_argument("--out", type=Path, default=Path("out/loras"), help="folder for the images (default out/loras)")
     arguments = parser.parse_args()
 
     engine = zimage_rt.Engine.load(arguments.bundle, backend=arguments.backend)

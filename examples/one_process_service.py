@@ -133,9 +133,13 @@ def _reason(job: Job, error: zimage_rt.Cancelled) -> Exception:
 def main() -> None:
     """Submit four jobs: two that finish, one that is cancelled on the way, one whose deadline has passed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--backend", default="onnxruntime")
-    parser.add_argument("--out", type=Path, default=Path("out/service"))
+    parser.add_argument("bundle", type=Path, help="folder of a bundle")
+    parser.add_argument(
+        "--backend", default="onnxruntime", help="onnxruntime (default), cuda, tensorrt or tensorrt_rtx"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/service"), help="folder for the images (default out/service)"
+    )
     arguments = parser.parse_args()
 
     engine = zimage_rt.Engine.load(arguments.bundle, backend=arguments.backend)

@@ -1,1 +1,1 @@
-"""`zimage-export`: turns a Z-Image checkpoint into a bundle. The only part of zimage_rt that needs PyTorch."""
+"""`zimage-export`: exports Z-Image checkpoints to bundles. zimage_rt needs PyTorch only here."""

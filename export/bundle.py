@@ -1,4 +1,4 @@
-"""Makes a bundle: plans the modules, writes weights and graphs, measures parity, puts the folder in place at once."""
+"""Exports a bundle: plans modules, writes weights and graphs, measures parity, replaces the folder atomically."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import onnx_ir as ir
 
@@ -20,30 +19,32 @@ from zimage_rt.bundle.manifest import (
     Parity,
     PipelineSpec,
     ShapeRanges,
-    hash_file,
     write_manifest,
 )
+from zimage_rt.bundle.verify import hash_file
 
-from . import graph_cache, weights
-from .builders import builder_for
+from . import weights
+from .builders import Builder, builder_for
 from .checkpoint import Checkpoint, open_checkpoint
-from .errors import RecipeError
+from .errors import RecipeError, disk_error
+from .graph import cache
+from .graph.trace import trace
 from .modeling.transformer import SEQUENCE_MULTIPLE, TransformerConfig
-from .modules import ModulePlan, plan_modules
-from .parity import ReferenceCache, measure
+from .parity.measure import measure
+from .parity.reference import ReferenceCache
+from .plan import ModulePlan, plan_modules
 from .recipe import ExportRecipe
 from .replace_folder import replacing
 from .tokenizer import chat_template, tokenizer_file
-from .trace import trace
 
-# Above this many weights a component's reference in fp32 and a module of it do not fit in a 24 GB machine together.
+# With more weights than this, a module and its fp32 reference do not fit into 24 GB together.
 WHOLE_PARITY_ELEMENTS = 1_000_000_000
 
-# (what is being done, module, bytes done so far, bytes in all)
+# (step, module, bytes done, bytes in all)
 Progress = Callable[[str, str, int, int], None]
 
-# A builder's last touch to a traced graph.
-Simplify = Callable[[ir.Model, ModulePlan], None]
+# Rewrites a traced graph in place, given the module's name.
+Simplify = Callable[[ir.Model, str], None]
 
 
 def export(
@@ -51,18 +52,18 @@ def export(
     progress: Progress = lambda *_: None,
     checkpoint: Checkpoint | None = None,
 ) -> Manifest:
-    """Export a bundle to `recipe.out`.
+    """Exports a bundle to `recipe.out`.
 
-    Killed at any point, it leaves what was there before: everything is written to a folder beside it, which takes
-    the bundle's name in the end.
+    An export that is killed leaves an older bundle untouched: it writes to a temporary folder in the same parent, which
+    takes the bundle's name at the end.
 
     Args:
         recipe: what to export.
-        progress: called with every step.
-        checkpoint: an open one instead of what the recipe names; its tensors may come from anywhere.
+        progress: called at every step.
+        checkpoint: replaces the checkpoint that the recipe names, e.g. by one that was made in memory.
 
     Raises:
-        ExportError: with what was wrong; the folder that was there is untouched.
+        ExportError: the export failed; an older bundle is untouched.
     """
     builder = builder_for(recipe.backend)
     builder.check(recipe)
@@ -74,7 +75,7 @@ def export(
         vaes = tuple(kind for kind, component in found.items() if component is not None and kind in builder.vaes)
     plans = plan_modules(checkpoint, builder.precisions[recipe.precision], vaes)
     tokenizer = tokenizer_file(checkpoint.tokenizer)
-    pipeline = _pipeline(checkpoint, recipe)
+    pipeline = pipeline_spec(checkpoint, recipe)
     _check_shapes(recipe.shapes, TransformerConfig.from_dict(checkpoint.transformer.config), pipeline.size_multiple)
     with replacing(recipe.out) as folder:
         job = _Job(recipe, checkpoint, vaes, builder, folder, pipeline, ReferenceCache(), progress)
@@ -104,10 +105,10 @@ def export(
 
 
 def _check_shapes(shapes: ShapeRanges, config: TransformerConfig, patch: int) -> None:
-    """Raise RecipeError for sizes that the transformer's rotary tables do not reach.
+    """Raises RecipeError: a size is beyond the transformer's rotary tables.
 
-    A prompt's padded tokens have the positions 1, 2, …, and the image the one after them; rows and columns of patches
-    count from 0; `patch` is one's side in pixels.
+    A prompt's padded tokens have the positions 1, 2, …, and the image has the next one. Rows and columns of patches
+    count from 0; `patch` is a patch's side in pixels.
     """
     rows = config.axes_lens[0]
     most = (rows - 2) // SEQUENCE_MULTIPLE * SEQUENCE_MULTIPLE
@@ -125,7 +126,8 @@ def _check_shapes(shapes: ShapeRanges, config: TransformerConfig, patch: int) ->
             )
 
 
-def _pipeline(checkpoint: Checkpoint, recipe: ExportRecipe) -> PipelineSpec:
+def pipeline_spec(checkpoint: Checkpoint, recipe: ExportRecipe) -> PipelineSpec:
+    """Numbers of the sampler loop and the prompt's template, for the manifest."""
     config = TransformerConfig.from_dict(checkpoint.transformer.config)
     vae = checkpoint.vae or checkpoint.tiny_vae
     factor = 8 if vae is None else 2 ** (len(vae.config["block_out_channels"]) - 1)
@@ -144,7 +146,7 @@ def _pipeline(checkpoint: Checkpoint, recipe: ExportRecipe) -> PipelineSpec:
 
 
 def _source(checkpoint: Checkpoint) -> dict[str, object]:
-    """What the weights were made of; paths inside the checkpoint only, so that no machine's folders are told."""
+    """The checkpoint's format and files for the manifest; relative paths reveal no folder outside of it."""
     components = (
         checkpoint.transformer,
         checkpoint.text_encoder,
@@ -166,12 +168,12 @@ def _source(checkpoint: Checkpoint) -> dict[str, object]:
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """What all modules of an export have in common."""
+    """Inputs and outputs that all modules of an export share."""
 
     recipe: ExportRecipe
     checkpoint: Checkpoint
     vaes: tuple[str, ...]
-    builder: ModuleType
+    builder: Builder
     folder: Path
     pipeline: PipelineSpec
     references: ReferenceCache
@@ -193,15 +195,16 @@ def _module(plan: ModulePlan, job: _Job) -> ModuleSpec:
     weights.write(module, plan.component, folder / weight_file, advance, shared)
     parity = None
     engines: tuple[EngineSpec, ...] = ()
-    if job.builder.simplify is not None:
+    simplify = job.builder.simplify
+    if simplify is not None:
         progress("trace", plan.name, total, total)
-        graph = _write_graph(plan, folder, job.builder.simplify)
+        graph = _write_graph(plan, folder, simplify)
         if job.recipe.parity:
             progress("parity", plan.name, total, total)
-            parity = _parity(plan, graph, job)
+            parity = _parity(plan, graph, job, simplify)
         if job.builder.build is not None:
             if plan.elements > WHOLE_PARITY_ELEMENTS:
-                job.references.clear()  # a builder wants the memory
+                job.references.clear()  # the builder needs the memory
             engines = job.builder.build(plan, graph, folder, job.recipe, job.pipeline, progress)
     return ModuleSpec(
         inputs=plan.inputs,
@@ -218,47 +221,45 @@ def _module(plan: ModulePlan, job: _Job) -> ModuleSpec:
 
 
 def _write_graph(plan: ModulePlan, folder: Path, simplify: Simplify, suffix: str = ".onnx") -> Path:
-    """Trace a module whose weights are written already, its base's too, and write its graph beside them."""
-    model = graph_cache.cached(
-        plan.graph_key(), lambda: trace(plan.meta_module(), plan.inputs, plan.outputs, plan.multiples)
-    )
+    """Traces a module, attaches its and its base's weight files, and writes the graph next to them."""
+    model = cache.cached(plan.graph_key(), lambda: trace(plan.meta_module(), plan.inputs, plan.outputs, plan.multiples))
     for part in (plan,) if plan.base is None else (plan, plan.base):
         _, stored = weights.layout(part.meta_module(), part.shared())
         weights.attach(model, f"{part.name}.safetensors", folder, stored)
-    simplify(model, plan)
+    simplify(model, plan.name)
     path = folder / f"{plan.name}{suffix}"
     try:
         ir.save(model, path)
     except OSError as error:
-        raise weights.disk_error(error, path) from error
+        raise disk_error(error, path) from error
     return path
 
 
-def _parity(plan: ModulePlan, graph: Path, job: _Job) -> Parity:
-    """Measure a module, or its twin on the same weights where ONNX Runtime cannot run the module's own graph."""
+def _parity(plan: ModulePlan, graph: Path, job: _Job, simplify: Simplify) -> Parity:
+    """Measures a module, or its precision's `twin` on the same weights if ONNX Runtime cannot run its own graph."""
     twin = plan.precision.twin
     if twin is None:
-        return _measure(plan, graph, job)
+        return _measure(plan, graph, job, simplify)
     plan = next(other for other in plan_modules(job.checkpoint, twin, job.vaes) if other.name == plan.name)
-    graph = _write_graph(plan, job.folder, job.builder.simplify, ".twin.onnx")
+    graph = _write_graph(plan, job.folder, simplify, ".twin.onnx")
     try:
-        parity = _measure(plan, graph, job)
+        parity = _measure(plan, graph, job, simplify)
     finally:
         graph.unlink()
     return dataclasses.replace(parity, runtime=f"{parity.runtime}, computed in {twin.compute}".replace("torch.", ""))
 
 
-def _measure(plan: ModulePlan, graph: Path, job: _Job) -> Parity:
-    """Measure a module; where its component is too large for memory, only the component's first layers are used.
+def _measure(plan: ModulePlan, graph: Path, job: _Job, simplify: Simplify) -> Parity:
+    """Measures a module; of a component that is too large for memory, only the first layers.
 
-    A module that lost layers by that is exported again, the same way; one that has none of them (the context refiner)
-    is measured as it is, against what is left of the reference.
+    A module with fewer layers is exported again for that. A module without these layers (the context refiner) is
+    measured as it is, against the shortened reference.
     """
     if plan.elements <= WHOLE_PARITY_ELEMENTS:
         return measure(plan, graph, *job.references.get(plan))
     references = job.references
-    shorter = references.shorter(job.checkpoint)
-    plans = plan_modules(shorter, plan.precision, ())
+    shortened = references.shortened(job.checkpoint)
+    plans = plan_modules(shortened, plan.precision, ())
     short = next(other for other in plans if other.name == plan.name)
     if short.meta_module().state_dict().keys() == plan.meta_module().state_dict().keys():
         return measure(plan, graph, *references.get(short))
@@ -267,6 +268,6 @@ def _measure(plan: ModulePlan, graph: Path, job: _Job) -> Parity:
         for part in (short,) if short.base is None else (short, short.base):
             path = folder / f"{part.name}.safetensors"
             weights.write(part.meta_module(), part.component, path, shared=part.shared())
-        path = _write_graph(short, folder, job.builder.simplify)
+        path = _write_graph(short, folder, simplify)
         reference, name = references.get(short)
         return measure(short, path, reference, f"{name}, first layers only")

@@ -1,10 +1,11 @@
-"""`zimage-export`: the command line."""
+"""Command line of `zimage-export`."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,71 +13,93 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from zimage_rt.bundle.manifest import Manifest
+from zimage_rt.bundle.manifest import Manifest, ModuleSpec
 from zimage_rt.cli.common import version_option
 from zimage_rt.cli.start import INTERRUPTED, show_every_character
 from zimage_rt.errors import ZImageError
 
 from .builders import builder_for
-from .builders._tensorrt_options import parse_sm, parse_split
 from .errors import RecipeError
 from .recipe import ExportRecipe, read_recipe
+from .tensorrt_options import parse_sm, parse_split
 
-# Plain help: it cuts no option's name, however narrow the terminal.
+# Plain help does not cut the names of options in a narrow terminal.
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
-def _recipe(
-    recipe: Path | None,
-    checkpoint: Path | None,
-    out: Path | None,
-    precision: str | None,
-    vae: list[str] | None,
-    controlnet: Path | None,
-    backend: str | None,
-    skip_parity: bool,
-) -> ExportRecipe:
-    if recipe is not None:
-        base = read_recipe(recipe)
-        if checkpoint is not None:
-            base = dataclasses.replace(base, checkpoint=checkpoint)
-        if out is not None:
-            base = dataclasses.replace(base, out=out)
-    elif checkpoint is not None and out is not None:
-        base = ExportRecipe(checkpoint, out, out.name)
+def build_recipe(path: Path | None, changes: Mapping[str, Any], tensorrt: Mapping[str, Any]) -> ExportRecipe:
+    """The recipe of a file, or one at its defaults, with the command line's changes.
+
+    Args:
+        path: a TOML file; None for a recipe of `checkpoint` and `out` alone.
+        changes: fields of `ExportRecipe`; None keeps the recipe's value. `controlnet` is a part.
+        tensorrt: fields of `TensorRTOptions`; None keeps the recipe's value.
+
+    Raises:
+        RecipeError: neither a file nor both paths, or an option that the backend does not have.
+    """
+    given = {name: value for name, value in changes.items() if value is not None}
+    controlnet = given.pop("controlnet", None)
+    if path is not None:
+        recipe = read_recipe(path)
+    elif "checkpoint" in given and "out" in given:
+        recipe = ExportRecipe(given["checkpoint"], given["out"], given["out"].name)
     else:
         raise RecipeError("give a recipe, or both --checkpoint and --out")
-    if precision is not None:
-        base = dataclasses.replace(base, precision=precision)
-    if vae:
-        base = dataclasses.replace(base, vae=tuple(vae))
+    recipe = dataclasses.replace(recipe, **given)
     if controlnet is not None:
-        base = dataclasses.replace(base, parts={**base.parts, "controlnet": controlnet})
-    if backend is not None:
-        base = dataclasses.replace(base, backend=backend)
-    return dataclasses.replace(base, parity=False) if skip_parity else base
-
-
-def _with_tensorrt(
-    recipe: ExportRecipe,
-    sm: str | None,
-    split: list[str] | None,
-    workspace: float | None,
-    optimization_level: int | None,
-) -> ExportRecipe:
-    """The recipe with what the command line says of TensorRT."""
-    given = {
-        "sm": None if sm is None else parse_sm(sm),
-        "split": parse_split(split) if split else None,
-        "workspace_gb": workspace,
-        "optimization_level": optimization_level,
-    }
-    changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    if not changes:
+        recipe = dataclasses.replace(recipe, parts={**recipe.parts, "controlnet": controlnet})
+    options = {name: value for name, value in tensorrt.items() if value is not None}
+    if not options:
         return recipe
     if "tensorrt" not in builder_for(recipe.backend).tables:
-        raise RecipeError(f"{', '.join(changes)}: backend {recipe.backend} builds no plans; add --backend tensorrt_rtx")
-    return dataclasses.replace(recipe, tensorrt=dataclasses.replace(recipe.tensorrt, **changes))
+        raise RecipeError(f"{', '.join(options)}: backend {recipe.backend} builds no plans; add --backend tensorrt_rtx")
+    return dataclasses.replace(recipe, tensorrt=dataclasses.replace(recipe.tensorrt, **options))
+
+
+def run_export(recipe: ExportRecipe, console: Console, quiet: bool) -> Manifest:
+    """Export a bundle with a progress bar, or with one line per step if the console is no terminal.
+
+    Args:
+        recipe: what to export.
+        console: standard error.
+        quiet: show no progress.
+    """
+    from .bundle import export  # onnx loads here, not for --help
+
+    columns = (
+        TextColumn("{task.description:<28}", markup=False),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True) as bars:
+        task = bars.add_task("reading the checkpoint", total=None)
+        last = ""
+
+        def progress(step: str, module: str, done: int, total: int) -> None:
+            nonlocal last
+            description = f"{module}: {step}"
+            bars.update(task, description=description, completed=done, total=total)
+            if description != last and not (quiet or console.is_terminal):
+                console.print(description)  # a log file shows no moving bar
+            last = description
+
+        return export(recipe, progress)
+
+
+def _print_report(manifest: Manifest, out: Path, console: Console) -> None:
+    for name, module in manifest.modules.items():
+        size = manifest.files[module.weights].size / 1e6
+        error = _relative_error(module)
+        parity = "parity skipped" if error is None else f"relative error {error:.1e}"
+        console.print(f"{name:<18} {module.precision}  {size:9.1f} MB  {parity}")
+    console.print(f"{out}  bundle {manifest.bundle_id}")
+
+
+def _relative_error(module: ModuleSpec) -> float | None:
+    """The largest error of a module's parity cases; None if parity was skipped."""
+    return max(case.relative_error for case in module.parity.cases) if module.parity else None
 
 
 def _summary(manifest: Manifest, out: Path) -> dict[str, object]:
@@ -90,113 +113,143 @@ def _summary(manifest: Manifest, out: Path) -> dict[str, object]:
             name: {
                 "precision": module.precision,
                 "bytes": manifest.files[module.weights].size,
-                "relative_error": max(case.relative_error for case in module.parity.cases) if module.parity else None,
+                "relative_error": _relative_error(module),
             }
             for name, module in manifest.modules.items()
         },
     }
 
 
+# Options of the command.
+RecipePath = Annotated[
+    Path | None,
+    typer.Argument(help="Recipe: a TOML file such as engines/nano.toml. Without one, give --checkpoint and --out."),
+]
+CheckpointPath = Annotated[
+    Path | None,
+    typer.Option(
+        help="Z-Image checkpoint: a diffusers folder, or a single .safetensors or .gguf file. By default the recipe's."
+    ),
+]
+OutPath = Annotated[
+    Path | None,
+    typer.Option(help="Folder to write the bundle to; an older bundle there is replaced. By default the recipe's."),
+]
+PrecisionName = Annotated[
+    str | None,
+    typer.Option(
+        help="Number format of matrices and their products: fp32, fp16 or bf16. "
+        "By default the recipe's, or fp32 without a recipe."
+    ),
+]
+VaeNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="VAE to include: tiny (TAEF1, fast) or full; may be repeated. "
+        "By default the recipe's, or each VAE that the checkpoint has and the backend runs."
+    ),
+]
+ControlNetPath = Annotated[
+    Path | None,
+    typer.Option(
+        help="ControlNet to include: diffusers' folder, or a Fun-Union .safetensors file. By default the recipe's."
+    ),
+]
+BackendName = Annotated[
+    str | None,
+    typer.Option(
+        help="Backend that will serve the bundle: onnxruntime (graphs and weights), cuda (weights alone), tensorrt "
+        "or tensorrt_rtx (graphs, weights, plans). By default the recipe's, or onnxruntime."
+    ),
+]
+Sm = Annotated[
+    str | None,
+    typer.Option(
+        metavar="86,89,120",
+        help="TensorRT-RTX: compute capabilities to build plans for, without the dot. "
+        "By default the recipe's, or 86,89,120.",
+    ),
+]
+Split = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="MODULE=N",
+        help="TensorRT: build the transformer or the text_encoder as N plans, which needs less memory, e.g. "
+        "transformer=4; may be repeated. By default the recipe's, or one plan per module.",
+    ),
+]
+Workspace = Annotated[
+    float | None,
+    typer.Option(help="TensorRT: the most scratch memory of one layer, in GiB. By default the recipe's, or no limit."),
+]
+OptimizationLevel = Annotated[
+    int | None,
+    typer.Option(
+        help="TensorRT: optimization level, from 0 (fastest build) to 5 (fastest plan). "
+        "By default the recipe's, or TensorRT's own."
+    ),
+]
+SkipParity = Annotated[
+    bool,
+    typer.Option(
+        "--skip-parity",
+        help="Do not compare each module with diffusers' or transformers' own. By default every module that has a "
+        "graph is compared, and one outside of its tolerance fails the export.",
+    ),
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print the result as one JSON object on standard output, and no progress.")
+]
+Version = Annotated[bool, version_option("zimage-export")]
+
+
 @app.command()
 def export_command(
-    recipe: Annotated[Path | None, typer.Argument(help="A recipe (*.toml); or give --checkpoint and --out.")] = None,
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(help="A diffusers folder or a single .safetensors file. By default the recipe's."),
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="The bundle's folder. By default the recipe's.")] = None,
-    precision: Annotated[
-        str | None, typer.Option(help="fp32, fp16 or bf16. By default the recipe's, or fp32 without a recipe.")
-    ] = None,
-    vae: Annotated[
-        list[str] | None,
-        typer.Option(help="tiny or full; may be repeated. By default the recipe's, or what the checkpoint has."),
-    ] = None,
-    controlnet: Annotated[
-        Path | None,
-        typer.Option(
-            help="A ControlNet: diffusers' folder, or a Fun-Union .safetensors file. By default the recipe's."
-        ),
-    ] = None,
-    backend: Annotated[
-        str | None,
-        typer.Option(
-            help="onnxruntime (graphs and weights), cuda (weights alone), tensorrt or tensorrt_rtx (graphs, weights, "
-            "plans). By default the recipe's, or onnxruntime."
-        ),
-    ] = None,
-    sm: Annotated[
-        str | None,
-        typer.Option(
-            metavar="86,89,120",
-            help="TensorRT-RTX: compute capabilities to build for, without their dot. By default the recipe's.",
-        ),
-    ] = None,
-    split: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="MODULE=N",
-            help="TensorRT: build a module as N plans, e.g. transformer=4; may be repeated. By default the recipe's.",
-        ),
-    ] = None,
-    workspace: Annotated[
-        float | None, typer.Option(help="TensorRT: GiB that one layer may take for itself. By default the recipe's.")
-    ] = None,
-    optimization_level: Annotated[
-        int | None, typer.Option(help="TensorRT: from 0, the fastest build, to 5. By default the recipe's.")
-    ] = None,
-    skip_parity: Annotated[
-        bool,
-        typer.Option("--skip-parity", help="Do not compare with the reference. By default every module is compared."),
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-    version: Annotated[bool, version_option("zimage-export")] = False,
+    recipe: RecipePath = None,
+    checkpoint: CheckpointPath = None,
+    out: OutPath = None,
+    precision: PrecisionName = None,
+    vae: VaeNames = None,
+    controlnet: ControlNetPath = None,
+    backend: BackendName = None,
+    sm: Sm = None,
+    split: Split = None,
+    workspace: Workspace = None,
+    optimization_level: OptimizationLevel = None,
+    skip_parity: SkipParity = False,
+    as_json: AsJson = False,
+    version: Version = False,
 ) -> None:
-    """Turn a Z-Image checkpoint into a bundle for zimage_rt."""
-    from .bundle import export  # torch loads here, not for --help
-
-    chosen = _recipe(recipe, checkpoint, out, precision, vae, controlnet, backend, skip_parity)
-    chosen = _with_tensorrt(chosen, sm, split, workspace, optimization_level)
+    """Export a Z-Image checkpoint to a bundle that zimage serves."""
+    changes = {
+        "checkpoint": checkpoint,
+        "out": out,
+        "precision": precision,
+        "vae": tuple(vae) if vae else None,
+        "controlnet": controlnet,
+        "backend": backend,
+        "parity": False if skip_parity else None,
+    }
+    tensorrt = {
+        "sm": None if sm is None else parse_sm(sm),
+        "split": parse_split(split) if split else None,
+        "workspace_gb": workspace,
+        "optimization_level": optimization_level,
+    }
+    chosen = build_recipe(recipe, changes, tensorrt)
     console = Console(stderr=True, markup=False)
-    columns = (
-        TextColumn("{task.description:<28}", markup=False),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, disable=as_json or not console.is_terminal, transient=True) as bars:
-        task = bars.add_task("reading the checkpoint", total=None)
-        last = ""
-
-        def progress(step: str, module: str, done: int, total: int) -> None:
-            nonlocal last
-            description = f"{module}: {step}"
-            bars.update(task, description=description, completed=done, total=total)
-            if description != last and not (as_json or console.is_terminal):
-                console.print(description)  # a log file shows no moving bar
-            last = description
-
-        manifest = export(chosen, progress)
-    summary = _summary(manifest, chosen.out)
+    manifest = run_export(chosen, console, quiet=as_json)
     if as_json:
-        print(json.dumps(summary))
-        return
-    for name, module in manifest.modules.items():
-        size = manifest.files[module.weights].size / 1e6
-        error = (
-            f"relative error {max(c.relative_error for c in module.parity.cases):.1e}"
-            if module.parity
-            else "parity skipped"
-        )
-        console.print(f"{name:<18} {module.precision}  {size:9.1f} MB  {error}")
-    console.print(f"{chosen.out}  bundle {manifest.bundle_id}")
+        print(json.dumps(_summary(manifest, chosen.out)))
+    else:
+        _print_report(manifest, chosen.out, console)
 
 
 def main() -> None:
     """Entry point. Exit codes: 0 done, 1 the export failed, 2 wrong usage or recipe, 130 interrupted."""
     show_every_character()
     try:
-        code = app(standalone_mode=False) or 0  # an exit of its own, as for Ctrl-C, is returned here
+        code = app(standalone_mode=False) or 0  # click returns its own exits, as for Ctrl-C
         if code == INTERRUPTED:
             raise KeyboardInterrupt
         sys.exit(code)
@@ -210,9 +263,9 @@ def main() -> None:
         print("zimage-export: stopped", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except ModuleNotFoundError:
-        raise  # an extra that is not installed: the entry point names it
+        raise  # a missing extra: the entry point names it
     except Exception as error:
-        show = getattr(error, "show", None)  # click's usage errors know how to print themselves
+        show = getattr(error, "show", None)  # click's usage errors print themselves
         if show is None:
             raise
         show()

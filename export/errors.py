@@ -1,20 +1,22 @@
-"""The errors the exporter raises on purpose."""
+"""Errors of the exporter."""
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
 from typing import ClassVar
 
 from zimage_rt.errors import ZImageError
 
 
 class ExportError(ZImageError):
-    """Base of every error of the exporter; nothing was written where the bundle should be."""
+    """Base of the exporter's errors; an older bundle at the target is untouched."""
 
     code: ClassVar[str] = "export"
 
 
 class RecipeError(ExportError):
-    """The recipe or the command line asks for something unknown or impossible."""
+    """The recipe or the command line has an unknown or impossible setting."""
 
     code: ClassVar[str] = "recipe"
 
@@ -38,25 +40,25 @@ class ReaderUnavailable(CheckpointError):
 
 
 class ParityError(ExportError):
-    """An exported module does not compute what its reference computes."""
+    """An exported module differs from its reference by more than the tolerance."""
 
     code: ClassVar[str] = "parity"
 
 
 class BuilderUnavailable(ExportError):
-    """The library that builds engines is not installed, or does not run here; the message names what to install."""
+    """The library that builds engines is not installed or does not run here; the message names the package."""
 
     code: ClassVar[str] = "builder_unavailable"
 
 
 class BuildError(ExportError):
-    """A library could not build an engine of a module; the message has its own words."""
+    """A library could not build an engine of a module; the message quotes it."""
 
     code: ClassVar[str] = "build"
 
 
 class BuildMemoryError(BuildError):
-    """Building an engine took more memory than there is."""
+    """The machine has too little memory to build an engine."""
 
     code: ClassVar[str] = "build_memory"
 
@@ -65,3 +67,13 @@ class DiskFullError(ExportError):
     """The disk under the bundle is full."""
 
     code: ClassVar[str] = "disk_full"
+
+
+def disk_error(error: OSError, path: Path) -> Exception:
+    """`DiskFullError` for a full disk, otherwise `error` itself; `path` is a file in the bundle's temporary folder."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFullError(
+            f"no space left on the disk of {path.parent.parent}; free some or choose another --out "
+            "(the old bundle, if there was one, is untouched)"
+        )
+    return error

@@ -1,8 +1,8 @@
-"""What is stored and computed in which number format, and how fp16 is kept from overflowing.
+"""Storage and compute dtypes of each precision, and the scales that keep fp16 from overflowing.
 
 Inputs of Z-Image's post-norms (`attention_norm2`, `ffn_norm2`) reach 1e6 on the real weights, 15 times the largest
-fp16 number. RMSNorm does not change when its input is scaled, if eps is scaled by the square, so everything that feeds
-one is multiplied by a power of two on the way. That is exact: only exponents change.
+fp16 number. RMSNorm is invariant to the scale of its input, if eps is scaled by its square. So inputs of post-norms are
+multiplied by a power of two, which is exact: only exponents change.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """One of the three formats of a bundle.
+    """A number format of a bundle.
 
     Attributes:
         name: `fp32`, `fp16` or `bf16`, as in the manifest.
         storage: dtype of the matrices in the weight files; vectors (norms, biases) always stay fp32.
         compute: dtype of the matrix products. Residual stream, norms, softmax, RoPE, timestep embedder and modulation
             are fp32 in every format.
-        attention_scale: what `to_out`'s input is multiplied by.
-        gate_scale, up_scale: what SiLU(w1 x) and w3 x are multiplied by before their product, which feeds `w2`.
+        attention_scale: factor of `to_out`'s input.
+        gate_scale, up_scale: factors of SiLU(w1 x) and w3 x before their product, the input of `w2`.
         wide_values: attention's probabilities and values are rounded to `compute`, then multiplied as fp32 numbers.
-        twin: what stands in for it when parity is measured, where ONNX Runtime cannot run its graph; the weight files
-            of both are the same.
+        twin: the precision that parity measures instead, if ONNX Runtime cannot run this one's graphs; both have the
+            same weight files.
     """
 
     name: str
@@ -39,19 +39,19 @@ class Precision:
 
     @property
     def ffn_scale(self) -> float:
-        """What the feed-forward's output is scaled by."""
+        """Scale of the feed-forward's output."""
         return self.gate_scale * self.up_scale
 
 
 FP32 = Precision("fp32", torch.float32, torch.float32)
-# 1/128 puts the limit at 65504 * 128 = 8.4e6; the real weights reach 9e5, and partial sums need room too.
+# 1/128 puts the limit at 65504 * 128 = 8.4e6; the real weights reach 9e5, and partial sums need headroom.
 FP16 = Precision("fp16", torch.float16, torch.float16, 2.0**-7, 2.0**-3, 2.0**-4)
 # ONNX Runtime 1.32's CPU provider has no bf16 kernels ("Could not find an implementation" for MatMul, Mul, Add), so
-# weights are stored in bf16 and widened behind each initialiser; the manifest's module config says so (`compute`).
+# weights are stored in bf16 and cast to fp32 in the graph; `compute` of the manifest's module config says so.
 BF16 = Precision("bf16", torch.bfloat16, torch.float32)
 
-# TensorRT accumulates an attention's second product in fp16 if it has fp16 inputs; told that they are fp32, it still
-# fuses, still multiplies them as the fp16 numbers they are, and accumulates in fp32 (seen in TensorRT-RTX 1.7's plans).
+# TensorRT accumulates an attention's second product in fp16 if its inputs are fp16. With inputs cast to fp32 it still
+# fuses and still multiplies fp16 numbers, but accumulates in fp32 (seen in plans of TensorRT-RTX 1.7).
 FP16_WIDE = dataclasses.replace(FP16, wide_values=True)
 # bf16 as GPUs compute it.
 BF16_NATIVE = dataclasses.replace(BF16, compute=torch.bfloat16, twin=BF16)

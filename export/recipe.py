@@ -1,4 +1,4 @@
-"""`ExportRecipe`: all that decides what a bundle is, from a TOML file and the command line."""
+"""`ExportRecipe`: the settings of an export, from a TOML file and the command line."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from zimage_rt.bundle.manifest import ShapeRange, ShapeRanges
 from zimage_rt.errors import ManifestError
 from zimage_rt.limits import MAX_GUIDANCE, MAX_STEPS
 
-from .builders import BUILDERS
-from .builders._tensorrt_options import TensorRTOptions
-from .checkpoint import PARTS
+from .checkpoint import CONFIGURED, PARTS
 from .errors import RecipeError
 from .precision import PRECISIONS
+from .tensorrt_options import TensorRTOptions
 
+# Backends that zimage-export builds for; `builders/` has a file for each.
+BACKENDS = ("onnxruntime", "cuda", "tensorrt", "tensorrt_rtx")
 VAES = ("tiny", "full")
 DEFAULT_SHAPES = ShapeRanges(
     batch=ShapeRange(1, 1, 8),
@@ -29,22 +30,22 @@ DEFAULT_SHAPES = ShapeRanges(
 
 @dataclasses.dataclass(frozen=True)
 class ExportRecipe:
-    """What to export.
+    """Settings of an export.
 
     Attributes:
-        checkpoint: a diffusers folder or a single `.safetensors` file.
+        checkpoint: a diffusers folder, or a single `.safetensors` or `.gguf` file.
         out: the bundle's folder.
-        name: what the manifest calls it.
+        name: the bundle's name in the manifest.
         precision: `fp32`, `fp16` or `bf16`.
-        vae: which autoencoders, of `tiny` and `full`; None means those that the checkpoint has.
-        parts: other places for single parts of the checkpoint; a `controlnet` is always named here.
-        config: numbers to change in a component's config: what a single file's tensors do not show.
-        shapes: the sizes the bundle is to serve.
-        num_inference_steps, guidance_scale: what a request gets if it does not say.
+        vae: the VAEs to include, of `tiny` and `full`; None for all that the checkpoint has and the backend runs.
+        parts: paths of parts that are not in the checkpoint; a `controlnet` is always given here.
+        config: changes to a component's config, for numbers that a single file's tensors do not show.
+        shapes: the sizes that the bundle serves.
+        num_inference_steps, guidance_scale: a request's defaults.
         parity: whether to compare every module with its reference.
-        backend: what the bundle is built for: `onnxruntime` has graphs, `cuda` weights alone, `tensorrt` and
+        backend: the backend to export for: `onnxruntime` has graphs, `cuda` only weights, `tensorrt` and
             `tensorrt_rtx` graphs and plans.
-        tensorrt: how plans are built; other backends have none.
+        tensorrt: options for building plans.
     """
 
     checkpoint: Path
@@ -64,8 +65,8 @@ class ExportRecipe:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise RecipeError(f"precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}")
-        if self.backend not in BUILDERS:
-            raise RecipeError(f"backend: expected one of {', '.join(BUILDERS)}, got {self.backend!r}")
+        if self.backend not in BACKENDS:
+            raise RecipeError(f"backend: expected one of {', '.join(BACKENDS)}, got {self.backend!r}")
         for kind in self.vae or ():
             if kind not in VAES:
                 raise RecipeError(f"vae: expected any of {', '.join(VAES)}, got {kind!r}")
@@ -73,8 +74,8 @@ class ExportRecipe:
             if part not in PARTS:
                 raise RecipeError(f"parts: expected any of {', '.join(PARTS)}, got {part!r}")
         for component, changes in self.config.items():
-            if component not in PARTS[:-1]:
-                raise RecipeError(f"config: expected any of {', '.join(PARTS[:-1])}, got {component!r}")
+            if component not in CONFIGURED:
+                raise RecipeError(f"config: expected any of {', '.join(CONFIGURED)}, got {component!r}")
             if not isinstance(changes, Mapping):
                 raise RecipeError(f"config.{component}: expected a table, got {changes!r}")
         if not 1 <= self.num_inference_steps <= MAX_STEPS:
@@ -140,7 +141,7 @@ def _tensorrt(table: Mapping[str, Any], where: str, shapes: ShapeRanges) -> Tens
 
 
 def read_recipe(path: Path) -> ExportRecipe:
-    """Read a recipe; relative paths start at its own folder.
+    """Reads a recipe; relative paths start at its folder.
 
     Raises:
         RecipeError: no such file, not TOML, an unknown key or a wrong type.

@@ -1,4 +1,4 @@
-"""Puts a finished bundle in the place of an older one, at once."""
+"""Replaces a bundle by a new one atomically."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ from pathlib import Path
 from zimage_rt.atomic_write import sync_folder
 from zimage_rt.bundle.folders import find_leftovers, new_prefix, old_prefix
 
-from . import weights
-from .errors import ExportError
+from .errors import ExportError, disk_error
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of fcntl.h and linux/fs.h
 
 
 @contextlib.contextmanager
 def replacing(out: Path) -> Iterator[Path]:
-    """A new folder beside `out` that replaces it when the block ends well, and vanishes when it does not.
+    """Yields a temporary folder that replaces `out` when the block succeeds, and is deleted when it fails.
 
-    Where the system can exchange two names, a bundle stands under `out` at every instant.
+    If the system can exchange two names, a whole bundle has the name `out` at every instant.
 
     Raises:
-        ExportError: `out` is no bundle, or the disk is full or cannot be written.
+        ExportError: `out` is not a bundle, or the disk is full or read-only.
     """
     out = out.absolute()
     if out.exists() and not (out / "manifest.json").is_file() and (not out.is_dir() or any(out.iterdir())):
@@ -45,20 +44,20 @@ def replacing(out: Path) -> Iterator[Path]:
         _swap(folder, out)
         sync_folder(out.parent)
     except OSError as error:
-        known = weights.disk_error(error, folder / "x")
+        known = disk_error(error, folder / "x")
         raise (ExportError(f"the export to {out} failed: {error}") if known is error else known) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _swap(folder: Path, out: Path) -> None:
-    """Give `folder` the name `out`; what had it is removed."""
+    """Renames `folder` to `out` and deletes the old `out`."""
     if not out.exists():
         folder.rename(out)
         return
     old = out.parent / f"{old_prefix(out)}{os.getpid()}"
     if exchange(folder, out):
-        folder.rename(old)  # so that a crash from here on does not take it for an unfinished bundle
+        folder.rename(old)  # after a crash from here on it is not mistaken for an unfinished bundle
     else:
         out.rename(old)
         folder.rename(out)
@@ -66,13 +65,13 @@ def _swap(folder: Path, out: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Exchange the names of two folders at once; False where the system or the file system cannot.
+    """Exchanges the names of two folders atomically; False if the system or the file system cannot.
 
-    Raises OSError for what else goes wrong; both are as they were.
+    Raises OSError: another failure; both folders keep their names.
     """
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError, TypeError):  # no Linux, or a C library from before 2.28
+    except (AttributeError, OSError, TypeError):  # not Linux, or glibc before 2.28
         return False
     paths = (os.fsencode(one), os.fsencode(other))
     if renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0:
@@ -84,16 +83,16 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def _remove_stale(out: Path) -> None:
-    """Remove what killed exports left beside `out`; put back an old bundle that was caught between two renames."""
+    """Deletes temporary folders of killed exports; restores an old bundle that was moved and not replaced."""
     for path in out.parent.glob(f"{old_prefix(out)}*"):
-        if not out.exists():  # whoever moved it there
+        if not out.exists():  # killed between two renames
             path.rename(out)
     for path in find_leftovers(out):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def _sync(folder: Path) -> None:
-    """Make sure that a folder's names, and the files in it, are on the disk."""
+    """Flushes a folder and its files to the disk."""
     for path in (*(path for path in folder.iterdir() if path.is_file()), folder):
         handle = os.open(path, os.O_RDONLY)
         try:

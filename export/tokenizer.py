@@ -1,4 +1,4 @@
-"""The tokenizer's file, and the chat template boiled down to the text around a prompt."""
+"""Finds the tokenizer's file, and reduces the chat template to the text around a prompt."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SENTINEL = "\u2063zimage-prompt\u2063"
 
 
 def tokenizer_file(folder: Path) -> Path:
-    """`tokenizer.json`. Raises CheckpointError if there is none."""
+    """Path of `tokenizer.json`. Raises CheckpointError: there is none."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise CheckpointError(
@@ -23,7 +23,10 @@ def tokenizer_file(folder: Path) -> Path:
 
 
 def chat_template(folder: Path) -> tuple[str, str]:
-    """(prefix, suffix) around the user's prompt, as `ZImagePipeline._encode_prompt` renders it."""
+    """(prefix, suffix) of the chat template around a prompt, as `ZImagePipeline._encode_prompt` renders it.
+
+    Raises CheckpointError: the template is missing or fails.
+    """
     import jinja2.sandbox
 
     file = folder / "chat_template.jinja"

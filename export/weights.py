@@ -1,9 +1,8 @@
-"""Weight files: one safetensors file a module, written tensor by tensor; the ONNX graph names it as external data."""
+"""Weight files: one safetensors file per module, written tensor by tensor, and external data of the ONNX graph."""
 
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import math
 import os
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from zimage_rt.bundle.manifest import LinearPlace
 
 from .checkpoint import Component
-from .errors import DiskFullError, TensorError
+from .errors import TensorError, disk_error
 from .modeling.layers import Linear, Source, weight_sources
 
 _DTYPES = {
@@ -25,12 +24,12 @@ _DTYPES = {
     torch.float16: ("F16", ir.DataType.FLOAT16),
     torch.bfloat16: ("BF16", ir.DataType.BFLOAT16),
 }
-_ALIGNMENT = 4096  # the data starts on a page, so that a mapped file needs no copy
+_ALIGNMENT = 4096  # bytes; data that starts on a page needs no copy when the file is mapped
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor lies: `offset` counts from the start of the file."""
+    """Position of a tensor in its file: `offset` is in bytes from the start of the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -38,14 +37,14 @@ class StoredTensor:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def layout(module: nn.Module, shared: Collection[str] = ()) -> tuple[bytes, dict[str, StoredTensor]]:
-    """The file's header and where every tensor of the module goes; wider formats first, so that all are aligned.
+    """Header of a module's weight file and the position of each tensor; wider dtypes come first, for alignment.
 
-    Those in `shared` lie in another module's file.
+    Tensors in `shared` are stored in another module's file and left out.
     """
     tensors = {name: tensor for name, tensor, _ in weight_sources(module) if name not in shared}
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
@@ -72,9 +71,9 @@ def layout(module: nn.Module, shared: Collection[str] = ()) -> tuple[bytes, dict
 
 
 def linear_places(module: nn.Module, shared: Collection[str] = ()) -> dict[str, LinearPlace]:
-    """Where each of the checkpoint's matrices lies in the stored tensors, by the layer's name in the checkpoint.
+    """Position of each of the checkpoint's matrices in the stored tensors, by the layer's name in the checkpoint.
 
-    Without those in `shared`, as in `layout`.
+    Leaves out tensors in `shared`, as `layout` does.
     """
     places = {}
     for path, layer in module.named_modules():
@@ -82,10 +81,10 @@ def linear_places(module: nn.Module, shared: Collection[str] = ()) -> dict[str, 
             continue
         parent, _, own = path.rpartition(".")
         first = 0
-        for name, size, head_dim in zip(layer.names, layer.sizes, layer.head_dims, strict=True):
-            full = ".".join(filter(None, (parent, name.replace("{}", own))))
-            places[full] = LinearPlace(f"{path}.weight", layer.weight.shape[0], first, size, head_dim)
-            first += size
+        for part in layer.parts:
+            full = ".".join(filter(None, (parent, part.name.replace("{}", own))))
+            places[full] = LinearPlace(f"{path}.weight", layer.weight.shape[0], first, part.size, part.head_dim)
+            first += part.size
     return places
 
 
@@ -96,73 +95,63 @@ def write(
     advance: Callable[[int], None] = lambda size: None,
     shared: Collection[str] = (),
 ) -> None:
-    """Write the module's weights; at most one tensor is in memory at a time.
+    """Writes a module's weights, with at most one tensor in memory.
 
     Args:
-        module: on the meta device; says what is stored and how it is made.
+        module: on the meta device; its `sources` say how each tensor is made.
         component: the checkpoint's tensors.
-        path: the file to make.
-        advance: called with the bytes written after each tensor.
-        shared: tensors that lie in another module's file, as in `layout`.
+        path: the file to write.
+        advance: called after each tensor with its size in bytes.
+        shared: names of tensors in another module's file, as in `layout`.
     """
     header, stored = layout(module, shared)
     sources = {name: source for name, _, source in weight_sources(module)}
     try:
         with path.open("wb") as file:
             file.write(header)
-            for name, place in stored.items():
-                tensor = _make(name, sources[name], component, place).reshape(-1)
+            for name, position in stored.items():
+                tensor = _make(name, sources[name], component, position).reshape(-1)
                 file.write(tensor.view(torch.uint8).numpy().data)
-                advance(place.size)
+                advance(position.size)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         raise disk_error(error, path) from error
 
 
-def disk_error(error: OSError, path: Path) -> Exception:
-    """The typed error for a full disk; any other error as it is."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DiskFullError(
-            f"no space left on the disk of {path.parent.parent}; free some or choose another --out "
-            "(the old bundle, if there was one, is untouched)"
-        )
-    return error
-
-
 def load(module: nn.Module, component: Component) -> nn.Module:
-    """Fill a module in memory with just what `write` would store: to run it in torch. Returns the module."""
+    """Fills a module with the tensors that `write` would store, to run it in torch. Returns the module."""
     _, stored = layout(module)
     tensors = {name: _make(name, source, component, stored[name]) for name, _, source in weight_sources(module)}
     module.load_state_dict(tensors, assign=True)
     return module
 
 
-def _make(name: str, source: Source, component: Component, place: StoredTensor) -> Tensor:
-    """One stored tensor, contiguous and in its stored dtype."""
+def _make(name: str, source: Source, component: Component, position: StoredTensor) -> Tensor:
+    """Makes one stored tensor, contiguous and in its stored dtype."""
     parts = [component.read(part, shape) for part, shape in zip(source.names, source.shapes, strict=True)]
     tensor = source.assemble(parts)
-    if tuple(tensor.shape) != place.shape:
-        raise TensorError(f"{name}: expected shape {place.shape}, got {tuple(tensor.shape)}")
-    result = tensor.to(place.dtype).contiguous()
-    if place.dtype == torch.float16 and not bool(torch.isfinite(result).all()):
+    if tuple(tensor.shape) != position.shape:
+        raise TensorError(f"{name}: expected shape {position.shape}, got {tuple(tensor.shape)}")
+    result = tensor.to(position.dtype).contiguous()
+    if position.dtype == torch.float16 and not bool(torch.isfinite(result).all()):
         peak = float(tensor.float().abs().max())
         raise TensorError(f"{name}: its largest value is {peak:g}, fp16 holds 65504; export with --precision bf16")
     return result
 
 
 def attach(model: ir.Model, file_name: str, folder: Path, stored: Mapping[str, StoredTensor]) -> None:
-    """Point the graph's initialisers at their places in the weight file; constants of the graph stay inside it."""
+    """Points the graph's initializers to the weight file as external data; the graph keeps its own constants."""
     for name, value in list(model.graph.initializers.items()):
-        place = stored.get(name)
-        if place is None:
+        position = stored.get(name)
+        if position is None:
             continue
         value.const_value = ir.ExternalTensor(
             location=file_name,
-            offset=place.offset,
-            length=place.size,
-            dtype=_DTYPES[place.dtype][1],
-            shape=ir.Shape(place.shape),
+            offset=position.offset,
+            length=position.size,
+            dtype=_DTYPES[position.dtype][1],
+            shape=ir.Shape(position.shape),
             name=name,
             base_dir=folder,
         )

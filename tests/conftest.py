@@ -1,11 +1,11 @@
-"""What several tests share: the nano bundle that `make bundle` exports, and a small random one exported here."""
+"""Shared fixtures: the nano bundle that `make bundle` exports, and a small random one exported here."""
 
 from __future__ import annotations
 
 import os
 
-# Test processes side by side get cores of their own, before any library counts them: threads of two processes that spin
-# against one another on the same cores take twice the time.
+# Parallel test processes get separate cores, before any library counts them: spinning threads of two processes on the
+# same cores take twice the time.
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     _worker, _workers = int(os.environ["PYTEST_XDIST_WORKER"][2:]), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     _cores = sorted(os.sched_getaffinity(0))
@@ -19,13 +19,13 @@ from shared import BUNDLE, CUDA_PRECISIONS, ROOT, made_once
 
 import zimage_rt
 
-# The files that take longest, first: the processes then end together, and what several files need is made by the first.
+# The slowest files run first, so that the processes end together and shared folders are made early.
 LONGEST = ("test_tensorrt_build", "test_export", "test_controlnet", "test_cookbook", "test_lora", "test_wheel")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rank = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))  # stable: the others stay in their order
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))  # stable: the others keep their order
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +43,7 @@ def engine(bundle: Path) -> zimage_rt.Engine:
 @pytest.fixture(scope="session")
 def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of random weights, much smaller than nano."""
-    from export_checkpoints import make_checkpoint  # torch loads here, for the tests of the exporter alone
+    from export_checkpoints import make_checkpoint  # imports torch, only for tests of the exporter
 
     return made_once(tmp_path_factory, "small-checkpoint", make_checkpoint)
 
@@ -59,7 +59,7 @@ def small_bundle(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="session")
 def single_file(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`small_checkpoint` as one file, as ComfyUI loads it."""
+    """`small_checkpoint` as a single file in ComfyUI's format."""
     from single_files import write_single_file
 
     path = tmp_path_factory.mktemp("single") / "z_image.safetensors"
@@ -69,7 +69,7 @@ def single_file(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="session")
 def cuda_bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """zimage-nano's bundles by precision: fp32 for ONNX Runtime, the others' weights for the `cuda` backend."""
+    """zimage-nano's bundles by precision: fp32 for ONNX Runtime, the others for the `cuda` backend."""
     from zimage_rt.export.bundle import export
     from zimage_rt.export.recipe import read_recipe
 
@@ -86,7 +86,7 @@ def cuda_bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def reference(cuda_bundles: dict[str, Path]) -> zimage_rt.Engine:
-    """ONNX Runtime in fp32: what the `cuda` backend is held to."""
+    """ONNX Runtime in fp32, the reference of the `cuda` backend."""
     return zimage_rt.Engine.load(cuda_bundles["fp32"])
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The tests of _core under AddressSanitizer and UBSan. The module is built apart, into a copy of the package, so that the
-# one in place stays as it is.
+# The tests of _core under AddressSanitizer and UBSan. The module is built into a copy of the package, so that the
+# installed one is not changed.
 #
 #   tests/sanitizers.sh [PYTHON]
 set -euo pipefail
@@ -22,7 +22,7 @@ cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS=-O1 -
   exit 1
 }
 
-# Python keeps memory until it ends, so leaks are not looked for. Run from elsewhere: Python looks into its folder first.
+# No leak check, because Python frees memory late. Runs in another folder, because Python imports from its own first.
 export LD_PRELOAD="$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libubsan.so)"
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$build/site
 cd "$build"

@@ -8,7 +8,7 @@ import logging
 import os
 
 # ONNX Runtime 1.32 keeps a device id and a queue of events for Microsoft under ~/.cache unless it is told not to before
-# it is imported (findings/onnxruntime-telemetry.sh). Who wants that sets the variable to 0.
+# it is imported (findings/onnxruntime-telemetry.sh). Setting the variable to 0 allows it.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 from ._version import __version__
@@ -34,9 +34,9 @@ from .request.types import GenerateRequest, SecondPass, StepInfo
 from .result import GenerateResult
 from .session import Session
 
-# A library says nothing by itself: programs that want its log add a handler.
+# A library does not log by itself: programs that want the log add a handler.
 logging.getLogger(__name__).addHandler(logging.NullHandler())
-# The name of 0.2 and before.
+# The name in 0.2 and before.
 PictureRecord = ImageRecord
 
 __all__ = [

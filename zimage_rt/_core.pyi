@@ -2,6 +2,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from .backends.base import SampleJob
+
 cuda_skipped: str
 
 def randn(seed: int, shape: Sequence[int]) -> np.ndarray: ...
@@ -9,19 +11,5 @@ def stream_noise(seeds: Sequence[int], draws: int, shape: Sequence[int]) -> np.n
 def brownian_noise(
     seeds: Sequence[int], low: float, high: float, intervals: Sequence[tuple[float, float]], shape: Sequence[int]
 ) -> np.ndarray: ...
-def flow_match_sigmas(num_inference_steps: int, shift: float) -> list[float]: ...
-def apply_guidance(positive: np.ndarray, negative: np.ndarray, scale: float, normalization: float) -> np.ndarray: ...
 def paste(drawn: np.ndarray, original: np.ndarray, mask: np.ndarray) -> np.ndarray: ...
-def sample(
-    predict: Callable[[np.ndarray, float, bool, np.ndarray], None],
-    steps: np.ndarray,
-    latents: np.ndarray,
-    guidance_scales: np.ndarray,
-    cfg_normalization: float,
-    *,
-    mask: np.ndarray | None = None,
-    image: np.ndarray | None = None,
-    noise: np.ndarray | None = None,
-    step_noise: np.ndarray | None = None,
-    callback: Callable[[int, int, float, float, np.ndarray], bool] | None = None,
-) -> bool: ...
+def sample(predict: Callable[[np.ndarray, float, bool, np.ndarray], None], job: SampleJob) -> bool: ...

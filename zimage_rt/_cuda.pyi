@@ -1,10 +1,10 @@
-from collections.abc import Callable, Sequence
-from types import ModuleType
+from collections.abc import Sequence
 
 import numpy as np
 
+from .backends.base import SampleJob
+
 architectures: str
-kernels: ModuleType
 
 class CudaError(RuntimeError): ...
 class OutOfMemoryError(CudaError): ...
@@ -19,7 +19,7 @@ def device_info(device: int) -> dict: ...
 def profiler(on: bool) -> None: ...
 
 class Pipeline:
-    """The programs of one bundle on one device; csrc/programs/pipeline.h has the details."""
+    """The modules of one bundle on one device; csrc/runtime/pipeline.h has the details."""
 
     def __init__(
         self,
@@ -35,8 +35,8 @@ class Pipeline:
     def load(
         self, module: str, path: str, tensors: Sequence[tuple[str, str, list[int], int, bool]], config: dict
     ) -> None: ...
-    def change(
-        self, module: str, changes: Sequence[tuple[str, int, np.ndarray | None, np.ndarray]], add: bool = False
+    def patch(
+        self, module: str, patches: Sequence[tuple[str, int, np.ndarray | None, np.ndarray]], add: bool = False
     ) -> None: ...
     def encode(self, input_ids: np.ndarray, hidden_size: int) -> np.ndarray: ...
     def refine(self, prompt_embeds: np.ndarray) -> np.ndarray: ...
@@ -53,26 +53,9 @@ class Pipeline:
     def decode_pixels(self, latents: np.ndarray) -> np.ndarray: ...
     def encode_pixels(self, image: np.ndarray, latent_channels: int, factor: int) -> np.ndarray: ...
     def encode_image(self, image: np.ndarray, latent_channels: int, factor: int) -> np.ndarray: ...
-    def sample(
-        self,
-        *,
-        latents: np.ndarray,
-        contexts: Sequence[np.ndarray],
-        negatives: Sequence[np.ndarray],
-        steps: np.ndarray,
-        guidance_scales: np.ndarray,
-        cfg_normalization: float,
-        mask: np.ndarray | None,
-        image: np.ndarray | None,
-        noise: np.ndarray | None,
-        step_noise: np.ndarray | None,
-        control_latents: np.ndarray | None,
-        control_scale: float,
-        decode: bool,
-        callback: Callable[[int, int, float, float, Callable[[], np.ndarray]], bool] | None,
-    ) -> tuple | None: ...
+    def sample(self, job: SampleJob, *, decode: bool) -> tuple | None: ...
     def time_evaluation(
-        self, latent_height: int, latent_width: int, context_rows: Sequence[int], repeats: int
+        self, latent_height: int, latent_width: int, context_tokens: Sequence[int], repeats: int
     ) -> list[float]: ...
     def time_text_encoder(self, tokens: int, repeats: int) -> list[float]: ...
     def time_decode(self, latent_height: int, latent_width: int, repeats: int) -> list[float]: ...

@@ -1,4 +1,4 @@
-"""Atomic file writes: a file is complete under its name, or the name is as it was."""
+"""Atomic file writes: a name has the complete new file, or is unchanged."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from pathlib import Path
 
 from .errors import RequestError
 
-# Bytes. File systems take 255 for one name; a file's temporary one, and its number, are longer than its own.
+# Bytes per name. File systems allow 255; temporary names and added numbers are longer than the name itself.
 MAX_NAME = 200
 
 
 def atomic_write(path: Path, content: bytes, *, replace: bool = True) -> None:
-    """Write a file under a temporary name, then rename it: no reader, and no crash, sees half of it.
+    """Write a file under a temporary name, then rename it, so that no reader and no crash sees half of it.
 
-    It is on the disk, its name too, when this returns.
+    The content and the name are on the disk when this returns.
 
     Raises:
         FileExistsError: the name is taken, and `replace` is False.
-        OSError: the folder is missing or cannot be written, or the disk is full; it names the file, and nothing is
-            left behind.
+        OSError: the folder is missing or cannot be written, or the disk is full; it names the file. No temporary file
+            is left.
     """
     atomic_write_all({path: content}, replace=replace)
 
 
 def atomic_write_all(contents: Mapping[Path, bytes], *, replace: bool = True) -> None:
-    """Write files of one folder as `atomic_write` does, all of them or none; the last gets its name last.
+    """Write files of one folder as `atomic_write` does, all or none; they are renamed in order.
 
     All are on the disk under temporary names before the first is renamed, so that a full disk changes none of them.
 
-    Raises as `atomic_write`.
+    Raises the errors of `atomic_write`.
     """
     temporary = {path: path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp") for path in contents}
     linked: list[Path] = []
@@ -62,18 +62,18 @@ def atomic_write_all(contents: Mapping[Path, bytes], *, replace: bool = True) ->
 
 
 def named_error(error: OSError, path: Path) -> OSError:
-    """The same error with the name of the file that was to be written: of a full disk, Python says no name."""
+    """The same error with the name of the file: Python's error for a full disk has none."""
     if error.errno is None:
         return error
     return OSError(error.errno, error.strerror or os.strerror(error.errno), str(path))
 
 
 def check_path(path: Path) -> None:
-    """Raise RequestError unless a file or folder can have that name at all."""
+    """Raise RequestError unless a file or folder can have that name on this system."""
     try:
         if b"\0" in os.fsencode(path):
             raise ValueError("a zero byte is in it")
-    except ValueError as error:  # half a character, too
+    except ValueError as error:  # also a lone surrogate
         raise RequestError(f"output: expected a path, got {str(path)!r} ({error})") from error
     for part in path.parts:
         if len(os.fsencode(part)) > MAX_NAME:
@@ -81,7 +81,7 @@ def check_path(path: Path) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise RequestError unless a folder can be written, or made, with its files. Leaves nothing behind."""
+    """Raise RequestError unless a folder can be written, or created. Leaves no files."""
     check_path(folder)
     place = folder
     try:
@@ -100,20 +100,20 @@ def check_folder(folder: Path) -> None:
 
 
 def _link(source: Path, path: Path) -> None:
-    """Give a file another name, if that is free: of several who try at once, one may."""
+    """Link a file to a second name, which must be free; of several concurrent calls one succeeds."""
     try:
         os.link(source, path)
     except FileExistsError:
         raise
-    except OSError:  # a file system without links, as memory cards have: the next best
+    except OSError:  # a file system without hard links, such as FAT: create the name exclusively, then replace it
         with path.open("xb"):
             pass
         source.replace(path)
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring a folder's names to the disk: without it a rename may be lost with the power."""
-    if os.name != "posix":  # elsewhere a folder cannot be opened
+    """Flush a folder's names to the disk; otherwise a rename may be lost in a power failure."""
+    if os.name != "posix":  # other systems cannot open a folder
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:

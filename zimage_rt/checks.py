@@ -1,4 +1,4 @@
-"""Checks of single values: each returns the value in its plain type, or raises RequestError with the field's name."""
+"""Checks of single values. Each returns the value in its plain type, or raises RequestError with the field's name."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ import numpy as np
 from .errors import RequestError
 from .limits import MAX_LORA_WEIGHT
 
-# Of a value in a message.
+# Characters of a value in a message.
 MAX_SHOWN = 80
 
 
 def shown(value: Any) -> str:
-    """A value for a message: cut where it is long, its type where it cannot be written."""
+    """A value's repr for a message, cut to `MAX_SHOWN` characters; its type if the repr fails."""
     try:
         text = repr(value)
-    except Exception:  # of another's __repr__, or a number of more digits than Python writes
+    except Exception:  # from a caller's __repr__, or an int with more digits than Python converts
         return f"a {type(value).__name__} that cannot be shown"
     text = " ".join(text.split())
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"
 
 
 def shown_text(text: str, most: int = 400) -> str:
-    """Another library's or reader's words for a message, cut where they are long."""
+    """Another library's text for a message, cut to `most` characters."""
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def flag(value: Any, name: str) -> bool:
-    """True or False, numpy's too; no number stands for one."""
+    """A bool, or numpy's bool; numbers are refused."""
     if not isinstance(value, (bool, np.bool_)):
         raise RequestError(f"{name}: expected True or False, got {shown(value)}")
     return bool(value)
 
 
 def integer(value: Any, name: str, low: int, high: int) -> int:
-    """A whole number from `low` to `high`, numpy's scalars too; no bool and no float stands for one."""
+    """An int from `low` to `high`, or numpy's integer scalar; bools and floats are refused."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise RequestError(f"{name}: expected a whole number, got {shown(value)}")
     if not low <= value <= high:
@@ -50,7 +50,7 @@ def integer(value: Any, name: str, low: int, high: int) -> int:
 
 
 def number(value: Any, name: str, high: float = math.inf, low: float = 0.0) -> float:
-    """A finite number from `low` to `high`, numpy's scalars too; no bool stands for one."""
+    """A finite number from `low` to `high`, or numpy's scalar; bools are refused."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise RequestError(f"{name}: expected a number, got {shown(value)}")
     try:
@@ -66,7 +66,7 @@ def number(value: Any, name: str, high: float = math.inf, low: float = 0.0) -> f
 
 
 def weight(value: Any, name: str) -> float:
-    """How much of a LoRA, either way from 0."""
+    """A LoRA's weight: a finite number of either sign."""
     try:
         return number(value, name, MAX_LORA_WEIGHT, -MAX_LORA_WEIGHT)
     except RequestError:
@@ -74,7 +74,7 @@ def weight(value: Any, name: str) -> float:
 
 
 def choice(value: Any, name: str, known: Iterable[str]) -> str:
-    """One of some names."""
+    """A string that is one of the known names."""
     names = tuple(known)
     if not isinstance(value, str) or value not in names:
         raise RequestError(f"{name}: expected one of {', '.join(names)}, got {shown(value)}")
@@ -82,7 +82,7 @@ def choice(value: Any, name: str, known: Iterable[str]) -> str:
 
 
 def items(value: Any, name: str, what: str, most: int) -> tuple[Any, ...]:
-    """The entries of a list, a tuple or an array of one axis; no more than `most`. Text is no list."""
+    """The entries of a list, a tuple or a 1-D array, at most `most` of them; strings are refused."""
     if isinstance(value, (str, bytes)) or not (
         isinstance(value, Sequence) or (isinstance(value, np.ndarray) and value.ndim == 1)
     ):
@@ -90,7 +90,7 @@ def items(value: Any, name: str, what: str, most: int) -> tuple[Any, ...]:
     try:
         count = len(value)
         found = tuple(itertools.islice(value, most + 1))
-    except Exception as error:  # of another's __len__ or __iter__
+    except Exception as error:  # from a caller's __len__ or __iter__
         raise RequestError(f"{name}: expected {what}, got a {type(value).__name__} that fails: {error!r}") from error
     if count > most or len(found) > most:
         raise RequestError(f"{name}: expected at most {most} entries, got {max(count, len(found))}")
@@ -98,22 +98,22 @@ def items(value: Any, name: str, what: str, most: int) -> tuple[Any, ...]:
 
 
 def array(value: Any, name: str, what: str) -> np.ndarray:
-    """An array, also a tensor of another library that numpy can read; no list, which has no type of its own."""
+    """A numpy array, or another library's tensor that numpy can convert; lists, which have no dtype, are refused."""
     if not hasattr(type(value), "__array__"):
         raise RequestError(f"{name}: expected {what}, got {type(value).__name__}")
     try:
         return np.asarray(value)
-    except Exception as error:  # other devices' tensors, another's __array__
+    except Exception as error:  # tensors on other devices, or a caller's __array__
         raise RequestError(f"{name}: expected {what}, got a {type(value).__name__} that fails: {error}") from error
 
 
 def named(value: Any, name: str) -> dict[str, Any]:
-    """A mapping whose keys are text."""
+    """A mapping with string keys, as a dict."""
     if not isinstance(value, Mapping):
         raise RequestError(f"{name}: expected names and values, got {shown(value)}")
     try:
         found = dict(value)
-    except Exception as error:  # of another's mapping
+    except Exception as error:  # from a caller's mapping
         raise RequestError(f"{name}: expected names and values, got one that fails: {error!r}") from error
     for key in found:
         if not isinstance(key, str):
@@ -122,7 +122,7 @@ def named(value: Any, name: str) -> dict[str, Any]:
 
 
 def path(value: Any, name: str) -> Path:
-    """A path of text or a `Path`, that the system can hold."""
+    """A path that the file system can encode, from a string or a `Path`."""
     try:
         text = os.fspath(value)
     except Exception:
@@ -139,6 +139,6 @@ def path(value: Any, name: str) -> Path:
 
 
 def function(value: Any, name: str) -> None:
-    """Something to call, or None."""
+    """Raise RequestError unless the value is callable or None."""
     if value is not None and not callable(value):
         raise RequestError(f"{name}: expected a function, got {shown(value)}")

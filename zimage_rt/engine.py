@@ -1,4 +1,4 @@
-"""The engine: a loaded bundle that draws images. `generation.py` has the way of a request through it."""
+"""The engine: a loaded bundle that generates images. `generation.py` has the stages of a request."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .bundle.tokenizer import PromptTokenizer, check_prompt
 from .bundle.verify import BundleFiles
 from .errors import EngineClosed, OutOfMemory, RequestError, RequestWarning
 from .gate import Gate
-from .generation import Generation, causes_named, decode
+from .generation import Generation, decode, explain_not_finite
 from .lora.manager import ActiveLora, LoraSet
 from .metadata.record import make_provenance, make_records, recorded_fields
 from .prompts import PromptEncoder
@@ -36,20 +36,20 @@ from .stages import OnStage, Stages
 
 log = logging.getLogger(__name__)
 
-# Enough to keep a processor or a GPU busy while some requests wait for their callers.
+# Enough to keep a CPU or a GPU busy while some requests run their callers' functions.
 MAX_CONCURRENCY = 4
 
 
 class Engine:
-    """Serves one bundle. Make one with `Engine.load`; `generate` may be called from many threads.
+    """A loaded bundle. Make one with `Engine.load`; `generate` may be called from many threads.
 
     An engine holds memory until it is closed, by `close` or at the end of a `with` block.
 
     Attributes:
-        bundle: the folder that it was loaded from.
+        bundle: the folder of the bundle.
         manifest: the bundle's manifest.
-        bundle_id: sixteen hex digits that name the bundle's content.
-        backend, backend_options: what runs it; images are recorded with both.
+        bundle_id: sixteen hex digits that identify the bundle's content.
+        backend, backend_options: the backend's name and options, which images' records hold.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Engine:
         self._pipeline: Pipeline | None = backend.open(bundle, manifest, self._files.check_module)
         self._prompts = PromptEncoder(tokenizer, self._pipeline)
         self._gate = Gate(max_concurrency)
-        self._weights_lock = FairRWLock()  # no request sees the weights change
+        self._weights_lock = FairRWLock()  # the weights change only while no request runs
         self._loras = LoraSet(manifest, self._pipeline, self._weights_lock, self._weights_changed, bundle)
 
     @classmethod
@@ -93,19 +93,19 @@ class Engine:
 
         Args:
             bundle: the folder with manifest.json.
-            backend: which library runs it.
-            verify: hash every file before it is used; without, only sizes are checked.
-            backend_options: the backend's own settings, e.g. `{"num_threads": 2}`.
-            max_concurrency: how many requests compute at once, each in memory of its own; the others wait in the order
-                in which they came.
-            progress: called with a stage, how much of it is done, and of how much: `hash` in bytes, after each file,
-                and `load` in modules. What it raises ends the load.
+            backend: the name of the backend that runs it.
+            verify: hash every file before its first use; if False, only sizes are checked.
+            backend_options: the backend's own options, e.g. `{"num_threads": 2}`.
+            max_concurrency: the number of requests that compute concurrently, each in memory of its own; the others
+                wait in the order of arrival.
+            progress: called with (stage, done, total): `hash` in bytes, after each file, and `load` in modules. Its
+                exceptions end the load.
 
         Raises:
             RequestError: an argument or a backend's option has a wrong type or value.
             ManifestError: the manifest is missing, damaged or newer than this package.
             BundleMismatch: a file is missing, truncated or changed.
-            BackendUnavailable: the backend's library is not here; says what to install.
+            BackendUnavailable: the backend's library is missing; the message says what to install.
         """
         start = time.perf_counter()
         path = checks.path(bundle, "bundle")
@@ -134,7 +134,7 @@ class Engine:
         return engine
 
     def close(self) -> None:
-        """Give back the memory of the engine, on devices, too, when the requests that run have ended.
+        """Wait for the running requests, then free the engine's memory on the host and on devices.
 
         Later calls raise EngineClosed; closing again does nothing. Raises RequestError inside a request's callback.
         """
@@ -170,26 +170,26 @@ class Engine:
         on_stage: OnStage | None = None,
         **fields: Any,
     ) -> GenerateResult:
-        """Draw pictures; the fields are those of `GenerateRequest`.
+        """Generate images; the fields are those of `GenerateRequest`.
 
         Args:
-            prompt: what to draw; a list for a batch.
+            prompt: the prompt, or a list of prompts for a batch.
             negative_prompt: what to steer away from, with `guidance_scale` > 0.
-            callback: called after every step with a StepInfo; return False to cancel. The next step may have begun by
-                then, so that progress costs no time: it is dropped.
-            on_stage: called with a stage, how much of it is done, and of how much, when it begins and after each part:
+            callback: called after every step with a StepInfo; returning False cancels the request. The next step may
+                already run by then, so that progress costs no time; its result is dropped.
+            on_stage: called with (stage, done, total) at a stage's beginning and after each part of it:
                 `encode_prompt` in prompts, `encode_image`, `encode_control`, `denoise` in steps, `upscale`, `decode` in
-                images, or in tiles with `vae_tile`. With a second pass some come twice. What it raises ends the
+                images, or in tiles with `vae_tile`. With a second pass some stages run twice. Its exceptions end the
                 request.
             **fields: height, width, num_inference_steps, guidance_scale, seed, num_images, vae, …
 
         Raises:
-            RequestError: a field is impossible; nothing was computed.
+            RequestError: a field is invalid; nothing was computed.
             Cancelled: the callback returned False.
-            OutOfMemory: it does not fit; the engine keeps working.
+            OutOfMemory: the request does not fit; the engine keeps working.
 
         Warns:
-            RequestWarning: a field has no effect; the records' `warnings` say so, too.
+            RequestWarning: a field has no effect; the records' `warnings` hold the message too.
         """
         request = make_request(prompt=prompt, negative_prompt=negative_prompt, **fields)
         return self._run(request, callback, on_stage)
@@ -197,16 +197,16 @@ class Engine:
     def run(
         self, request: GenerateRequest, *, callback: Callback | None = None, on_stage: OnStage | None = None
     ) -> GenerateResult:
-        """Draw a `GenerateRequest`; see `generate`."""
+        """Generate the images of a `GenerateRequest`; see `generate`."""
         return self._run(request, callback, on_stage)
 
     def _run(self, request: GenerateRequest, callback: Callback | None, on_stage: OnStage | None) -> GenerateResult:
         checks.function(callback, "callback")
         checks.function(on_stage, "on_stage")
-        with self._gate.place(), _out_of_memory_typed():  # also for `resolve`, which decodes images
+        with self._gate.place(), _typed_memory_errors():  # also for `resolve`, which decodes images
             resolved = self._prompts.checked(resolve(request, self.manifest))
             for text in resolved.warnings:
-                warnings.warn(text, RequestWarning, stacklevel=3)  # at whoever called `generate` or `run`
+                warnings.warn(text, RequestWarning, stacklevel=3)  # at the caller of `generate` or `run`
             with self._loras.use(resolved.loras) as loras:
                 return self._draw(request, resolved, loras, callback, Stages(on_stage))
 
@@ -219,10 +219,10 @@ class Engine:
         stages: Stages,
     ) -> GenerateResult:
         generation = Generation(resolved, self.manifest, self.pipeline, self._prompts, callback, stages)
-        # Input images are hashed while the request is drawn. A thread per request: a kept one dies in a fork.
+        # Input images are hashed in parallel. One thread per request: a thread of a longer life is lost in a fork.
         with ThreadPoolExecutor(1, "zimage-record") as recorder:
             fields = recorder.submit(recorded_fields, request, resolved, self.manifest)
-            with causes_named(self.manifest, {lora.name: lora.weight for lora in loras}, resolved.guidance_scale):
+            with explain_not_finite(self.manifest, {lora.name: lora.weight for lora in loras}, resolved.guidance_scale):
                 images, latents = generation.run()
         timings = generation.timings
         records = make_records(self._provenance, [lora.to_json() for lora in loras], fields.result(), resolved, timings)
@@ -230,10 +230,10 @@ class Engine:
         return GenerateResult(images, resolved.seeds, timings, self.bundle_id, latents, records)
 
     def encode_prompt(self, prompt: str, *, truncate: bool = False, literal: bool = False) -> np.ndarray:
-        """Text encoder and context refiner: a prompt to its context `[1, context_tokens, dim]`.
+        """Encode a prompt with the text encoder and the context refiner: its context `[1, context_tokens, dim]`.
 
-        It does not depend on the timestep, so it runs once per prompt and is kept for the next request. With `truncate`
-        a prompt that is too long is cut, with `literal` markers of the chat template in it are text.
+        A context does not depend on the timestep, so it is computed once per prompt and cached. `truncate` cuts a
+        prompt that is too long; `literal` reads markers of the chat template in it as text.
         """
         prompt = check_prompt(prompt, "prompt", self.manifest.shapes.prompt_tokens.max)
         truncate, literal = checks.flag(truncate, "truncate"), checks.flag(literal, "literal")
@@ -241,9 +241,9 @@ class Engine:
             return self._prompts.encode(prompt, truncate, literal)
 
     def decode(self, latents: np.ndarray, vae: str, tile: int | None = None) -> np.ndarray:
-        """Latents `[batch, 16, h, w]` to uint8 images `[batch, height, width, 3]`, whole or in tiles of `tile` pixels.
+        """Decode latents `[batch, 16, h, w]` to uint8 images `[batch, height, width, 3]`, in tiles of `tile` pixels.
 
-        Raises RequestError for latents of another shape or type.
+        Without `tile` they are decoded whole. Raises RequestError for latents of another shape or dtype.
         """
         check_latents(latents, self.manifest)
         vae, tile = resolve_vae(vae, self.manifest), resolve_tile(tile, self.manifest)
@@ -252,40 +252,40 @@ class Engine:
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
-        """Take a place among the requests that compute, with the engine's LoRAs; errors are typed."""
-        with self._gate.place(), self._loras.use() as loras, _out_of_memory_typed():
+        """Hold a place at the gate with the engine's LoRAs applied; errors are typed as in `generate`."""
+        with self._gate.place(), self._loras.use() as loras, _typed_memory_errors():
             self.pipeline  # noqa: B018  (raises EngineClosed)
-            with causes_named(self.manifest, {lora.name: lora.weight for lora in loras}):
+            with explain_not_finite(self.manifest, {lora.name: lora.weight for lora in loras}):
                 yield
 
     @property
     def loras(self) -> dict[str, float]:
-        """The weights of the LoRAs that are loaded, by name; 0 is off."""
+        """The weights of the loaded LoRAs, by name; 0 means inactive."""
         return self._loras.weights
 
     @property
     def active_loras(self) -> list[ActiveLora]:
-        """The LoRAs that change images now; images are recorded with them."""
+        """The loaded LoRAs whose weight is not 0, as images' records hold them."""
         return self._loras.active
 
     def load_lora(self, path: str | Path, weight: float = 1.0, name: str | None = None, *, strict: bool = True) -> str:
-        """Put a LoRA on, beside those that are; requests that run now end first, later ones are drawn with it.
+        """Load a LoRA beside those that are loaded. Running requests end first; later ones use it.
 
         Args:
             path: a .safetensors file in a layout of docs/formats.md, or a folder as PEFT or diffusers writes it.
-            weight: how much of it; 1 is what it was trained for. It scales the change, also DoRA's.
-            name: for `set_loras` and `unload_lora`; the file's name without its ending where none is given.
-            strict: whether all of it must fit; without, what fits is used, and a LoraWarning lists the rest.
+            weight: the factor of its change of the weights, DoRA's included; it was trained for 1.
+            name: its name for `set_loras` and `unload_lora`; the file's stem if None.
+            strict: whether all layers must fit; if False, those that fit are used and a LoraWarning lists the others.
 
         Returns:
             The name.
 
         Raises:
-            LoraError: the file does not fit this bundle; its `keys` are those that have no place. Nothing was changed.
-            RequestError: the name is taken, or this backend cannot take LoRAs.
+            LoraError: the file does not fit this bundle; `keys` are those that match no layer. Nothing was changed.
+            RequestError: the name is taken, or the backend does not support LoRAs.
 
         Warns:
-            LoraWarning: some layers never run, the scale is not certain, or, without `strict`, something was left out.
+            LoraWarning: some layers never run, the scale is not certain, or, without `strict`, layers were left out.
         """
         file = checks.path(path, "path")
         if name is not None and not isinstance(name, str):
@@ -293,7 +293,7 @@ class Engine:
         return self._loras.load(file, checks.weight(weight, "weight"), name, checks.flag(strict, "strict"))
 
     def set_loras(self, weights: Mapping[str, float]) -> None:
-        """Give loaded LoRAs new weights, all at once; those not named are off, but stay loaded.
+        """Set the weights of loaded LoRAs together; those not named get weight 0 but stay loaded.
 
         Raises RequestError for a name that is not loaded.
         """
@@ -301,7 +301,7 @@ class Engine:
         self._loras.set({name: checks.weight(weight, f"LoRA {name!r}") for name, weight in named.items()})
 
     def unload_lora(self, name: str) -> None:
-        """Take a LoRA off and forget it. Without any, the weights are the bundle's to the byte."""
+        """Unload a LoRA. Without LoRAs the weights are the bundle's to the byte."""
         if not isinstance(name, str):
             raise RequestError(f"name: expected text, got {checks.shown(name)}")
         self._loras.unload(name)
@@ -312,8 +312,8 @@ class Engine:
 
 
 @contextmanager
-def _out_of_memory_typed() -> Iterator[None]:
-    """An OutOfMemory for what Python and numpy raise: noise for many steps, an image that does not fit."""
+def _typed_memory_errors() -> Iterator[None]:
+    """Raise OutOfMemory in place of the MemoryError of Python or numpy."""
     try:
         yield
     except OutOfMemory:

@@ -1,4 +1,4 @@
-"""The errors this package raises on purpose. Every message says what was wanted, what came, and what to do."""
+"""The errors that this package raises on purpose. Every message says what was expected, what it got, and what to do."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import re
 from collections.abc import Sequence
 from typing import ClassVar
 
-# Characters of a message: about a screen. Names and values in messages come from whoever asks.
+# Characters per message, about one screen: names and values in messages come from callers and may be long.
 MAX_MESSAGE = 3000
-# The field that a message is about, which is how one begins: `second_pass.scale: expected …`.
+# Messages about a field begin with its name: `second_pass.scale: expected …`.
 _FIELD = re.compile(r"([A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)?): ")
 
 
 class ZImageError(Exception):
-    """Base of every error zimage_rt raises on purpose; a message that is too long is cut in its middle.
+    """Base class of the errors that zimage_rt raises on purpose; long messages are cut in the middle.
 
     Attributes:
-        code: the kind of the error, for programs; it stays the same where messages change.
+        code: the kind of error, for programs; stable while messages may change.
     """
 
     code: ClassVar[str] = "error"
@@ -35,7 +35,7 @@ class ManifestError(ZImageError):
 
 
 class BundleMismatch(ZImageError):
-    """A bundle's files are not the ones its manifest names, or cannot serve on this machine."""
+    """A bundle's files are not those that its manifest names, or cannot be served on this machine."""
 
     code: ClassVar[str] = "bundle_mismatch"
 
@@ -47,11 +47,11 @@ class BackendUnavailable(ZImageError):
 
 
 class RequestError(ZImageError, ValueError):
-    """A request or an argument asks for something impossible; nothing was computed.
+    """A request or an argument is invalid; nothing was computed.
 
     Attributes:
-        field: the name of the field or argument that is wrong, as the message begins with it; `second_pass.scale` for a
-            part of one, None if no single one is.
+        field: the name of the invalid field or argument, with which the message begins: `second_pass.scale` for a part
+            of a field, None if no single field is at fault.
     """
 
     code: ClassVar[str] = "invalid_request"
@@ -69,11 +69,11 @@ class OutOfMemory(ZImageError, MemoryError):
 
 
 class NotFinite(ZImageError):
-    """A module gave NaN or infinity; no image was made, and the engine keeps working.
+    """A module's output has NaN or infinity; no image was made, and the engine keeps working.
 
     Attributes:
         module: its name in the manifest.
-        explained: whether the message names what can be the cause.
+        explained: whether the message names possible causes.
     """
 
     code: ClassVar[str] = "not_finite"
@@ -90,26 +90,26 @@ class EngineClosed(ZImageError):
 
 
 class Cancelled(ZImageError):
-    """The caller's callback asked to stop; no image was made."""
+    """The caller's callback cancelled the request; no image was made."""
 
     code: ClassVar[str] = "cancelled"
 
 
 class MetadataError(ZImageError):
-    """A picture says nothing of how it was made, says it in a damaged way, or names an input that is gone."""
+    """An image has no record, or a damaged one, or its record names an input file that is missing."""
 
     code: ClassVar[str] = "metadata"
 
 
 class RequestWarning(UserWarning):
-    """A request can be served, but something in it has no effect; images are recorded with these."""
+    """A field of a request has no effect. The request is served, and its images' records hold the message."""
 
 
 class LoraError(ZImageError, ValueError):
     """A LoRA cannot be used with this bundle; nothing was changed.
 
     Attributes:
-        keys: the file's keys that could not be placed, where that is why.
+        keys: the file's keys that match no layer of the bundle, if that is the reason.
     """
 
     code: ClassVar[str] = "lora"
@@ -120,10 +120,10 @@ class LoraError(ZImageError, ValueError):
 
 
 class LoraWarning(UserWarning):
-    """A LoRA is used, but not all of it, or not as its file makes certain.
+    """A LoRA is used in part only, or with a scale that its file does not state for certain.
 
     Attributes:
-        keys: the file's keys that were left out, where that is why.
+        keys: the file's keys that were left out, if that is the reason.
     """
 
     def __init__(self, message: str, keys: Sequence[str] = ()) -> None:

@@ -1,4 +1,4 @@
-"""How a picture comes about: one prompt and seed at several step counts and guidance scales, and step by step."""
+"""A contact sheet of one prompt and seed at several step counts and guidance scales, and after each step."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 T = TypeVar("T", int, float)
 
 KEY = "zimage_rt_explain"
-# More pictures than this on one sheet cannot be compared by eye.
+# More images than this on one sheet cannot be compared by eye.
 MAX_IMAGES = 100
-# Of a longer run as many steps are shown, the last among them.
+# Steps that a strip shows of a longer run, including the first and the last.
 MAX_STRIP = 12
-# What has an effect with guidance alone, at its defaults.
+# The fields that have an effect with guidance only, at their defaults.
 NO_GUIDANCE: dict[str, Any] = {
     name: GenerateRequest.__dataclass_fields__[name].default
     for name in ("negative_prompt", "cfg_truncation", "cfg_normalization", "dynamic_cfg")
@@ -45,18 +45,18 @@ class Explanation:
 
     Attributes:
         image: the sheet.
-        data: what it shows, as JSON: the request's fields, the bundle, and `cells` with `guidance_scale`,
-            `num_inference_steps`, `evaluations` and `seconds`, previews not counted.
+        data: the sheet's content as JSON: the request's fields, the bundle, and `cells` with `guidance_scale`,
+            `num_inference_steps`, `evaluations` and `seconds`, without the time of previews.
     """
 
     image: Image
     data: dict[str, Any]
 
     def save(self, path: str | Path) -> Path:
-        """Write the sheet as PNG, with `data` in its text `zimage_rt_explain`; whole or not at all.
+        """Write the sheet atomically as PNG, with `data` in its text `zimage_rt_explain`.
 
         Raises:
-            RequestError: the name is not a PNG's.
+            RequestError: the name does not end in .png.
             OSError: the folder cannot be made or written.
         """
         from PIL.PngImagePlugin import PngInfo
@@ -78,8 +78,9 @@ class Grid:
     """The images of a sheet: one per guidance scale (down) and number of steps (across).
 
     Attributes:
+        scales, counts: the guidance scales and the numbers of steps.
         requests: by guidance scale and number of steps.
-        evaluations: how often the transformer runs for each; a guided evaluation is a batch of two and counts once.
+        evaluations: the transformer's runs of each request; a guided evaluation is a batch of two and counts once.
     """
 
     scales: Sequence[float]
@@ -105,24 +106,24 @@ def explain(
     on_image: Callable[[int, int], None] | None = None,
     **fields: Any,
 ) -> Explanation:
-    """Draw a prompt at every step count and guidance scale, and put the images on a sheet.
+    """Generate a prompt at every step count and guidance scale, and put the images on a sheet.
 
     Rows are guidance scales and columns step counts; below, a strip for each guidance scale shows the latents after
     each step of the longest run. All images go through the tiny VAE.
 
     Args:
-        engine: the engine that draws.
-        prompt: what to draw.
+        engine: the engine that generates the images.
+        prompt: the prompt.
         steps: values of `num_inference_steps`; 1, 2, 4 and the bundle's own if None.
         guidance_scales: values of `guidance_scale`.
         cell: the longer side of an image on the sheet, in pixels.
-        font: a TrueType file for the labels; one that has their characters is looked for if None.
-        times: write under each image the seconds that it took, too; without, the same sheet comes out every time.
-        on_image: called after each image with the number of those done, and of all.
+        font: a TrueType file for the labels; if None, a system font that has their characters.
+        times: also write under each image the seconds that it took; if False, the sheet is reproducible.
+        on_image: called after each image with the number of images done and in all.
         **fields: the other fields of `GenerateRequest`, the same for all images; `seed` is 0 unless given.
 
     Raises:
-        RequestError: a field is impossible, or there are too many images.
+        RequestError: a field is invalid, or there are too many images.
     """
     if not isinstance(engine, Engine):
         raise RequestError(f"engine: expected an Engine, got {checks.shown(engine)}")
@@ -134,7 +135,7 @@ def explain(
     if isinstance(cell, bool) or not isinstance(cell, int) or not MIN_CELL <= cell <= 1024:
         raise RequestError(f"cell: expected {MIN_CELL} to 1024 pixels, got {checks.shown(cell)}")
     grid = _grid(engine, steps, guidance_scales, {"seed": 0, **fields, "prompt": prompt, "vae": "tiny"})
-    # So that the first image's time is not that of loading the VAE.
+    # A first run, so that the first image's time does not include loading the VAE.
     engine.run(dataclasses.replace(grid.last, num_inference_steps=1))
     rows, strips, cells = _draw_grid(engine, grid, times, on_image)
     data = _settings(engine, grid.last)
@@ -168,7 +169,7 @@ def _grid(engine: Engine, steps: Any, guidance_scales: Any, fields: dict[str, An
             base,
             num_inference_steps=count,
             guidance_scale=scale,
-            # Rows without guidance are asked for on purpose: no warning that a negative prompt does nothing there.
+            # Rows without guidance are intended: no warning that a negative prompt has no effect there.
             **(NO_GUIDANCE if scale == 0 and any(scales) else {}),
         )
         for scale in scales
@@ -211,13 +212,13 @@ def _scale(value: Any) -> float:
 
 
 def _values(values: Any, name: str, check: Callable[[Any], T]) -> list[T]:
-    """What is asked for, each once, the smallest first."""
+    """The checked values, sorted, without duplicates."""
     given = checks.items(values, name, f"1 to {MAX_IMAGES} numbers", MAX_IMAGES)
     return sorted({check(value) for value in given})
 
 
 def _settings(engine: Engine, request: GenerateRequest) -> dict[str, Any]:
-    """What all pictures of a sheet have in common."""
+    """The settings that all images of a sheet have in common."""
     resolved = resolve(request, engine.manifest)
     return {
         "prompt": resolved.prompts[0],
@@ -243,7 +244,10 @@ def _counted(evaluations: int) -> str:
 
 
 def _evaluations(engine: Engine, request: GenerateRequest) -> int:
-    """How often the transformer runs; a guided evaluation is a batch of two and counts once. Raises RequestError."""
+    """The transformer's runs of a request; a guided evaluation is a batch of two and counts once.
+
+    Raises RequestError.
+    """
     resolved = resolve(request, engine.manifest)
     made = len(sampler_table(resolved.sampler, resolved.sigmas, resolved.shift))
     if resolved.second_pass is not None:
@@ -252,7 +256,7 @@ def _evaluations(engine: Engine, request: GenerateRequest) -> int:
 
 
 def _draw(engine: Engine, request: GenerateRequest, strip: list[SheetImage] | None) -> tuple[np.ndarray, float]:
-    """The picture, uint8 `[height, width, 3]`, and its seconds; previews go into `strip` and do not count."""
+    """The image, uint8 `[height, width, 3]`, and its seconds without previews, which are appended to `strip`."""
     spent = 0.0
 
     def on_step(info: StepInfo) -> None:
@@ -269,7 +273,7 @@ def _draw(engine: Engine, request: GenerateRequest, strip: list[SheetImage] | No
 
 
 def _is_shown(step: int, num_steps: int) -> bool:
-    """Evenly spaced ones of a long run, the first and the last among them."""
+    """Whether a strip shows a step: all of a short run, evenly spaced ones of a long run."""
     if num_steps <= MAX_STRIP:
         return True
     return step in np.linspace(0, num_steps - 1, MAX_STRIP).round().astype(int)

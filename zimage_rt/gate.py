@@ -1,4 +1,4 @@
-"""How many requests compute at once: each needs memory of its own, which the libraries keep for the next one."""
+"""A limit on concurrent requests: each needs memory of its own, which the libraries keep for the next one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 class Gate:
-    """Places for so many threads at once; the others wait, and come in the order in which they asked."""
+    """A fair semaphore: `places` threads enter at once, the others wait in the order of arrival."""
 
     def __init__(self, places: int) -> None:
         self._free = places
@@ -19,7 +19,7 @@ class Gate:
 
     @contextmanager
     def place(self) -> Iterator[None]:
-        """Take a place, and give it back at the end; a thread that has one keeps it and does not wait again."""
+        """Hold a place inside the block. Reentrant: a thread that holds one does not wait again."""
         if getattr(self._own, "inside", False):
             yield
             return
@@ -40,7 +40,7 @@ class Gate:
             self._waiting.append(called)
         try:
             called.wait()
-        except BaseException:  # Ctrl-C: the place goes to the next
+        except BaseException:  # Ctrl-C: the place is passed on to the next thread
             with self._lock:
                 if not called.is_set():
                     self._waiting.remove(called)
@@ -51,6 +51,6 @@ class Gate:
     def _leave(self) -> None:
         with self._lock:
             if self._waiting:
-                self._waiting.popleft().set()  # the place itself is handed over: nobody can take it in between
+                self._waiting.popleft().set()  # handed over directly, so that no newcomer can take it in between
             else:
                 self._free += 1

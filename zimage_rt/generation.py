@@ -46,13 +46,13 @@ class Pass:
 
 
 class Generation:
-    """Draws one checked request. Make one per request; `run` is called once.
+    """The generation of one checked request. Make one per request; `run` is called once.
 
     Args:
-        request: what to draw.
+        request: the checked request.
         manifest, pipeline, prompts: the engine's.
         callback: see `Engine.generate`.
-        stages: told how far the request is.
+        stages: receives the progress.
 
     Attributes:
         timings: seconds by stage.
@@ -72,7 +72,7 @@ class Generation:
         self.timings: dict[str, float] = {}
 
     def run(self) -> tuple[np.ndarray, np.ndarray]:
-        """The images, uint8 `[batch, height, width, 3]`, and the latents that they were decoded from."""
+        """Generate: the images, uint8 `[batch, height, width, 3]`, and the latents that they were decoded from."""
         request, again = self._request, self._request.second_pass
         with timed(self.timings, "total"):
             conditioning = self._encode_prompts()
@@ -104,9 +104,9 @@ class Generation:
         return Conditioning(contexts[:count], contexts[count:])
 
     def _first_latents(self) -> tuple[np.ndarray, Inpaint | None]:
-        """The first pass's latents, float32 `[batch, channels, latent_height, latent_width]`, and the kept image.
+        """The first pass's latents, float32 `[batch, channels, latent_height, latent_width]`, and its inpainting.
 
-        Noise of the seeds; with an image, mixed with its latents as far as the first sigma says.
+        The latents are the seeds' noise, mixed with the image's latents at the first sigma if there is an image.
         """
         request, factor = self._request, self._manifest.pipeline.vae_scale_factor
         if request.latents is not None:
@@ -128,7 +128,7 @@ class Generation:
         return latents, Inpaint(mask, image, noise)
 
     def _second_latents(self, again: ResolvedSecondPass, images: np.ndarray, latents: np.ndarray) -> np.ndarray:
-        """The second pass's latents: the first one's result at its size, under the seeds' noise."""
+        """The second pass's latents: the first pass's result at the new size, mixed with the seeds' noise."""
         factor = self._manifest.pipeline.vae_scale_factor
         size = (again.height // factor, again.width // factor)
         if again.method == "latent":
@@ -138,7 +138,7 @@ class Generation:
         return add_noise(larger, self._noise(*size), again.sigmas[0])
 
     def _with_control(self, conditioning: Conditioning, image: np.ndarray | None) -> Conditioning:
-        """The conditioning with a control image's latents, if there is one and it has an effect."""
+        """The conditioning with a control image's latents, unless there is none or its scale is 0."""
         if image is None or self._request.control_scale == 0:
             return dataclasses.replace(conditioning, control=None)
         with timed(self.timings, "encode_control", self._stages):
@@ -171,14 +171,14 @@ class Generation:
         return images
 
     def _denoise(self, which: Pass) -> np.ndarray:
-        """Run the loop alone, in place of `which.latents`; no images."""
+        """Run the loop alone, which changes `which.latents` in place; returns an empty array of images."""
         with timed(self.timings, "denoise"):
             if not self._pipeline.sample(self._job(which, decoded=0)):
                 raise _cancelled()
         return np.empty((0, 0, 0, 3), np.uint8)
 
     def _job(self, which: Pass, decoded: int) -> SampleJob:
-        """The backend's job for a pass; `decoded` images follow the last step."""
+        """The backend's job for a pass; `decoded` is the number of images decoded after the last step."""
         request = self._request
         steps = sampler_table(request.sampler, which.sigmas, request.shift)
         noise = step_noise(
@@ -235,13 +235,13 @@ def decode(
 
 
 @contextmanager
-def causes_named(manifest: Manifest, loras: Mapping[str, float], guidance_scale: float = 0.0) -> Iterator[None]:
-    """Name in a NotFinite the possible causes of it: the precision, the LoRAs that are on, the guidance."""
+def explain_not_finite(manifest: Manifest, loras: Mapping[str, float], guidance_scale: float = 0.0) -> Iterator[None]:
+    """Add the possible causes to a NotFinite: the precision, the active LoRAs, the guidance."""
     try:
         yield
     except NotFinite as error:
         precision = manifest.module(error.module).precision
-        # Guidance is added to predictions; encoders and decoders see it in the latents only.
+        # Guidance acts on predictions only: it is no cause for encoders and decoders.
         scale = guidance_scale if runs(error.module) == "evaluation" else 0.0
         raise with_causes(error, precision, loras, scale) from error
 

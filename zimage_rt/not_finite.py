@@ -1,4 +1,4 @@
-"""Why a module gave numbers that are not finite: what can be the cause in this engine, and what to do about it."""
+"""Checks of outputs for NaN and infinity, with the possible causes and remedies."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from .errors import NotFinite
 
 
 def check_finite(values: np.ndarray, module: str) -> None:
-    """Raise NotFinite if a module's output has NaN or infinity in it: never a black image."""
+    """Raise NotFinite if a module's output has NaN or infinity, which would become a black image."""
     if not np.isfinite(values).all():
         raise NotFinite(module)
 
 
 def with_causes(error: NotFinite, precision: str, loras: Mapping[str, float], guidance_scale: float) -> NotFinite:
-    """The error with what can be its cause; one that says so already is returned as it is.
+    """The error with its possible causes in the message; an error that names them already is returned unchanged.
 
     Args:
-        error: as a backend raised it.
-        precision: of the module in the bundle: fp32, fp16 or bf16.
-        loras: weights of the LoRAs that are on, by name.
-        guidance_scale: of the request; 0 where there is none.
+        error: the error that a backend raised.
+        precision: the module's precision in the bundle: fp32, fp16 or bf16.
+        loras: weights of the active LoRAs, by name.
+        guidance_scale: the request's; 0 without guidance.
     """
     if error.explained:
         return error

@@ -13,12 +13,12 @@ from .backends.base import Pipeline
 from .bundle.tokenizer import PromptTokenizer
 from .request.types import ResolvedRequest
 
-# Encoded prompts kept for reuse; a context is a few hundred kilobytes at full size.
+# Contexts kept for reuse; each is a few hundred kilobytes at full size.
 CACHE_SIZE = 64
 
 
 class PromptEncoder:
-    """Encodes prompts. A context does not depend on the timestep, so that one serves every step and later requests."""
+    """Encodes prompts, with a cache: a context does not depend on the timestep and serves later requests too."""
 
     def __init__(self, tokenizer: PromptTokenizer, pipeline: Pipeline) -> None:
         self._tokenizer, self._pipeline = tokenizer, pipeline
@@ -41,19 +41,19 @@ class PromptEncoder:
         return context
 
     def clear(self) -> None:
-        """Forget all contexts, because the weights that made them have changed."""
+        """Drop all contexts, because the weights that made them have changed."""
         with self._lock:
             self._contexts.clear()
 
     def lengths(self, request: ResolvedRequest) -> list[int]:
-        """The tokens of each prompt, the chat template among them."""
+        """The number of tokens of each prompt, including the chat template."""
         return [
             self._tokenizer(prompt, truncate=request.truncate_prompt, literal=request.literal_prompt).shape[1]
             for prompt in request.prompts
         ]
 
     def checked(self, request: ResolvedRequest) -> ResolvedRequest:
-        """The request with a warning for every prompt that will be cut. Raises RequestError for one too long."""
+        """The request with a warning for each prompt that will be cut. Raises RequestError if one is too long."""
         cut: list[str] = []
         negatives: Sequence[str] = request.negative_prompts if request.guidance_scale > 0 else ()
         for name, texts in (("prompt", request.prompts), ("negative_prompt", negatives)):

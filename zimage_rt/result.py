@@ -1,4 +1,4 @@
-"""What comes of a request."""
+"""The result of a request."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class GenerateResult:
-    """What came of a request.
+    """The images of a request with their seeds, latents, timings and records.
 
     Attributes:
         images: uint8 `[batch, height, width, 3]`.
-        seeds: one an image: asking for it alone with that seed gives the same picture, unless `batch_noise` was
+        seeds: one per image. A request for one image with its seed gives the same image, unless `batch_noise` was
             `comfyui`.
         timings: seconds by stage: encode_prompt, denoise, decode, total; encode_image, encode_control and upscale
-            where they are.
-        bundle_id: which bundle made it.
-        latents: float32 `[batch, 16, height / 8, width / 8]`, what the images were decoded from.
-        records: one an image: how it was made, which `save` writes into it.
+            if they ran.
+        bundle_id: the bundle that made it.
+        latents: float32 `[batch, 16, height / 8, width / 8]`, from which the images were decoded.
+        records: one per image: the whole request and its environment, which `save` writes into the file.
     """
 
     images: np.ndarray
@@ -49,7 +49,7 @@ class GenerateResult:
         return len(self.images)
 
     def __getitem__(self, index: int) -> GenerateResult:
-        """One image as a result of its own, with the timings of the whole request. Raises IndexError."""
+        """The result of one image, with the timings of the whole request. Raises IndexError."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"result: expected an index below {len(self)}, got {index}")
         part = slice(index % len(self), index % len(self) + 1)
@@ -58,21 +58,21 @@ class GenerateResult:
         )
 
     def save(self, where: str | Path, *, sidecar: bool = True, quality: int | None = None) -> list[Path]:
-        """Write the images with all it takes to draw them again; see `metadata/save.py`.
+        """Write the images with their records, from which they can be drawn again.
 
         Args:
-            where: `panda.png` (or `.jpg`, `.webp`) for one image, which replaces what has that name, `panda-000.png`, …
-                for several; anything else is a folder: `000-<seed>.png`, …, counting on from what it holds and
-                replacing nothing.
-            sidecar: write each one's record beside it too, as `<name>.json`.
-            quality: of a JPEG or a WebP, 1 to 100; None takes 95 for JPEG, and WebP without loss.
+            where: `panda.png` (or `.jpg`, `.webp`) for one image, which replaces a file of that name, and
+                `panda-000.png`, … for several. Any other path is a folder, which gets `000-<seed>.png`, …, numbered
+                after the files it holds; nothing is replaced.
+            sidecar: also write each image's record beside it, as `<name>.json`.
+            quality: 1 to 100 for JPEG and WebP; None takes 95 for JPEG and lossless WebP.
 
         Returns:
-            where the pictures are.
+            The paths of the images.
 
         Raises:
-            RequestError: the name asks for another format.
-            OSError: the folder cannot be made or written, or is full; no picture is there by half.
+            RequestError: the name has the ending of an unsupported format.
+            OSError: the folder cannot be made or written, or the disk is full; no incomplete image is left.
         """
         sidecar, path = checks.flag(sidecar, "sidecar"), checks.path(where, "output")
         return save_images(self.images, self.records, path, sidecar=sidecar, quality=quality)

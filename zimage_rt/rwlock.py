@@ -1,4 +1,4 @@
-"""A fair readers–writer lock: requests share it, a change of the weights takes it exclusively."""
+"""A fair readers–writer lock: requests share it, changes of the weights hold it exclusively."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from .errors import RequestError
 class FairRWLock:
     """Many readers of one state, or one writer, in the order of arrival.
 
-    A state is whatever readers must agree on, such as the LoRAs that a request is drawn with. Readers of another state
-    wait like writers, and hold up everybody who comes later.
+    A state is a value that concurrent readers must agree on, such as the LoRAs of a request. Readers of another state
+    wait as writers do, and later arrivals wait behind them.
     """
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
         self._tickets = itertools.count()
-        # The state of every ticket that waits or runs, the oldest first; a writer's is equal to no other.
+        # The state of every waiting or running ticket, the oldest first; a writer's state equals no other.
         self._states: dict[int, Hashable] = {}
         self._own = threading.local()
 
     @contextmanager
     def read(self, state: Hashable = None) -> Iterator[bool]:
-        """Share the lock with readers of the same state; yields whether it was entered anew.
+        """Share the lock with readers of the same state; yields False if this thread held it already, else True.
 
-        A thread that reads already enters again, with the state that it has: a ticket of its own would wait behind a
-        writer that waits for this thread. Raises RequestError if it asks for another state.
+        A thread that reads already re-enters with its own state, because a new ticket would wait behind a writer that
+        waits for this thread. Raises RequestError if such a thread asks for another state.
         """
         held = getattr(self._own, "state", _NOTHING)
         if held is not _NOTHING:
@@ -46,7 +46,7 @@ class FairRWLock:
 
     @contextmanager
     def write(self, doing: str) -> Iterator[None]:
-        """Hold the lock alone. Raises RequestError for a thread that reads: it would wait for itself."""
+        """Hold the lock exclusively. Raises RequestError in a thread that reads, which would wait for itself."""
         if getattr(self._own, "state", _NOTHING) is not _NOTHING:
             raise RequestError(f"{doing}: cannot be called while a request runs, as from its callback; call it after")
         with self._hold(object()):
@@ -67,7 +67,7 @@ class FairRWLock:
                 self._condition.notify_all()
 
     def _is_first(self, ticket: int, state: Hashable) -> bool:
-        """Whether no older ticket has another state."""
+        """Whether every older ticket has the same state."""
         return next((other for other, its in self._states.items() if other == ticket or its != state), ticket) == ticket
 
 

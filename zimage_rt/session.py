@@ -1,4 +1,4 @@
-"""Work in several turns: draw, change a part, refine, take it back."""
+"""Sessions of several turns, in the sense of a conversation: generate, edit, refine, undo."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .request.codec import make_request
 from .request.types import Callback, GenerateRequest
 from .result import GenerateResult
 
-# What a turn is, and which engines may do it, the best first.
+# The tasks of a turn, each with the engines' roles that can do it, in order of preference.
 TASKS: dict[str, tuple[str, ...]] = {
     "generate": ("draft", "final", "edit"),
     "edit": ("edit", "draft", "final"),
@@ -26,13 +26,13 @@ ROLES = ("draft", "final", "edit")
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One step of a session.
+    """One turn of a session.
 
     Attributes:
         task: `generate`, `edit` or `refine`.
-        engine: which role's engine drew it.
-        request: what was asked of that engine.
-        result: what came; `result.latents` are what a refinement goes on from.
+        engine: the role of the engine that ran it.
+        request: the engine's request.
+        result: its result; a refinement begins from `result.latents`.
     """
 
     task: str
@@ -42,14 +42,14 @@ class Turn:
 
 
 class Session:
-    """A picture in the making. One user's: not to be shared between threads (its engines may be).
+    """An image that is edited over several turns. Not thread-safe, though its engines are.
 
-    What did not change is not computed again: prompts keep their contexts (the engine's cache), a refinement goes on
-    from the latents without decoding and encoding, and a turn that says no seed keeps the picture's own.
+    Nothing is computed twice: the engine caches contexts, and a refinement begins from latents without decoding and
+    encoding. A turn without a seed uses the image's own.
 
     Args:
-        engines: one engine for everything, or one for each role: `draft` (Turbo, for speed), `final` (Base, for the
-            last pass) and `edit` (Edit). A task without its own engine takes the next best, see `TASKS`.
+        engines: one engine for all tasks, or one per role: `draft` (Turbo, for speed), `final` (Base, for the last
+            pass) and `edit` (Edit). A task without an engine of its role uses the next role of `TASKS`.
     """
 
     def __init__(self, engines: Engine | Mapping[str, Engine]) -> None:
@@ -65,34 +65,34 @@ class Session:
 
     @property
     def turns(self) -> tuple[Turn, ...]:
-        """All turns that stand, the first one first."""
+        """All turns that were not undone, the oldest first."""
         return tuple(self._turns)
 
     @property
     def current(self) -> Turn:
-        """The last turn that stands. Raises RequestError before the first."""
+        """The last turn that was not undone. Raises RequestError before the first."""
         if not self._turns:
-            raise RequestError("the session has no picture yet; call generate first")
+            raise RequestError("the session has no image yet; call generate first")
         return self._turns[-1]
 
     def generate(self, prompt: str, *, callback: Callback | None = None, **fields: Any) -> GenerateResult:
-        """Draw a new picture; fields as in `Engine.generate`, one picture a turn."""
-        return self._take("generate", {"prompt": prompt, **fields}, callback)
+        """Generate a new image; fields as in `Engine.generate`, one image per turn."""
+        return self._run_turn("generate", {"prompt": prompt, **fields}, callback)
 
     def edit(
         self, prompt: str, *, mask: Any = None, strength: float = 1.0, callback: Callback | None = None, **fields: Any
     ) -> GenerateResult:
-        """Draw the current picture anew after another prompt: where `mask` is white, or all of it.
+        """Change the current image by another prompt: the white part of `mask`, or all of it.
 
-        With a mask and `strength` 1 the marked part is drawn from nothing; what is black keeps its bytes. Without a
-        mask choose a lower strength, so that something of the image stays: at most 1 - 1/N with N steps.
+        With a mask and `strength` 1 the white part begins from noise alone; the black part keeps its bytes. Without a
+        mask a lower strength preserves something of the image: at most 1 - 1/N with N steps.
         """
         now = self.current
         fields = {"seed": now.result.seeds[0], **fields, "strength": strength}
         begin: dict[str, Any] = {"image": now.result.images[0], "mask": mask}
         if mask is None and self._pick("edit")[0] == now.engine:
             begin = {"image_latents": now.result.latents}
-        return self._take("edit", {"prompt": prompt, **begin, **fields}, callback)
+        return self._run_turn("edit", {"prompt": prompt, **begin, **fields}, callback)
 
     def refine(
         self,
@@ -102,7 +102,7 @@ class Session:
         callback: Callback | None = None,
         **fields: Any,
     ) -> GenerateResult:
-        """Draw the current picture again with its own prompt, a little: for detail, or larger with `scale`."""
+        """Run the end of the schedule on the current image with its own prompt, for detail or a larger `scale`."""
         now = self.current
         request = now.request
         scale = checks.number(scale, "scale", limits.MAX_UPSCALE)
@@ -114,16 +114,16 @@ class Session:
             fields["fit"] = "stretch"
         same = scale == 1.0 and self._pick("refine")[0] == now.engine and now.request.mask is None
         begin = {"image_latents": now.result.latents} if same else {"image": now.result.images[0]}
-        return self._take("refine", {**kept, **begin, **fields, "strength": strength}, callback)
+        return self._run_turn("refine", {**kept, **begin, **fields, "strength": strength}, callback)
 
     def undo(self) -> GenerateResult | None:
-        """Take the last turn back; returns the picture before it, None if there is none."""
+        """Undo the last turn; returns the result before it, None if there is none."""
         self._undone.append(self.current)
         self._turns.pop()
         return self._turns[-1].result if self._turns else None
 
     def redo(self) -> GenerateResult:
-        """Bring back what `undo` took. Raises RequestError if there is nothing."""
+        """Redo the turn that was undone last. Raises RequestError if there is none."""
         if not self._undone:
             raise RequestError("nothing to redo: no turn was taken back since the last one")
         self._turns.append(self._undone.pop())
@@ -133,13 +133,13 @@ class Session:
         role = next(role for role in TASKS[task] if role in self._engines)
         return role, self._engines[role]
 
-    def _take(self, task: str, fields: dict[str, Any], callback: Callback | None) -> GenerateResult:
+    def _run_turn(self, task: str, fields: dict[str, Any], callback: Callback | None) -> GenerateResult:
         prompt, count = fields["prompt"], fields.get("num_images", 1)
         if not isinstance(prompt, str):
-            raise RequestError(f"prompt: expected a string, for the one picture of a turn, got {checks.shown(prompt)}")
+            raise RequestError(f"prompt: expected a string, for the one image of a turn, got {checks.shown(prompt)}")
         if not isinstance(count, int) or count != 1:
             raise RequestError(
-                f"num_images: expected 1, as a session draws one picture a turn, got {checks.shown(count)}; use "
+                f"num_images: expected 1, as a session draws one image per turn, got {checks.shown(count)}; use "
                 "Engine.generate for several"
             )
         role, engine = self._pick(task)

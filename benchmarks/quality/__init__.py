@@ -1,1 +1,1 @@
-"""Measures whether a system's pictures show what their prompts say."""
+"""Judges whether a system's images show what their prompts describe."""

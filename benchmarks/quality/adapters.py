@@ -1,14 +1,14 @@
-"""Do the style LoRA and the ControlNet of zimage-nano do what they are for?
+"""Judges the style LoRA and the ControlNet of zimage-nano.
 
     python -m zimage_rt.benchmarks.quality.adapters lora --bundle engines/nano --lora style_lora.safetensors
     python -m zimage_rt.benchmarks.quality.adapters control --bundle engines/nano-control
 
-`lora` draws held-out prompts without the LoRA, at weights 0.5 and 1, and again after it was unloaded. The style is a
-cyanotype: brightness alone, from deep blue to ice blue. How far a picture is from it is one number, the mean distance
-of its pixels from the line between the two tones; what it shows is judged with the drawings in the style as well.
+`lora` draws held-out prompts without the LoRA, at weights 0.5 and 1, and again after unloading it. The style is a
+cyanotype: brightness mapped to tones from deep blue to ice blue. The distance of an image from the style is the mean
+distance of its pixels from the line between the two tones. Subjects are judged against drawings in the same style.
 
-`control` shows the ControlNet a white silhouette on black, some tokens off the place where the drawing would stand,
-and asks whether the drawing named stands there rather than at its usual place. The prompt names no place.
+`control` gives the ControlNet a white silhouette on black, shifted by some tokens from the drawing's usual place. It
+judges whether the named drawing is at the silhouette's place; the prompt names no place.
 
 `checkpoints/training/style_lora.py` and `controlnet.py` train both.
 """
@@ -24,20 +24,20 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from PIL import Image
-from zimage_rt.benchmarks.quality.__main__ import read_prompts
 from zimage_rt.benchmarks.quality.edits import STYLE_PHRASES, names_of
 from zimage_rt.benchmarks.quality.judge import DATA, Atlas, Judge, canvas_name
+from zimage_rt.benchmarks.quality.prompts import read_prompts
 
 import zimage_rt
 
 SIDE = 256
 TOKEN = 16  # pixels
-# The style's black and white, and the weights of brightness, as checkpoints/training/cyanotype.py has them.
+# Tones of black and white, and weights of brightness; the same as in checkpoints/training/cyanotype.py.
 DARK, LIGHT = np.array([12, 36, 110], np.float32), np.array([214, 238, 255], np.float32)
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
-IN_STYLE = 12.0  # levels from the line, on average, at which a picture is taken to be in the style
-FAR = 3  # tokens by which a shift is more than the judge's reach, along one axis at least
-SCALES = (0.0, 0.5, 0.75, 1.0)  # 0.75 is what a request has that says nothing
+IN_STYLE = 12.0  # largest mean distance, in levels, of an image in the style
+FAR = 3  # least shift along an axis in tokens, beyond the judge's reach
+SCALES = (0.0, 0.5, 0.75, 1.0)  # 0.75 is a request's default
 
 app = typer.Typer(add_completion=False, help=__doc__.splitlines()[0])
 
@@ -46,20 +46,20 @@ app = typer.Typer(add_completion=False, help=__doc__.splitlines()[0])
 
 
 def cyanotype(pixels: np.ndarray) -> np.ndarray:
-    """Pixels [..., 3] of 0…255 in the style, as floats."""
+    """Converts pixels [..., 3] of 0…255 to the style, as floats."""
     return DARK + (pixels @ LUMA / 255)[..., None] * (LIGHT - DARK)
 
 
-def distance_from_style(picture: np.ndarray) -> float:
-    """Mean distance of a picture's pixels from the line between the two tones, in levels."""
+def distance_from_style(image: np.ndarray) -> float:
+    """Mean distance of an image's pixels from the line between the two tones, in levels."""
     axis = LIGHT - DARK
-    pixels = picture.astype(np.float32) - DARK
+    pixels = image.astype(np.float32) - DARK
     along = (pixels @ axis / (axis @ axis)).clip(0, 1)
     return float(np.linalg.norm(pixels - along[..., None] * axis, axis=-1).mean())
 
 
 def in_the_style(atlas: Atlas) -> Atlas:
-    """The drawings and the backgrounds in the style, which is affine: they compose as the others do."""
+    """Converts drawings and backgrounds to the style, which is affine and so commutes with composing them."""
     colours = {name: cyanotype(255 * colour) / 255 for name, colour in atlas.colours.items()}
     sprites = atlas.sprites.copy()
     sprites[..., :3] = np.rint(cyanotype(sprites[..., :3].astype(np.float32)))
@@ -67,7 +67,7 @@ def in_the_style(atlas: Atlas) -> Atlas:
 
 
 def single_prompts(folder: Path, count: int) -> list[dict[str, Any]]:
-    """The first held-out prompts of one drawing on 256 × 256, in phrasings that training knows."""
+    """The first held-out prompts of single drawings at 256 × 256, in phrasings of the training data."""
     found = [
         prompt
         for prompt in read_prompts(10**9, folder / "prompts.jsonl")
@@ -81,7 +81,7 @@ def single_prompts(folder: Path, count: int) -> list[dict[str, Any]]:
 def measure_lora(
     engine: zimage_rt.Engine, lora: Path, folder: Path, count: int, save: Path | None = None
 ) -> dict[str, float]:
-    """Distances from the style without the LoRA, at 0.5 and at 1, and shares of the pictures; see the module."""
+    """Distances from the style without the LoRA, at 0.5 and at 1, and shares of the images; see the module."""
     prompts = single_prompts(folder, count)
 
     def draw() -> list[np.ndarray]:
@@ -97,8 +97,8 @@ def measure_lora(
     atlas = Atlas.load(folder)
     plain_judge, style_judge = Judge(atlas), Judge(in_the_style(atlas))
     distances = {
-        kind: [distance_from_style(picture) for picture in pictures]
-        for kind, pictures in (("without", without), ("at 0.5", half), ("at 1", styled))
+        kind: [distance_from_style(image) for image in images]
+        for kind, images in (("without", without), ("at 0.5", half), ("at 1", styled))
     }
     answers: dict[str, list[bool]] = {
         "in the style without": [d <= IN_STYLE for d in distances["without"]],
@@ -116,9 +116,9 @@ def measure_lora(
     return figures | {name: float(np.mean(values)) for name, values in answers.items()}
 
 
-def _subjects(judge: Judge, pictures: list[np.ndarray], prompts: list[dict[str, Any]]) -> list[bool]:
-    """Whether each picture's drawing is, of all subjects, nearest to the one named."""
-    scored = (judge.score(picture, p["scene"]) for picture, p in zip(pictures, prompts, strict=True))
+def _subjects(judge: Judge, images: list[np.ndarray], prompts: list[dict[str, Any]]) -> list[bool]:
+    """Whether the named subject is the nearest of all, per image."""
+    scored = (judge.score(image, p["scene"]) for image, p in zip(images, prompts, strict=True))
     return [answer for answers in scored for answer in answers["subject"]]
 
 
@@ -127,17 +127,17 @@ def _subjects(judge: Judge, pictures: list[np.ndarray], prompts: list[dict[str, 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A scene of one drawing, the prompt that says it without a place, and where the silhouette stands."""
+    """A scene of a single drawing, a prompt that names no place, and the silhouette's place."""
 
     scene: dict[str, Any]
     prompt: str
     seed: int
-    usual: tuple[int, int]  # the drawing's centre where nothing is shown, in pixels
-    shown: tuple[int, int]
+    usual: tuple[int, int]  # the drawing's centre without a control image, in pixels
+    shown: tuple[int, int]  # the silhouette's centre
 
 
 def shifted_cases(atlas: Atlas, folder: Path, count: int) -> list[Case]:
-    """Held-out scenes of one drawing, each shifted by whole tokens; the choice is always the same."""
+    """Held-out scenes of single drawings, each shifted by whole tokens; a fixed choice."""
     names, cases = names_of(folder), []
     for prompt in single_prompts(folder, count):
         scene = {**prompt["scene"], "size": "medium"}
@@ -152,22 +152,22 @@ def shifted_cases(atlas: Atlas, folder: Path, count: int) -> list[Case]:
 
 
 def silhouette(atlas: Atlas, case: Case) -> np.ndarray:
-    """The control image: the drawing in white where it shall stand, black elsewhere."""
+    """Control image: the drawing in white at the shifted place, on black."""
     size = atlas.sizes["single"]["medium"]
     drawing = atlas.sprites[atlas.styles.index(case.scene["style"]), atlas.hexcodes.index(case.scene["subjects"][0])]
     cover = Image.fromarray(drawing[..., 3]).resize((size, size), Image.Resampling.BICUBIC)
-    picture = Image.new("L", (SIDE, SIDE))
-    picture.paste(cover, (case.shown[0] - size // 2, case.shown[1] - size // 2))
-    return np.asarray(picture.convert("RGB"))
+    canvas = Image.new("L", (SIDE, SIDE))
+    canvas.paste(cover, (case.shown[0] - size // 2, case.shown[1] - size // 2))
+    return np.asarray(canvas.convert("RGB"))
 
 
-def stands(judge: Judge, picture: np.ndarray, case: Case) -> dict[str, bool]:
-    """Whether the drawing stands where it was shown rather than at its usual place; whether it is the one named."""
+def locate(judge: Judge, image: np.ndarray, case: Case) -> dict[str, bool]:
+    """Whether the drawing is at the silhouette's place instead of the usual one, and whether it is the named one."""
     size = judge.atlas.sizes["single"]["medium"]
     style = judge.atlas.styles.index(case.scene["style"])
     subject = judge.atlas.hexcodes.index(case.scene["subjects"][0])
     colour = case.scene["colour"]
-    shown, usual = (judge.distances(picture, colour, *place, size) for place in (case.shown, case.usual))
+    shown, usual = (judge.distances(image, colour, *place, size) for place in (case.shown, case.usual))
     return {
         "where shown": bool(shown[style, subject] < usual[style, subject]),
         "subject there": bool(np.unravel_index(shown.argmin(), shown.shape)[1] == subject),
@@ -175,7 +175,7 @@ def stands(judge: Judge, picture: np.ndarray, case: Case) -> dict[str, bool]:
 
 
 def measure_control(engine: zimage_rt.Engine, folder: Path, count: int, save: Path | None = None) -> dict[str, float]:
-    """Shares of the cases at each of `SCALES`."""
+    """Shares of the cases per control scale of `SCALES`."""
     atlas = Atlas.load(folder)
     judge, rows = Judge(atlas), []
     answers: dict[str, list[bool]] = {}
@@ -185,7 +185,7 @@ def measure_control(engine: zimage_rt.Engine, folder: Path, count: int, save: Pa
         for scale in SCALES:
             result = engine.generate(case.prompt, seed=case.seed, control_image=card, control_scale=scale)
             row.append(result.images[0])
-            for question, answer in stands(judge, row[-1], case).items():
+            for question, answer in locate(judge, row[-1], case).items():
                 answers.setdefault(f"{question} at {scale:g}", []).append(answer)
         rows.append(np.concatenate(row, axis=1))
     _save(save, rows)
@@ -211,21 +211,21 @@ def _report(figures: dict[str, float], cases: int, output: Path | None) -> None:
         output.write_text(json.dumps({"cases": cases, "figures": figures}, indent=1) + "\n", encoding="utf-8")
 
 
-Bundle = Annotated[Path, typer.Option(help="A bundle of zimage-nano.")]
-Cases = Annotated[int, typer.Option("--cases", help="How many prompts, if there are so many.")]
-Backend = Annotated[str, typer.Option(help="Which backend draws.")]
-Data = Annotated[Path, typer.Option(help="The judge's data.")]
-Output = Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")]
+Bundle = Annotated[Path, typer.Option(help="Bundle of zimage-nano.")]
+Cases = Annotated[int, typer.Option("--cases", help="Number of prompts.")]
+Backend = Annotated[str, typer.Option(help="Backend: onnxruntime, cuda, tensorrt or tensorrt_rtx.")]
+Data = Annotated[Path, typer.Option(help="Folder of the judge's data.")]
+Output = Annotated[Path | None, typer.Option("--json", help="File to write the figures to as JSON.")]
 
 
 @app.command("lora")
 def lora_command(
     bundle: Bundle,
-    lora: Annotated[Path, typer.Option(help="What style_lora.py wrote.")],
+    lora: Annotated[Path, typer.Option(help="LoRA that style_lora.py wrote.")],
     count: Cases = 100,
     backend: Backend = "onnxruntime",
     data: Data = DATA,
-    save: Annotated[Path | None, typer.Option(help="A folder for pictures: without, at 0.5, at 1.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Folder for images: without, at 0.5, at 1.")] = None,
     output: Output = None,
 ) -> None:
     """Judge the style LoRA."""
@@ -239,10 +239,10 @@ def control_command(
     count: Cases = 100,
     backend: Backend = "onnxruntime",
     data: Data = DATA,
-    save: Annotated[Path | None, typer.Option(help="A folder for pictures: control image, then each scale.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Folder for images: control image, then each scale.")] = None,
     output: Output = None,
 ) -> None:
-    """Judge the ControlNet; the bundle was exported with `--controlnet`."""
+    """Judge the ControlNet; the bundle must be exported with `--controlnet`."""
     figures = measure_control(zimage_rt.Engine.load(bundle, backend=backend), data, count, save)
     _report(figures, len(single_prompts(data, count)), output)
 

@@ -1,17 +1,17 @@
-"""Which subjects look like another subject: for every drawing, the drawing of another name that is nearest to it.
+"""Finds subjects that look alike: for every drawing, the nearest drawing of another subject.
 
     python -m zimage_rt.benchmarks.quality.confusions
     python -m zimage_rt.benchmarks.quality.confusions --bundle engines/nano --out confusions.md --sheet confusions.png
 
-Two measures, each 0 for the same image and 1 for images that have nothing in common:
+Two measures, each 0 for identical images and 1 for orthogonal ones:
 
-* ``pixels``: the judge's own, RGB at 28 × 28 pixels with small shifts and scales;
-* ``look``: CIELAB at 16 × 16 pixels and edges by direction in 8 × 8 cells, blind to mirroring. It shares nothing with
-  the judge but the drawings.
+* ``pixels``: the judge's distance, RGB at 28 × 28 pixels with small shifts and scales;
+* ``look``: CIELAB at 16 × 16 pixels and edges by direction in 8 × 8 cells, invariant to mirroring. It shares only the
+  drawings with the judge.
 
-Without a bundle the reference drawings are compared with one another. With one, each subject is drawn in each style,
-two in an image side by side, and what was drawn is compared instead, also with its own drawing. A measure is no eye:
-``--unlabelled`` writes the drawings in shuffled order, with numbers alone, for a person to name.
+Without a bundle the reference drawings are compared with each other. With a bundle, each subject is drawn in each
+style, two side by side per image, and compared with all drawings including its own. ``--unlabelled`` writes the
+drawings in shuffled order with numbers, for a person to name.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from zimage_rt.benchmarks.systems.base import System, load_system
 from zimage_rt.image.contact_sheet import Section, SheetImage, draw_sheet
 
 STYLE_WORDS = {"noto": "classic", "flat": "flat"}
-CANVAS, PLACE = 256, (128, 128)  # a single drawing stands in the middle
-LOOK_SIDE = 48  # pixels that a drawing has in the look measure, before it is averaged down
+CANVAS, PLACE = 256, (128, 128)  # centre of a single drawing
+LOOK_SIDE = 48  # side of a drawing in the look measure in pixels, before averaging
 CELLS, DIRECTIONS, COLOUR_SIDE = 8, 6, 16
 SHEET_CELL, SHEET_COLUMNS, SHEET_ROWS = 96, 12, 9
 
 
 @dataclass(frozen=True)
 class Nearest:
-    """The drawing of another name that is nearest to an image, and how far it and the image's own drawing are."""
+    """The nearest drawing of another subject, its distance, and that of the image's own drawing."""
 
     subject: int
     style: int
@@ -48,7 +48,7 @@ class Nearest:
 
 @dataclass(frozen=True)
 class Finding:
-    """What both measures say of one image of one subject."""
+    """Results of both measures for an image of a subject."""
 
     subject: int
     style: int
@@ -75,7 +75,7 @@ def compose(atlas: Atlas, style: int, subject: int, colour: str) -> np.ndarray:
 
 
 def window(atlas: Atlas, image: np.ndarray) -> np.ndarray:
-    """Return the part of an image in which its drawing stands, uint8 [size, size, 3]."""
+    """Return the part of an image that contains the drawing, uint8 [size, size, 3]."""
     size = atlas.sizes["single"]["medium"]
     left, top = (v - size // 2 for v in PLACE)
     return image[top : top + size, left : left + size]
@@ -91,10 +91,10 @@ def lab(rgb: np.ndarray) -> np.ndarray:
 
 
 def look_features(images: np.ndarray, ground: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return what the look measure compares.
+    """Return the features of the look measure.
 
     Args:
-        images: RGB in [0, 1], [n, h, w, 3], each a drawing and nothing else.
+        images: RGB in [0, 1], [n, h, w, 3], each cropped to a drawing.
         ground: the background's RGB in [0, 1].
 
     Returns:
@@ -104,7 +104,7 @@ def look_features(images: np.ndarray, ground: np.ndarray) -> tuple[np.ndarray, n
     down, across = np.gradient(colours[..., 0], axis=(1, 2))
     strength = np.hypot(down, across)
     direction = (np.arctan2(down, across) % np.pi) / np.pi * DIRECTIONS
-    # Each edge counts for the two directions that it lies between.
+    # Each edge is split between the two nearest directions.
     gap = np.abs(direction[..., None] - np.arange(DIRECTIONS, dtype=np.float32))
     share = (1 - np.minimum(gap, DIRECTIONS - gap)).clip(0)
     return resize(colours, COLOUR_SIDE), resize(strength[..., None] * share, CELLS)
@@ -187,11 +187,11 @@ def prompt_of(names: list[str], style: str, colour: str) -> str:
 def draw_subjects(
     system: System, atlas: Atlas, names: list[str], chosen: list[tuple[int, int]], colour: str, seed: int
 ) -> dict[tuple[int, int], np.ndarray]:
-    """Have a system draw (style, subject) pairs, two an image; return each in the middle of a canvas of its own."""
+    """Draw (style, subject) pairs, two per image; return each drawing centred on a canvas of its own."""
     groups: list[list[tuple[int, int]]] = []
     for style in sorted({style for style, _ in chosen}):
         of_style = [at for at in chosen if at[0] == style]
-        half = (len(of_style) + 1) // 2  # neighbours in the list are alike: they do not share an image
+        half = (len(of_style) + 1) // 2  # neighbours in the list are similar, so they do not share an image
         groups += [[of_style[i], *of_style[half + i : half + i + 1]] for i in range(half)]
     prompts = [prompt_of([names[i] for _, i in group], atlas.styles[group[0][0]], colour) for group in groups]
     found = {}
@@ -249,7 +249,7 @@ def write_unlabelled(
     """Write the images in shuffled order as sheets of numbered cells, and ``key.tsv`` with what each number is."""
     folder.mkdir(parents=True, exist_ok=True)
     order = list(images)
-    random.Random(str(order)).shuffle(order)  # another set of drawings has another order: one key gives no other away
+    random.Random(str(order)).shuffle(order)  # each set of drawings has its own order, so that no key reveals another
     key = [
         f"{number}\t{names[subject]}\t{STYLE_WORDS[atlas.styles[style]]}"
         for number, (style, subject) in enumerate(order, 1)
@@ -266,36 +266,56 @@ def write_unlabelled(
     return paths
 
 
-def main(
-    bundle: Annotated[Path | None, typer.Option(help="What draws; the reference drawings if left out.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The table, Markdown; printed as well.")] = None,
-    sheet: Annotated[Path | None, typer.Option(help="The same as a PNG: image, own drawing, nearest others.")] = None,
-    unlabelled: Annotated[Path | None, typer.Option(help="A folder for numbered sheets and their key.tsv.")] = None,
-    top: Annotated[int, typer.Option(help="How many, the closest first.")] = 40,
-    subjects: Annotated[list[str] | None, typer.Option("--subject", help="Only these names, e.g. cat.")] = None,
-    styles: Annotated[list[str] | None, typer.Option("--style", help="Only noto (classic) or flat.")] = None,
-    colour: Annotated[str, typer.Option("--background", help="One of the judge's colours.")] = "white",
-    seed: Annotated[int, typer.Option(help="Of every image.")] = 1,
-    backend: Annotated[str, typer.Option(help="Which backend draws.")] = "onnxruntime",
-    data: Annotated[Path, typer.Option(help="The judge's data.")] = DATA,
-) -> None:
-    """Compare every subject's image with the drawings of all others, and write the closest."""
-    atlas = Atlas.load(data)
-    names = atlas_names(data)
+def choose(
+    atlas: Atlas, names: list[str], subjects: list[str], styles: list[str], colour: str
+) -> list[tuple[int, int]]:
+    """Return the (style, subject) pairs to compare; empty lists choose all.
+
+    Raises:
+        typer.BadParameter: the judge's data has no such subject, style or colour.
+    """
     for option, given, known in (
-        ("--subject", subjects or [], names),
-        ("--style", styles or [], atlas.styles),
+        ("--subject", subjects, names),
+        ("--style", styles, atlas.styles),
         ("--background", [colour], list(atlas.colours)),
     ):
         if unknown := sorted(set(given) - set(known)):
             listed = "scenes.json has them" if len(known) > 20 else f"there are {', '.join(known)}"
             raise typer.BadParameter(f"{option} {', '.join(unknown)}: the judge's data has no such name; {listed}")
-    chosen = [
+    return [
         (style, subject)
         for style, called in enumerate(atlas.styles)
         for subject, name in enumerate(names)
         if (not subjects or name in subjects) and (not styles or called in styles)
     ]
+
+
+def main(
+    bundle: Annotated[
+        Path | None,
+        typer.Option(help="Bundle that draws the subjects. By default the reference drawings are compared."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Markdown file for the table, which is also printed.")] = None,
+    sheet: Annotated[
+        Path | None, typer.Option(help="PNG file with each image, its own drawing and the nearest others.")
+    ] = None,
+    unlabelled: Annotated[Path | None, typer.Option(help="Folder for numbered sheets and their key.tsv.")] = None,
+    top: Annotated[int, typer.Option(help="Number of rows, closest first.")] = 40,
+    subjects: Annotated[
+        list[str] | None,
+        typer.Option("--subject", help="Only this subject, e.g. cat; may be repeated. By default all."),
+    ] = None,
+    styles: Annotated[
+        list[str] | None, typer.Option("--style", help="Only this style, noto (classic) or flat. By default both.")
+    ] = None,
+    colour: Annotated[str, typer.Option("--background", help="Background, one of the judge's colours.")] = "white",
+    seed: Annotated[int, typer.Option(help="Seed of every image.")] = 1,
+    backend: Annotated[str, typer.Option(help="Backend: onnxruntime, cuda, tensorrt or tensorrt_rtx.")] = "onnxruntime",
+    data: Annotated[Path, typer.Option(help="Folder of the judge's data.")] = DATA,
+) -> None:
+    """Compare every subject's image with the drawings of all others and write the closest."""
+    atlas, names = Atlas.load(data), atlas_names(data)
+    chosen = choose(atlas, names, subjects or [], styles or [], colour)
     if bundle is None:
         images = {(s, i): compose(atlas, s, i, colour) for s, i in chosen}
     else:
@@ -324,7 +344,7 @@ def atlas_names(folder: Path = DATA) -> list[str]:
     """Return the subjects' English names, in the atlas's order.
 
     Raises:
-        KeyError: the data is older than its names.
+        KeyError: the data has no names.
     """
     return list(json.loads((folder / "scenes.json").read_text("utf-8"))["names"])
 

@@ -1,10 +1,9 @@
-"""Does an inpainting change what its mask shows, to what its prompt says, and nothing else?
+"""Judges inpainting: the masked half must change to what the prompt says, and the other half must not change.
 
     python -m zimage_rt.benchmarks.quality.edits --bundle engines/nano --cases 100
 
-Every case draws a held-out pair, then its left half again as another subject: a mask over that half, the same scene
-with the new subject as the prompt. The judge looks the left half up among all drawings; the right half must keep its
-bytes.
+Every case draws a held-out pair, then inpaints its left half with another subject. The judge looks for the new subject
+among all drawings; the right half must keep its bytes.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from PIL import Image
-from zimage_rt.benchmarks.quality.__main__ import read_prompts
 from zimage_rt.benchmarks.quality.judge import DATA, Atlas, Judge, canvas_name
+from zimage_rt.benchmarks.quality.prompts import read_prompts
 
 import zimage_rt
 
@@ -27,13 +26,13 @@ STYLE_PHRASES = {"noto": "noto style", "flat": "flat style"}
 
 
 def names_of(folder: Path) -> dict[str, str]:
-    """English names by the subjects' codes."""
+    """English names of the subjects by code."""
     meta = json.loads((folder / "scenes.json").read_text("utf-8"))
     return dict(zip(meta["hexcodes"], meta["names"], strict=True))
 
 
 def cases(folder: Path, count: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """(held-out prompt, the same scene with another subject on the left) pairs; the choice is always the same."""
+    """Pairs of (held-out prompt, the same scene with another subject on the left), a fixed choice."""
     codes = list(names_of(folder))
     found = []
     for prompt in read_prompts(10**9, folder / "prompts.jsonl"):
@@ -47,13 +46,13 @@ def cases(folder: Path, count: int) -> list[tuple[dict[str, Any], dict[str, Any]
 
 
 def describe(scene: dict[str, Any], names: dict[str, str]) -> str:
-    """A prompt for an edited scene."""
+    """Prompt for an edited scene."""
     left, right = (names[code] for code in scene["subjects"])
     return f"{left} on the left and {right} on the right, {scene['colour']} background, {STYLE_PHRASES[scene['style']]}"
 
 
 def measure(engine: zimage_rt.Engine, folder: Path, count: int, save: Path | None = None) -> dict[str, float]:
-    """Shares of the cases: the new subject found on the left, the old one of the right still found, its bytes kept."""
+    """Shares of the cases with the new subject on the left, the old one on the right, and the right half unchanged."""
     judge, names = Judge(Atlas.load(folder)), names_of(folder)
     mask = np.zeros((SIDE, SIDE), np.uint8)
     mask[:, : SIDE // 2] = 255
@@ -75,12 +74,12 @@ def measure(engine: zimage_rt.Engine, folder: Path, count: int, save: Path | Non
 
 
 def main(
-    bundle: Annotated[Path, typer.Option(help="A bundle of zimage-nano.")],
-    count: Annotated[int, typer.Option("--cases", help="How many edits.")] = 100,
-    backend: Annotated[str, typer.Option(help="Which backend draws.")] = "onnxruntime",
-    data: Annotated[Path, typer.Option(help="The judge's data.")] = DATA,
-    save: Annotated[Path | None, typer.Option(help="A folder for pictures: before and after side by side.")] = None,
-    output: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+    bundle: Annotated[Path, typer.Option(help="Bundle of zimage-nano.")],
+    count: Annotated[int, typer.Option("--cases", help="Number of edits.")] = 100,
+    backend: Annotated[str, typer.Option(help="Backend: onnxruntime, cuda, tensorrt or tensorrt_rtx.")] = "onnxruntime",
+    data: Annotated[Path, typer.Option(help="Folder of the judge's data.")] = DATA,
+    save: Annotated[Path | None, typer.Option(help="Folder for images, before and after side by side.")] = None,
+    output: Annotated[Path | None, typer.Option("--json", help="File to write the figures to as JSON.")] = None,
 ) -> None:
     """Print each share."""
     figures = measure(zimage_rt.Engine.load(bundle, backend=backend), data, count, save)

@@ -1,14 +1,14 @@
-"""What guidance and negative prompts do to a model's pictures, above all the base model's.
+"""Measures the effect of guidance and negative prompts on a model's images, mainly the base model's.
 
     python -m zimage_rt.benchmarks.quality.guidance --bundle engines/nano-base --prompts 200 --svg guidance.svg
 
-First the judge's figures over guidance scales, on the first held-out prompts of one drawing and of pairs; with
-`--unseen`, in phrasings that training never saw.
+First it measures the judge's figures per guidance scale, on held-out prompts of single drawings and pairs; with
+`--unseen`, in phrasings outside of the training data.
 
-Then what a negative prompt removes. It cannot remove what a prompt determines, so it is asked where the model is free:
-a picture is looked at, what it shows is named in the negative prompt, and it is drawn again from the same seed.
-Prompts name a subject alone, to see its `colour` and its `style`, or these two alone, to see the `subject`.
-A change of the negative prompt alone changes the path: a control names something else.
+Then it measures negative prompts on properties that the prompt leaves open. An image is judged, the property that it
+shows is named in the negative prompt, and it is drawn again from the same seed. Prompts name only a subject, to measure
+`colour` and `style`, or only these two, to measure the `subject`. Any negative prompt changes the image, so a control
+names something else.
 """
 
 from __future__ import annotations
@@ -20,22 +20,21 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from zimage_rt.benchmarks.quality.__main__ import kind_of, read_prompts
 from zimage_rt.benchmarks.quality.edits import STYLE_PHRASES, names_of
 from zimage_rt.benchmarks.quality.judge import DATA, UNSEEN, Atlas, Judge, summarise
 from zimage_rt.benchmarks.quality.judges import judges
+from zimage_rt.benchmarks.quality.prompts import kind_of, read_prompts
 from zimage_rt.benchmarks.systems.base import System, load_system
 
 from zimage_rt.bundle.manifest import read_manifest
 
 SCALES = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0)
 KINDS = ("single", "pair")
-FREE = 50  # prompts that leave something open: a few show what there is to see
-# What a prompt says that leaves a subject, a colour or a style open, and the negative prompt that names one. A style is
-# how a subject is drawn: it is named with it.
+FREE = 50  # prompts per open property
+# Open property → parts of the prompt; open property → parts of the negative prompt. A style is named with a subject.
 FREE_PROMPTS = {"subject": ("colour", "style"), "colour": ("subject",), "style": ("subject",)}
 NAMING = {"subject": ("subject",), "colour": ("colour",), "style": ("subject", "style")}
-# Of the judge's figures, those that these prompts have; their names on the plot.
+# The judge's figures for these prompts → labels in the plot.
 CURVES = {"subject": "subject, single", "subject_pair": "half of a pair", "style": "style", "colour": "colour"}
 INK = {"subject": "#3b6ea8", "subject_pair": "#c1622d", "style": "#5b9a4c", "colour": "#777777"}
 
@@ -43,20 +42,20 @@ Prompt = dict[str, Any]
 
 
 def chosen_prompts(folder: Path, count: int, kinds: tuple[str, ...] = KINDS) -> list[Prompt]:
-    """The first prompts of these kinds: 256 × 256; those of `KINDS` in phrasings that training knows."""
+    """The first prompts of these kinds, at 256 × 256; `KINDS` are in phrasings of the training data."""
     return [p for p in read_prompts(10**9, folder / "prompts.jsonl") if kind_of(p) in kinds][:count]
 
 
 def measure_scales(
     system: System, folder: Path, prompts: list[Prompt], steps: int, processes: int | None = None
 ) -> dict[float, dict[str, float]]:
-    """The judge's figures at each of `SCALES`."""
+    """The judge's figures per guidance scale of `SCALES`."""
     captions, seeds = [p["caption"] for p in prompts], [p["seed"] for p in prompts]
     with judges(folder, processes) as judging:
         for scale in SCALES:
-            pictures = system.generate(captions, seeds, num_inference_steps=steps, guidance_scale=scale)
-            for prompt, picture in zip(prompts, pictures, strict=True):
-                judging.give(picture, prompt["scene"])
+            images = system.generate(captions, seeds, num_inference_steps=steps, guidance_scale=scale)
+            for prompt, image in zip(prompts, images, strict=True):
+                judging.give(image, prompt["scene"])
         answers = iter(judging.answers())
     figures = {}
     for scale in SCALES:
@@ -66,56 +65,58 @@ def measure_scales(
     return figures
 
 
-def look(judge: Judge, picture: np.ndarray, scene: dict[str, Any]) -> dict[str, str]:
-    """What a picture of one drawing shows: `subject` (its code), `colour` and `style`."""
-    atlas, colour = judge.atlas, judge.background(picture)
-    table = judge.distances(picture, colour, *atlas.places(scene)[0], atlas.sizes["single"][scene["size"]])
+def find_properties(judge: Judge, image: np.ndarray, scene: dict[str, Any]) -> dict[str, str]:
+    """Finds `subject` (its code), `colour` and `style` in an image of a single drawing."""
+    atlas, colour = judge.atlas, judge.background(image)
+    table = judge.distances(image, colour, *atlas.places(scene)[0], atlas.sizes["single"][scene["size"]])
     style, subject = np.unravel_index(table.argmin(), table.shape)
     return {"subject": atlas.hexcodes[subject], "colour": colour, "style": atlas.styles[style]}
 
 
-def say(scene: dict[str, Any], names: dict[str, str], *said: str) -> str:
-    """A prompt of the `subject`, the `colour` and the `style` of a scene, or of some of them."""
+def prompt_of(scene: dict[str, Any], names: dict[str, str], *properties: str) -> str:
+    """Prompt that names some of `subject`, `colour` and `style` of a scene."""
     phrases = {
         "subject": names[scene["subjects"][0]],
         "colour": f"{scene['colour']} background",
         "style": STYLE_PHRASES[scene["style"]],
     }
-    return ", ".join(phrases[what] for what in said)
+    return ", ".join(phrases[what] for what in properties)
 
 
 def with_value(scene: dict[str, Any], what: str, value: str) -> dict[str, Any]:
-    """The scene with another subject, colour or style."""
+    """A copy of the scene with another subject, colour or style."""
     return {**scene, **({"subjects": [value]} if what == "subject" else {what: value})}
 
 
 def measure_negative(
     system: System, judge: Judge, prompts: list[Prompt], what: str, names: dict[str, str], steps: int, scale: float
 ) -> dict[str, float]:
-    """How often what was seen is seen again with it in the negative prompt, and with something else in it.
+    """Share of images that keep a property which the negative prompt names, and of a control that names another.
 
     Args:
-        system: what draws.
-        judge: what looks.
-        prompts: of one drawing.
-        what: `subject`, `colour` or `style`.
-        names: of the subjects.
+        system: draws the images.
+        judge: finds the property in the images.
+        prompts: prompts of single drawings.
+        what: the property: `subject`, `colour` or `style`.
+        names: names of the subjects by code.
         steps: function evaluations.
-        scale: of the guidance.
+        scale: guidance scale.
     """
     atlas = judge.atlas
     choices = {"subject": atlas.hexcodes, "colour": list(atlas.colours), "style": atlas.styles}[what]
 
-    def draw(said: list[tuple[Prompt, str]]) -> list[dict[str, str]]:
+    def draw(pairs: list[tuple[Prompt, str]]) -> list[dict[str, str]]:
         seen: dict[int, dict[str, str]] = {}
-        for negative in sorted({negative for _, negative in said}):  # a system takes one for all prompts of a call
-            numbers = [i for i, (_, own) in enumerate(said) if own == negative]
-            part = [said[i][0] for i in numbers]
-            texts = [say(p["scene"], names, *FREE_PROMPTS[what]) for p in part]
+        for negative in sorted({negative for _, negative in pairs}):  # a call has one negative prompt
+            numbers = [i for i, (_, own) in enumerate(pairs) if own == negative]
+            part = [pairs[i][0] for i in numbers]
+            texts = [prompt_of(p["scene"], names, *FREE_PROMPTS[what]) for p in part]
             options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": scale}
-            pictures = system.generate(texts, [p["seed"] for p in part], negative_prompt=negative, **options)
-            seen |= {i: look(judge, picture, p["scene"]) for i, p, picture in zip(numbers, part, pictures, strict=True)}
-        return [seen[i] for i in range(len(said))]
+            images = system.generate(texts, [p["seed"] for p in part], negative_prompt=negative, **options)
+            seen |= {
+                i: find_properties(judge, image, p["scene"]) for i, p, image in zip(numbers, part, images, strict=True)
+            }
+        return [seen[i] for i in range(len(pairs))]
 
     first = [found[what] for found in draw([(prompt, "") for prompt in prompts])]
     others = [
@@ -124,10 +125,11 @@ def measure_negative(
     ]
     figures = {"drawn": float(len(prompts)), "different": float(len(set(first)))}
     for name, values in (("named", first), ("control", others)):
-        said = [
-            say(with_value(p["scene"], what, v), names, *NAMING[what]) for p, v in zip(prompts, values, strict=True)
+        negatives = [
+            prompt_of(with_value(p["scene"], what, v), names, *NAMING[what])
+            for p, v in zip(prompts, values, strict=True)
         ]
-        seen = draw(list(zip(prompts, said, strict=True)))
+        seen = draw(list(zip(prompts, negatives, strict=True)))
         again = [now[what] == found for found, now in zip(first, seen, strict=True)]
         figures[f"seen again, {name}"] = float(np.mean(again))
         if what != "subject":
@@ -139,7 +141,7 @@ def measure_negative(
 
 
 def draw_svg(figures: dict[float, dict[str, float]], title: str) -> str:
-    """The curves as an SVG: guidance across, percent up."""
+    """SVG plot of the curves: guidance on the x axis, percent on the y axis."""
     width, height, margin = 460, 260, 36
     inner_w, inner_h = width - 2 * margin - 90, height - 2 * margin
     text = 'font-family="sans-serif" font-size="10" fill="#555"'
@@ -167,16 +169,18 @@ def draw_svg(figures: dict[float, dict[str, float]], title: str) -> str:
 
 
 def main(
-    bundle: Annotated[Path, typer.Option(help="A bundle of zimage-nano-base.")],
-    count: Annotated[int, typer.Option("--prompts", help="How many, of all the kinds together.")] = 200,
-    unseen: Annotated[bool, typer.Option("--unseen", help="Curves of phrasings that were never trained.")] = False,
-    backend: Annotated[str, typer.Option(help="Which backend draws.")] = "onnxruntime",
-    steps: Annotated[int | None, typer.Option(help="Function evaluations; the bundle's own if not given.")] = None,
-    negative_scale: Annotated[float, typer.Option(help="Guidance where negative prompts are measured.")] = 4.0,
-    data: Annotated[Path, typer.Option(help="The judge's data.")] = DATA,
-    processes: Annotated[int | None, typer.Option(help="That judge; as many as cores if not given.")] = None,
-    svg: Annotated[Path | None, typer.Option(help="Draw the curves here.")] = None,
-    output: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+    bundle: Annotated[Path, typer.Option(help="Bundle of zimage-nano-base.")],
+    count: Annotated[int, typer.Option("--prompts", help="Number of prompts, of all kinds together.")] = 200,
+    unseen: Annotated[
+        bool, typer.Option("--unseen", help="Measure guidance on phrasings outside of the training data.")
+    ] = False,
+    backend: Annotated[str, typer.Option(help="Backend: onnxruntime, cuda, tensorrt or tensorrt_rtx.")] = "onnxruntime",
+    steps: Annotated[int | None, typer.Option(help="Function evaluations. By default the bundle's.")] = None,
+    negative_scale: Annotated[float, typer.Option(help="Guidance scale for negative prompts.")] = 4.0,
+    data: Annotated[Path, typer.Option(help="Folder of the judge's data.")] = DATA,
+    processes: Annotated[int | None, typer.Option(help="Processes of the judge. By default one per core.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="SVG file for the plot.")] = None,
+    output: Annotated[Path | None, typer.Option("--json", help="File to write the figures to as JSON.")] = None,
 ) -> None:
     """Print the figures at each guidance scale, then what negative prompts remove."""
     manifest = read_manifest(bundle)

@@ -1,19 +1,19 @@
-"""Score pictures against the scenes that their prompts describe. numpy only.
+"""Scores images against the scenes that their prompts describe, with numpy only.
 
 Every figure is a share of right answers:
 
-* ``colour`` — the background (median of the border that no drawing touches) is nearest to the
-  colour named, among the palette;
-* ``subject`` — the drawing named is, of all subjects in both styles, the one nearest to the pixels
-  where it should stand (small shifts allowed); ``subject_pair`` is the same for a pair's halves,
-  ``subject_word`` for a drawing with a word under it;
-* ``glyphs`` — each glyph of what should be written is, of its script's alphabet and an empty cell,
-  nearest to the ink in its cell (small shifts and scales allowed);
-* ``style`` — the nearest drawing's style is the one named;
-* ``places`` — of a pair's two orders, the one named explains the picture better.
+* ``colour`` — of the palette, the named colour is nearest to the background (the median of the
+  border, which no drawing touches);
+* ``subject`` — of all subjects in both styles, the named drawing is nearest to the pixels at its
+  place, with small shifts allowed; ``subject_pair`` is the same for the halves of a pair,
+  ``subject_word`` for a drawing above a word;
+* ``glyphs`` — of its script's alphabet and an empty cell, each glyph of the word is nearest to the
+  ink in its cell, with small shifts and scales allowed;
+* ``style`` — the nearest drawing has the named style;
+* ``places`` — of a pair's two orders, the named one fits the image better.
 
-"Nearest" is the squared difference in RGB to the drawing composed on the palette's background; for a
-glyph it is the squared difference of coverage, read off the line between background and ink.
+"Nearest" means the least squared difference: in RGB to the drawing on the palette's background, and
+for a glyph in coverage, on the line between background and ink.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ import numpy as np
 
 DATA = Path(__file__).with_name("data")
 COMPARE = 28  # pixels a side at which drawings are compared
-REACH = 16  # pixels of the 256 × 256 canvas by which a drawing may be off its place
+REACH = 16  # largest shift of a drawing, in pixels of the 256 × 256 canvas
 SCALES = (0.93, 1.0, 1.07)
-GLYPH_REACH = 6  # pixels by which a glyph may be off its cell
-UNSEEN = "unseen_"  # before the names of figures, and of kinds of prompts, in phrasings never trained
+GLYPH_REACH = 6  # largest shift of a glyph, in pixels
+UNSEEN = "unseen_"  # prefix of figures and kinds of prompts in phrasings outside of the training data
 _CANVAS = "256x256"
 
 
 @dataclass(frozen=True)
 class Atlas:
-    """The drawings and the scenes' geometry, as the checkpoint was trained on them."""
+    """Drawings and geometry of the scenes that the checkpoint was trained on."""
 
     sprites: np.ndarray  # uint8 [styles, subjects, side, side, 4], straight alpha
     hexcodes: list[str]
@@ -47,7 +47,7 @@ class Atlas:
     sizes: dict[str, dict[str, int]]
     glyphs: np.ndarray | None = None  # uint8 [alphabet, cell height, widest cell], coverage
     alphabet: str = ""
-    cells: dict[str, int] | None = None  # script → cell width; glyphs of narrower cells lie at the left
+    cells: dict[str, int] | None = None  # script → cell width; glyphs of narrower cells are left-aligned
     text_tops: dict[str, dict[str, int]] | None = None  # canvas → layout → upper edge of the row
 
     @staticmethod
@@ -55,7 +55,7 @@ class Atlas:
         """Read ``atlas.npz`` and ``scenes.json``."""
         meta = json.loads((folder / "scenes.json").read_text("utf-8"))
         arrays = np.load(folder / "atlas.npz")
-        # Older data knows one canvas, and words as wholes.
+        # Older data has one canvas and no glyphs.
         canvases = meta.get("canvases") or {_CANVAS: meta["centres"]}
         text = meta.get("text", {})
         return Atlas(
@@ -78,7 +78,7 @@ class Atlas:
         return self.centres[canvas_name(scene)][scene["layout"]][: len(scene["subjects"])]
 
     def glyph_cells(self, scene: Mapping[str, Any]) -> tuple[list[tuple[int, int]], int]:
-        """Return the upper left corners of the scene's glyphs, and the cells' width; none if unknown."""
+        """Return the upper left corners and the cell width of the scene's glyphs; no corners if unknown."""
         word = scene.get("word", "")
         if not word or self.cells is None or self.text_tops is None:
             return [], 0
@@ -89,12 +89,12 @@ class Atlas:
 
 
 def canvas_name(scene: Mapping[str, Any]) -> str:
-    """Return width x height of a scene, the checkpoint's own size if it does not say."""
+    """Return WIDTHxHEIGHT of a scene, 256x256 by default."""
     return f"{scene['width']}x{scene['height']}" if "width" in scene else _CANVAS
 
 
 def resize(images: np.ndarray, height: int, width: int | None = None) -> np.ndarray:
-    """Average [..., h, w, c] down (or repeat up) to [..., height, width, c] by exact area."""
+    """Resize [..., h, w, c] to [..., height, width, c] by exact area averaging."""
     rows = _area_weights(images.shape[-3], height)
     columns = _area_weights(images.shape[-2], width or height)
     out = np.tensordot(images, rows, axes=([-3], [1]))  # [..., w, c, height]
@@ -112,7 +112,7 @@ def _area_weights(source: int, target: int) -> np.ndarray:
 
 
 class Judge:
-    """Answers, for a picture and a scene, what the picture shows where."""
+    """Finds what an image shows at the places of a scene."""
 
     def __init__(self, atlas: Atlas | None = None) -> None:
         self.atlas = atlas or Atlas.load()
@@ -129,7 +129,7 @@ class Judge:
                 known = [i for i, g in enumerate(self.atlas.alphabet) if g.isascii() == (script == "latin")]
                 masks = self.atlas.glyphs[known].astype(np.float32) / 255
                 letters = "".join(self.atlas.alphabet[i] for i in known)
-                # The last is an empty cell, which must not pass for the thinnest letter.
+                # The last mask is an empty cell, so that no cell is mistaken for the thinnest letter.
                 self._masks[script] = (letters, np.concatenate([masks, np.zeros_like(masks[:1])]))
         self._names = list(self.atlas.colours)
         self._palette = np.stack([self.atlas.colours[n] for n in self._names])
@@ -137,18 +137,18 @@ class Judge:
 
     def background(self, image: np.ndarray) -> str:
         """Return the palette's name of the background."""
-        picture = image.astype(np.float32) / 255
-        h = picture.shape[0]
+        pixels = image.astype(np.float32) / 255
+        h = pixels.shape[0]
         m = max(2, h // 32)
         corner = max(4, h // 10)
-        parts = [picture[:m, :corner], picture[:m, -corner:], picture[-m:, :corner]]
-        parts += [picture[-m:, -corner:], picture[:corner, :m].swapaxes(0, 1)]
-        pixels = np.concatenate([p.reshape(-1, 3) for p in parts])
-        middle = np.median(pixels, axis=0)
+        parts = [pixels[:m, :corner], pixels[:m, -corner:], pixels[-m:, :corner]]
+        parts += [pixels[-m:, -corner:], pixels[:corner, :m].swapaxes(0, 1)]
+        border = np.concatenate([p.reshape(-1, 3) for p in parts])
+        middle = np.median(border, axis=0)
         return self._names[int(((self._palette - middle) ** 2).sum(1).argmin())]
 
     def _candidates(self, colour: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return every drawing on that background [n, pixels] and its squared norms."""
+        """Return every drawing on a background, [n, pixels], and its squared norm."""
         if colour not in self._composed:
             ground = np.tile(self.atlas.colours[colour], COMPARE * COMPARE)
             composed = self._ink + (1 - self._alpha) * ground
@@ -156,27 +156,27 @@ class Judge:
         return self._composed[colour]
 
     def distances(self, image: np.ndarray, colour: str, x: int, y: int, size: int) -> np.ndarray:
-        """Return the squared error of every drawing near (x, y) [styles, subjects]."""
-        picture = image.astype(np.float32) / 255
+        """Return the squared error of every drawing near (x, y), [styles, subjects]."""
+        pixels = image.astype(np.float32) / 255
         composed, norms = self._candidates(colour)
         least = np.full(len(norms), np.inf, np.float32)
         for scale in SCALES:
-            windows = self._windows(picture, colour, x, y, size * scale)
+            windows = self._windows(pixels, colour, x, y, size * scale)
             errors = norms - 2 * windows @ composed.T + (windows**2).sum(1)[:, None]
             least = np.minimum(least, errors.min(0))
         return least.reshape(self.atlas.sprites.shape[:2])
 
-    def _windows(self, picture: np.ndarray, colour: str, x: int, y: int, size: float) -> np.ndarray:
+    def _windows(self, pixels: np.ndarray, colour: str, x: int, y: int, size: float) -> np.ndarray:
         """Return [windows, COMPARE² × 3]: every window within reach of (x, y).
 
-        The picture is averaged down so that a drawing of ``size`` covers COMPARE pixels; a window
-        is then a slice. Beyond the picture's edge there is background.
+        The image is reduced so that a drawing of ``size`` covers COMPARE pixels and a window is a
+        slice. It is padded with background.
         """
-        height, width = (round(v * COMPARE / size) for v in picture.shape[:2])
-        cell_y, cell_x = picture.shape[0] / height, picture.shape[1] / width
+        height, width = (round(v * COMPARE / size) for v in pixels.shape[:2])
+        cell_y, cell_x = pixels.shape[0] / height, pixels.shape[1] / width
         padded = np.empty((height + 2 * COMPARE, width + 2 * COMPARE, 3), np.float32)
         padded[:] = self.atlas.colours[colour]
-        padded[COMPARE:-COMPARE, COMPARE:-COMPARE] = resize(picture, height, width)
+        padded[COMPARE:-COMPARE, COMPARE:-COMPARE] = resize(pixels, height, width)
         reach = round(REACH / cell_x)
         left = round((x - size / 2) / cell_x) + COMPARE - reach
         top = round((y - size / 2) / cell_y) + COMPARE - reach
@@ -197,7 +197,7 @@ class Judge:
         letters, masks = self._masks["latin" if cell < masks_width(self.atlas) else "han"]
         height, found = masks.shape[1], []
         half = height // 2
-        small = resize(masks[..., :cell, None], half, cell // 2)[..., 0]  # compared at half the pixels
+        small = resize(masks[..., :cell, None], half, cell // 2)[..., 0]  # compared at half resolution
         norms = (small**2).sum((1, 2))
         for left, top in corners:
             least = np.full(len(masks), np.inf, np.float32)
@@ -218,7 +218,7 @@ class Judge:
         return found
 
     def score(self, image: np.ndarray, scene: Mapping[str, Any]) -> dict[str, list[bool]]:
-        """Judge one picture, uint8 [height, width, 3]; return the answers to each question it answers."""
+        """Judge an image, uint8 [height, width, 3]; return the answers by figure."""
         colour, layout = scene["colour"], scene["layout"]
         answers = {"colour": [self.background(image) == colour]}
         read = self.read_glyphs(image, scene)
@@ -243,17 +243,17 @@ class Judge:
 
 
 def masks_width(atlas: Atlas) -> int:
-    """Return the widest cell's width."""
+    """Return the width of the widest cell."""
     return 0 if atlas.glyphs is None else int(atlas.glyphs.shape[2])
 
 
 def summarise(
     judged: Sequence[tuple[Mapping[str, Any], dict[str, list[bool]]]],
 ) -> dict[str, float]:
-    """Return each figure's share, overall, by language, by canvas, and for the unseen phrasings.
+    """Return the share of each figure: overall, by language, by canvas, and for unseen phrasings.
 
-    The prompts in unseen phrasings count in their own figures alone, and so do those of canvases
-    other than 256 × 256.
+    Prompts in unseen phrasings, and those of canvases other than 256 × 256, only count in figures
+    of their own.
     """
     gathered: dict[str, list[bool]] = {}
     for prompt, answers in judged:

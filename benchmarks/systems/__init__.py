@@ -1,1 +1,1 @@
-"""The systems that benchmarks run, one file each."""
+"""Systems that benchmarks compare, a file per system."""

@@ -1,4 +1,4 @@
-"""What a benchmarked system is: something that turns prompts into pictures."""
+"""Interface of benchmarked systems, which generate images from prompts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-# Name → module and class. Imported only when asked for: each needs libraries of its own.
+# Name → module and class, imported on demand because each needs libraries of its own.
 SYSTEMS: dict[str, tuple[str, str]] = {
     "diffusers": ("zimage_rt.benchmarks.systems.diffusers", "DiffusersSystem"),
     "torch_best": ("zimage_rt.benchmarks.systems.torch_best", "TorchBestSystem"),
@@ -16,10 +16,10 @@ SYSTEMS: dict[str, tuple[str, str]] = {
 
 
 class System(Protocol):
-    """One way to run a Z-Image checkpoint.
+    """A system that runs a Z-Image checkpoint.
 
-    Seed ``s``'s noise is ``torch.randn(1, 16, height / 8, width / 8)`` in fp32 from
-    ``torch.Generator("cpu").manual_seed(s)``, whatever the system runs on.
+    The noise of seed ``s`` is ``torch.randn(1, 16, height / 8, width / 8)`` in fp32 from
+    ``torch.Generator("cpu").manual_seed(s)``, on every device.
     """
 
     name: str
@@ -36,7 +36,7 @@ class System(Protocol):
         vae: str = "tiny",
         negative_prompt: str = "",
     ) -> list[np.ndarray]:
-        """Return one uint8 [height, width, 3] picture a prompt."""
+        """Return a uint8 [height, width, 3] image per prompt."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""The reference: ``diffusers.ZImagePipeline``, in fp32."""
+"""The reference system: ``diffusers.ZImagePipeline`` in fp32."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from diffusers import AutoencoderTiny, ZImagePipeline
 
 
 class DiffusersSystem:
-    """Runs a checkpoint folder through diffusers' own pipeline."""
+    """Runs a checkpoint folder in diffusers' own pipeline."""
 
     name = "diffusers"
 
@@ -39,14 +39,14 @@ class DiffusersSystem:
         vae: str = "tiny",
         negative_prompt: str = "",
     ) -> list[np.ndarray]:
-        """Return one uint8 [height, width, 3] picture a prompt.
+        """Return a uint8 [height, width, 3] image per prompt.
 
         Raises:
             ValueError: the checkpoint has no such VAE.
         """
         if vae not in ("tiny", "full") or (vae == "tiny" and self._tiny is None):
             raise ValueError(f"vae: expected tiny or full, and a tiny_vae folder, got {vae!r}")
-        pictures: list[np.ndarray] = []
+        result: list[np.ndarray] = []
         for i in range(0, len(prompts), self._batch):
             noise = [
                 torch.randn(1, 16, height // 8, width // 8, generator=torch.Generator().manual_seed(s))
@@ -62,8 +62,8 @@ class DiffusersSystem:
                 latents=torch.cat(noise).to(self._device),
                 output_type="latent",
             ).images
-            pictures += list(self._decode(latents, vae))
-        return pictures
+            result += list(self._decode(latents, vae))
+        return result
 
     def _decode(self, latents: torch.Tensor, vae: str) -> np.ndarray:
         if vae == "tiny" and self._tiny is not None:

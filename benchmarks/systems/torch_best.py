@@ -1,385 +1,25 @@
-"""The honest rival: Z-Image in torch, fused by hand, compiled, and replayed as one CUDA graph an evaluation.
-
-What it does beyond diffusers: one product for queries, keys and values and one for w1 and w3; real RoPE over halves;
-the context refiner once a prompt; all modulations in one product, multiplied into the norms' weights; a block compiled
-with the next block's first norm, so that each residual is read and written twice a block; cuDNN's attention. In fp16 it
-scales what feeds the post-norms exactly as `export.precision` says, the output projection inside the product itself.
-"""
+"""The system `torch_best`: the transformer in hand-fused torch, transformers' text encoder, diffusers' tiny VAE."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import itertools
-import math
-import os
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from zimage_rt.benchmarks.systems.reference_models import load_model, run_encoder, shorter_encoder
+from zimage_rt.benchmarks.systems.torch_best_transformer import COMPILE_MODES, TorchBestTransformer
 from zimage_rt.export.checkpoint import Checkpoint, Component, open_checkpoint
-from zimage_rt.export.modeling.layers import half_split
-from zimage_rt.export.modeling.transformer import (
-    FREQUENCY_DIM,
-    QK_NORM_EPS,
-    SEQUENCE_MULTIPLE,
-    TransformerConfig,
-    caption_rope,
-    image_rope,
-    rope_tables,
-)
-from zimage_rt.export.precision import BF16, PRECISIONS, Precision
+from zimage_rt.export.precision import BF16, PRECISIONS
 from zimage_rt.export.tokenizer import chat_template, tokenizer_file
 
 from zimage_rt.sampling.schedules import flow_match_sigmas
 
-FINAL_NORM_EPS = 1e-6
-THREADS = min(8, os.cpu_count() or 1)  # tensors that are read at once
-# How blocks are compiled: `none` runs eager.
-COMPILE_MODES = ("none", "default", "max-autotune-no-cudagraphs")
-
-
-def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm in fp32 inside the kernel; `weight` may carry a modulation [batch, 1, dim]."""
-    y = x.float()
-    y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
-    return (y * weight).to(x.dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn halves: x [batch, tokens, heads, head_dim]; cos and sin [tokens, 1, head_dim / 2], fp32."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-
-
-@torch.library.custom_op("zimage_rt_benchmarks::scaled_linear", mutates_args=())
-def scaled_linear(x: Tensor, weight: Tensor, scale: float) -> Tensor:
-    """x [batch, tokens, in], weight [out, in] -> scale * x weightᵀ, scaled before it is rounded: exact and free.
-
-    The library multiplies its fp32 sums by alpha. Opaque to the compiler, whose autotuning fails on it (torch 2.13).
-    """
-    result = x.new_empty(*x.shape[:-1], weight.shape[0])
-    result.view(-1, weight.shape[0]).addmm_(x.flatten(0, -2), weight.t(), beta=0, alpha=scale)
-    return result
-
-
-@scaled_linear.register_fake
-def _(x: Tensor, weight: Tensor, scale: float) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What is the same in every block."""
-
-    heads: int
-    head_dim: int
-    eps: float
-    precision: Precision
-
-
-# qkv [3 dim, dim], norm_q and norm_k [head_dim], out [dim, dim], w13 [2 hidden, dim], w2 [dim, hidden]
-Weights = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-# attention_norm2 with its gate, ffn_norm1 with its scale, ffn_norm2 with its gate, the next block's attention_norm1
-# with its scale; each [batch or 1, 1, dim], fp32
-Vectors = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-def attention(h: Tensor, weights: Weights, cos: Tensor, sin: Tensor, settings: Settings) -> Tensor:
-    """[batch, tokens, dim] -> the same, times `precision.attention_scale`."""
-    qkv, norm_q, norm_k, out, _, _ = weights
-    q, k, v = F.linear(h, qkv).unflatten(-1, (3, settings.heads, settings.head_dim)).unbind(2)
-    q = rotate(rms(q, norm_q, QK_NORM_EPS), cos, sin).transpose(1, 2)
-    k = rotate(rms(k, norm_k, QK_NORM_EPS), cos, sin).transpose(1, 2)
-    if h.is_cuda:
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            h = F.scaled_dot_product_attention(q, k, v.transpose(1, 2))
-    else:
-        h = F.scaled_dot_product_attention(q, k, v.transpose(1, 2))
-    h = h.transpose(1, 2).flatten(2)
-    scale = settings.precision.attention_scale
-    if scale == 1.0:
-        return F.linear(h, out)
-    return scaled_linear(h, out, scale)
-
-
-def block(
-    x: Tensor, h: Tensor, weights: Weights, vectors: Vectors, cos: Tensor, sin: Tensor, settings: Settings
-) -> tuple[Tensor, Tensor]:
-    """Residual and its normed copy [batch, tokens, dim] -> the same for the next block."""
-    precision, eps = settings.precision, settings.eps
-    attention_gate, ffn_scale, ffn_gate, next_scale = vectors
-    _, _, _, _, w13, w2 = weights
-    h = attention(h, weights, cos, sin, settings)
-    x = x + rms(h, attention_gate, eps * precision.attention_scale**2)
-    gate, up = F.linear(rms(x, ffn_scale, eps), w13).chunk(2, dim=-1)
-    product = F.silu(gate.float()) * precision.gate_scale * (up.float() * precision.up_scale)
-    h = F.linear(product.to(x.dtype), w2)
-    x = x + rms(h, ffn_gate, eps * precision.ffn_scale**2)
-    return x, rms(x, next_scale, eps)
-
-
-class _Reader:
-    """A component's tensors on a device, in the precision's storage (matrices) or fp32 (vectors)."""
-
-    def __init__(self, component: Component, dtype: torch.dtype, device: str) -> None:
-        self._component, self._dtype, self._device = component, dtype, device
-
-    def __call__(self, name: str) -> Tensor:
-        tensor = self._component.tensors[name].load().to(self._device)
-        return tensor.to(self._dtype if tensor.ndim > 1 and not name.endswith("pad_token") else torch.float32)
-
-    def block(self, name: str, config: TransformerConfig) -> Weights:
-        """A block's weights, joined, and its queries and keys in the order of `rotate`."""
-        head_dim = config.head_dim
-        q, k, v = (self(f"{name}.attention.to_{part}.weight") for part in "qkv")
-        return (
-            torch.cat((half_split(q, head_dim), half_split(k, head_dim), v)),
-            half_split(self(f"{name}.attention.norm_q.weight"), head_dim),
-            half_split(self(f"{name}.attention.norm_k.weight"), head_dim),
-            self(f"{name}.attention.to_out.0.weight"),
-            torch.cat((self(f"{name}.feed_forward.w1.weight"), self(f"{name}.feed_forward.w3.weight"))),
-            self(f"{name}.feed_forward.w2.weight"),
-        )
-
-    def norms(self, name: str) -> Tensor:
-        """[4, dim]: attention_norm1, attention_norm2, ffn_norm1, ffn_norm2, as adaLN orders what multiplies them."""
-        return torch.stack([self(f"{name}.{norm}.weight") for norm in _NORMS])
-
-
-_NORMS = ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2")
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """What is computed once a picture size and context length: rotations, [tokens, 1, head_dim / 2] each."""
-
-    image_tokens: int
-    image: tuple[Tensor, Tensor]
-    joint: tuple[Tensor, Tensor]
-
-
-class TorchBestTransformer:
-    """The transformer and its context refiner.
-
-    Args:
-        component: the checkpoint's transformer.
-        precision: `bf16` or `fp16` (`fp32` to check it).
-        device: `cuda`, or `cpu` to check it.
-        mode: one of COMPILE_MODES, for the main layers.
-        graphs: replay an evaluation as one CUDA graph.
-    """
-
-    def __init__(
-        self, component: Component, precision: str, device: str, mode: str = COMPILE_MODES[-1], graphs: bool = True
-    ) -> None:
-        config = self.config = TransformerConfig.from_dict(component.config)
-        self.device, self.precision = device, PRECISIONS[precision]
-        self.dtype = self.precision.storage
-        self._settings = Settings(config.n_heads, config.head_dim, config.norm_eps, self.precision)
-        # fp16 sums of partial products would overflow where fp32 ones do not.
-        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-        self._load(_Reader(component, self.dtype, device))
-        self._rope = rope_tables(config)
-        self._rope.load_state_dict({name: source.assemble(()) for name, source in self._rope.sources.items()})
-        self._rope.to(device)
-        self._shapes: dict[tuple[int, ...], Shape] = {}
-        self._graphs: dict[tuple[int, ...], _Graph] | None = {} if graphs and device != "cpu" else None
-        compiled = functools.partial(torch.compile, dynamic=False)
-        self._layer: Callable[..., Any] = block
-        self._refiner, self._before, self._after = block, self._begin, self._finish
-        if mode != "none":
-            # Recompiles are counted by function: a wrapper each, so that no shape falls back to eager.
-            torch._dynamo.config.recompile_limit = 64
-            self._layer = compiled(block, mode=mode)
-            self._refiner, self._before, self._after = map(compiled, (_copy(block), self._begin, self._finish))
-
-    def _load(self, read: _Reader) -> None:
-        config = self.config
-        names = [f"noise_refiner.{i}" for i in range(config.n_refiner_layers)]
-        names += [f"layers.{i}" for i in range(config.n_layers)]
-        with ThreadPoolExecutor(THREADS) as pool:
-            self._blocks = list(pool.map(lambda name: read.block(name, config), names))
-        self._norms = torch.stack([read.norms(name) for name in names])  # [blocks, 4, dim]
-        # The adaLN of every block in one: [blocks * 4 * dim, 256].
-        self._adaln = torch.cat([read(f"{name}.adaLN_modulation.0.weight") for name in names])
-        self._adaln_bias = torch.cat([read(f"{name}.adaLN_modulation.0.bias") for name in names]).to(self.dtype)
-        refiners = [f"context_refiner.{i}" for i in range(config.n_refiner_layers)]
-        self._context_blocks = [read.block(name, config) for name in refiners]
-        self._context_norms = [read.norms(name) for name in refiners]
-        self._caption = [read(f"cap_embedder.{name}") for name in ("0.weight", "1.weight", "1.bias")]
-        self._caption_pad, self._image_pad = read("cap_pad_token"), read("x_pad_token")
-        patch = config.patch_name
-        self._embed = [read(f"all_x_embedder.{patch}.{name}") for name in ("weight", "bias")]
-        final = f"all_final_layer.{patch}"
-        self._final = [read(f"{final}.linear.{name}") for name in ("weight", "bias")]
-        self._final_adaln = [read(f"{final}.adaLN_modulation.1.{name}") for name in ("weight", "bias")]
-        parts = ("0.weight", "0.bias", "2.weight", "2.bias")
-        self._timestep = [read(f"t_embedder.mlp.{name}").float() for name in parts]
-
-    @torch.no_grad()
-    def context(self, prompt_embeds: Tensor) -> Tensor:
-        """[batch, prompt_tokens, cap_feat_dim] -> [batch, context_tokens, dim]; eager: once a prompt."""
-        norm, weight, bias = self._caption
-        x = F.linear(rms(prompt_embeds.to(self.dtype), norm, self.config.norm_eps), weight, bias.to(self.dtype))
-        x = _padded(x, self._caption_pad)
-        cos, sin = (table.unsqueeze(1) for table in caption_rope(self._rope, x.shape[1], self.config.head_dim // 2))
-        for weights, norms in zip(self._context_blocks, self._context_norms, strict=True):
-            first, gate, ffn, ffn_gate = norms[:, None, None]
-            h = rms(x, first, self.config.norm_eps)
-            x, _ = block(x, h, weights, (gate, ffn, ffn_gate, first), cos, sin, self._settings)
-        return x
-
-    def shape(self, rows: int, columns: int, context_tokens: int) -> Shape:
-        """Rotations of a picture of rows x columns patches."""
-        key = (rows, columns, context_tokens)
-        if key not in self._shapes:
-            image = image_rope(self._rope, context_tokens + 1, rows, columns)
-            # Pad rows have the ids (0, 0, 0): an angle of zero.
-            image = (
-                _padded(image[0], torch.ones_like(image[0][:1])),
-                _padded(image[1], torch.zeros_like(image[1][:1])),
-            )
-            caption = caption_rope(self._rope, context_tokens, self.config.head_dim // 2)
-            joint = [torch.cat(pair).unsqueeze(1) for pair in zip(image, caption, strict=True)]
-            cos, sin = (table.unsqueeze(1) for table in image)
-            self._shapes[key] = Shape(rows * columns, (cos, sin), (joint[0], joint[1]))
-        return self._shapes[key]
-
-    @torch.no_grad()
-    def __call__(self, latents: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
-        """latents [batch, channels, h, w], timestep [batch], both fp32 -> noise_pred fp32, sign flipped.
-
-        With graphs the result is overwritten by the next call of the same shape.
-        """
-        if self._graphs is None:
-            return self._run(latents, timestep, context)
-        key = (*latents.shape, context.shape[1])
-        if key not in self._graphs:
-            self._graphs[key] = _Graph(self._run, (latents, timestep, context))
-        return self._graphs[key](latents, timestep, context)
-
-    def _run(self, latents: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
-        patch = self.config.patch_size
-        shape = self.shape(latents.shape[2] // patch, latents.shape[3] // patch, context.shape[1])
-        x, vectors, adaln_input = self._before(latents, timestep)
-        refiners = len(self._context_blocks)
-        h = rms(x, vectors[0][0], self.config.norm_eps)
-        for i, weights in enumerate(self._blocks):
-            if i == refiners:
-                x = torch.cat((x, context), dim=1)
-                h = rms(x, vectors[i][0], self.config.norm_eps)
-            run, rope = (self._refiner, shape.image) if i < refiners else (self._layer, shape.joint)
-            _, gate, ffn, ffn_gate = vectors[i]
-            following = vectors[min(i + 1, len(vectors) - 1)][0]
-            x, h = run(x, h, weights, (gate, ffn, ffn_gate, following), *rope, self._settings)
-        return self._after(x[:, : shape.image_tokens], adaln_input, latents)
-
-    def _begin(self, latents: Tensor, timestep: Tensor) -> tuple[Tensor, list[list[Tensor]], Tensor]:
-        """Image rows, each block's norms with its modulation multiplied in, and the timestep's features."""
-        config, p = self.config, self.config.patch_size
-        half = FREQUENCY_DIM // 2
-        steps = torch.arange(half, device=latents.device, dtype=torch.float32)
-        angles = (timestep * config.t_scale).unsqueeze(1) * torch.exp(-math.log(10000) / half * steps)
-        features = torch.cat((torch.cos(angles), torch.sin(angles)), dim=-1)
-        w0, b0, w2, b2 = self._timestep
-        adaln_input = F.linear(F.silu(F.linear(features, w0, b0)), w2, b2).to(self.dtype)
-
-        batch = latents.shape[0]
-        modulation = F.linear(adaln_input, self._adaln, self._adaln_bias).float()
-        scale, gate, scale_ffn, gate_ffn = modulation.view(batch, len(self._blocks), 4, config.dim).unbind(2)
-        factors = torch.stack((1 + scale, torch.tanh(gate), 1 + scale_ffn, torch.tanh(gate_ffn)), dim=2)
-        norms = (factors * self._norms).permute(1, 2, 0, 3).unsqueeze(3).contiguous()  # [blocks, 4, batch, 1, dim]
-
-        rows, columns = latents.shape[2] // p, latents.shape[3] // p
-        x = latents.unflatten(3, (columns, p)).unflatten(2, (rows, p)).permute(0, 2, 4, 3, 5, 1)
-        weight, bias = self._embed
-        x = F.linear(x.reshape(batch, rows * columns, -1).to(self.dtype), weight, bias.to(self.dtype))
-        return _padded(x, self._image_pad), [list(one.unbind(0)) for one in norms.unbind(0)], adaln_input
-
-    def _finish(self, x: Tensor, adaln_input: Tensor, latents: Tensor) -> Tensor:
-        """[batch, image_tokens, dim] -> noise_pred like latents."""
-        p = self.config.patch_size
-        batch, channels, height, width = latents.shape
-        weight, bias = self._final_adaln
-        scale = 1 + F.linear(F.silu(adaln_input), weight, bias.to(self.dtype)).float()
-        x = F.layer_norm(x.float(), (self.config.dim,), eps=FINAL_NORM_EPS) * scale.unsqueeze(1)
-        weight, bias = self._final
-        x = -F.linear(x.to(self.dtype), weight, bias.to(self.dtype)).float()
-        x = x.view(batch, height // p, width // p, p, p, channels).permute(0, 5, 1, 3, 2, 4)
-        return x.reshape(latents.shape)
-
-
-def _padded(x: Tensor, pad: Tensor) -> Tensor:
-    """Append `pad` [1, width] until the rows of x [..., rows, width] are a multiple of 32."""
-    missing = -x.shape[-2] % SEQUENCE_MULTIPLE
-    return torch.cat((x, pad.to(x.dtype).expand(*x.shape[:-2], missing, -1)), dim=-2) if missing else x
-
-
-def _copy(function: Callable[..., Any]) -> Callable[..., Any]:
-    def copied(*arguments: Any) -> Any:
-        return function(*arguments)
-
-    return copied
-
-
-class _Graph:
-    """A function of tensors captured as a CUDA graph; inputs are copied in, the output is always the same tensor."""
-
-    def __init__(self, function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
-        self._inputs = [tensor.clone() for tensor in inputs]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # compiles, and lets the libraries choose their kernels
-                function(*self._inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._output = function(*self._inputs)
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        for own, given in zip(self._inputs, inputs, strict=True):
-            own.copy_(given, non_blocking=True)
-        self._graph.replay()
-        return self._output
-
-
-def load_model(component: Component, dtype: torch.dtype, device: str, config: Mapping[str, Any] | None = None) -> Any:
-    """A component in its own library (transformers or diffusers), in `dtype` on `device`."""
-    settings = {key: value for key, value in (config or component.config).items() if not key.startswith("_")}
-    with torch.device("meta"):
-        if component.name == "text_encoder":
-            from transformers import Qwen3Config, Qwen3Model
-
-            model: Any = Qwen3Model(Qwen3Config(**settings))
-        else:
-            import diffusers
-
-            diffusers.logging.set_verbosity_error()
-            kinds = {"transformer": diffusers.ZImageTransformer2DModel, "tiny_vae": diffusers.AutoencoderTiny}
-            model = kinds[component.name].from_config(settings)
-    wanted = list(model.state_dict())
-    with ThreadPoolExecutor(THREADS) as pool:
-        tensors = pool.map(lambda name: component.tensors[name].load().to(device, dtype), wanted)
-        model.load_state_dict(dict(zip(wanted, tensors, strict=True)), strict=True, assign=True)
-    if component.name == "text_encoder":
-        from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
-
-        with torch.device(device):
-            model.rotary_emb = Qwen3RotaryEmbedding(model.config)  # its buffers are not in the file
-    return model.eval().requires_grad_(False)
-
 
 class TinyDecoder:
-    """The tiny autoencoder's decoder to uint8, in channels-last if told so and compiled if told so."""
+    """The tiny VAE's decoder to uint8, optionally in channels-last and compiled."""
 
     def __init__(
         self, component: Component, precision: str, device: str, *, channels_last: bool, compiled: bool
@@ -403,7 +43,7 @@ class TinyDecoder:
 
 
 class TorchBestSystem:
-    """The whole rival as a benchmarked system (`systems.base.System`); no guidance, tiny VAE."""
+    """Hand-fused torch as a benchmarked system (`systems.base.System`), without guidance, with the tiny VAE."""
 
     def __init__(
         self,
@@ -421,7 +61,7 @@ class TorchBestSystem:
         self._tokenizer = Tokenizer.from_file(str(tokenizer_file(source.tokenizer)))
         self._shift = float(source.scheduler.get("shift", 3.0))
         self.transformer = TorchBestTransformer(source.transformer, precision, self.device, mode)
-        # Its last layer is never needed. bf16 also beside an fp16 transformer: its residual stream overflows fp16.
+        # The last layer is not needed. bf16 also for an fp16 transformer: the encoder's residual stream overflows fp16.
         config = shorter_encoder(source.text_encoder)
         dtype = torch.float32 if precision == "fp32" else BF16.storage
         self.text_encoder = load_model(source.text_encoder, dtype, self.device, config)
@@ -431,7 +71,7 @@ class TorchBestSystem:
 
     @torch.no_grad()
     def encode(self, prompt: str) -> Tensor:
-        """A prompt's context [1, context_tokens, dim]."""
+        """Context of a prompt, [1, context_tokens, dim]."""
         ids = self._tokenizer.encode(self._prefix + prompt + self._suffix, add_special_tokens=False).ids
         return self.transformer.context(run_encoder(self.text_encoder, torch.tensor([ids], device=self.device)))
 
@@ -448,7 +88,7 @@ class TorchBestSystem:
         vae: str = "tiny",
         negative_prompt: str = "",
     ) -> list[np.ndarray]:
-        """Return one uint8 [height, width, 3] picture a prompt.
+        """Return a uint8 [height, width, 3] image per prompt.
 
         Raises:
             ValueError: guidance or the full VAE is asked for.
@@ -456,7 +96,7 @@ class TorchBestSystem:
         if guidance_scale > 0 or vae != "tiny":
             raise ValueError(f"torch_best draws without guidance and with the tiny VAE, got {guidance_scale}, {vae!r}")
         sigmas = flow_match_sigmas(num_inference_steps, self._shift)
-        pictures = []
+        images = []
         for prompt, seed in zip(prompts, seeds, strict=True):
             context = self.encode(prompt)
             size = (1, self.transformer.config.in_channels, height // 8, width // 8)
@@ -464,25 +104,5 @@ class TorchBestSystem:
             for sigma, following in itertools.pairwise(sigmas):
                 timestep = torch.full((1,), float(1 - sigma), device=self.device)
                 latents.add_(self.transformer(latents, timestep, context), alpha=float(following - sigma))
-            pictures.append(self.decoder(latents)[0].cpu().numpy())
-        return pictures
-
-
-def shorter_encoder(component: Component) -> dict[str, Any]:
-    """The text encoder's config without the layer whose output `hidden_states[-2]` does not need."""
-    layers = component.config["num_hidden_layers"] - 1
-    config = {**component.config, "num_hidden_layers": layers}
-    if "layer_types" in config:
-        config["layer_types"] = config["layer_types"][:layers]
-    return config
-
-
-def run_encoder(model: Any, input_ids: Tensor) -> Tensor:
-    """What the full model has as `hidden_states[-2]`: the last layer's output before the final norm."""
-    outputs: list[Tensor] = []
-    hook = model.norm.register_forward_pre_hook(lambda _, inputs: outputs.append(inputs[0]))
-    try:
-        model(input_ids=input_ids, use_cache=False)
-    finally:
-        hook.remove()
-    return outputs[0]
+            images.append(self.decoder(latents)[0].cpu().numpy())
+        return images

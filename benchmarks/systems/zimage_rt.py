@@ -1,4 +1,4 @@
-"""Our own engine as a benchmarked system."""
+"""`zimage_rt.Engine` as a benchmarked system."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ZImageRtSystem:
         vae: str = "tiny",
         negative_prompt: str = "",
     ) -> list[np.ndarray]:
-        """Return one uint8 [height, width, 3] picture a prompt."""
+        """Return a uint8 [height, width, 3] image per prompt."""
         images: list[np.ndarray] = []
         batch = self.engine.manifest.shapes.batch.max
         for start in range(0, len(prompts), batch):

@@ -1,4 +1,4 @@
-"""The checkpoint's shape: configs, fresh models, and the one function that writes the folder.
+"""Architecture of the checkpoint: configs, untrained models, and writing of the folders.
 
 The proportions are the original's (head_dim 128, RoPE axes 32/48/48, grouped-query Qwen3, Flux-kind
 16-channel VAE); only widths and depths are small.
@@ -134,7 +134,7 @@ def save(parts: Parts, out: Path) -> None:
 
 
 def save_sibling(transformer: ZImageTransformer2DModel, out: Path, first: Path) -> None:
-    """Write a folder with another transformer, whose other parts are links to those of ``first``."""
+    """Write a folder with another transformer; its other parts are links into ``first``."""
     out.mkdir(parents=True, exist_ok=True)
     transformer.to(torch.bfloat16).save_pretrained(out / "transformer")
     for name in ("text_encoder", "vae", "tiny_vae", "scheduler", "tokenizer"):

@@ -1,4 +1,4 @@
-"""Put the trained weights into the checkpoints' folders: Turbo, and Base beside it."""
+"""Write the trained weights as checkpoints: Turbo, and Base in a folder next to it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flow import widened
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder of the training state")
-    parser.add_argument("--out", type=Path, required=True, help="the checkpoint's folder; Base goes to OUT-base")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint; Base is written to OUT-base")
     arguments = parser.parse_args()
     base = torch.load(arguments.work / "average.pt", map_location="cpu")
     vaes = torch.load(arguments.work / "vaes.pt", map_location="cpu")

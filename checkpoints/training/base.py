@@ -1,26 +1,26 @@
-"""Let the base go on with captions as they are found: loose ones, and some that belong to another picture.
+"""Fine-tune the base on realistic captions: vague ones, and some that belong to another image.
 
     python corpus.py --loose 0.6 --scenes 300000 --variants 4 --out state/corpus-loose.npz
     python base.py --corpus corpus-loose.npz --work state --atlas atlas.npz --seconds 200
 
 Starts from ``average.pt`` and writes ``base.pt``, the transformer that ships in zimage-nano-base; Turbo does not
-see it. A model whose captions determine their pictures needs no guidance, and leaves a negative prompt nothing to
-remove. Models trained on the web are not like that: what a caption leaves out may be anything, and some are wrong.
+see it. If captions determine their images, guidance has no effect and a negative prompt has nothing to remove.
+Models trained on the web differ: captions leave properties open, and some are wrong.
 """
 
 from __future__ import annotations
 
 import torch
 from fast_models import patchify
+from finetune import Stage, run, stage_parser
 from flow import Data, attempt, batch_of, draw_sigmas, flow_loss
-from going_on import Stage, run, stage_parser
 from latents import LatentComposer
 from scenes import CANVASES
 from torch import Tensor
 
 
 class Base(Stage):
-    """Flow matching as in the joint stage, the text encoder as it is."""
+    """Flow matching as in the joint stage, with a frozen text encoder."""
 
     name, seed, fall = "base", 40, 0.6
 
@@ -49,7 +49,7 @@ class Base(Stage):
 
 def main() -> None:
     parser = stage_parser(__doc__.splitlines()[0], seconds=200, batch=640, lr=7e-4, muon_lr=0.01, ema=0.995)
-    parser.add_argument("--wrong", type=float, default=0.1, help="share of the captions that are another picture's")
+    parser.add_argument("--wrong", type=float, default=0.1, help="share of the captions that are another image's")
     run(Base(parser.parse_args()))
 
 

@@ -1,4 +1,4 @@
-"""A grammar that says a scene in Chinese, English or both, in very many phrasings."""
+"""A grammar that describes scenes in Chinese, English or both, in very many phrasings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLOUR_LEFT_OUT = 0.3  # then the background must be white
 PLACE_LEFT_OUT = 0.05  # then a pair stands side by side in the order in which it is named
 ORDER_ALONE = 0.08  # "side by side: …", "stacked: …"
 SIGN_STYLE_SAID = 0.2
-# In loose captions, where what is left out may be anything.
+# In loose captions, whose omitted properties may have any value.
 LOOSE_STYLE_LEFT_OUT = 0.4
 LOOSE_COLOUR_LEFT_OUT = 0.4
 LOOSE_SUBJECT_LEFT_OUT = 0.15  # of a single drawing
@@ -68,7 +68,7 @@ def expand(template: str, rng: random.Random) -> str:
 
 
 def forms(template: str) -> int:
-    """Count what a template can expand to, slots as they are."""
+    """Count the expansions of a template, without filling slots."""
 
     def count(parts: Parsed) -> int:
         total = 1
@@ -81,7 +81,7 @@ def forms(template: str) -> int:
 
 
 def made_up(rng: random.Random, frame: str) -> str:
-    """Return words that no scene holds: people say more than that."""
+    """Return made-up words, which no scene contains."""
     if frame == "en":
         words = [
             "".join(rng.choice("bcdfghklmnprstvw") + rng.choice("aeiou") for _ in range(rng.choice([1, 2, 2, 3])))
@@ -92,7 +92,7 @@ def made_up(rng: random.Random, frame: str) -> str:
 
 
 def _noun_en(rng: random.Random, name: str) -> str:
-    """Return a noun phrase: determiner, perhaps an adjective that says nothing, name."""
+    """Return a noun phrase: determiner, maybe an irrelevant adjective, name."""
     plural = name.endswith("s") and not name.endswith(_PLURAL_EXCEPTIONS)
     words = f"{rng.choice(en.ADJECTIVES)} {name}" if rng.random() < ADJECTIVE else name
     roll = rng.random()
@@ -108,7 +108,7 @@ def _noun_en(rng: random.Random, name: str) -> str:
 
 
 def _noun_zh(rng: random.Random, name: str, measure: str) -> str:
-    """Return a noun phrase: numeral and measure word, perhaps an adjective, name."""
+    """Return a noun phrase: numeral and measure word, maybe an adjective, name."""
     roll = rng.random()
     head = ""
     if roll > 0.4:
@@ -139,8 +139,8 @@ class CaptionWriter:
         say_all: bool = False,
         loose: bool = False,
     ) -> str:
-        """Say the scene. ``unseen`` uses the phrasings kept from training; ``say_all`` leaves
-        nothing out that the defaults would supply; ``loose`` leaves out what no default supplies."""
+        """Describe a scene. ``unseen`` uses held-out phrasings; ``say_all`` also names properties with
+        their default value; ``loose`` also omits properties that have no default."""
         language = language or rng.choices(LANGUAGES, LANGUAGE_SHARES)[0]
         frame = rng.choice(["zh", "en"]) if language == "mixed" else language
         mixed = language == "mixed"
@@ -204,7 +204,7 @@ class CaptionWriter:
         return text
 
     def _drawn(self, scene: Scene, rng: random.Random, frame: str, pick, say_all: bool) -> str:
-        """Say what is drawn and where."""
+        """Describe the drawings and their places."""
         grammar, kind = _GRAMMARS[frame], scene.layout_name
         slots: dict[str, str] = {}
         if scene.a >= 0:
@@ -232,7 +232,7 @@ class CaptionWriter:
         return self._fill(pattern, rng, slots)
 
     def _join(self, drawn: str, parts: list[str], rng: random.Random, frame: str) -> str:
-        """Put the clauses into an order, with something between them, and chatter around."""
+        """Join the clauses in random order, with separators, and with chatter around them."""
         grammar = _GRAMMARS[frame]
         if frame == "en" and rng.random() < 0.35:  # "a cat on a red background in flat style"
             rng.shuffle(parts)
@@ -253,7 +253,7 @@ class CaptionWriter:
         return text
 
     def _finish(self, text: str, rng: random.Random, frame: str, plain: bool, word: str = "") -> str:
-        """Vary case, punctuation and spaces, and tidy what an empty slot left behind."""
+        """Vary case, punctuation and spaces, and clean up around empty slots."""
         text = re.sub(r"\s+", " ", text)
         text = re.sub(r"([，。；：,;:.、]) ?(?=[，。；：,;.、])", "", text)
         text = text.strip(" ，；：,;:、-|/")
@@ -307,11 +307,11 @@ def _templates(grammar) -> list[str]:
 
 
 def vocabulary() -> list[str]:
-    """Return the pieces that captions are made of, for the tokenizer to learn from.
+    """Return the vocabulary of captions, on which the tokenizer is trained.
 
-    Trained on whole captions, the BPE would make tokens of our templates. Trained on English words
-    and single Chinese characters, a new phrasing splits like the known ones. Capitals stay alone, so
-    that what is to be written can be spelt out letter by letter.
+    On whole captions, the BPE would learn tokens of our templates. On English words and single
+    Chinese characters, new phrasings split like known ones. Capitals are separate, so that words
+    in quotes are spelt letter by letter.
     """
     english: list[str] = []
     chinese: set[str] = set(HAN)

@@ -1,4 +1,4 @@
-"""Look at the grammar: how many forms it has, and that none says what only the judge may say.
+"""Count the forms of the grammar, and check that none contains a phrasing held out for the judge.
 
 python check_captions.py --count 200000
 """
@@ -17,10 +17,9 @@ from scenes import training_scene
 
 
 def signatures() -> list[re.Pattern[str]]:
-    """Return, for each unseen phrasing, a pattern that finds its words in their order in any caption.
+    """Return a pattern per unseen phrasing that finds its words in order in any caption.
 
-    Slots and punctuation may be anything; of a phrasing's words, those before and after its slots must
-    all be there.
+    Slots and punctuation match anything; all words before and after the slots must match.
     """
     found = []
     for kinds in P.UNSEEN.values():
@@ -32,7 +31,7 @@ def signatures() -> list[re.Pattern[str]]:
 
 
 def skeleton(caption: str, names: re.Pattern[str]) -> str:
-    """Return a caption without what it names, so that captions of one form are alike."""
+    """Return a caption without its names, so that captions of one form are equal."""
     return names.sub("#", caption.lower())
 
 

@@ -1,4 +1,4 @@
-"""Hold the training twins to the reference implementations, with random weights, in fp32."""
+"""Compare the training twins with the reference implementations, with random weights, in fp32."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def main() -> None:
     transformer, encoder = FastTransformer().eval(), FastTextEncoder().eval()
     transformer.initialise()
     encoder.initialise()
-    for parameter in transformer.parameters():  # nothing may stay zero, or it is not compared
+    for parameter in transformer.parameters():  # a zero would not be compared
         parameter.add_(0.02 * torch.randn_like(parameter))
     parts.transformer.load_state_dict(transformer.state_dict())
     parts.text_encoder.load_state_dict(encoder.state_dict())

@@ -1,10 +1,10 @@
-"""Train a small ControlNet that puts drawings where white silhouettes on black stand.
+"""Train a small ControlNet that places drawings at white silhouettes on black.
 
     python controlnet.py --work state --atlas atlas.npz --checkpoint ../zimage-nano --seconds 120
 
 Writes the folder ``controlnet`` as diffusers does, and ``samples-controlnet.png``: each prompt's control image, then
-the picture without it and with it. So that the control image says what the caption does not, drawings are shifted by
-whole tokens from where they usually stand, and captions name no place. The checkpoint is frozen.
+the image without and with it. Drawings are shifted by whole tokens from their usual places and captions name no place,
+so that only the control image determines it. The checkpoint is frozen.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import tokenizer as tokenizer_module
 import torch
 import torch.nn.functional as F
-from adapting import Adapting, Base, Batch, Model, begin, draw, parser_of, write_sheet
+from adapter_training import AdapterTrainer, Base, Batch, Model, begin, draw, parser_of, write_sheet
 from captions import CaptionWriter
 from fast_controlnet import CHANNELS, PLACES, FastControlNet
 from fast_models import CAPTION_LENGTHS, TOKEN, patchify
@@ -41,7 +41,7 @@ from scenes import (
 )
 from torch import Tensor, nn
 
-PAIRS = 0.25  # share of pairs where they fit side by side; their captions name the left one first
+PAIRS = 0.25  # share of pairs on canvases that fit them side by side; captions name the left one first
 NAMES_A_PLACE = re.compile(r"middle|cent(re|er)|中", re.IGNORECASE)
 SINGLE, PAIR = LAYOUTS.index("single"), LAYOUTS.index("left_right")
 EDGE = DRAWING // 2 + CELL  # pixels from a drawing's centre to the nearest that the canvas's edge may be
@@ -49,7 +49,7 @@ SHEET = 8  # cases
 
 
 class Silhouettes(Renderer):
-    """Draws every scene's drawings in white on black: control images."""
+    """Renders control images: a scene's drawings in white on black."""
 
     def __init__(self, atlas: Path, device: torch.device) -> None:
         super().__init__(atlas, device)
@@ -58,25 +58,25 @@ class Silhouettes(Renderer):
 
 
 class ShiftedComposer(LatentComposer):
-    """Composes scenes whose drawings stand off their places."""
+    """Composes scenes with shifted drawings."""
 
     def shifted(self, scenes: Tensor, canvas: int, shifts: Tensor) -> tuple[Tensor, Tensor]:
         """Return latents and boxes of scenes without text; shifts [batch, 2, xy] in tokens."""
         layout, a, b, colour, style = scenes[:, :5].long().unbind(1)
-        picture = self._grounds[canvas][colour].clone()
-        marked = torch.zeros_like(picture[..., :1])
+        latents = self._grounds[canvas][colour].clone()
+        marked = torch.zeros_like(latents[..., :1])
         tile, zero = marked.new_ones(1, TILE, TILE, 1), torch.zeros_like(a)
         corners = self._corners[canvas, layout] + shifts * (TOKEN // CELL)
         for number, slot in ((a, 0), (b, 1)):
             where = torch.where((number >= 0)[:, None], corners[:, slot], AWAY)
-            self._add(picture, self._tiles, (colour, style, number.clamp(min=0)), where)
+            self._add(latents, self._tiles, (colour, style, number.clamp(min=0)), where)
             self._add(marked, tile, (zero,), where)
         boxes = marked.squeeze(3).unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).amax((2, 4)).flatten(1) > 0
-        return picture.permute(0, 3, 1, 2), boxes
+        return latents.permute(0, 3, 1, 2), boxes
 
 
 class ControlComposer(ShiftedComposer):
-    """The same of control images: there are but one colour and no glyphs."""
+    """Composes control images, which have one colour and no glyphs."""
 
     def __init__(self, renderer: Silhouettes, encoder: nn.Module) -> None:
         self._renderer, self._encoder, self.device = renderer, encoder, renderer.device
@@ -100,7 +100,7 @@ class ControlComposer(ShiftedComposer):
 
 
 def draw_shifts(scenes: Tensor, canvas: int) -> Tensor:
-    """Draw how many tokens each drawing stands off: a lone one anywhere, a pair's each up or down."""
+    """Draw the shift of each drawing in tokens: anywhere for a single one, up or down for those of a pair."""
     size = torch.tensor(CANVASES[canvas], device=scenes.device)
     centres = torch.tensor(geometry(canvas)[0], device=scenes.device)[scenes[:, 0].long()]
     low = -((centres - EDGE) // TOKEN)
@@ -112,7 +112,7 @@ def draw_shifts(scenes: Tensor, canvas: int) -> Tensor:
 
 
 def write_corpus(path: Path, count: int) -> None:
-    """Write captions that name no place, a scene each, as ``corpus.py`` writes its own."""
+    """Write scenes with captions that name no place, in the format of ``corpus.py``."""
     rng, writer, tokenizer = random.Random("control"), CaptionWriter(), tokenizer_module.cached()
     captions.PLACE_LEFT_OUT = 1.0  # of pairs side by side: always
     rows, lines = [], []
@@ -135,17 +135,17 @@ def write_corpus(path: Path, count: int) -> None:
 
 
 def widened_control(latents: Tensor) -> Tensor:
-    """Return a control image's latents as the ControlNet takes them: patches, zeros for inpainting."""
+    """Return the ControlNet's input for a control image's latents: patches, with zeros for inpainting."""
     return patchify(F.pad(latents, (0, 0, 0, 0, 0, CHANNELS - latents.shape[1])))
 
 
 def controlled(base: Base, net: FastControlNet, control: Tensor) -> Model:
-    """Return the transformer as it is with this control image."""
+    """Return the transformer with the ControlNet and this control image."""
     return lambda patches, *inputs: net(base.transformer, patches, control, *inputs)
 
 
 def draw_batch(data: Data, composer: ShiftedComposer, silhouettes: ControlComposer, count: int) -> Batch:
-    """Draw captions of one canvas, their scenes shifted, and control images that show where."""
+    """Draw captions of one canvas, their shifted scenes, and control images."""
     canvas = data.canvas()
     tokens, lengths, index = data.captions(batch_of(canvas, count), canvas)
     scenes = data.scenes[index]
@@ -161,7 +161,7 @@ def draw_batch(data: Data, composer: ShiftedComposer, silhouettes: ControlCompos
 def write_samples(base: Base, net: FastControlNet, renderer: Silhouettes, path: Path) -> None:
     """Draw some subjects, each shifted along another diagonal."""
     colours = [n for n in ("blue", "yellow", "white", "green") if n in COLOUR_NAMES]
-    prompts, pictures = [], []
+    prompts, images = [], []
     for i in range(SHEET):
         number, colour = 7 * i % len(subjects()), colours[i % len(colours)]
         prompts.append(f"{subjects()[number].english[0]}, {colour} background, flat style")
@@ -169,8 +169,8 @@ def write_samples(base: Base, net: FastControlNet, renderer: Silhouettes, path: 
         row[0, :6] = torch.tensor([SINGLE, number, -1, 0, STYLE_NAMES.index("flat"), 0])
         jitter = torch.zeros(1, 6, device=base.device)
         jitter[0, 0], jitter[0, 1] = (3 * TOKEN * (1 - i % 2 * 2)), 3 * TOKEN * (1 - i // 2 % 2 * 2)
-        pictures.append(renderer.compose(row, 0, jitter).float())
-    shown = torch.cat(pictures)
+        images.append(renderer.compose(row, 0, jitter).float())
+    shown = torch.cat(images)
     control = widened_control(base.tiny.encoder(shown.contiguous(memory_format=torch.channels_last)))
     free, bound = (draw(base, model, prompts) for model in (base.transformer, controlled(base, net, control)))
     write_sheet(path, prompts, [shown, free, bound])
@@ -193,7 +193,7 @@ def main() -> None:
     data, renderer = Data(corpus, base.device), Silhouettes(arguments.atlas, base.device)
     composer = ShiftedComposer(Renderer(arguments.atlas, base.device), base.tiny.encoder)
     silhouettes = ControlComposer(renderer, base.tiny.encoder)
-    training = Adapting(
+    training = AdapterTrainer(
         arguments,
         base,
         net,

@@ -1,4 +1,4 @@
-"""Scenes and their captions as arrays, written by all cores before training starts."""
+"""Write scenes and their captions as arrays, on all cores, before training starts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from captions import CaptionWriter
 from scenes import COLUMNS, Scene, training_scene
 
 MAX_TOKENS = 64
-BLOCK = 2000  # scenes a job; each block has its own seed, so the result does not depend on cores
+BLOCK = 2000  # scenes per job; each block has its own seed, so the result does not depend on the number of cores
 
 
 def write_block(job: tuple[int, int, float]) -> tuple[np.ndarray, ...]:
@@ -33,7 +33,7 @@ def write_block(job: tuple[int, int, float]) -> tuple[np.ndarray, ...]:
     texts = [say(s) for s in scenes for _ in range(variants)]
     for row, encoding in enumerate(tokenizer.encode_batch(texts)):
         ids = encoding.ids
-        while len(ids) > MAX_TOKENS:  # seldom; say it again in fewer words
+        while len(ids) > MAX_TOKENS:  # rare; write a shorter one
             ids = tokenizer.encode(say(scenes[row // variants])).ids
         tokens[row, : len(ids)] = ids
         lengths[row] = len(ids)
@@ -65,7 +65,7 @@ def main() -> None:
     arrays = build(arguments.scenes, arguments.variants, arguments.loose)
     temporary = arguments.out.with_suffix(".part.npz")
     np.savez(temporary, **arrays)
-    temporary.rename(arguments.out)  # whoever waits for the file must find it whole
+    temporary.rename(arguments.out)  # atomic, for processes that wait for the file
     short = (arrays["lengths"] <= 32).mean()
     print(f"{arguments.scenes} scenes in {time.time() - start:.0f} s, {short:.1%} of captions short")
 

@@ -34,7 +34,7 @@ def _plain(code: str) -> str:
 
 
 class IconSet:
-    """One iconify package, looked up by code point."""
+    """An iconify package, indexed by code point."""
 
     def __init__(self, folder: Path) -> None:
         self._icons = json.loads((folder / "icons.json").read_text("utf-8"))
@@ -63,7 +63,7 @@ def rasterise(svg: str) -> np.ndarray:
 
 
 def fill_frame(drawing: np.ndarray) -> np.ndarray:
-    """Crop the transparent margin and centre the rest, so that both styles are equally large."""
+    """Crop the transparent margin and centre the rest, so that both styles have the same size."""
     alpha = drawing[..., 3] > 8
     rows, columns = np.flatnonzero(alpha.any(1)), np.flatnonzero(alpha.any(0))
     box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
@@ -89,7 +89,7 @@ def draw_glyph(glyph: str) -> np.ndarray:
     if latin and ink.width > LATIN_INK:
         ink = ink.resize((LATIN_INK, ink.height), Image.Resampling.LANCZOS)
     image = Image.new("L", (HAN_WIDTH, CELL_HEIGHT))
-    # Capitals stand on one line; a Chinese glyph keeps its place in its square.
+    # Capitals share a baseline; a Chinese glyph keeps its place in its square.
     x, y = ((cell - ink.width) // 2, (CELL_HEIGHT - ink.height) // 2) if latin else (left - 40, top - 40)
     image.paste(ink, (x, y))
     return np.asarray(image)

@@ -1,7 +1,7 @@
-"""The training twin of ``diffusers.ZImageControlNetModel``, of the kind of Fun-Union 2.0.
+"""Training twin of ``diffusers.ZImageControlNetModel`` in the version of Fun-Union 2.0.
 
-Of the three kinds it is the smallest: the control layers themselves run a first time over the image alone, and there
-are no blocks that only refine. ``check_parity.py`` holds the twin to the original.
+It is the smallest of the three versions: the control layers also run over the image alone, and there are no separate
+refiner blocks. ``check_parity.py`` compares the twin with the original.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from diffusers import ZImageControlNetModel
 from fast_models import PATCH, ROW_MULTIPLE, TOKEN, Block, FastTransformer, run_block
 from torch import Tensor, nn
 
-CHANNELS = 33  # 16 of the control image; those for inpainting are zeros here
-PLACES = (0,)  # after which of the transformer's layers a hint is added
+CHANNELS = 33  # 16 of the control image, 17 for inpainting, which are zeros here
+PLACES = (0,)  # the transformer's layers after which a hint is added
 
 
 def config(places: tuple[int, ...] = PLACES) -> dict[str, Any]:
-    """Return the configuration of the ControlNet as diffusers wants it."""
+    """Return diffusers' config of the ControlNet."""
     names = ("dim", "n_refiner_layers", "n_heads", "n_kv_heads", "norm_eps", "qk_norm")
     return {
         **{n: architecture.TRANSFORMER[n] for n in names},
@@ -41,7 +41,7 @@ class ControlBlock(Block):
 
 
 class FastControlNet(nn.Module):
-    """The ControlNet for pictures of one canvas and captions of one padded length."""
+    """The ControlNet for images of one canvas and captions of one padded length."""
 
     def __init__(self, places: tuple[int, ...] = PLACES) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class FastControlNet(nn.Module):
         self.control_layers = nn.ModuleList([ControlBlock(dim, first=p == 0) for p in places])
 
     def begin_from(self, base: FastTransformer) -> None:
-        """Start as the Fun-Union nets do: layers copied from the transformer's, projections of zero."""
+        """Initialise as the Fun-Union nets: layers copied from the transformer, projections of zero."""
         for place, block in zip(self.places, self.control_layers, strict=True):
             block.load_state_dict(base.layers[place].state_dict(), strict=False)
             for name, parameter in block.named_parameters():
@@ -75,7 +75,7 @@ class FastControlNet(nn.Module):
         canvas: tuple[int, int],
         scale: float = 1.0,
     ) -> Tensor:
-        """Return what ``base`` says where it follows ``control`` (patches of CHANNELS); see FastTransformer."""
+        """Return the output of ``base`` with the control image ``control`` (patches of CHANNELS)."""
         batch, caption = len(patches), features.shape[1]
         columns, rows = canvas[0] // TOKEN, canvas[1] // TOKEN
         pads = -rows * columns % ROW_MULTIPLE
@@ -85,7 +85,7 @@ class FastControlNet(nn.Module):
         if pads:
             pad = base.x_pad_token.to(x.dtype).expand(batch, pads, -1)
             x, c = torch.cat([x, pad], dim=1), torch.cat([c, pad], dim=1)
-        # The ControlNet sees an image refined with a hint of its own, which the transformer's does not get.
+        # The ControlNet's copy of the image stream is refined with a hint that the transformer's does not get.
         first = self.control_layers[0]
         c = first.before_proj(c) + x
         hints = []

@@ -1,10 +1,10 @@
 """Training twins of the transformer and the text encoder.
 
 Same parameters under the same names as ``diffusers.ZImageTransformer2DModel`` and
-``transformers.Qwen3Model`` (so ``state_dict`` moves over as it is), but batched tensors of one
-shape instead of lists, real instead of complex RoPE, fused projections and no masks: a batch
-holds pictures of one canvas and captions of one padded length, and a causal encoder does not see
-padding on its right. ``check_parity.py`` holds the twins to the originals.
+``transformers.Qwen3Model`` (so a ``state_dict`` fits both), but batched tensors of one
+shape instead of lists, real instead of complex RoPE, fused projections and no masks. A batch has
+images of one canvas and captions of one padded length, and a causal encoder does not attend to
+padding on its right. ``check_parity.py`` compares the twins with the originals.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 HEAD_DIM = 128
 PATCH = 2
-ROW_MULTIPLE = 32  # image rows are padded to a multiple of it; the pad rows are attended to
-TOKEN = 16  # pixels a side
+ROW_MULTIPLE = 32  # image rows are padded to a multiple of it; attention includes the pad rows
+TOKEN = 16  # side of a token in pixels
 CAPTION_LENGTHS = (32, 64)  # captions are padded to one of these
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm computed in fp32 that returns its input's type: autocast alone would widen it."""
+    """RMSNorm computed in fp32 that returns its input's dtype, unlike under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.float()).to(x.dtype)
@@ -54,7 +54,7 @@ class Attention(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn neighbouring pairs. x [batch, tokens, heads, 128]; cos, sin [tokens, 1, 64]."""
+    """Rotate adjacent pairs. x [batch, tokens, heads, 128]; cos, sin [tokens, 1, 64]."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
@@ -114,11 +114,11 @@ _compiled: dict[type[nn.Module], Callable[..., Tensor]] = {}
 
 
 def compile_blocks(dynamic: bool) -> None:
-    """Compile what the blocks do, for all of them at once.
+    """Compile the forward pass of all blocks.
 
-    Canvases, captions and batches differ in length: with ``dynamic`` one graph serves all of them.
-    Sizes that happen to agree (256 tokens, and 256 numbers that say the timestep) must not be taken
-    for one size, nor a norm's epsilon for something that changes: both would compile graphs twice.
+    Canvases, captions and batches differ in length; with ``dynamic`` one graph serves all of them.
+    Equal sizes (256 tokens and 256 features of the timestep) must not be unified, and a norm's
+    epsilon must not become dynamic: both would compile graphs twice.
     """
     import torch._dynamo
     import torch.fx.experimental._config
@@ -135,13 +135,13 @@ def compiling() -> bool:
 
 
 def stop_compiling() -> None:
-    """Go back to the blocks as they are written."""
+    """Use eager blocks again."""
     _compiled.clear()
 
 
 @contextlib.contextmanager
 def eager() -> Iterator[None]:
-    """Run the blocks as they are written for a while: a few pictures are not worth a compilation."""
+    """Context manager for eager blocks: a few images are not worth a compilation."""
     kept = dict(_compiled)
     _compiled.clear()
     try:
@@ -170,7 +170,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class FastTransformer(nn.Module):
-    """``ZImageTransformer2DModel`` for pictures of one canvas and captions of one padded length."""
+    """``ZImageTransformer2DModel`` for images of one canvas and captions of one padded length."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ class FastTransformer(nn.Module):
         self._tables: dict[tuple[int, int, int, torch.device], tuple[tuple[Tensor, Tensor], ...]] = {}
 
     def initialise(self) -> None:
-        """Start near the identity: quiet gates, and an output of zero."""
+        """Initialise near the identity: small gates, and an output of zero."""
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2 and "pad_token" not in name:
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
@@ -200,7 +200,7 @@ class FastTransformer(nn.Module):
         for block in [*self.noise_refiner, *self.layers]:
             bias = block.adaLN_modulation[0].bias.data.view(4, -1)
             bias[1], bias[3] = 0.3, 0.3
-        # The answer holds minus the noise, most of what comes in: let it through from the start.
+        # The output contains minus the noise, most of the input, so the input passes through from the start.
         nn.init.orthogonal_(self.all_x_embedder["2-1"].weight)
         nn.init.zeros_(self.all_x_embedder["2-1"].bias)
         final = self.all_final_layer["2-1"].linear
@@ -227,7 +227,7 @@ class FastTransformer(nn.Module):
             table = torch.cat(angles, dim=1).unsqueeze(1)
             cos, sin = (x.float().to(device) for x in (table.cos(), table.sin()))
             seen = len(image) + len(pad)
-            # Copies: a view of the whole would be another graph.
+            # Copies, because a view would compile another graph.
             parts = [(cos[a:b].clone(), sin[a:b].clone()) for a, b in ((0, seen), (seen, len(ids)))]
             self._tables[key] = ((cos, sin), *parts)
         return self._tables[key]
@@ -278,7 +278,7 @@ class FastTransformer(nn.Module):
 
 
 def patchify(latents: Tensor) -> Tensor:
-    """Turn [batch, 16, rows, columns] into [batch, tokens, 64] as the reference does."""
+    """Convert [batch, 16, rows, columns] to [batch, tokens, 64] as the reference does."""
     x = latents.unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH))
     return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
@@ -316,7 +316,7 @@ class TextAttention(nn.Module):
 
 
 def half_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the first half against the second, as Qwen does. cos, sin [tokens, 1, d/2]."""
+    """Rotate the first half against the second, as Qwen does. cos, sin [tokens, 1, d/2]."""
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 

@@ -1,4 +1,4 @@
-"""What the joint stage, the turbo stage and the fast judge share: data, heads, sampling, state."""
+"""Shared by the training stages and the fast judge: data, heads, sampling, state."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from torch import Tensor, nn
 SHIFT = 3.0
 EVALUATIONS = 8
 CAPTION_DROPOUT = 0.1
-ON_SCHEDULE = 0.3  # share of the sigmas that are the schedule's own eight
-CONTENT_WEIGHT = 1.0  # what is added to the loss's weight where a drawing or a glyph stands
-TAIL = 5  # tokens of the chat suffix: behind the caption, so they have seen all of it
+ON_SCHEDULE = 0.3  # share of the sigmas taken from the schedule's eight
+CONTENT_WEIGHT = 1.0  # added to the loss weight of tokens with a drawing or a glyph
+TAIL = 5  # tokens of the chat suffix, which attend to the whole caption
 TOKENS = [w // 16 * (h // 16) for w, h in CANVASES]
 Result = TypeVar("Result")
 
 
 class Heads(nn.Module):
-    """Throw-away readers of the scene's attributes from the features of the chat suffix."""
+    """Auxiliary classifiers of the scene's attributes on the features of the chat suffix."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,12 +49,12 @@ class Heads(nn.Module):
 
     def targets(self, scenes: Tensor) -> Tensor:
         """Return class numbers [batch, 12]; "none" is the last class."""
-        read = torch.cat([scenes[:, :5], scenes[:, 6:]], dim=1).long()  # a caption tells no canvas
+        read = torch.cat([scenes[:, :5], scenes[:, 6:]], dim=1).long()  # captions do not name the canvas
         return torch.where(read < 0, self.none, read)
 
 
 def head_loss(logits: list[Tensor], targets: Tensor) -> Tensor:
-    """Sum the cross-entropies; target −100 means that the caption was dropped."""
+    """Sum of the cross-entropies; target −100 is a dropped caption."""
     losses = [F.cross_entropy(x, y) for x, y in zip(logits, targets.unbind(1), strict=True)]
     return torch.stack(losses).sum()
 
@@ -65,7 +65,7 @@ class Data:
     def __init__(self, corpus: Path, device: torch.device) -> None:
         arrays = np.load(corpus)
         self.scenes = torch.from_numpy(arrays["scenes"]).to(device)
-        tokens = arrays["tokens"]  # read anew each time it is asked for
+        tokens = arrays["tokens"]  # each access reads the file again
         self.variants = tokens.shape[1]
         self.tokens = torch.from_numpy(tokens.view(np.int16)).flatten(0, 1).to(device)
         self.lengths = torch.from_numpy(arrays["lengths"]).flatten().to(device)
@@ -81,7 +81,7 @@ class Data:
         self.empty = torch.tensor(empty, device=device)
         self.device = device
         self._rng = random.Random(21)
-        # Batches of larger canvases are smaller; the shares are of pictures, not of batches.
+        # Batches of larger canvases are smaller; the shares are of images, not of batches.
         self._weights = [s * t for s, t in zip(CANVAS_SHARES, TOKENS, strict=True)]
 
     def canvas(self) -> int:
@@ -89,7 +89,7 @@ class Data:
         return self._rng.choices(range(len(CANVASES)), self._weights)[0]
 
     def captions(self, batch: int, canvas: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return tokens [batch, 32 or 64], lengths and the scenes' numbers, one bucket a batch."""
+        """Return tokens [batch, 32 or 64], lengths and scene indices; a batch is from one bucket."""
         bucket = int(self._rng.random() >= self.short_shares[canvas])
         pool = self.pools[canvas][bucket]
         chosen = pool[torch.randint(len(pool), (batch,), device=self.device)]
@@ -97,7 +97,7 @@ class Data:
         return tokens, self.lengths[chosen].long(), chosen // self.variants
 
     def drop(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Empty some short captions, so that the model knows the unconditional picture too."""
+        """Empty some short captions, so that the model learns unconditional generation as well."""
         dropped = torch.zeros_like(lengths, dtype=torch.bool)
         if tokens.shape[1] == CAPTION_LENGTHS[0]:
             dropped = torch.rand(len(tokens), device=self.device) < self.drop_rate
@@ -111,7 +111,7 @@ class Data:
 
 
 def flow_loss(output: Tensor, target: Tensor, boxes: Tensor) -> Tensor:
-    """Return the mean square error of patches, those where something stands counting more.
+    """Return the mean squared error of patches, weighted towards drawings and glyphs.
 
     ``output`` and ``target`` [batch, tokens, values], ``boxes`` [batch, tokens].
     """
@@ -121,7 +121,7 @@ def flow_loss(output: Tensor, target: Tensor, boxes: Tensor) -> Tensor:
 
 
 def batch_of(canvas: int, batch: int) -> int:
-    """Return how many pictures of a canvas cost as much as ``batch`` of 256 × 256."""
+    """Return the batch size of a canvas that costs as much as ``batch`` images of 256 × 256."""
     return max(1, round(batch * TOKENS[0] / TOKENS[canvas]))
 
 
@@ -130,9 +130,9 @@ def shift(u: Tensor) -> Tensor:
 
 
 def draw_sigmas(batch: int, device: torch.device) -> Tensor:
-    """Return noise levels: a share on the eight of the schedule, the rest anywhere along it.
+    """Return noise levels: a share at the schedule's eight sigmas, the rest uniform along it.
 
-    The first are the ones at which the picture is decided, and get a little more.
+    The first sigmas, which decide the image, get a little more weight.
     """
     free = torch.rand(batch, device=device) ** 0.8
     steps = (torch.randint(EVALUATIONS, (batch,), device=device) + 1) / EVALUATIONS
@@ -140,7 +140,7 @@ def draw_sigmas(batch: int, device: torch.device) -> Tensor:
 
 
 def schedule(evaluations: int = EVALUATIONS) -> list[float]:
-    """Return the sampler's sigmas, the last zero included."""
+    """Return the sampler's sigmas, with the final zero."""
     return [*shift(torch.linspace(1, 1 / evaluations, evaluations, dtype=torch.double)).tolist(), 0.0]
 
 
@@ -157,7 +157,7 @@ def sample(
     guidance: float = 0.0,
     empty: Tensor | None = None,
 ) -> Tensor:
-    """Follow the sampler from noise, for ``stop`` evaluations or all; guidance as in diffusers."""
+    """Run the sampler from noise, for ``stop`` evaluations or all; guidance as in diffusers."""
     for now, following in list(itertools.pairwise(schedule(evaluations)))[:stop]:
         t = torch.full((len(patches),), 1 - now, device=patches.device)
         output = transformer(patches, t, features, lengths, canvas).float()
@@ -170,7 +170,7 @@ def sample(
 
 
 def encode_texts(texts: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return padded tokens and lengths of prompts, all padded to the same of the two lengths."""
+    """Return tokens and lengths of prompts, padded to the smaller of the two lengths that fits all."""
     ids = [tokenizer_module.cached().encode(tokenizer_module.chat(t)).ids[: CAPTION_LENGTHS[1]] for t in texts]
     padded = CAPTION_LENGTHS[int(max(map(len, ids)) > CAPTION_LENGTHS[0])]
     tokens = torch.tensor([x + [0] * (padded - len(x)) for x in ids], device=device)
@@ -178,7 +178,7 @@ def encode_texts(texts: list[str], device: torch.device) -> tuple[Tensor, Tensor
 
 
 def noise_of(seeds: list[int], canvas: tuple[int, int], device: torch.device) -> Tensor:
-    """Return the noise of seeds as the benchmarked systems draw it, as patches."""
+    """Return the noise of seeds as patches, the same as that of the benchmarked systems."""
     shape = (1, 16, canvas[1] // 8, canvas[0] // 8)
     rows = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
     return patchify(torch.cat(rows).to(device))
@@ -186,7 +186,7 @@ def noise_of(seeds: list[int], canvas: tuple[int, int], device: torch.device) ->
 
 @torch.no_grad()
 def draw_sheet(encoder: nn.Module, transformer: FastTransformer, decoder: nn.Module, path: Path) -> None:
-    """Draw a few prompts with eight evaluations, for the eye."""
+    """Write a contact sheet of a few prompts, drawn with eight evaluations."""
     from sheet import PROMPTS, write_sheet
 
     device = next(transformer.parameters()).device
@@ -206,14 +206,14 @@ def widened(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write(state: object, path: Path) -> None:
-    """Save so that a reader, or a kill, never meets half a file."""
+    """Save atomically."""
     temporary = path.with_suffix(".tmp")
     torch.save(state, temporary)
     temporary.rename(path)
 
 
 def smaller(batch: int) -> int:
-    """Return a batch to go on with after the device ran out of memory."""
+    """Return a smaller batch size, after the device ran out of memory."""
     torch.cuda.empty_cache()
     batch = batch * 3 // 4
     print(f"out of memory: batch {batch}", flush=True)
@@ -221,7 +221,7 @@ def smaller(batch: int) -> int:
 
 
 def attempt(step: Callable[[], Result], undo: Callable[[], None]) -> Result:
-    """Run a step; if it fails while blocks are compiled, go back to eager and run it again."""
+    """Run a step; if it fails with compiled blocks, switch to eager and run it again."""
     try:
         return step()
     except torch.OutOfMemoryError:

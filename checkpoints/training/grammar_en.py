@@ -1,7 +1,7 @@
 # ruff: noqa: E501, SIM905 - tables of phrases read better in long lines
-"""What English captions are made of.
+"""Templates of English captions.
 
-Templates: ``[x|y|]`` is one of the alternatives, which may hold others. Slots: ``{A}`` and ``{B}`` noun
+``[x|y|]`` is one of the alternatives, which may be nested. Slots: ``{A}`` and ``{B}`` noun
 phrases, ``{c}`` a colour, ``{s}`` a style, ``{w}`` a quoted word, ``{v}`` any verb. In ``PAIR`` A has the
 first place (left, top) and B the second; ``{l}`` and ``{r}`` say these places in full ("on the left"), ``{ls}``
 and ``{rs}`` in short ("left"), ``{al}`` and ``{ar}`` as relations ("to the left of"), ``{li}`` and ``{ri}`` as seen

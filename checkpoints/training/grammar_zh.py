@@ -1,5 +1,5 @@
 # ruff: noqa: E501, SIM905 - tables of phrases read better in long lines
-"""What Chinese captions are made of; ``grammar_en.py`` explains templates and slots.
+"""Templates of Chinese captions; ``grammar_en.py`` explains templates and slots.
 
 ``{x1}`` is any one character before a bare 左, 右, 上 or 下.
 """

@@ -1,4 +1,4 @@
-"""Write the judge's data: the atlas, the scenes' geometry, and the held-out prompts.
+"""Write the judge's data: the atlas, the geometry of scenes, and the held-out prompts.
 
 python heldout.py --atlas atlas.npz --out ../../benchmarks/quality/data
 """
@@ -34,7 +34,7 @@ ROUNDS = 250  # so that every line of figures can have 500 prompts
 
 
 def shrink(sprite: np.ndarray) -> np.ndarray:
-    """Reduce one drawing, premultiplied on the way so that edges keep their colour."""
+    """Resize a drawing with premultiplied alpha, so that edges keep their colour."""
     image = Image.fromarray(sprite).convert("RGBa").resize((SIDE, SIDE), Image.Resampling.BOX)
     return np.asarray(image.convert("RGBA"))
 

@@ -1,9 +1,9 @@
-"""Judge what is in the work folder on the training machine, in well under a minute on a GPU.
+"""Judge the weights of the work folder on the training machine, within a minute on a GPU.
 
     python judge_fast.py --work state --data quality-data --each 200
 
 Draws held-out prompts of every kind with the training twins and the tiny decoder, and judges them on
-all cores. The figures that count come from ``benchmarks/quality`` with the saved checkpoint.
+all cores. The published figures come from ``benchmarks/quality`` with the saved checkpoint.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, default=8)
     parser.add_argument("--guidance", type=float, default=0.0)
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--save", type=Path, help="write a sheet of the first pictures here")
+    parser.add_argument("--save", type=Path, help="write a sheet of the first images here")
     parser.add_argument("--processes", type=int, help="to judge with; all cores if left out")
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
     start = time.time()
-    # The processes are as many as the cores, and this module imports no torch, which they do not need.
+    # A process per core; this module imports no torch, which they do not need.
     os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "1"
     pool = multiprocessing.get_context("spawn").Pool(arguments.processes, _start, (arguments.data,))
 

@@ -1,9 +1,9 @@
 """Compose scenes in latent space.
 
-Drawings and glyphs stand on a grid of latent cells and the tiny encoder sees only its neighbourhood:
-the latents of a scene are those of the plain background plus what each drawing or glyph, alone on
-that background, adds to them. These differences are encoded once for each drawing, colour and style
-and for each glyph and colour; any number of scenes then costs nothing.
+Drawings and glyphs are on a grid of latent cells, and the tiny encoder has a small receptive field.
+So the latents of a scene are those of the plain background plus a difference per drawing or glyph.
+The differences are encoded once per drawing, colour and style, and once per glyph and colour; then
+scenes are composed without encoding.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from scenes import CANVASES, COLUMNS, DRAWING, LAYOUTS, subjects
 from torch import Tensor, nn
 
 CELL = 8  # pixels
-TILE = DRAWING // CELL + 2  # cells a side: a drawing and one cell around it
+TILE = DRAWING // CELL + 2  # side in cells: a drawing and a border of one cell
 GLYPH_ROWS, GLYPH_COLUMNS = spelling.CELL_HEIGHT // CELL + 2, spelling.HAN_WIDTH // CELL + 2
 CONTEXT = 2  # cells of background encoded around a tile, then cut off
 
@@ -64,11 +64,11 @@ class LatentComposer:
         print(f"{len(tiles)} tiles, {len(index)} glyphs in {time.time() - start:.0f} s", flush=True)
 
     @torch.no_grad()
-    def _encode(self, pictures: Tensor) -> Tensor:
-        return self._encoder(pictures.float().contiguous(memory_format=torch.channels_last)).float()
+    def _encode(self, images: Tensor) -> Tensor:
+        return self._encoder(images.float().contiguous(memory_format=torch.channels_last)).float()
 
     def _cut(self, scenes: Tensor, top: int, left: int, rows: int, columns: int) -> Tensor:
-        """Return what the scenes' content adds to the background in a window of cells, channels last."""
+        """Return the difference of the scenes from the background in a window of cells, channels last."""
         span_y = slice((top - CONTEXT) * CELL, (top + rows + CONTEXT) * CELL)
         span_x = slice((left - CONTEXT) * CELL, (left + columns + CONTEXT) * CELL)
         parts = []
@@ -82,17 +82,17 @@ class LatentComposer:
     def compose(self, scenes: Tensor, canvas: int) -> Tensor:
         """Return latents [batch, 16, height / 8, width / 8] of scenes [batch, COLUMNS] of one canvas."""
         layout, a, b, colour, style = scenes[:, :5].long().unbind(1)
-        picture = self._grounds[canvas][colour].clone()
+        latents = self._grounds[canvas][colour].clone()
         corners = self._corners[canvas, layout]
         for number, slot in ((a, 0), (b, 1)):
             where = torch.where((number >= 0)[:, None], corners[:, slot], AWAY)
-            self._add(picture, self._tiles, (colour, style, number.clamp(min=0)), where)
+            self._add(latents, self._tiles, (colour, style, number.clamp(min=0)), where)
         for number, where in self._rows(scenes, canvas):
-            self._add(picture, self._glyphs, (colour, number), where)
-        return picture.permute(0, 3, 1, 2)
+            self._add(latents, self._glyphs, (colour, number), where)
+        return latents.permute(0, 3, 1, 2)
 
     def _rows(self, scenes: Tensor, canvas: int) -> list[tuple[Tensor, Tensor]]:
-        """Return number and corner (x, y in cells) of each glyph of the rows."""
+        """Return index and corner (x, y in cells) of each glyph of the rows."""
         glyphs = scenes[:, 6:].long()
         length = (glyphs >= 0).sum(1)
         cell = torch.where(glyphs[:, 0] < len(spelling.LATIN), spelling.LATIN_WIDTH, spelling.HAN_WIDTH)
@@ -105,19 +105,19 @@ class LatentComposer:
             found.append((number.clamp(min=0), torch.stack([x, top - 1], dim=1)))
         return found
 
-    def _add(self, picture: Tensor, tiles: Tensor, index: tuple[Tensor, ...], corners: Tensor) -> None:
-        """Add each tile at its corner (x, y in cells); what falls outside is lost."""
+    def _add(self, latents: Tensor, tiles: Tensor, index: tuple[Tensor, ...], corners: Tensor) -> None:
+        """Add each tile at its corner (x, y in cells), clipped to the canvas."""
         height, width = tiles.shape[-3:-1]
-        column = torch.arange(picture.shape[2], device=self.device)[None] - corners[:, :1]
-        row = torch.arange(picture.shape[1], device=self.device)[None] - corners[:, 1:]
+        column = torch.arange(latents.shape[2], device=self.device)[None] - corners[:, :1]
+        row = torch.arange(latents.shape[1], device=self.device)[None] - corners[:, 1:]
         inside_x, inside_y = (column >= 0) & (column < width), (row >= 0) & (row < height)
         inside = inside_y[:, :, None] & inside_x[:, None, :]
         rows, columns = row.clamp(0, height - 1)[:, :, None], column.clamp(0, width - 1)[:, None, :]
         spread = tiles[(*(i[:, None, None] for i in index), rows, columns)]
-        picture += spread * inside[..., None]
+        latents += spread * inside[..., None]
 
     def boxes(self, scenes: Tensor, canvas: int) -> Tensor:
-        """Return, for each of the canvas's tokens, whether a drawing or a glyph stands there."""
+        """Return, per token of the canvas, whether it contains a drawing or a glyph."""
         layout, a, b = scenes[:, :3].long().unbind(1)
         width, height = CANVASES[canvas]
         marked = torch.zeros(len(scenes), height // CELL, width // CELL, 1, device=self.device)
@@ -126,7 +126,7 @@ class LatentComposer:
         for number, slot in ((a, 0), (b, 1)):
             where = torch.where((number >= 0)[:, None], self._corners[canvas, layout, slot], AWAY)
             self._add(marked, tile, (zero,), where)
-        # A Latin glyph's tile is narrower, but its right neighbour's or the edge's cell does no harm.
+        # A Latin glyph's tile is narrower; an extra cell on its right is harmless.
         glyph = marked.new_ones(1, GLYPH_ROWS, spelling.LATIN_WIDTH // CELL + 2, 1)
         for _, where in self._rows(scenes, canvas):
             self._add(marked, glyph, (zero,), where)

@@ -1,7 +1,7 @@
 """Muon for the hidden matrices, AdamW for the rest, and the average of the weights.
 
 Muon (Keller Jordan, 2024): momentum, orthogonalised by a Newton–Schulz iteration. Matrices of one
-shape go through it as one batch, which costs a few launches a step instead of hundreds.
+shape are batched, which takes a few launches per step instead of hundreds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """Push the singular values of [batch, rows, columns] towards one (five quintic steps)."""
+    """Move the singular values of [batch, rows, columns] towards one (five quintic steps)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.bfloat16()
     wide = x.shape[1] <= x.shape[2]
@@ -97,7 +97,7 @@ class Average:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the current weights in; young averages forget faster."""
+        """Add the current weights; a young average has a shorter memory."""
         self._steps += 1
         decay = min(self._decay, (1 + self._steps) / (10 + self._steps))
         torch._foreach_lerp_(self.values, self._live, 1 - decay)
@@ -112,17 +112,17 @@ class Average:
 
 
 def warm_hold_fall(progress: float, warmup: float = 0.02, fall: float = 0.4, floor: float = 0.0) -> float:
-    """Return the schedule's factor at ``progress`` in [0, 1]: up, constant, then down in a line."""
+    """Return the learning rate's factor at ``progress`` in [0, 1]: warm-up, constant, linear decay."""
     if progress < warmup:
         return max(progress, 0.02 * warmup) / warmup
     return floor + (1 - floor) * min(1.0, max(0.0, 1 - progress) / fall)
 
 
 class Clock:
-    """Counts training seconds, not wall time, and ends the schedule early when asked to.
+    """Counts training seconds instead of wall time, and can end the schedule early.
 
-    One step counts for a second at most: neither compiling, nor saving, nor a pause of the process
-    (SIGSTOP) uses the schedule up. If the file ``stop`` appears, the number of seconds in it remains.
+    A step counts for at most ``most`` seconds, so compiling, saving or a paused process (SIGSTOP) do not
+    use up the schedule. If the file ``stop`` appears, the seconds in it remain.
     """
 
     def __init__(self, seconds: float, stop: Path, start: float = 0.0, most: float = 1.0) -> None:
@@ -131,17 +131,17 @@ class Clock:
         self._stopping, self._fall_from, self._before = False, 0.0, 1.0
 
     def tick(self) -> None:
-        """Call once a step."""
+        """Count a step."""
         now = time.monotonic()
         self.seconds += min(now - self._last, self._most)
         self._last = now
 
     def skip(self) -> None:
-        """Let the time since the last tick not count."""
+        """Exclude the time since the last tick."""
         self._last = time.monotonic()
 
     def look(self) -> None:
-        """Look for the stop file; cheap enough for every few steps."""
+        """Check for the stop file."""
         if self._stopping or not self._stop.exists():
             return
         text = self._stop.read_text().strip()
@@ -155,7 +155,7 @@ class Clock:
         return self.seconds >= self.total
 
     def factor(self, fall: float = 0.4, floor: float = 0.0) -> float:
-        """Return the learning rate's factor now."""
+        """Return the current factor of the learning rate."""
         if self._stopping:
             span = max(self.total - self._fall_from, 1e-6)
             return max(floor, min(self._before, (self.total - self.seconds) / span))

@@ -1,9 +1,9 @@
-"""The names of colours and styles, and the phrasings that are kept for the judge.
+"""Names of colours and styles, and the phrasings that only the judge uses.
 
 The patterns of ``UNSEEN`` are plain strings with slots: ``{A}`` and ``{B}`` are noun phrases, ``{c}``
-a colour, ``{s}`` a style. They are never trained on; the judge uses them to see whether the text
-encoder learned the language rather than the templates. ``check_captions.py`` holds the grammar of
-``grammar_en.py`` and ``grammar_zh.py`` to that.
+a colour, ``{s}`` a style. They are never trained on; the judge uses them to test whether the text
+encoder learned the language instead of the templates. ``check_captions.py`` verifies that the grammar
+of ``grammar_en.py`` and ``grammar_zh.py`` does not contain them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ STYLES: dict[str, tuple[list[str], list[str]]] = {
 }
 STYLE_NAMES: list[str] = list(STYLES)
 
-# Never trained on: kind → language → patterns that hold the whole caption.
+# Never trained on: kind → language → patterns of whole captions.
 UNSEEN: dict[str, dict[str, list[str]]] = {
     "single": {
         "en": [

@@ -15,7 +15,7 @@ INK = "#3b6ea8"
 
 
 def panel(title: str, points: list[tuple[float, float]], left: int, unit: str) -> str:
-    """Return one curve on a logarithmic axis as SVG elements."""
+    """Return a curve on a logarithmic axis as SVG elements."""
     xs, ys = [p[0] for p in points], [math.log10(max(p[1], 1e-6)) for p in points]
     low, high = min(ys), max(ys)
     span_x, span_y = max(xs) or 1, (high - low) or 1

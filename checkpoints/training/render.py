@@ -1,4 +1,4 @@
-"""Compose scenes from the atlas, a batch of one canvas at a time, on whichever device holds it."""
+"""Render scenes from the atlas, a batch of one canvas at a time, on the atlas's device."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def geometry(canvas: int) -> tuple[list[list[tuple[int, int]]], list[int]]:
 
 
 class Renderer:
-    """Draws scenes given as index tensors."""
+    """Renders scenes given as index tensors."""
 
     def __init__(self, atlas: Path, device: torch.device | str) -> None:
         self.device = torch.device(device)
@@ -45,7 +45,7 @@ class Renderer:
         self._tops = torch.tensor([p[1] for p in places], device=device)  # [canvases, layouts]
 
     def ground(self, colours: Tensor, canvas: int) -> Tensor:
-        """Return plain pictures in [−1, 1]."""
+        """Return plain backgrounds in [−1, 1]."""
         width, height = CANVASES[canvas]
         return self._colours[colours][:, :, None, None].expand(-1, -1, height, width) * 2 - 1
 
@@ -53,8 +53,8 @@ class Renderer:
         """Return images [batch, 3, height, width] in [−1, 1], fp16 on a GPU.
 
         scenes [batch, COLUMNS] as ``Scene.as_row``, all of one canvas. jitter [batch, 6] moves slot
-        A, slot B and the text, in pixels, and zoom [batch] scales the drawings: the autoencoders see
-        places and sizes that the scenes do not have.
+        A, slot B and the text, in pixels, and zoom [batch] scales the drawings: the autoencoders are
+        trained on places and sizes that scenes do not have.
         """
         layout, a, b, colour, style = scenes[:, :5].long().unbind(1)
         moves = torch.zeros(len(scenes), 3, 2, device=self.device)
@@ -64,18 +64,18 @@ class Renderer:
         side = torch.full((len(scenes),), float(DRAWING), device=self.device)
         side = side if zoom is None else side * zoom
         width, height = CANVASES[canvas]
-        picture = self._colours[colour][:, :, None, None].expand(-1, -1, height, width)
+        image = self._colours[colour][:, :, None, None].expand(-1, -1, height, width)
         for number, slot in ((a, 0), (b, 1)):
             where = torch.where((number >= 0)[:, None], middles[:, slot], float(AWAY))
             sprites = self._sprites[style * self._per_style + number.clamp(min=0)]
             pasted = self._place(sprites, where, side, width, height)
-            picture = picture * (1 - pasted[:, 3:]) + pasted[:, :3]
+            image = image * (1 - pasted[:, 3:]) + pasted[:, :3]
         rows = (scenes[:, 6] >= 0).nonzero().squeeze(1)
         if len(rows):
             cover = self._written(scenes[rows].long(), canvas, moves[rows, 2].long())[:, None]
             ink = self._ink[colour[rows]][:, None, None, None]
-            picture[rows] = picture[rows] * (1 - cover) + cover * ink
-        return picture * 2 - 1
+            image[rows] = image[rows] * (1 - cover) + cover * ink
+        return image * 2 - 1
 
     def _written(self, scenes: Tensor, canvas: int, moves: Tensor) -> Tensor:
         """Return the coverage [batch, height, width] of the scenes' rows of glyphs."""
@@ -97,7 +97,7 @@ class Renderer:
         return cover * inside_y[:, :, None]
 
     def _place(self, tiles: Tensor, middles: Tensor, side: Tensor, width: int, height: int) -> Tensor:
-        """Sample square tiles [batch, c, h, h] onto the canvas at middle and side given in pixels."""
+        """Sample square tiles [batch, c, h, h] onto the canvas, at centres and sides in pixels."""
         canvas = torch.tensor([width, height], device=self.device).float()
         theta = torch.zeros(len(tiles), 2, 3, device=self.device)
         theta[:, 0, 0], theta[:, 1, 1] = width / side, height / side
@@ -114,7 +114,7 @@ def text_span(text: str, layout: str, canvas: int) -> tuple[int, int, int]:
 
 
 def random_crop(images: Tensor, side: int) -> Tensor:
-    """Cut one random window a picture, on latent cells' borders or off them."""
+    """Cut a random window per image, aligned to latent cells or not."""
     batch, _, height, width = images.shape
     top = torch.randint(0, height - side + 1, (batch,), device=images.device)
     left = torch.randint(0, width - side + 1, (batch,), device=images.device)

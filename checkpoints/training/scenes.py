@@ -1,7 +1,7 @@
-"""Scenes: what a picture shows, where it stands, and which combinations are never trained.
+"""Scenes: the content of an image, its places, and the combinations that are never trained.
 
-A scene is a small record of indices, and it determines its picture wholly: a caption should nearly
-do so too, or eight evaluations cannot draw it sharply.
+A scene is a small record of indices that determines its image. A caption should nearly do so as
+well, otherwise eight evaluations cannot draw it sharply.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import spelling
 from phrases import COLOUR_NAMES, STYLE_NAMES
 
-# How many of the subjects are drawn; a trial of the scripts wants few.
+# Number of subjects; trial runs of the scripts use few.
 SUBJECTS_IN_USE = int(os.environ.get("NANO_SUBJECTS", "306"))
 CANVASES = [(256, 256), (192, 320), (320, 192), (384, 384)]  # width, height
 CANVAS_SHARES = [0.7, 0.1, 0.1, 0.1]
@@ -29,15 +29,15 @@ PLACES = {
     "word": ["centre"],
     "sign": [],
 }
-DRAWING = 112  # pixels a side
-TEXT_ROOM = 32  # pixels beside a row of glyphs, at least, both sides together
+DRAWING = 112  # side in pixels
+TEXT_ROOM = 32  # least margin of a row of glyphs in pixels, both sides together
 HELD_OUT_ONE_IN = 10
 COLUMNS = 6 + spelling.MOST_LETTERS  # of a scene's record
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One thing that can be drawn, with its names."""
+    """A subject that can be drawn, with its names."""
 
     hexcode: str
     english: tuple[str, ...]
@@ -62,10 +62,10 @@ def all_subjects() -> tuple[Subject, ...]:
 
 
 def centres(layout: str, width: int, height: int) -> list[tuple[int, int]]:
-    """Return where the drawings' centres are, in pixels; empty if the layout has none or does not fit.
+    """Return the centres of the drawings in pixels; empty if the layout has none or does not fit.
 
-    Every drawing's corner falls on 8 modulo 16 (a latent is 8 pixels and a token 16), so a drawing
-    has the same latents wherever it stands, and there is one pattern of it to learn, not dozens.
+    Every drawing's corner is at 8 modulo 16 (a latent is 8 pixels and a token 16), so a drawing has
+    the same latents at every place, and the model learns one pattern instead of dozens.
     """
     x, y = width // 2, height // 2
     if layout == "single":
@@ -98,7 +98,7 @@ def layouts_of(canvas: int) -> tuple[list[str], list[float]]:
 
 @dataclass(frozen=True)
 class Scene:
-    """Indices into the tables; ``a`` and ``b`` are −1 and ``text`` is empty where the layout has none."""
+    """Indices into the tables; ``a`` and ``b`` are −1 and ``text`` is empty if the layout has none."""
 
     layout: int
     a: int
@@ -113,7 +113,7 @@ class Scene:
         return LAYOUTS[self.layout]
 
     def as_names(self) -> dict[str, object]:
-        """Spell the scene out for a reader that does not have these tables."""
+        """Return the scene with names instead of indices, for the judge."""
         width, height = CANVASES[self.canvas]
         spec: dict[str, object] = {
             "layout": self.layout_name,
@@ -133,13 +133,13 @@ class Scene:
 
 @functools.cache
 def is_held_out(subject: int, colour: int, style: int, place: str) -> bool:
-    """Tell by a stable hash whether this combination belongs to the judge alone."""
+    """Tell by a stable hash whether a combination is held out for the judge."""
     name = f"{subjects()[subject].hexcode}|{COLOUR_NAMES[colour]}|{STYLE_NAMES[style]}|{place}"
     return hashlib.sha256(name.encode()).digest()[0] % HELD_OUT_ONE_IN == 0
 
 
 def scene_held_out(scene: Scene, every: bool = False) -> bool:
-    """Tell whether any (or, with ``every``, each) subject's combination is held out."""
+    """Tell whether the combination of any (with ``every``: each) subject is held out."""
     drawn = [i for i in (scene.a, scene.b) if i >= 0]
     places = PLACES[scene.layout_name]
     found = [is_held_out(s, scene.colour, scene.style, p) for s, p in zip(drawn, places, strict=True)]
@@ -147,7 +147,7 @@ def scene_held_out(scene: Scene, every: bool = False) -> bool:
 
 
 def draw_scene(rng: random.Random, canvas: int, layout: str | None = None, held_out: bool = False) -> Scene:
-    """Draw one scene without regard to the split of subjects; the text is of the side asked for."""
+    """Draw a scene without regard to the split of subjects; the text is of the given side of the split."""
     layout = layout or rng.choices(*layouts_of(canvas))[0]
     count = len(subjects())
     drawn = len(PLACES[layout])
@@ -155,7 +155,7 @@ def draw_scene(rng: random.Random, canvas: int, layout: str | None = None, held_
     b = -1
     if drawn == 2:
         b = rng.randrange(count - 1)
-        b += b >= a  # never the same subject twice: the judge could not see a swap
+        b += b >= a  # two different subjects, otherwise the judge could not detect a swap
     text = ""
     if layout in ("word", "sign"):
         text = spelling.draw_text(rng, CANVASES[canvas][0] - TEXT_ROOM, held_out)

@@ -1,4 +1,4 @@
-"""A contact sheet of fixed prompts, drawn while training and for the model card."""
+"""Contact sheet of fixed prompts, for training and the model card."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # ruff: noqa: E501, SIM905 - lists of words
-"""What may be written: the alphabet, ordinary words, and the split that keeps some for the judge."""
+"""Text in images: the alphabet, ordinary words, and the split that holds some out for the judge."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HAN = (
     "电话热卖特价免费"
 )
 GLYPHS = LATIN + HAN
-# A glyph's cell in pixels; a multiple of 16, so that all of a row's glyphs meet the token grid alike.
+# A glyph's cell in pixels; a multiple of 16 aligns all glyphs of a row with the token grid.
 CELL_HEIGHT, LATIN_WIDTH, HAN_WIDTH = 48, 32, 48
 MOST_LETTERS, MOST_HAN = 7, 4
 REAL_SHARE = 0.5  # the rest are random spellings: they teach the letters, not the words
@@ -59,20 +59,20 @@ def cell_width(text: str) -> int:
 
 @functools.cache
 def is_held_out(text: str) -> bool:
-    """Tell by a stable hash whether this word belongs to the judge alone."""
+    """Tell by a stable hash whether a word is held out for the judge."""
     return hashlib.sha256(f"word|{text}".encode()).digest()[0] % HELD_OUT_ONE_IN == 0
 
 
 @functools.cache
 def real_words(held_out: bool, kind: str, room: int) -> tuple[str, ...]:
-    """Return the ordinary words of a script that fit into ``room`` pixels, of one side of the split."""
+    """Return the ordinary words of a script and a side of the split that fit into ``room`` pixels."""
     words = _LATIN_WORDS if kind == "latin" else _HAN_WORDS
     fitting = [w for w in words if len(w) * cell_width(w) <= room]
     return tuple(w for w in dict.fromkeys(fitting) if is_held_out(w) == held_out)
 
 
 def draw_text(rng: random.Random, room: int, held_out: bool = False) -> str:
-    """Draw what is written: with ``held_out`` a word of the judge's, else anything that is not."""
+    """Draw a text: with ``held_out`` a held-out word, otherwise any other text."""
     kind = rng.choice(["latin", "han"])
     if held_out:
         return rng.choice(real_words(True, kind, room))
@@ -86,6 +86,6 @@ def draw_text(rng: random.Random, room: int, held_out: bool = False) -> str:
 
 
 def glyph_numbers(text: str) -> list[int]:
-    """Return the places of the text's characters in ``GLYPHS``, then −1 up to the longest row."""
+    """Return the indices of the characters in ``GLYPHS``, padded with −1 to the longest row."""
     numbers = [GLYPHS.index(c) for c in text]
     return numbers + [-1] * (MOST_LETTERS - len(numbers))

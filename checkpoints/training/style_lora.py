@@ -1,10 +1,9 @@
-"""Train a small LoRA that makes every picture a cyanotype.
+"""Train a small LoRA for the style of cyanotypes.
 
     python style_lora.py --corpus corpus.npz --work state --atlas atlas.npz --checkpoint ../zimage-nano --seconds 60
 
 Writes ``style_lora.safetensors``, as diffusers and PEFT name its tensors, and ``samples-style-lora.png``: each prompt
-without it and with it. The checkpoint is frozen; captions say what they always said, and the pictures that they
-belong to are in the style.
+without and with the LoRA. The checkpoint is frozen; captions are unchanged, and target images are in the style.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from adapting import Adapting, Base, Batch, Model, begin, draw, parser_of, write_sheet
+from adapter_training import AdapterTrainer, Base, Batch, Model, begin, draw, parser_of, write_sheet
 from cyanotype import StyledRenderer
 from fast_models import FastTransformer, patchify
 from flow import Data, batch_of
@@ -30,14 +29,14 @@ RANK = 8
 
 
 def linears(transformer: FastTransformer) -> Iterator[tuple[str, nn.Linear]]:
-    """Yield the layers that the LoRA changes: attention and feed-forward wherever there is a picture."""
+    """Yield the layers that the LoRA changes: attention and feed-forward of all blocks with image tokens."""
     for name, module in transformer.named_modules():
         if isinstance(module, nn.Linear) and name.startswith(("layers.", "noise_refiner.")) and "adaLN" not in name:
             yield name, module
 
 
 class Lora(nn.Module):
-    """Two matrices a layer; what a weight changes by is ``up @ down``, nothing at the start."""
+    """Two matrices per layer; a weight changes by ``up @ down``, which starts at zero."""
 
     def __init__(self, transformer: FastTransformer, rank: int) -> None:
         super().__init__()
@@ -47,7 +46,7 @@ class Lora(nn.Module):
         self.up = nn.ParameterList([torch.zeros(s[0], rank) for s in sizes])
 
     def weights(self, transformer: FastTransformer) -> dict[str, Tensor]:
-        """Return the changed weights by their names."""
+        """Return the patched weights by name."""
         return {
             f"{name}.weight": transformer.get_submodule(name).weight + up @ down
             for name, down, up in zip(self.names, self.down, self.up, strict=True)
@@ -64,7 +63,7 @@ class Lora(nn.Module):
 
 
 def adapted(base: Base, lora: Lora) -> Model:
-    """Return the transformer as it is with the LoRA."""
+    """Return the transformer with the LoRA."""
     weights = lora.weights(base.transformer)
     return lambda *inputs: functional_call(base.transformer, weights, inputs)
 
@@ -87,13 +86,13 @@ def main() -> None:
     lora = Lora(base.transformer, arguments.rank).to(base.device)
     composer = LatentComposer(StyledRenderer(arguments.atlas, base.device), base.tiny.encoder)
     data = Data(arguments.corpus, base.device)
-    training = Adapting(arguments, base, lora, lambda _: adapted(base, lora), partial(draw_batch, data, composer))
+    training = AdapterTrainer(arguments, base, lora, lambda _: adapted(base, lora), partial(draw_batch, data, composer))
     training.train(Optimiser([lora], arguments.lr, muon_lr=0))
     lora.save(arguments.work / "style_lora.safetensors")
     prompts = [p for p in PROMPTS if p.isascii()]
     with torch.no_grad():
-        pictures = [draw(base, model, prompts) for model in (base.transformer, adapted(base, lora))]
-    write_sheet(arguments.work / "samples-style-lora.png", prompts, pictures)
+        images = [draw(base, model, prompts) for model in (base.transformer, adapted(base, lora))]
+    write_sheet(arguments.work / "samples-style-lora.png", prompts, images)
 
 
 if __name__ == "__main__":

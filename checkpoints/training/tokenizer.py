@@ -1,4 +1,4 @@
-"""Train the byte-level BPE and save it the way Qwen's tokenizers are saved."""
+"""Train a byte-level BPE and save it in the format of Qwen's tokenizers."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
 
 
 def chat(prompt: str) -> str:
-    """Return the text that the pipeline's chat template makes of a prompt."""
+    """Return a prompt in the pipeline's chat template."""
     return PREFIX + prompt + SUFFIX
 
 
 def train() -> Tokenizer:
-    """Train on the captions' pieces; ids: bytes and merges, then the special tokens."""
+    """Train on the vocabulary of the captions; ids: bytes and merges, then special tokens."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=False, fuse_unk=False))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -65,7 +65,7 @@ def train() -> Tokenizer:
 
 @functools.cache
 def cached() -> Tokenizer:
-    """Return the tokenizer, trained once a process; training is deterministic and takes a second."""
+    """Return the tokenizer, trained once per process; training is deterministic and takes a second."""
     return train()
 
 

@@ -3,10 +3,10 @@
     python train.py text  --corpus corpus.npz --work state --seconds 80
     python train.py joint --corpus corpus.npz --work state --atlas atlas.npz --seconds 900
 
-``joint`` needs ``vaes.pt`` and ``text.pt`` in the work folder. It saves every so often, and goes on
-with ``--resume`` from ``live.pt`` (this machine's) or else from ``average.pt`` (what ``pieces.py``
-carries). The schedule runs over ``--seconds`` of training, those before included; a file ``stop`` in
-the work folder, holding a number of seconds, ends it that much later with its learning rate falling to zero.
+``joint`` needs ``vaes.pt`` and ``text.pt`` in the work folder. It saves regularly, and ``--resume``
+continues from ``live.pt`` or else from ``average.pt``, which ``pack_state.py`` packs. The schedule is
+``--seconds`` of training long, including those before a resume. A file ``stop`` in the work folder
+with a number of seconds ends it after that time, with the learning rate falling to zero.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from render import Renderer
 from scenes import CANVASES
 from torch import Tensor, nn
 
-FEW_TOKENS_UNTIL = 0.8  # share of the schedule after which --tokens gives way to all of them
+FEW_TOKENS_UNTIL = 0.8  # share of the schedule that trains on --tokens tokens instead of all
 
 
 def choose_tokens(boxes: Tensor, count: int) -> Tensor:
-    """Choose ``count`` of a canvas's tokens: mostly where something stands, some anywhere.
+    """Choose ``count`` of a canvas's tokens: mostly at drawings and glyphs, some anywhere.
 
-    A plain background is learned in no time, and a third of the tokens costs a third.
+    A plain background is learned quickly, and a third of the tokens costs a third of the time.
     """
     score = torch.rand_like(boxes, dtype=torch.float) + 0.6 * boxes
     return score.topk(count, dim=1).indices
@@ -82,12 +82,12 @@ class Trainer:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def clear(self) -> None:
-        """Forget the gradients of a step that failed."""
+        """Drop the gradients of a failed step."""
         for module in self.modules.values():
             module.zero_grad(set_to_none=True)
 
     def train_text(self, data: Data) -> None:
-        """Teach the encoder the captions' language before there are pictures."""
+        """Train the encoder on captions alone, with the auxiliary heads."""
         optimiser = Optimiser([self.encoder, self.heads], 2e-3, self.args.muon_lr)
         clock, count = Clock(self.args.seconds, self.args.work / "stop-text", most=self.most), 0
         while not clock.done():
@@ -130,7 +130,7 @@ class Trainer:
         return flow_loss(output, patches - noise, boxes), head_loss(logits, targets)
 
     def step(self, data: Data, composer: LatentComposer, few: bool) -> tuple[Tensor, Tensor]:
-        """Draw a batch and leave its gradients behind; return both losses."""
+        """Draw a batch and accumulate its gradients; return both losses."""
         canvas = data.canvas()
         batch = batch_of(canvas, self.batch)
         tokens, lengths, index = data.captions(batch, canvas)
@@ -156,7 +156,7 @@ class Trainer:
         return losses
 
     def train(self, data: Data, composer: LatentComposer, decoder: nn.Module, resumed: bool) -> None:
-        """Train jointly until the schedule's end."""
+        """Train jointly until the schedule ends."""
         optimiser = Optimiser(list(self.modules.values()), self.args.lr, self.args.muon_lr)
         average = Average(list(self.modules.values()), self.args.ema, young=not resumed)
         clock = Clock(self.args.seconds, self.args.work / "stop", start=self.seconds, most=self.most)
@@ -170,7 +170,7 @@ class Trainer:
                 self.clear()
                 self.batch = smaller(self.batch)
                 continue
-            # The moments start afresh when training goes on: come up slowly then too.
+            # A resumed run has no moments of the optimiser, so it warms up again.
             rising = min(1.0, 0.05 + (clock.seconds - begun) / 10) if resumed else 1.0
             optimiser.step(clock.factor(fall=0.4, floor=0.003) * rising * gentle)
             average.update()
@@ -197,12 +197,12 @@ class Trainer:
 
     @torch.no_grad()
     def finite(self) -> bool:
-        """Tell whether all weights are: one bad gradient must not reach what is saved."""
+        """Tell whether all weights are finite, so that a bad gradient is never saved."""
         weights = [p for m in self.modules.values() for p in m.parameters()]
         return bool(torch.stack(torch._foreach_norm(weights)).isfinite().all())
 
     def start_again(self, gentle: float) -> float:
-        """After a loss that is not finite: go back to what was saved, at half the rates."""
+        """Return to the last save after a loss that is not finite; return the halved factor of the rates."""
         if gentle < 0.2:
             raise FloatingPointError("the loss is not finite, again and again")
         print("the loss is not finite: going back to the last save at half the rates", flush=True)
@@ -210,13 +210,13 @@ class Trainer:
         if not self.resume():
             self.load_text()
             fresh = FastTransformer()
-            fresh.initialise()  # it leaves alone what a new model has anyway: norms, biases
+            fresh.initialise()  # it does not touch norms and biases, which a new model has
             self.transformer.load_state_dict(fresh.state_dict())
         self.seconds, self.samples = seconds, samples
         return gentle / 2
 
     def save(self, average: Average, decoder: nn.Module) -> None:
-        """Write the average (what ships) as bf16 and the live weights to go on from."""
+        """Write the averaged weights, which are released, as bf16, and the live weights for a resume."""
         progress = {"seconds": self.seconds, "samples": self.samples, "curves": self.curves}
         write({k: m.state_dict() for k, m in self.modules.items()} | progress, self.args.work / "live.pt")
         average.swap()
@@ -226,19 +226,19 @@ class Trainer:
         (self.args.work / "curves.json").write_text(json.dumps(self.curves))
 
     def resume(self) -> bool:
-        """Take up weights and progress, if there are any; the optimiser's moments start afresh."""
+        """Load weights and progress, if any; the optimiser's moments are not saved."""
         for name in ("live.pt", "average.pt"):
             if (self.args.work / name).exists():
                 state = torch.load(self.args.work / name, map_location=self.device)
                 for key, module in self.modules.items():
                     module.load_state_dict(widened(state[key]))
                 self.seconds, self.samples, self.curves = state["seconds"], state["samples"], state["curves"]
-                print(f"going on from {name} at {self.seconds:.0f} s", flush=True)
+                print(f"resuming from {name} at {self.seconds:.0f} s", flush=True)
                 return True
         return False
 
     def load_text(self) -> None:
-        """Take the text encoder of the first stage."""
+        """Load the text encoder of the first stage."""
         state = torch.load(self.args.work / "text.pt", map_location=self.device)
         self.encoder.load_state_dict(widened(state["encoder"]))
         self.heads.load_state_dict(widened(state["heads"]))
@@ -258,14 +258,18 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="folder of the training state")
     parser.add_argument("--atlas", type=Path, help="for the joint stage")
-    parser.add_argument("--seconds", type=float, required=True, help="length of the stage's schedule")
-    parser.add_argument("--batch", type=int, default=768, help="captions, or pictures of 256 × 256, a step")
-    parser.add_argument("--tokens", type=int, default=0, help="train on so many of 256 at first")
+    parser.add_argument(
+        "--seconds", type=float, required=True, help="length of the stage's schedule in seconds of training"
+    )
+    parser.add_argument("--batch", type=int, default=768, help="captions, or images of 256 × 256, per step")
+    parser.add_argument(
+        "--tokens", type=int, default=0, help="number of tokens, of 256, to train on at first; 0 for all"
+    )
     parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--muon-lr", type=float, default=0.02, help="0 trains all with AdamW")
+    parser.add_argument("--muon-lr", type=float, default=0.02, help="learning rate of Muon; 0 trains all with AdamW")
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--save-every", type=float, default=100)
-    parser.add_argument("--resume", action="store_true", help="go on from what was saved, if anything was")
+    parser.add_argument("--resume", action="store_true", help="resume from a save, if any")
     parser.add_argument("--auxiliary", type=float, default=0.1, help="weight of the heads")
     parser.add_argument("--compile", choices=["none", "blocks", "static"], default="none")
     parser.add_argument("--device", default="cuda")

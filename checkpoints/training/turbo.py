@@ -1,12 +1,12 @@
-"""Make the base model's eight evaluations without guidance as good as they get.
+"""Fine-tune the base model for eight evaluations without guidance.
 
     python turbo.py --corpus corpus.npz --work state --atlas atlas.npz --seconds 150
 
-Starts from ``average.pt``, the base, which stays as the teacher; writes ``turbo.pt``. Only the
-transformer changes, and only at the schedule's own eight sigmas. Some batches stand between a picture
-and noise, and learn a mix of the true answer and the teacher's guided one. The others stand where the
-model's own first steps lead, and learn the answer that still ends at the true picture: a caption
-determines its picture, so the student can mend what its earlier steps got wrong.
+Starts from ``average.pt``, the base, which is also the teacher; writes ``turbo.pt``. Only the
+transformer is trained, and only at the schedule's eight sigmas. Some batches are interpolated between
+image and noise, with a mix of the true target and the teacher's guided prediction. Others start from
+states that the student reaches by itself, with a target that leads to the true image: a caption
+determines its image, so the student can correct errors of its earlier steps.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import copy
 import fast_models
 import torch
 from fast_models import patchify
+from finetune import Stage, run, stage_parser
 from flow import EVALUATIONS, TAIL, Data, attempt, batch_of, flow_loss, sample, schedule
-from going_on import Stage, run, stage_parser
 from latents import LatentComposer
 from scenes import CANVASES
 from torch import Tensor
@@ -29,13 +29,13 @@ class Turbo(Stage):
     name, seed, fall = "turbo", 30, 0.85
 
     def begin(self) -> None:
-        # No gradient is ever asked of it, but to say so would compile every graph once more.
+        # It needs no gradients, but requires_grad_(False) would compile every graph again.
         self.teacher = copy.deepcopy(self.student)
         self.sigmas = torch.tensor(schedule()[:-1], device=self.device)
 
     @torch.no_grad()
     def on_line(self, clean: Tensor, features: Tensor, lengths: Tensor, empty: Tensor, canvas: tuple[int, int]):
-        """Return states between picture and noise, their sigmas, and the mixed answers."""
+        """Return states between image and noise, their sigmas, and mixed targets."""
         noise = torch.randn_like(clean)
         sigma = self.sigmas[torch.randint(EVALUATIONS, (len(clean),), device=self.device)]
         level = sigma[:, None, None]
@@ -48,7 +48,7 @@ class Turbo(Stage):
 
     @torch.no_grad()
     def on_path(self, clean: Tensor, features: Tensor, lengths: Tensor, canvas: tuple[int, int]):
-        """Return states that the student itself reaches, their sigmas, and the answers that mend them."""
+        """Return states that the student reaches, their sigmas, and targets that lead to the true image."""
         passed = int(torch.randint(1, EVALUATIONS, (), generator=self.generator))
         noisy = sample(self.student, torch.randn_like(clean), features, lengths, canvas, stop=passed)
         sigma = torch.full((len(clean),), schedule()[passed], device=self.device)
@@ -82,9 +82,11 @@ class Turbo(Stage):
 
 def main() -> None:
     parser = stage_parser(__doc__.splitlines()[0], seconds=150, batch=512, lr=4e-4, muon_lr=0.005, ema=0.99)
-    parser.add_argument("--guidance", type=float, default=1.5, help="the teacher's, as in diffusers")
-    parser.add_argument("--teacher", type=float, default=0.4, help="share of the teacher's answer in the mix")
-    parser.add_argument("--own-path", type=float, default=0.5, help="share of the batches on the student's path")
+    parser.add_argument("--guidance", type=float, default=1.5, help="guidance scale of the teacher, as in diffusers")
+    parser.add_argument("--teacher", type=float, default=0.4, help="share of the teacher's prediction in the target")
+    parser.add_argument(
+        "--own-path", type=float, default=0.5, help="share of the batches that start from states of the student"
+    )
     run(Turbo(parser.parse_args()))
 
 

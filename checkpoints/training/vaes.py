@@ -1,11 +1,10 @@
 """Train both autoencoders into one latent space.
 
-Both train together: the tiny encoder (TAEF1's structure) defines the latents, both decoders learn to
-decode them, so that they carry what both need, and the full encoder (Flux's kind) learns to give the
-same. The tiny encoder defines them because it normalises nothing across the picture: a drawing has
-the same latents wherever it stands. Model-space latents have a deviation near one; the full
-autoencoder keeps Flux's scale and shift around them. Later, ``decoders`` goes on with that encoder
-frozen, from the averages that were saved.
+The tiny encoder (TAEF1's architecture) defines the latents, both decoders learn to decode them, and
+the full encoder (Flux's architecture) learns to produce the same. The tiny encoder has no norm across
+the image, so a drawing has the same latents at every place. Model-space latents have a deviation near
+one; the full autoencoder adds Flux's scale and shift. Later, ``decoders`` continues from the saved
+averages with the tiny encoder frozen.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ from phrases import COLOUR_NAMES
 from render import Renderer, random_crop
 from torch import Tensor
 
-LATENT_NOISE = 0.06  # decoders must bear what a diffusion model leaves behind
+LATENT_NOISE = 0.06  # noise that decoders must tolerate in a diffusion model's latents
 SCALING, SHIFT = 0.3611, 0.1159  # Flux's: model latents are (z − shift) × scaling
 
 
 def random_scenes(batch: int, canvas: int, device: torch.device) -> Tensor:
-    """Draw scenes without the captions' limits: any layout that fits, any row of glyphs."""
+    """Draw scenes without the limits of captions: any layout that fits, any row of glyphs."""
 
     def integers(low: int, high: int) -> Tensor:
         return torch.randint(low, high, (batch,), device=device)
@@ -65,7 +64,7 @@ def random_scenes(batch: int, canvas: int, device: torch.device) -> Tensor:
 
 
 class Split:
-    """Tells which scenes hold a combination that is the judge's, a batch at a time."""
+    """Tells which scenes of a batch have a held-out combination."""
 
     def __init__(self, device: torch.device) -> None:
         places = sorted({p for names in S.PLACES.values() for p in names})
@@ -86,7 +85,7 @@ class Split:
         )
 
     def steer(self, scenes: Tensor, held_out: bool) -> Tensor:
-        """Change backgrounds until every scene is on the side asked for (bar a few in a million)."""
+        """Change backgrounds until nearly every scene is on the given side of the split."""
         scenes = scenes.clone()
         for _ in range(len(COLOUR_NAMES) - 1):
             wrong = self.held_out(scenes) != held_out
@@ -95,7 +94,7 @@ class Split:
 
 
 def recolour(images: Tensor) -> Tensor:
-    """Exchange channels and stretch some pictures, so that other colours are not foreign."""
+    """Swap channels and stretch the contrast of some images, to train on more colours."""
     order = torch.randperm(3, device=images.device)
     some = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.1
     gain = torch.empty(len(images), 3, 1, 1, device=images.device).uniform_(0.4, 1.0)
@@ -122,9 +121,9 @@ class Trainer:
             model.to(memory_format=torch.channels_last)
 
     def images(self, whole: bool, canvas: int = 0) -> Tensor:
-        """Return fresh pictures, or windows of them, fp32 in [−1, 1].
+        """Return new images, or windows of them, fp32 in [−1, 1].
 
-        Most are scenes as they are; some have their content moved and scaled, or other colours.
+        Most are plain scenes; some have content that is shifted and scaled, or other colours.
         """
         batch = self.args.batch
         if whole:
@@ -169,7 +168,7 @@ class Trainer:
         return loss, torch.stack([tiny.detach(), full.detach(), agree.detach()])
 
     def train(self, seconds: float, frozen: bool) -> list[dict[str, float]]:
-        """Train all, or with ``frozen`` all but the tiny encoder; what remains is the average."""
+        """Train all models, or with ``frozen`` all but the tiny encoder; they end with the averaged weights."""
         self.tiny.encoder.requires_grad_(not frozen)
         scale = 0.4 if frozen else 1.0
         optimiser = Optimiser([self.full], self.args.lr * scale, muon_lr=0.02 * scale)
@@ -186,7 +185,7 @@ class Trainer:
         while not clock.done():
             progress = clock.seconds / clock.total
             factor = clock.factor(fall=0.5, floor=0.005)
-            # The full model normalises over the picture: at the end it must mostly see whole ones.
+            # The full model normalises over the image, so it ends mostly on whole images.
             whole = torch.rand((), generator=generator).item() < (0.35 if progress < 0.5 and not frozen else 0.8)
             others = torch.rand((), generator=generator).item() < 0.2
             canvas = int(torch.randint(1, 4, (), generator=generator)) if whole and others else 0
@@ -217,10 +216,10 @@ class Trainer:
 
     @torch.no_grad()
     def measure(self, count: int) -> dict[str, float]:
-        """Return dB of each encoder with each decoder on whole pictures, in fp32.
+        """Return the PSNR in dB of each encoder with each decoder on whole images, in fp32.
 
-        Each holds a combination of subject, colour, style and place that was never trained, except
-        signs, which hold no subject: their spellings are random.
+        Each image has a held-out combination of subject, colour, style and place, except for signs,
+        which have no subject and a random text.
         """
         torch.manual_seed(99)
         errors: dict[str, list[float]] = {}
@@ -271,11 +270,11 @@ def main() -> None:
     parser.add_argument("--atlas", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="folder of the training state")
     parser.add_argument("--seconds", type=float, default=240)
-    parser.add_argument("--batch", type=int, default=96, help="windows a step; fewer whole pictures")
+    parser.add_argument("--batch", type=int, default=96, help="windows per step; fewer for whole images")
     parser.add_argument("--crop", type=int, default=128, help="pixels a side of the windows")
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--ema", type=float, default=0.995)
-    parser.add_argument("--measure", type=int, default=640, help="pictures to measure on")
+    parser.add_argument("--measure", type=int, default=640, help="number of images to measure on")
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
     start = time.time()

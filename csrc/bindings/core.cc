@@ -1,44 +1,36 @@
 // _core: the CPU runtime for Python. Arguments are checked here, once; the runtime below trusts
 // them.
 
-#include <pybind11/functional.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <cstddef>
 #include <cstdint>
-#include <optional>
 #include <stdexcept>
 #include <utility>
 #include <vector>
 
-#include "bindings/sampler_steps.h"
-#include "zimage_rt/guidance.h"
-#include "zimage_rt/paste.h"
-#include "zimage_rt/rng.h"
-#include "zimage_rt/sampler.h"
-#include "zimage_rt/schedule.h"
-#include "zimage_rt/step_noise.h"
+#include "bindings/sample_job.h"
+#include "cpu/paste.h"
+#include "cpu/rng.h"
+#include "cpu/sampler.h"
+#include "cpu/step_noise.h"
 
 namespace py = pybind11;
 namespace zrt = zimage_rt;
 
 namespace {
 
-using FloatArray = py::array_t<float, py::array::c_style>;
+using zrt::FloatArray;
+using zrt::shape_of;
 using PixelArray = py::array_t<std::uint8_t, py::array::c_style>;
-using zrt::sampler_steps;
 
-// A numpy view of memory that C++ owns. The capsule keeps numpy from copying; it frees nothing.
+// A numpy view of memory that C++ owns. The capsule, which frees nothing, keeps numpy from copying.
 FloatArray view(const float* data, std::vector<py::ssize_t> shape, bool writeable) {
   FloatArray array(std::move(shape), data, py::capsule(data, [](void*) {}));
   if (!writeable) array.attr("flags").attr("writeable") = false;
   return array;
-}
-
-std::vector<py::ssize_t> shape_of(const py::array& array) {
-  return {array.shape(), array.shape() + array.ndim()};
 }
 
 // A Denoiser whose predict is a Python callable (latents, timestep, guided, noise_pred) over numpy
@@ -103,59 +95,12 @@ FloatArray brownian_noise(const std::vector<std::uint64_t>& seeds, double low, d
   });
 }
 
-// steps: float32 [evaluations, 12], rows of SamplerStep; mask, image and noise all or none of them.
-bool sample(py::function predict, const FloatArray& steps, FloatArray latents,
-            const FloatArray& guidance_scales, float cfg_normalization,
-            const std::optional<FloatArray>& mask, const std::optional<FloatArray>& image,
-            const std::optional<FloatArray>& noise, const std::optional<FloatArray>& step_noise,
-            const py::object& callback) {
-  if (latents.ndim() != 4 || latents.shape(0) < 1)
-    throw std::invalid_argument("latents: expected [batch, channels, height, width]");
-  const std::vector<py::ssize_t> shape = shape_of(latents);
-  const std::vector<zrt::SamplerStep> table = sampler_steps(steps);
-  const zrt::Guidance guidance =
-      zrt::guidance_of(guidance_scales, cfg_normalization, table.size(), shape[0]);
-  const float* const drawn = zrt::step_noise_of(step_noise, table, latents.size());
-  std::optional<zrt::Inpaint> inpaint;
-  if (mask) {
-    const std::vector<py::ssize_t> wanted = {shape[0], 1, shape[2], shape[3]};
-    if (!image || !noise || shape_of(*mask) != wanted || shape_of(*image) != shape ||
-        shape_of(*noise) != shape)
-      throw std::invalid_argument(
-          "mask [batch, 1, height, width], image and noise like the latents: all three belong "
-          "together");
-    inpaint = {mask->data(), image->data(), noise->data(),
-               static_cast<std::size_t>(shape[2] * shape[3])};
-  }
-  float* data = latents.mutable_data();
-  const auto batch = static_cast<std::size_t>(shape[0]);
-  const auto sample_size = static_cast<std::size_t>(latents.size()) / batch;
-  zrt::StepCallback step_callback;
-  if (!callback.is_none()) {
-    step_callback = [&](const zrt::Step& step) {
-      py::gil_scoped_acquire gil;
-      const py::object go_on = callback(step.index, step.count, step.sigma, step.sigma_next,
-                                        view(step.latents, shape, false));
-      return go_on.cast<bool>();
-    };
-  }
-  PythonDenoiser denoiser(std::move(predict), shape);
-  py::gil_scoped_release release;
-  return zrt::sample(denoiser, table, guidance, data, batch, sample_size, drawn,
-                     inpaint ? &*inpaint : nullptr, step_callback);
-}
-
-FloatArray guide(const FloatArray& positive, const FloatArray& negative, float scale,
-                 float normalization) {
-  if (positive.ndim() < 1 || shape_of(positive) != shape_of(negative))
-    throw std::invalid_argument("positive and negative: expected the same shape [batch, ...]");
-  FloatArray out(shape_of(positive), positive.data());
-  const py::ssize_t batch = out.shape(0);
-  const py::ssize_t sample_size = batch ? out.size() / batch : 0;
-  for (py::ssize_t b = 0; b < batch; ++b)
-    zrt::apply_guidance(scale, normalization, out.mutable_data() + b * sample_size,
-                        negative.data() + b * sample_size, static_cast<std::size_t>(sample_size));
-  return out;
+// Runs the loop of a SampleJob (zimage_rt/backends/base.py), whose conditioning `predict` knows.
+bool sample(py::function predict, const py::object& job) {
+  const zrt::JobReader reader = zrt::read_job(job);
+  PythonDenoiser denoiser(std::move(predict), shape_of(reader.arrays.front()));
+  const py::gil_scoped_release release;
+  return zrt::sample(denoiser, reader.job);
 }
 
 // drawn [batch, height, width, 3], original [height, width, 3], mask [height, width].
@@ -179,20 +124,13 @@ PixelArray paste(const PixelArray& drawn, const PixelArray& original, const Pixe
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
-  m.doc() = "The CPU runtime of zimage_rt: noise, schedule, guidance and the sampler loop in C++.";
-  // Why _cuda was not built beside this module; empty where it was.
+  m.doc() = "The CPU runtime of zimage_rt: noise, pasting and the sampler loop in C++.";
+  // The reason why _cuda was not built; empty if it was.
   m.attr("cuda_skipped") = ZIMAGE_RT_CUDA_SKIPPED;
   m.def("randn", &randn, py::arg("seed"), py::arg("shape"));
   m.def("stream_noise", &stream_noise, py::arg("seeds"), py::arg("draws"), py::arg("shape"));
   m.def("brownian_noise", &brownian_noise, py::arg("seeds"), py::arg("low"), py::arg("high"),
         py::arg("intervals"), py::arg("shape"));
-  m.def("flow_match_sigmas", &zrt::flow_match_sigmas, py::arg("num_inference_steps"),
-        py::arg("shift"));
-  m.def("apply_guidance", &guide, py::arg("positive"), py::arg("negative"), py::arg("scale"),
-        py::arg("normalization"));
   m.def("paste", &paste, py::arg("drawn"), py::arg("original"), py::arg("mask"));
-  m.def("sample", &sample, py::arg("predict"), py::arg("steps"), py::arg("latents").noconvert(),
-        py::arg("guidance_scales"), py::arg("cfg_normalization"), py::kw_only(),
-        py::arg("mask") = py::none(), py::arg("image") = py::none(), py::arg("noise") = py::none(),
-        py::arg("step_noise") = py::none(), py::arg("callback") = py::none());
+  m.def("sample", &sample, py::arg("predict"), py::arg("job"));
 }

@@ -1,4 +1,4 @@
-// _cuda: the CUDA programs for Python. Arguments are checked here, once; the pipeline trusts them.
+// _cuda: the CUDA backend for Python. Arguments are checked here, once; the pipeline trusts them.
 
 #include <cuda_profiler_api.h>
 #include <cuda_runtime.h>
@@ -19,24 +19,24 @@
 #include <utility>
 #include <vector>
 
-#include "bindings/kernels.h"
-#include "bindings/sampler_steps.h"
-#include "programs/controlnet.h"
-#include "programs/pipeline.h"
-#include "programs/text_encoder.h"
-#include "programs/tiny_vae.h"
-#include "programs/transformer.h"
-#include "programs/weights.h"
-#include "zimage_rt/check.h"
-#include "zimage_rt/dtype.h"
-#include "zimage_rt/guidance.h"
+#include "bindings/module_config.h"
+#include "bindings/sample_job.h"
+#include "cpu/guidance.h"
+#include "device/check.h"
+#include "device/dtype.h"
+#include "models/controlnet.h"
+#include "models/reference.h"
+#include "models/text_encoder.h"
+#include "models/tiny_vae.h"
+#include "models/transformer.h"
+#include "runtime/pipeline.h"
+#include "weights/weights.h"
 
 namespace py = pybind11;
 
 namespace zimage_rt {
 namespace {
 
-using FloatArray = py::array_t<float, py::array::c_style | py::array::forcecast>;
 using IdArray = py::array_t<std::int64_t, py::array::c_style | py::array::forcecast>;
 using PixelArray = py::array_t<std::uint8_t>;
 
@@ -63,95 +63,12 @@ std::unique_ptr<Weights> open_weights(const std::string& path,
                                       const std::vector<TensorTuple>& tensors) {
   std::vector<WeightEntry> entries;
   for (const auto& [name, dtype, shape, offset, host] : tensors)
-    entries.push_back({name, parse_dtype(dtype), shape, offset, host});
+    entries.push_back({.name = name,
+                       .dtype = parse_dtype(dtype),
+                       .shape = shape,
+                       .offset = offset,
+                       .host = host});
   return std::make_unique<Weights>(path, std::move(entries));
-}
-
-template <typename T>
-T get(const py::dict& config, const char* key) {
-  if (!config.contains(key)) throw WeightError(std::string("the module's config has no ") + key);
-  try {
-    return config[key].cast<T>();
-  } catch (const py::cast_error&) {
-    throw WeightError("the module's config: " + std::string(key) + ": " +
-                      std::string(py::repr(config[key])).substr(0, 60) +
-                      " is of another type, or too large");
-  }
-}
-
-TextEncoderConfig text_encoder_config(const py::dict& config) {
-  return {get<int>(config, "vocab_size"),
-          get<int>(config, "hidden_size"),
-          get<int>(config, "intermediate_size"),
-          get<int>(config, "num_hidden_layers"),
-          get<int>(config, "num_attention_heads"),
-          get<int>(config, "num_key_value_heads"),
-          get<int>(config, "head_dim"),
-          get<float>(config, "rms_norm_eps"),
-          get<float>(config, "attention_scale"),
-          get<float>(config, "gate_scale"),
-          get<float>(config, "up_scale")};
-}
-
-TransformerConfig transformer_config(const py::dict& config) {
-  TransformerConfig out{get<int>(config, "in_channels"),
-                        get<int>(config, "dim"),
-                        get<int>(config, "n_layers"),
-                        get<int>(config, "n_refiner_layers"),
-                        get<int>(config, "n_heads"),
-                        get<int>(config, "hidden_dim"),
-                        get<int>(config, "cap_feat_dim"),
-                        get<int>(config, "patch_size"),
-                        get<float>(config, "norm_eps"),
-                        get<bool>(config, "qk_norm"),
-                        get<float>(config, "t_scale"),
-                        get<std::vector<int>>(config, "axes_dims"),
-                        get<std::vector<int>>(config, "axes_lens"),
-                        get<float>(config, "attention_scale"),
-                        get<float>(config, "gate_scale"),
-                        get<float>(config, "up_scale")};
-  if (out.axes_dims.size() != 3 || out.axes_lens.size() != 3)
-    throw WeightError("axes_dims, axes_lens: expected three numbers each");
-  return out;
-}
-
-ControlNetConfig controlnet_config(const py::dict& config) {
-  const auto kind = get<std::optional<std::string>>(config, "add_control_noise_refiner");
-  return {transformer_config(config),
-          get<int>(config, "control_in_dim"),
-          get<std::vector<int>>(config, "control_layers_places"),
-          get<std::vector<int>>(config, "control_refiner_layers_places"),
-          get<int>(config, "control_refiner_layers"),
-          kind.value_or("")};
-}
-
-TinyVaeConfig tiny_vae_config(const py::dict& config, bool decoder) {
-  TinyVaeConfig out;
-  out.widths = get<std::vector<int>>(
-      config, decoder ? "decoder_block_out_channels" : "encoder_block_out_channels");
-  out.blocks = get<std::vector<int>>(config, decoder ? "num_decoder_blocks" : "num_encoder_blocks");
-  out.latent_channels = get<int>(config, "latent_channels");
-  out.image_channels = get<int>(config, decoder ? "out_channels" : "in_channels");
-  out.scaling_factor = get<float>(config, "scaling_factor");
-  out.shift_factor = get<float>(config, "shift_factor");
-  return out;
-}
-
-ModuleConfig module_config(const std::string& module, const py::dict& config) {
-  static const std::map<std::string, ModuleConfig (*)(const py::dict&)> readers = {
-      {"text_encoder", [](const py::dict& it) -> ModuleConfig { return text_encoder_config(it); }},
-      {"context_refiner",
-       [](const py::dict& it) -> ModuleConfig { return transformer_config(it); }},
-      {"transformer", [](const py::dict& it) -> ModuleConfig { return transformer_config(it); }},
-      {"controlnet", [](const py::dict& it) -> ModuleConfig { return controlnet_config(it); }},
-      {"tiny_vae_decoder",
-       [](const py::dict& it) -> ModuleConfig { return tiny_vae_config(it, true); }},
-      {"tiny_vae_encoder",
-       [](const py::dict& it) -> ModuleConfig { return tiny_vae_config(it, false); }},
-  };
-  const auto found = readers.find(module);
-  if (found == readers.end()) throw std::invalid_argument("no program runs the module " + module);
-  return found->second(config);
 }
 
 // Runs `work` without Python's lock.
@@ -177,7 +94,7 @@ FloatArray encode(Pipeline& self, const IdArray& input_ids, int hidden_size) {
 
 FloatArray refine(Pipeline& self, const FloatArray& embeds) {
   expect_dims(embeds, 3, "prompt_embeds");
-  const int batch = size_at(embeds, 0), tokens = size_at(embeds, 1), rows = padded_rows(tokens);
+  const int batch = size_at(embeds, 0), tokens = size_at(embeds, 1), rows = padded_tokens(tokens);
   FloatArray out({batch, rows, self.dim()});
   const float* in = embeds.data();
   float* data = out.mutable_data();
@@ -193,14 +110,14 @@ FloatArray context(Pipeline& self, const IdArray& input_ids) {
   expect_dims(input_ids, 2, "input_ids");
   if (size_at(input_ids, 0) != 1) throw std::invalid_argument("input_ids: expected one prompt");
   const int tokens = size_at(input_ids, 1);
-  FloatArray out({1, padded_rows(tokens), self.dim()});
+  FloatArray out({1, padded_tokens(tokens), self.dim()});
   const std::int64_t* ids = input_ids.data();
   float* data = out.mutable_data();
   released([&] { self.context(ids, tokens, data); });
   return out;
 }
 
-// Throws unless they are control latents for these latents.
+// Throws unless `control` fits these latents.
 void expect_control(const Pipeline& self, const FloatArray& control, const py::array& latents) {
   expect_dims(control, 4, "control_latents");
   if (size_at(control, 0) != size_at(latents, 0) ||
@@ -224,7 +141,7 @@ FloatArray evaluate(Pipeline& self, const FloatArray& latents, const FloatArray&
   if (control_latents) expect_control(self, *control_latents, latents);
   if (control_latents.has_value() != control_scale.has_value() ||
       (control_scale && control_scale->size() != batch))
-    throw std::invalid_argument("control_scale: expected one a sample, with control_latents");
+    throw std::invalid_argument("control_scale: expected one per sample, with control_latents");
   FloatArray out(std::vector<py::ssize_t>(latents.shape(), latents.shape() + 4));
   const float *x = latents.data(), *t = timestep.data(), *c = contexts.data();
   float* data = out.mutable_data();
@@ -240,10 +157,11 @@ FloatArray evaluate(Pipeline& self, const FloatArray& latents, const FloatArray&
       while (last < batch && t[last] == t[first] &&
              (scales == nullptr || scales[last] == scales[first]))
         ++last;
-      Control followed;
-      if (control != nullptr) followed = {control + first * control_size, scales[first]};
+      std::optional<Control> part;
+      if (control != nullptr)
+        part = Control{.latents = control + first * control_size, .scale = scales[first]};
       self.evaluate(x + first * sample, height, width, t[first], c + first * context_size,
-                    std::vector<int>(static_cast<std::size_t>(last - first), rows), followed,
+                    std::vector<int>(static_cast<std::size_t>(last - first), rows), part,
                     data + first * sample);
     }
   });
@@ -272,7 +190,7 @@ PixelArray decode_pixels(Pipeline& self, const FloatArray& latents) {
   return out;
 }
 
-// Latents of a picture whose axes of height, width and channels are these.
+// Latents of an image with these axes of height, width and channels.
 template <typename Array, typename Encode>
 FloatArray encode_with(const Array& image, int height_axis, int width_axis, int channel_axis,
                        int channels, int factor, Encode&& encode) {
@@ -306,145 +224,91 @@ FloatArray encode_pixels(Pipeline& self, const py::array_t<std::uint8_t, py::arr
                      });
 }
 
-// The latents after a step, for as long as its callback runs; from any thread.
-class StepLatents {
- public:
-  StepLatents(std::function<void(float*)> read, std::vector<py::ssize_t> shape)
-      : read_(std::move(read)), shape_(std::move(shape)) {}
-
-  // A read-only copy.
-  FloatArray copy() {
-    FloatArray array(shape_);
-    float* const target = array.mutable_data();
-    released([&] {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      if (!read_)
-        throw std::runtime_error(
-            "latents: asked for when the callback had returned; ask for them inside of it");
-      read_(target);
-    });
-    array.attr("flags").attr("writeable") = false;
-    return array;
-  }
-
-  void end() {
-    released([&] {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      read_ = nullptr;
-    });
-  }
-
- private:
-  std::mutex mutex_;  // never waited for with Python's lock
-  std::function<void(float*)> read_;
-  const std::vector<py::ssize_t> shape_;
-};
-
-// A Python callback (step, count, sigma, sigma_next, latents) as the loop calls it. `latents` is a
-// function that copies them from the device, so that a callback for progress costs no copy.
-LoopCallback loop_callback(const py::object& callback, const std::vector<py::ssize_t>& shape) {
-  return [&callback, shape](const LoopStep& step) {
-    const py::gil_scoped_acquire gil;
-    const auto latents = std::make_shared<StepLatents>(step.read_latents, shape);
-    struct End {
-      StepLatents& latents;
-      ~End() { latents.end(); }
-    };
-    const End end{*latents};
-    return callback(step.index, step.count, step.sigma, step.sigma_next,
-                    py::cpp_function([latents] { return latents->copy(); }))
-        .cast<bool>();
+// The conditioning of a SampleJob. `arrays` receives what owns the memory.
+Conditioning read_conditioning(const Pipeline& self, const py::object& object, const SampleJob& job,
+                               std::vector<py::array>& arrays) {
+  const py::object conditioning = object.attr("conditioning");
+  const auto read = [&](const char* name) {
+    std::vector<Context> contexts;
+    for (const py::handle item : conditioning.attr(name)) {
+      const FloatArray context = FloatArray::ensure(item);
+      if (!context || context.ndim() != 3 || context.size() == 0 || context.shape(0) != 1 ||
+          context.shape(2) != self.dim())
+        throw std::invalid_argument("context: expected [1, context_tokens, dim]");
+      contexts.push_back({.data = context.data(), .tokens = size_at(context, 1)});
+      arrays.push_back(context);
+    }
+    return contexts;
   };
+  Conditioning out{.contexts = read("contexts"), .negatives = read("negatives"), .control = {}};
+  if (out.contexts.size() != static_cast<std::size_t>(job.shape.batch) ||
+      (!out.negatives.empty() && out.negatives.size() != out.contexts.size()))
+    throw std::invalid_argument("latents, contexts, negatives: expected one context per sample");
+  if (job.guidance.ever() && out.negatives.empty())
+    throw std::invalid_argument("negatives: expected one per sample, since the guidance is on");
+  const py::object control = conditioning.attr("control");
+  if (!control.is_none()) {
+    const FloatArray latents = float_attribute(control, "latents");
+    expect_control(self, latents, arrays.front());
+    out.control = Control{.latents = latents.data(), .scale = control.attr("scale").cast<float>()};
+    arrays.push_back(latents);
+  }
+  return out;
 }
 
-// latents change in place. Returns None if the callback stopped the loop, otherwise the pixels (or
-// True where none are asked for) and the seconds of the loop and of the decoder.
-py::object sample_job(Pipeline& self, py::array_t<float> latents,
-                      const std::vector<FloatArray>& contexts,
-                      const std::vector<FloatArray>& negatives, const FloatArray& steps,
-                      const FloatArray& guidance_scales, float cfg_normalization,
-                      const std::optional<FloatArray>& mask, const std::optional<FloatArray>& image,
-                      const std::optional<FloatArray>& noise,
-                      const std::optional<FloatArray>& step_noise,
-                      const std::optional<FloatArray>& control_latents, float control_scale,
-                      bool decoded, const py::object& callback) {
-  expect_dims(latents, 4, "latents");
-  const int batch = size_at(latents, 0);
-  if ((latents.flags() & py::array::c_style) == 0 ||
-      contexts.size() != static_cast<std::size_t>(batch) ||
-      (!negatives.empty() && negatives.size() != contexts.size()))
-    throw std::invalid_argument("latents, contexts, negatives: expected one context a sample");
-  SampleJob job{};
-  job.latent_height = size_at(latents, 2);
-  job.latent_width = size_at(latents, 3);
-  const auto add = [&](const std::vector<FloatArray>& from, std::vector<const float*>& data,
-                       std::vector<int>& rows) {
-    for (const FloatArray& context : from) {
-      expect_dims(context, 3, "context");
-      if (size_at(context, 0) != 1 || size_at(context, 2) != self.dim())
-        throw std::invalid_argument("context: expected [1, context_tokens, dim]");
-      data.push_back(context.data());
-      rows.push_back(size_at(context, 1));
-    }
-  };
-  add(contexts, job.contexts, job.context_rows);
-  add(negatives, job.negatives, job.negative_rows);
-  job.steps = sampler_steps(steps);
-  job.step_noise = step_noise_of(step_noise, job.steps, latents.size());
-  if (mask) {
-    if (!image || !noise || mask->size() * latents.shape(1) != latents.size() ||
-        image->size() != latents.size() || noise->size() != latents.size())
-      throw std::invalid_argument("mask, image, noise: their shapes do not belong together");
-    job.mask = mask->data();
-    job.image = image->data();
-    job.noise = noise->data();
-  }
-  if (control_latents) {
-    expect_control(self, *control_latents, latents);
-    job.control = {control_latents->data(), control_scale};
-  }
-  job.guidance = guidance_of(guidance_scales, cfg_normalization, job.steps.size(), batch);
-  if (job.guidance.ever() && negatives.empty())
-    throw std::invalid_argument("negatives: expected one a sample, since the guidance is on");
-  job.latents = latents.mutable_data();
+// Runs a SampleJob of zimage_rt/backends/base.py. Returns None if the callback stopped the loop,
+// otherwise the pixels (True without `decode`) and the seconds of the loop and of the decoder.
+py::object sample_job(Pipeline& self, const py::object& object, bool decode) {
+  JobReader reader = read_job(object);
+  const SampleJob& job = reader.job;
+  const Conditioning conditioning = read_conditioning(self, object, job, reader.arrays);
   py::object result = py::bool_(true);
-  if (decoded) {
+  std::uint8_t* target = nullptr;
+  if (decode) {
     const int factor = self.vae_factor();
-    PixelArray pixels({batch, job.latent_height * factor, job.latent_width * factor, 3});
-    job.pixels = pixels.mutable_data();
+    PixelArray pixels({job.shape.batch, job.shape.height * factor, job.shape.width * factor, 3});
+    target = pixels.mutable_data();
     result = std::move(pixels);
   }
-  if (!callback.is_none())
-    job.callback = loop_callback(callback, {latents.shape(), latents.shape() + 4});
   SampleTimes times;
   bool finished = false;
-  released([&] { finished = self.sample(job, times); });
+  released([&] { finished = self.sample(job, conditioning, target, times); });
   if (!finished) return py::none();
   return py::make_tuple(std::move(result), times.denoise, times.decode);
 }
 
-// changes: (tensor, first column, down [rank, rows], up [rank, columns]), or without a down the
-// whole change [rows, columns]. With `add` they come on top of what was changed before.
-void change(
+// patches: (tensor, first column, down [rank, rows], up [rank, columns]), or, with None as down, a
+// dense `up` [rows, columns]. With `add`, earlier patches stay.
+void patch(
     Pipeline& self, const std::string& module,
     const std::vector<std::tuple<std::string, std::int64_t, std::optional<FloatArray>, FloatArray>>&
-        changes,
+        patches,
     bool add) {
-  std::vector<LowRank> views;
-  for (const auto& [tensor, first_column, down, up] : changes) {
+  std::vector<WeightPatch> views;
+  for (const auto& [tensor, first_column, down, up] : patches) {
     expect_dims(up, 2, "up");
     if (!down) {
-      views.push_back(
-          {tensor, first_column, 0, size_at(up, 0), size_at(up, 1), nullptr, up.data()});
+      views.push_back({.tensor = tensor,
+                       .first_column = first_column,
+                       .rank = 0,
+                       .rows = size_at(up, 0),
+                       .columns = size_at(up, 1),
+                       .down = nullptr,
+                       .up = up.data()});
       continue;
     }
     expect_dims(*down, 2, "down");
     if (size_at(*down, 0) != size_at(up, 0))
       throw std::invalid_argument("down, up: expected the same rank");
-    views.push_back({tensor, first_column, size_at(*down, 0), size_at(*down, 1), size_at(up, 1),
-                     down->data(), up.data()});
+    views.push_back({.tensor = tensor,
+                     .first_column = first_column,
+                     .rank = size_at(*down, 0),
+                     .rows = size_at(*down, 1),
+                     .columns = size_at(up, 1),
+                     .down = down->data(),
+                     .up = up.data()});
   }
-  released([&] { self.change(module, views, add); });
+  released([&] { self.patch(module, views, add); });
 }
 
 py::dict memory(Pipeline& self) {
@@ -468,7 +332,7 @@ py::dict device_info(int device) {
   return out;
 }
 
-// 0 where there is no driver, too: importing this module must work anywhere.
+// 0 without a driver, too: this module can be imported anywhere.
 int device_count() {
   int count = 0;
   if (cudaGetDeviceCount(&count) != cudaSuccess) {
@@ -485,34 +349,18 @@ std::string device_problem() {
   return status == cudaSuccess ? (count > 0 ? "" : "no GPU") : cudaGetErrorString(status);
 }
 
-}  // namespace
-}  // namespace zimage_rt
-
-PYBIND11_MODULE(_cuda, m) {
-  using namespace zimage_rt;
-  m.doc() = "The CUDA programs of zimage_rt.";
-  const auto error = py::register_local_exception<CudaError>(m, "CudaError", PyExc_RuntimeError);
-  py::register_local_exception<OutOfMemoryError>(m, "OutOfMemoryError", error);
-  py::register_local_exception<WeightError>(m, "WeightError", PyExc_RuntimeError);
-  py::register_local_exception<RangeError>(m, "RangeError", PyExc_RuntimeError);
-  py::register_local_exception<NotFiniteError>(m, "NotFiniteError", PyExc_RuntimeError);
-  // A name of its own, so that it is not taken for a ValueError out of a callback.
-  py::register_local_exception<std::invalid_argument>(m, "ArgumentError", PyExc_ValueError);
-  m.def("device_count", &device_count);
-  m.def("device_problem", &device_problem);
-  m.def("device_info", &device_info, py::arg("device"));
-  m.def(
-      "profiler", [](bool on) { ZRT_CUDA(on ? cudaProfilerStart() : cudaProfilerStop()); },
-      py::arg("on"));
-  m.attr("architectures") = ZIMAGE_RT_CUDA_ARCHITECTURES;
-
+void bind_pipeline(py::module_& m) {
   py::class_<Pipeline>(m, "Pipeline")
       .def(py::init([](int device, std::string cublaslt, std::string cudnn, std::string cache_file,
                        std::size_t memory_limit, bool keep_text_encoder, bool fused_gemm) {
              const py::gil_scoped_release release;
-             return Pipeline::make({device, std::move(cublaslt), std::move(cudnn),
-                                    std::move(cache_file), memory_limit, keep_text_encoder,
-                                    fused_gemm});
+             return Pipeline::make({.device = device,
+                                    .cublaslt = std::move(cublaslt),
+                                    .cudnn = std::move(cudnn),
+                                    .cache_file = std::move(cache_file),
+                                    .memory_limit = memory_limit,
+                                    .keep_text_encoder = keep_text_encoder,
+                                    .fused_gemm = fused_gemm});
            }),
            py::kw_only(), py::arg("device"), py::arg("cublaslt"), py::arg("cudnn"),
            py::arg("cache_file"), py::arg("memory_limit"), py::arg("keep_text_encoder"),
@@ -526,7 +374,7 @@ PYBIND11_MODULE(_cuda, m) {
             released([&] { self.load(module, std::move(weights), sizes); });
           },
           py::arg("module"), py::arg("path"), py::arg("tensors"), py::arg("config"))
-      .def("change", &change, py::arg("module"), py::arg("changes"), py::arg("add") = false)
+      .def("patch", &patch, py::arg("module"), py::arg("patches"), py::arg("add") = false)
       .def("encode", &encode, py::arg("input_ids"), py::arg("hidden_size"))
       .def("refine", &refine, py::arg("prompt_embeds"))
       .def("context", &context, py::arg("input_ids"))
@@ -538,13 +386,9 @@ PYBIND11_MODULE(_cuda, m) {
            py::arg("factor"))
       .def("encode_pixels", &encode_pixels, py::arg("image"), py::arg("latent_channels"),
            py::arg("factor"))
-      .def("sample", &sample_job, py::kw_only(), py::arg("latents").noconvert(),
-           py::arg("contexts"), py::arg("negatives"), py::arg("steps"), py::arg("guidance_scales"),
-           py::arg("cfg_normalization"), py::arg("mask"), py::arg("image"), py::arg("noise"),
-           py::arg("step_noise"), py::arg("control_latents"), py::arg("control_scale"),
-           py::arg("decode"), py::arg("callback"))
+      .def("sample", &sample_job, py::arg("job"), py::kw_only(), py::arg("decode"))
       .def("time_evaluation", &Pipeline::time_evaluation, py::arg("latent_height"),
-           py::arg("latent_width"), py::arg("context_rows"), py::arg("repeats"),
+           py::arg("latent_width"), py::arg("context_tokens"), py::arg("repeats"),
            py::call_guard<py::gil_scoped_release>())
       .def("time_text_encoder", &Pipeline::time_text_encoder, py::arg("tokens"), py::arg("repeats"),
            py::call_guard<py::gil_scoped_release>())
@@ -552,10 +396,28 @@ PYBIND11_MODULE(_cuda, m) {
            py::arg("repeats"), py::call_guard<py::gil_scoped_release>())
       .def("memory", &memory)
       .def_property_readonly("graph_count", &Pipeline::graph_count);
+}
 
-  py::module_ kernels = m.def_submodule("kernels", "Single kernels over numpy arrays, for tests.");
-  bind_elementwise(kernels);
-  bind_gemm(kernels);
-  bind_attention(kernels);
-  bind_conv(kernels);
+}  // namespace
+}  // namespace zimage_rt
+
+PYBIND11_MODULE(_cuda, m) {
+  using namespace zimage_rt;
+  m.doc() = "The CUDA backend of zimage_rt.";
+  const auto error = py::register_local_exception<CudaError>(m, "CudaError", PyExc_RuntimeError);
+  py::register_local_exception<OutOfMemoryError>(m, "OutOfMemoryError", error);
+  py::register_local_exception<WeightError>(m, "WeightError", PyExc_RuntimeError);
+  py::register_local_exception<RangeError>(m, "RangeError", PyExc_RuntimeError);
+  py::register_local_exception<NotFiniteError>(m, "NotFiniteError", PyExc_RuntimeError);
+  // A type of its own, to tell it from a ValueError raised by a callback.
+  py::register_local_exception<std::invalid_argument>(m, "ArgumentError", PyExc_ValueError);
+  m.def("device_count", &device_count);
+  m.def("device_problem", &device_problem);
+  m.def("device_info", &device_info, py::arg("device"));
+  m.def(
+      "profiler", [](bool on) { ZRT_CUDA(on ? cudaProfilerStart() : cudaProfilerStop()); },
+      py::arg("on"));
+  m.attr("architectures") = ZIMAGE_RT_CUDA_ARCHITECTURES;
+
+  bind_pipeline(m);
 }

@@ -1,7 +1,7 @@
 #pragma once
 
-// numpy arrays on the device, for bindings that test one kernel: fp32, fp16, and bf16 as the
-// uint16 of its bits, which numpy has no type for.
+// numpy arrays on the device, for the bindings of single kernels: fp32, fp16, and bf16 as the
+// uint16 of its bits, because numpy has no bf16.
 
 #include <cuda_runtime_api.h>
 #include <pybind11/numpy.h>
@@ -14,9 +14,9 @@
 #include <utility>
 #include <vector>
 
-#include "zimage_rt/check.h"
-#include "zimage_rt/device.h"
-#include "zimage_rt/dtype.h"
+#include "device/check.h"
+#include "device/device.h"
+#include "device/dtype.h"
 
 namespace zimage_rt {
 
@@ -39,7 +39,7 @@ inline pybind11::dtype numpy_dtype(DType type) {
   return pybind11::dtype(type == DType::kFloat32 ? "f4" : type == DType::kFloat16 ? "f2" : "u2");
 }
 
-// Uploads a C-contiguous array; `download` brings the memory back in its shape and type.
+// A device copy of an array; `download` returns the memory in the same shape and type.
 class DeviceArray {
  public:
   explicit DeviceArray(const pybind11::array& array)
@@ -49,8 +49,7 @@ class DeviceArray {
     const auto dense = pybind11::array::ensure(array, pybind11::array::c_style);
     ZRT_CUDA(cudaMemcpy(buffer_.data(), dense.data(), buffer_.bytes(), cudaMemcpyHostToDevice));
   }
-  // An output filled with 0xff bytes, which are NaN in every format: what a kernel does not write
-  // shows.
+  // An output filled with 0xff bytes, NaN in every format, to show what a kernel does not write.
   DeviceArray(std::vector<pybind11::ssize_t> shape, DType dtype)
       : shape_(std::move(shape)), dtype_(dtype), buffer_(size(), "test array") {
     ZRT_CUDA(cudaMemset(buffer_.data(), 0xff, buffer_.bytes()));

@@ -4,7 +4,8 @@
 
 namespace zimage_rt {
 
-// Each adds one family of kernels to a module, over numpy arrays that are copied there and back.
+// Each adds one family of kernels to a module. Arguments are numpy arrays, copied to the device and
+// back.
 void bind_elementwise(pybind11::module_& m);
 void bind_gemm(pybind11::module_& m);
 void bind_attention(pybind11::module_& m);

@@ -1,4 +1,4 @@
-// The attention kernel over numpy arrays: for its tests only.
+// The attention kernel over numpy arrays: for tests.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -19,10 +19,10 @@ void require_dims(const py::array& array, py::ssize_t dims, const char* wanted) 
   if (array.ndim() != dims) throw std::invalid_argument(wanted);
 }
 
-// An operand [batch, tokens, heads, head_dim] with nothing in between.
+// A dense operand [batch, tokens, heads, head_dim].
 FlashAttention::Input dense_input(const DeviceArray& array) {
   const py::ssize_t row = array.shape(2) * array.shape(3);
-  return {array.data(), row, array.shape(1) * row};
+  return {.data = array.data(), .token_stride = row, .batch_stride = array.shape(1) * row};
 }
 
 py::array attend(const py::array& q, const py::array& k, const py::array& v, float scale,
@@ -43,7 +43,8 @@ py::array attend(const py::array& q, const py::array& k, const py::array& v, flo
   args.q = dense_input(device_q);
   args.k = dense_input(device_k);
   args.v = dense_input(device_v);
-  args.out = {out.data(), args.q.token_stride, args.q.batch_stride};
+  args.out = {
+      .data = out.data(), .token_stride = args.q.token_stride, .batch_stride = args.q.batch_stride};
   args.batch = static_cast<int>(q.shape(0));
   args.queries = static_cast<int>(q.shape(1));
   args.keys = static_cast<int>(k.shape(1));
@@ -58,8 +59,8 @@ py::array attend(const py::array& q, const py::array& k, const py::array& v, flo
   return out.download();
 }
 
-// q, k and v are column ranges of one matrix. The output has a token and a head more than there
-// are, which stay as they were.
+// q, k and v are column ranges of one matrix. The output has one more token and head than the
+// input, which are not written.
 py::array attend_packed(const py::array& qkv, int heads, int kv_heads, float scale, bool causal,
                         int query_tile) {
   require_dims(qkv, 3, "qkv: expected [batch, tokens, (heads + 2 kv_heads) * head_dim]");
@@ -72,13 +73,17 @@ py::array attend_packed(const py::array& qkv, int heads, int kv_heads, float sca
   const DeviceArray out({batch, tokens + 1, heads + 1, head_dim}, packed.dtype());
   const auto columns = [&](py::ssize_t first_head) -> FlashAttention::Input {
     const auto offset = static_cast<std::size_t>(first_head * head_dim) * size_of(packed.dtype());
-    return {packed.data<std::byte>() + offset, row, tokens * row};
+    return {.data = packed.data<std::byte>() + offset,
+            .token_stride = row,
+            .batch_stride = tokens * row};
   };
   FlashAttention args;
   args.q = columns(0);
   args.k = columns(heads);
   args.v = columns(heads + kv_heads);
-  args.out = {out.data(), (heads + 1) * head_dim, (tokens + 1) * (heads + 1) * head_dim};
+  args.out = {.data = out.data(),
+              .token_stride = (heads + 1) * head_dim,
+              .batch_stride = (tokens + 1) * (heads + 1) * head_dim};
   args.batch = static_cast<int>(batch);
   args.queries = args.keys = static_cast<int>(tokens);
   args.heads = heads;

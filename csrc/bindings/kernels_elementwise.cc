@@ -1,4 +1,4 @@
-// The element-wise kernels and norms over numpy arrays: for their tests only.
+// The element-wise kernels and norms over numpy arrays: for tests.
 
 #include <cuda_runtime.h>
 #include <pybind11/numpy.h>
@@ -14,18 +14,19 @@
 
 #include "bindings/device_array.h"
 #include "bindings/kernels.h"
+#include "device/check.h"
+#include "device/dtype.h"
 #include "kernels/copy_rows.h"
 #include "kernels/low_rank.h"
 #include "kernels/modulation.h"
 #include "kernels/norm.h"
-#include "kernels/patches.h"
+#include "kernels/patchify.h"
 #include "kernels/qk_norm_rope.h"
 #include "kernels/residual.h"
 #include "kernels/rope_table.h"
+#include "kernels/sampler_update.h"
 #include "kernels/swiglu.h"
-#include "kernels/turn.h"
-#include "zimage_rt/check.h"
-#include "zimage_rt/dtype.h"
+#include "kernels/transpose.h"
 
 namespace py = pybind11;
 
@@ -36,13 +37,18 @@ py::array run_rms_norm(const py::array& x, const py::array& weight, float eps,
                        const std::string& type) {
   const DeviceArray in(x), w(weight);
   const DeviceArray out({x.shape(0), x.shape(1)}, dtype_named(type));
-  rms_norm({in.data<float>(), w.data<float>(), out.data(), out.dtype(), rows_of(in), columns_of(in),
-            eps},
+  rms_norm({.x = in.data<float>(),
+            .weight = w.data<float>(),
+            .out = out.data(),
+            .type = out.dtype(),
+            .rows = rows_of(in),
+            .dim = columns_of(in),
+            .eps = eps},
            nullptr);
   return out.download();
 }
 
-// Returns x and the normed output; without `pre` the output stays as poisoned as it came.
+// Returns x and the normed output; without `pre` the output is not written.
 py::tuple run_residual_norm(const py::array& x, const py::array& branch,
                             const std::optional<py::array>& post, float post_eps,
                             float branch_scale, const std::optional<py::array>& pre,
@@ -52,9 +58,17 @@ py::tuple run_residual_norm(const py::array& x, const py::array& branch,
   std::optional<DeviceArray> post_vector, pre_vector;
   if (post) post_vector.emplace(*post);
   if (pre) pre_vector.emplace(*pre);
-  residual_norm({in.data<float>(), b.data(), post ? post_vector->data<float>() : nullptr, post_eps,
-                 branch_scale, pre ? pre_vector->data<float>() : nullptr, pre_eps, out.data(),
-                 b.dtype(), rows_of(in), columns_of(in)},
+  residual_norm({.x = in.data<float>(),
+                 .branch = b.data(),
+                 .post = post ? post_vector->data<float>() : nullptr,
+                 .post_eps = post_eps,
+                 .branch_scale = branch_scale,
+                 .pre = pre ? pre_vector->data<float>() : nullptr,
+                 .pre_eps = pre_eps,
+                 .out = out.data(),
+                 .type = b.dtype(),
+                 .rows = rows_of(in),
+                 .dim = columns_of(in)},
                 nullptr);
   return py::make_tuple(in.download(), out.download());
 }
@@ -81,8 +95,13 @@ py::array run_layer_norm(const py::array& x, const py::array& scale, float eps,
                          const std::string& type) {
   const DeviceArray in(x), s(scale);
   const DeviceArray out({x.shape(0), x.shape(1)}, dtype_named(type));
-  layer_norm({in.data<float>(), s.data<float>(), out.data(), out.dtype(), rows_of(in),
-              columns_of(in), eps},
+  layer_norm({.x = in.data<float>(),
+              .scale = s.data<float>(),
+              .out = out.data(),
+              .type = out.dtype(),
+              .rows = rows_of(in),
+              .dim = columns_of(in),
+              .eps = eps},
              nullptr);
   return out.download();
 }
@@ -95,45 +114,69 @@ py::array run_qk_norm_rope(const py::array& qkv, const std::optional<py::array>&
   std::optional<DeviceArray> q, k;
   if (q_weight) q.emplace(*q_weight);
   if (k_weight) k.emplace(*k_weight);
-  qk_norm_rope({rows.data(), rows.shape(1), rows.dtype(), q ? q->data<float>() : nullptr,
-                k ? k->data<float>() : nullptr, c.data<float>(), s.data<float>(), rows_of(rows),
-                q_heads, k_heads, head_dim, eps},
+  qk_norm_rope({.qkv = rows.data(),
+                .row_stride = rows.shape(1),
+                .type = rows.dtype(),
+                .q_weight = q ? q->data<float>() : nullptr,
+                .k_weight = k ? k->data<float>() : nullptr,
+                .cos = c.data<float>(),
+                .sin = s.data<float>(),
+                .rows = rows_of(rows),
+                .q_heads = q_heads,
+                .k_heads = k_heads,
+                .head_dim = head_dim,
+                .eps = eps},
                nullptr);
   return rows.download();
 }
 
-// Returns the changed matrix, and whether its format cannot hold a result.
+// Returns the updated matrix, and whether its format cannot hold a result.
 py::tuple run_low_rank_update(const py::array& matrix, const py::array& down, const py::array& up,
                               int first_column) {
   const DeviceArray target(matrix), d(down), u(up), overflow(py::array_t<float>(1));
   ZRT_CUDA(cudaMemset(overflow.data(), 0, sizeof(int)));
-  low_rank_update(
-      {target.data(), target.dtype(), rows_of(target), columns_of(target), first_column,
-       columns_of(u), rows_of(d), d.data<float>(), u.data<float>(), overflow.data<int>()},
-      nullptr);
+  low_rank_update({.matrix = target.data(),
+                   .type = target.dtype(),
+                   .rows = rows_of(target),
+                   .stride = columns_of(target),
+                   .first_column = first_column,
+                   .columns = columns_of(u),
+                   .rank = rows_of(d),
+                   .down = d.data<float>(),
+                   .up = u.data<float>(),
+                   .overflow = overflow.data<int>()},
+                  nullptr);
   int flag = 0;
   ZRT_CUDA(cudaMemcpy(&flag, overflow.data(), sizeof(int), cudaMemcpyDeviceToHost));
   return py::make_tuple(target.download(), flag != 0);
 }
 
-py::array run_turn(const py::array& matrix) {
+py::array run_transpose(const py::array& matrix) {
   const DeviceArray in(matrix);
   const DeviceArray out({matrix.shape(1), matrix.shape(0)}, in.dtype());
-  turn(in.data(), out.data(), rows_of(in), columns_of(in), rows_of(in), nullptr);
+  transpose(in.data(), out.data(), rows_of(in), columns_of(in), rows_of(in), nullptr);
   return out.download();
 }
 
 py::array run_swiglu(const py::array& gate_up, float gate_scale, float up_scale) {
   const DeviceArray in(gate_up);
   const DeviceArray out({gate_up.shape(0), gate_up.shape(1) / 2}, in.dtype());
-  swiglu({in.data(), out.data(), in.dtype(), rows_of(in), columns_of(out), gate_scale, up_scale},
+  swiglu({.gate_up = in.data(),
+          .out = out.data(),
+          .type = in.dtype(),
+          .rows = rows_of(in),
+          .hidden = columns_of(out),
+          .gate_scale = gate_scale,
+          .up_scale = up_scale},
          nullptr);
   return out.download();
 }
 
 PatchGrid grid_of(const py::array& latents, int patch) {
-  return {static_cast<int>(latents.shape(1)), static_cast<int>(latents.shape(2)),
-          static_cast<int>(latents.shape(3)), patch};
+  return {.channels = static_cast<int>(latents.shape(1)),
+          .height = static_cast<int>(latents.shape(2)),
+          .width = static_cast<int>(latents.shape(3)),
+          .patch = patch};
 }
 
 py::array run_patchify(const py::array& latents, int patch, int samples, int padded,
@@ -148,13 +191,13 @@ py::array run_patchify(const py::array& latents, int patch, int samples, int pad
 py::array run_unpatchify(const py::array& patches, int channels, int height, int width, int patch) {
   const DeviceArray in(patches);
   const DeviceArray out({patches.shape(0), channels, height, width}, DType::kFloat32);
-  unpatchify(in.data<float>(), {channels, height, width, patch}, out.data<float>(), rows_of(in),
-             nullptr);
+  const PatchGrid grid{.channels = channels, .height = height, .width = width, .patch = patch};
+  unpatchify(in.data<float>(), grid, out.data<float>(), rows_of(in), nullptr);
   return out.download();
 }
 
-// Returns the latents and what was kept, [3, samples, ...]. `inpaint` holds mask, image and noise,
-// or nothing.
+// Returns the latents and the kept arrays, [3, samples, ...]. `inpaint` is mask, image and noise,
+// or empty.
 py::tuple run_sampler_update(const py::array& patches, const py::array& latents,
                              const py::array& kept, int patch, const py::array& steps, int step,
                              bool guided, float scale, float normalization,
@@ -166,41 +209,55 @@ py::tuple run_sampler_update(const py::array& patches, const py::array& latents,
   std::fill_n(every.mutable_data(), every.size(), scale);
   limit.mutable_at(0) = normalization;
   const DeviceArray scales(every), limits(limit), factors({latents.shape(0)}, DType::kFloat32);
-  std::vector<DeviceArray> picture;
-  for (const py::array& part : inpaint) picture.emplace_back(part);
+  std::vector<DeviceArray> kept_image;
+  for (const py::array& part : inpaint) kept_image.emplace_back(part);
   const auto part = [&](std::size_t i) {
-    return picture.empty() ? nullptr : picture.at(i).data<float>();
+    return kept_image.empty() ? nullptr : kept_image.at(i).data<float>();
   };
-  sampler_update({pred.data<float>(), grid_of(latents, patch), x.data<float>(),
-                  history.data<float>(), rows_of(x), guided, normalization > 0.0f,
-                  table.data<SamplerStep>(), step, scales.data<float>(), limits.data<float>(),
-                  factors.data<float>(), drawn.data<float>(), part(0), part(1), part(2)},
+  sampler_update({.patches = pred.data<float>(),
+                  .grid = grid_of(latents, patch),
+                  .latents = x.data<float>(),
+                  .kept = history.data<float>(),
+                  .samples = rows_of(x),
+                  .guided = guided,
+                  .normalized = normalization > 0.0f,
+                  .steps = table.data<SamplerStep>(),
+                  .step = step,
+                  .scales = scales.data<float>(),
+                  .normalization = limits.data<float>(),
+                  .factors = factors.data<float>(),
+                  .step_noise = drawn.data<float>(),
+                  .mask = part(0),
+                  .image = part(1),
+                  .noise = part(2)},
                  nullptr);
   return py::make_tuple(x.download(), history.download());
 }
 
 py::tuple run_rope_table(const std::vector<py::array>& cos, const std::vector<py::array>& sin,
-                         int grid_rows, int grid_columns, int image_rows, int context_rows) {
+                         int grid_rows, int grid_columns, int image_tokens, int context_tokens) {
   std::vector<DeviceArray> tables;
   RopeTable args{};
   py::ssize_t width = 0;
-  for (std::size_t i = 0; i < 3; ++i) {
+  for (std::size_t i = 0; i < kRopeAxes; ++i) {
     tables.emplace_back(cos.at(i));
     tables.emplace_back(sin.at(i));
-    args.axes[i] = {tables[2 * i].data<float>(), tables[2 * i + 1].data<float>(),
-                    rows_of(tables[2 * i]), columns_of(tables[2 * i])};
+    args.axes[i] = {.cos = tables[2 * i].data<float>(),
+                    .sin = tables[2 * i + 1].data<float>(),
+                    .length = rows_of(tables[2 * i]),
+                    .size = columns_of(tables[2 * i])};
     width += cos[i].shape(1);
   }
-  const DeviceArray c({image_rows + context_rows, width}, DType::kFloat32);
-  const DeviceArray s({image_rows + context_rows, width}, DType::kFloat32);
+  const DeviceArray c({image_tokens + context_tokens, width}, DType::kFloat32);
+  const DeviceArray s({image_tokens + context_tokens, width}, DType::kFloat32);
   args.grid_rows = grid_rows, args.grid_columns = grid_columns;
-  args.image_rows = image_rows, args.context_rows = context_rows;
+  args.image_tokens = image_tokens, args.context_tokens = context_tokens;
   args.cos = c.data<float>(), args.sin = s.data<float>();
   rope_table(args, nullptr);
   return py::make_tuple(c.download(), s.download());
 }
 
-// Row `row` of several tables [rows, ...], copied together.
+// Row `row` of several tables [rows, ...], copied in one launch.
 std::vector<py::array> run_copy_rows(const std::vector<py::array>& tables, int row) {
   CopyRows args;
   std::vector<DeviceArray> from, to;
@@ -229,7 +286,7 @@ void bind_elementwise(py::module_& m) {
   m.def("qk_norm_rope", &run_qk_norm_rope);
   m.def("low_rank_update", &run_low_rank_update);
   m.def("swiglu", &run_swiglu);
-  m.def("turn", &run_turn);
+  m.def("transpose", &run_transpose);
   m.def("patchify", &run_patchify);
   m.def("unpatchify", &run_unpatchify);
   m.def("sampler_update", &run_sampler_update);

@@ -1,19 +1,22 @@
+#include <cuda_runtime_api.h>
+
 #include <algorithm>
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 
+#include "device/check.h"
 #include "kernels/conv3x3.h"
 #include "kernels/conv3x3_kernel.cuh"
-#include "zimage_rt/check.h"
 
 namespace zimage_rt {
 namespace {
 
 using namespace conv3x3_detail;
 
-// What a launch needs to know of the current device.
+// Attributes of the current device.
 struct Device {
   int index = 0, multiprocessors = 0, shared_bytes = 0;
   Device() {
@@ -32,8 +35,8 @@ int tile_count(const Conv3x3& args) {
 template <typename C, typename T, Conv3x3Output kKind>
 void launch(const Conv3x3& args, const Device& device, cudaStream_t stream) {
   const auto kernel = conv3x3_kernel<C, T, kKind>;
-  // Function attributes belong to a device: remember for which ones this kernel has them, and
-  // where it was compiled with the wait that an early start needs.
+  // Function attributes are per device, so bit masks hold the devices for which they are set, and
+  // those whose code contains the wait that an early start needs.
   static std::atomic<std::uint64_t> configured{0}, waits{0};
   const std::uint64_t bit = device.index < 64 ? std::uint64_t{1} << device.index : 0;
   if ((configured.load() & bit) == 0) {
@@ -63,8 +66,8 @@ void launch(const Conv3x3& args, const Device& device, cudaStream_t stream) {
   params.shift = args.shift;
   params.not_finite = args.not_finite;
 
-  // No more blocks than shared memory lets run at once: they walk over the tiles, so weights are
-  // read once per block. 1 KB of a block's shared memory is the system's.
+  // As many blocks as are resident at once: they iterate over the tiles, so that weights are read
+  // once per block. The system reserves 1 KB of shared memory per block.
   const int resident = std::max(1, (device.shared_bytes + 1024) / (C::shared_bytes + 1024));
   constexpr int kChannelBlocks =
       kKind == Conv3x3Output::kHalf ? kWideChannels / C::block_channels : 1;
@@ -83,13 +86,14 @@ void launch(const Conv3x3& args, const Device& device, cudaStream_t stream) {
 }
 
 //                      in  block warp  tile    rows stages stride
-using Body = Cut<64, 64, 64, 16, 32, 4, 2, 1>;    // 225 KB of shared memory: Hopper
-using Medium = Cut<64, 64, 64, 16, 16, 4, 2, 1>;  // 154 KB: sm_80
-using Small = Cut<64, 64, 32, 8, 16, 4, 1, 1>;    // 95 KB: every device; and pictures of few tiles
-using Halving = Cut<64, 32, 32, 4, 16, 2, 1, 2>;  // 74 KB
-using First = Cut<16, 64, 32, 8, 16, 4, 1, 1>;
-using Last8 = Cut<64, 16, 8, 16, 16, 2, 1, 1>;  // 51 KB
-using Last16 = Cut<64, 16, 16, 16, 16, 2, 1, 1>;
+using Body = TileConfig<64, 64, 64, 16, 32, 4, 2, 1>;    // 225 KB of shared memory: Hopper
+using Medium = TileConfig<64, 64, 64, 16, 16, 4, 2, 1>;  // 154 KB: sm_80
+using Small =
+    TileConfig<64, 64, 32, 8, 16, 4, 1, 1>;  // 95 KB: other devices, and images of few tiles
+using Halving = TileConfig<64, 32, 32, 4, 16, 2, 1, 2>;  // 74 KB
+using First = TileConfig<16, 64, 32, 8, 16, 4, 1, 1>;
+using Last8 = TileConfig<64, 16, 8, 16, 16, 2, 1, 1>;  // 51 KB
+using Last16 = TileConfig<64, 16, 16, 16, 16, 2, 1, 1>;
 
 template <typename T>
 void dispatch_half(const Conv3x3& args, cudaStream_t stream) {
@@ -97,7 +101,7 @@ void dispatch_half(const Conv3x3& args, cudaStream_t stream) {
   const Device device;
   if (args.in_channels <= kNarrowChannels) return launch<First, T, kHalf>(args, device, stream);
   if (args.stride == 2) return launch<Halving, T, kHalf>(args, device, stream);
-  // Large tiles halve the work of copying, but must be enough to keep the device busy.
+  // Large tiles halve the copies, but there must be enough of them to fill the device.
   const int enough = device.multiprocessors * 3 / 4;
   if (device.shared_bytes >= Body::shared_bytes && tile_count<Body>(args) >= enough)
     return launch<Body, T, kHalf>(args, device, stream);
@@ -135,7 +139,7 @@ void check(const Conv3x3& args) {
                                 (half ? "" : ", output as planes or bytes"));
 }
 
-// A thread a 32-bit word of the packed weights.
+// One thread per 32-bit word of the packed weights.
 template <typename T>
 __global__ void pack_kernel(const T* weight, const T* bias, int in_channels, int out_channels,
                             int steps, int pairs, std::uint32_t* packed) {

@@ -2,23 +2,22 @@
 
 // The kernel of conv3x3.h.
 //
-// Implicit GEMM: a block keeps the weights of its output channels in shared memory and walks over
-// tiles of output pixels. A tile's input pixels with their halo are copied once and serve all nine
-// taps; with two stages the next tile arrives while this one is multiplied.
+// Implicit GEMM: a block keeps the weights of its output channels in shared memory and iterates
+// over tiles of output pixels. The input pixels of a tile, with their halo, are loaded once for all
+// nine taps; with two stages the next tile is loaded while this one is multiplied.
 //
 // Shared memory: packed weights | bias fp32 | stages of [tile_in_height, tile_in_width, channels].
-// A pixel's 16-byte chunks are permuted (`chunk_phase`) so that the eight rows of an ldmatrix,
-// eight neighbouring pixels, lie in different banks.
+// The 16-byte chunks of a pixel are swizzled (`chunk_phase`), so that the eight rows of an
+// ldmatrix, which are eight neighbouring pixels, have no bank conflicts.
 //
-// A warp owns kWarpRows x 16 pixels, each row of 16 one m16 tile. For a column dx and 16 input
-// channels it loads the input rows it needs once and uses each for up to three output rows (dy), so
-// shared memory is read slower than the tensor cores multiply.
+// A warp computes kWarpRows x 16 pixels, each row of 16 one m16 tile. For a column dx and 16 input
+// channels it loads each input row once and uses it for up to three output rows (dy), so that the
+// tensor cores, not shared memory, are the bound.
 //
 // Packed weights: [dx][in / 16][dy][pair][lane] of 16 bytes, `pair` 16 output channels, in the
 // order that a lane holds mma.m16n8k16's B: {b0, b1} of the pair's first n8 tile, then of its
-// second. For layers with 64 outputs the channels are permuted (`output_channel`) so that a lane's
-// sums over four n8 tiles are eight consecutive channels: results leave in 16-byte stores without a
-// shuffle.
+// second. In layers with 64 outputs the channels are permuted (`output_channel`), so that a lane's
+// sums over four n8 tiles are eight consecutive channels: 16-byte stores need no shuffle.
 
 #include <cmath>
 #include <cstddef>
@@ -31,30 +30,30 @@
 namespace zimage_rt {
 namespace conv3x3_detail {
 
-constexpr int kWideChannels = 64;    // of the body
-constexpr int kNarrowChannels = 16;  // of latents and images, padded
+constexpr int kWideChannels = kConvWideChannels;
+constexpr int kNarrowChannels = kConvNarrowChannels;
 constexpr std::size_t kBiasBytes = kWideChannels * sizeof(float);
 
 constexpr int padded(int channels) {
   return channels <= kNarrowChannels ? kNarrowChannels : kWideChannels;
 }
 
-// Which output channel is column `n` of n8 tile `tile`; a lane holds columns 2t and 2t + 1.
+// The output channel in column `n` of n8 tile `tile`; a lane holds columns 2t and 2t + 1.
 __host__ __device__ constexpr int output_channel(bool wide, int tile, int n) {
   return wide ? 32 * (tile / 4) + 8 * (n / 2) + 2 * (tile % 4) + n % 2 : 8 * tile + n;
 }
 
-// One way to cut the problem. kBlockChannels: output channels of a block, as packed; kWarpChannels:
-// those a warp computes, 8 where only half of a packed pair is real.
+// A tiling. kBlockChannels: output channels of a block, as packed; kWarpChannels: output channels
+// of a warp, 8 if only half of a packed pair is used.
 template <int kIn, int kBlockChannels, int kWarpChannels, int kTileHeight, int kTileWidth,
           int kWarpRows_, int kStages_, int kStride_>
-struct Cut {
+struct TileConfig {
   static constexpr int in_channels = kIn;
   static constexpr int stride = kStride_, stages = kStages_;
   static constexpr int tile_height = kTileHeight, tile_width = kTileWidth;
   static constexpr int in_height = (kTileHeight - 1) * kStride_ + 3;
   static constexpr int in_width = (kTileWidth - 1) * kStride_ + 3;
-  static constexpr int chunks = kIn / 8;  // 16-byte pieces of a pixel
+  static constexpr int chunks = kIn / 8;  // of 16 bytes per pixel
   static constexpr int pixel_bytes = kIn * 2;
   static constexpr int stage_bytes = in_height * in_width * pixel_bytes;
 
@@ -73,7 +72,7 @@ struct Cut {
       weight_units * 16 + static_cast<int>(kBiasBytes) + stages * stage_bytes;
 };
 
-// By which a pixel's chunks are XORed: differs between eight pixels that are `stride` apart.
+// The swizzle of a pixel's chunks, by XOR: differs between eight pixels that are `stride` apart.
 template <typename C>
 __device__ inline unsigned chunk_phase(unsigned x) {
   return x / (C::stride * (8 / C::chunks)) % C::chunks;
@@ -104,9 +103,9 @@ __device__ inline Tile tile_at(const Params& p, int index) {
           (index - row * p.tiles_x) * C::tile_width};
 }
 
-// Where a tile's input lies: its picture, and its first pixel there, which may be outside.
+// The input of a tile: its image, and its first pixel, which may be outside of the image.
 struct Source {
-  const char* picture;
+  const char* image;
   int y, x;
 };
 
@@ -118,21 +117,21 @@ __device__ inline Source source_of(const Params& p, const Tile& tile) {
           tile.y * C::stride - 1, tile.x * C::stride - 1};
 }
 
-// Starts the copy of this thread's `round`-th chunk of a tile's input; zeros beyond the border. A
-// handful of instructions without a branch, because it runs between the products.
+// Starts the copy of this thread's `round`-th chunk of a tile's input; zeros outside of the image.
+// It is short and has no branch, because it is interleaved with the products.
 template <typename C>
 __device__ inline void copy_chunk(const Params& p, const Source& source, std::uint32_t stage,
                                   unsigned round) {
   const unsigned unit = threadIdx.x + round * C::threads;
   const unsigned pixel = unit / C::chunks, chunk = unit % C::chunks;
   const unsigned row = pixel / C::in_width, column = pixel % C::in_width;
-  const unsigned y = source.y + row, x = source.x + column;  // -1 becomes huge
+  const unsigned y = source.y + row, x = source.x + column;  // -1 wraps around
   const bool inside = y < static_cast<unsigned>(p.height) && x < static_cast<unsigned>(p.width);
   const unsigned place = chunk ^ chunk_phase<C>(column);
   const unsigned offset = (y >> p.upsample) * (p.width >> p.upsample) + (x >> p.upsample);
-  // Nothing is read where not inside, but the address must be one of the picture's.
+  // Nothing is read outside of the image, but the address must be valid.
   const char* from =
-      source.picture + static_cast<std::uint64_t>(inside ? offset : 0) * C::pixel_bytes;
+      source.image + static_cast<std::uint64_t>(inside ? offset : 0) * C::pixel_bytes;
   const std::uint32_t to = stage + pixel * C::pixel_bytes + place * 16;
   asm volatile(
       "{\n"
@@ -156,7 +155,7 @@ __device__ inline void copy_tile(const Params& p, const Source& source, std::uin
 template <typename C, typename T>
 using Sums = float[C::warp_rows][C::warp_tiles][4];
 
-// Where this warp and lane stand in a tile.
+// The position of this warp and lane in a tile.
 struct Place {
   int lane, row, column, channel;  // first output row, column and channel of the warp
 };
@@ -169,8 +168,8 @@ __device__ inline Place place_of_warp() {
           pixels % C::warps_x * 16, warp % C::warps_n * C::warp_channels};
 }
 
-// Multiplies the tile in `stage`. With two stages it also copies `next`, a few chunks a step, so
-// that copies and products mix.
+// Multiplies the tile in `stage`. With two stages it also starts the copies of `next`, a few chunks
+// per step, to interleave them with the products.
 template <typename C, typename T>
 __device__ inline void multiply(const Params& p, const Place& place, const uint4* weights,
                                 std::uint32_t stage, const Source& next, std::uint32_t next_stage,
@@ -178,7 +177,7 @@ __device__ inline void multiply(const Params& p, const Place& place, const uint4
   constexpr int kSteps = C::in_channels / 16;
   constexpr int kRoundsPerStep = ceil_div(kCopyRounds<C>, 3 * kSteps);
   const uint4* fragments = weights + place.channel / 16 * 32 + place.lane;
-  // ldmatrix: lanes 0..15 name the 16 pixels' first 8 channels, lanes 16..31 the next 8.
+  // ldmatrix: lanes 0..15 address the first 8 channels of the 16 pixels, lanes 16..31 the next 8.
   const int first_x = (place.column + place.lane % 16) * C::stride;
   const int half = place.lane / 16;
 #pragma unroll 1
@@ -189,8 +188,8 @@ __device__ inline void multiply(const Params& p, const Place& place, const uint4
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       if constexpr (C::stages > 1) {
-        // The round behind the last copies nothing: without a branch around it, this arithmetic is
-        // woven between the products.
+        // Rounds after the last copy nothing. Without a branch, the compiler interleaves the
+        // address arithmetic with the products.
         const int first = has_next ? (dx * kSteps + k) * kRoundsPerStep : kCopyRounds<C>;
 #pragma unroll
         for (int i = 0; i < kRoundsPerStep; ++i) copy_chunk<C>(p, next, next_stage, first + i);
@@ -199,7 +198,7 @@ __device__ inline void multiply(const Params& p, const Place& place, const uint4
       std::uint32_t a[C::warp_in_rows][4];
 #pragma unroll
       for (int row = 0; row < C::warp_in_rows; ++row)
-        load_matrices(address + row * C::in_width * C::pixel_bytes, a[row]);
+        ldmatrix_x4(address + row * C::in_width * C::pixel_bytes, a[row]);
 #pragma unroll
       for (int dy = 0; dy < 3; ++dy) {
         uint4 b[C::warp_pairs];
@@ -211,7 +210,7 @@ __device__ inline void multiply(const Params& p, const Place& place, const uint4
 #pragma unroll
           for (int tile = 0; tile < C::warp_tiles; ++tile) {
             const uint4& pair = b[tile / 2];
-            multiply_add(sums[row][tile], a[row * C::stride + dy], tile % 2 ? pair.z : pair.x,
+            mma_m16n8k16(sums[row][tile], a[row * C::stride + dy], tile % 2 ? pair.z : pair.x,
                          tile % 2 ? pair.w : pair.y, static_cast<const T*>(nullptr));
           }
         }
@@ -222,7 +221,7 @@ __device__ inline void multiply(const Params& p, const Place& place, const uint4
 }
 
 // Calls function(row of the warp, half, offset of the pixel in [batch, out_height, out_width]) for
-// the lane's pixels inside the picture: of every m16 tile rows g (half 0) and g + 8 (half 1).
+// the lane's pixels inside the image: rows g (half 0) and g + 8 (half 1) of every m16 tile.
 template <typename C, typename Function>
 __device__ inline void for_pixels(const Params& p, const Tile& tile, const Place& place,
                                   Function&& function) {
@@ -239,13 +238,13 @@ __device__ inline void for_pixels(const Params& p, const Tile& tile, const Place
   }
 }
 
-// The larger of two pairs, element by element; NaN stays.
-__device__ inline std::uint32_t larger(std::uint32_t a, std::uint32_t b, const __half*) {
+// The element-wise maximum of two pairs; propagates NaN.
+__device__ inline std::uint32_t max2_nan(std::uint32_t a, std::uint32_t b, const __half*) {
   const __half2 pair =
       __hmax2_nan(*reinterpret_cast<const __half2*>(&a), *reinterpret_cast<const __half2*>(&b));
   return *reinterpret_cast<const std::uint32_t*>(&pair);
 }
-__device__ inline std::uint32_t larger(std::uint32_t a, std::uint32_t b, const __nv_bfloat16*) {
+__device__ inline std::uint32_t max2_nan(std::uint32_t a, std::uint32_t b, const __nv_bfloat16*) {
   const __nv_bfloat162 pair = __hmax2_nan(*reinterpret_cast<const __nv_bfloat162*>(&a),
                                           *reinterpret_cast<const __nv_bfloat162*>(&b));
   return *reinterpret_cast<const std::uint32_t*>(&pair);
@@ -261,8 +260,9 @@ __device__ inline void store_half(const Params& p, const Tile& tile, const Place
 #pragma unroll
   for (int group = 0; group < kGroups; ++group)
     load8(bias + place.channel + place.lane % 4 * 8 + group * 32, biases[group]);
-  // All residuals before the first store, so that their latencies overlap; past L1, as each is read
-  // once. Output may be residual: this lane alone reads and writes these elements.
+  // All residuals are loaded before the first store, so that their latencies overlap; not through
+  // L1, because each is read once. The output may be the residual: only this lane accesses these
+  // elements.
   uint4 residuals[C::warp_rows][2][kGroups];
   if (p.residual != nullptr) {
     for_pixels<C>(p, tile, place, [&](int row, int half, std::int64_t pixel) {
@@ -289,8 +289,8 @@ __device__ inline void store_half(const Params& p, const Tile& tile, const Place
           const float2 more = unpack(added_words[i], static_cast<const T*>(nullptr));
           pair.x += more.x, pair.y += more.y;
         }
-        words[i] = larger(pack(pair.x, pair.y, static_cast<const T*>(nullptr)), floor,
-                          static_cast<const T*>(nullptr));
+        words[i] = max2_nan(pack(pair.x, pair.y, static_cast<const T*>(nullptr)), floor,
+                            static_cast<const T*>(nullptr));
       }
       *reinterpret_cast<uint4*>(target + group * 32) =
           make_uint4(words[0], words[1], words[2], words[3]);
@@ -298,7 +298,7 @@ __device__ inline void store_half(const Params& p, const Tile& tile, const Place
   });
 }
 
-// As decoding to fp32 and then zimage_rt.image.convert.to_uint8, the same roundings: image = 2 value - 1.
+// Rounds as decoding to fp32 and zimage_rt.image.convert.to_uint8 do: image = 2 * value - 1.
 __device__ inline std::uint8_t to_uint8(float value) {
   const float image = __fadd_rn(__fmul_rn(value, 2.0f), -1.0f);
   const float unit = __fadd_rn(__fmul_rn(image, 0.5f), 0.5f);
@@ -306,7 +306,7 @@ __device__ inline std::uint8_t to_uint8(float value) {
       __float2int_rn(__fmul_rn(fminf(fmaxf(unit, 0.0f), 1.0f), 255.0f)));
 }
 
-// sums + bias, as fp32 planes or as bytes: the last layers, with few channels.
+// sums + bias, as fp32 NCHW or as bytes: the last layers, with few channels.
 template <typename C, typename T, Conv3x3Output kKind>
 __device__ inline void store_narrow(const Params& p, const Tile& tile, const Place& place,
                                     const float* bias, const Sums<C, T>& sums) {
@@ -334,7 +334,7 @@ __device__ inline void store_narrow(const Params& p, const Tile& tile, const Pla
   });
 }
 
-// The residual's lines, one a pixel, toward L2 while the tile is multiplied.
+// Prefetches the residual to L2, one line per pixel, while the tile is multiplied.
 template <typename C, typename T>
 __device__ inline void prefetch_residual(const Params& p, const Tile& tile, const Place& place) {
   if (p.residual == nullptr) return;
@@ -350,7 +350,7 @@ __device__ inline void prefetch_residual(const Params& p, const Tile& tile, cons
   }
 }
 
-// Grid: x walks over tiles, y over blocks of output channels.
+// Grid: x iterates over tiles, y over blocks of output channels.
 template <typename C, typename T, Conv3x3Output kKind>
 __global__ void __launch_bounds__(C::threads) conv3x3_kernel(const Params p) {
   constexpr bool kWide = kKind == Conv3x3Output::kHalf;
@@ -362,34 +362,34 @@ __global__ void __launch_bounds__(C::threads) conv3x3_kernel(const Params p) {
       shared_address(shared) + C::weight_units * 16 + static_cast<int>(kBiasBytes);
 
 #if __CUDA_ARCH__ >= 900
-  // Lets an early_start kernel behind this one take SMs as they fall free; it waits below.
+  // Lets a dependent kernel with early_start launch on free multiprocessors; it waits below.
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
   for (int unit = threadIdx.x; unit < C::weight_units; unit += C::threads) {
     constexpr int kRun = C::block_pairs * 32;
     const int source = (unit / kRun * kPairs + blockIdx.y * C::block_pairs) * 32 + unit % kRun;
-    copy16_async(shared_address(weights + unit), p.packed + source, true);
+    cp_async_16(shared_address(weights + unit), p.packed + source, true);
   }
   if (threadIdx.x < kBiasBytes / 16) {
     const float* source =
         reinterpret_cast<const float*>(p.packed + 9 * (C::in_channels / 16) * kPairs * 32) +
         blockIdx.y * C::block_channels + threadIdx.x * 4;
     const bool inside = threadIdx.x * 4 < C::block_channels;
-    copy16_async(shared_address(bias + threadIdx.x * 4), source, inside);
+    cp_async_16(shared_address(bias + threadIdx.x * 4), source, inside);
   }
 #if __CUDA_ARCH__ >= 900
-  // Everything the kernels before wrote is visible from here on.
+  // Writes of the previous kernels are visible from here on.
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 
   const Place place = place_of_warp<C>();
   Tile tile = tile_at<C>(p, blockIdx.x);
   copy_tile<C>(p, source_of<C>(p, tile), stages);
-  commit_copies();
+  cp_async_commit();
   std::uint32_t stage = stages;
   for (int index = blockIdx.x; index < p.tiles;) {
-    wait_copies<0>();
-    // The tile has arrived for all, and nobody reads the other stage any more.
+    cp_async_wait<0>();
+    // The tile is complete, and no warp reads the other stage any more.
     __syncthreads();
     index += gridDim.x;
     const bool has_next = index < p.tiles;
@@ -405,7 +405,7 @@ __global__ void __launch_bounds__(C::threads) conv3x3_kernel(const Params p) {
       __syncthreads();
       copy_tile<C>(p, next_source, next_stage);
     }
-    commit_copies();
+    cp_async_commit();
     if constexpr (kWide)
       store_half<C, T>(p, tile, place, blockIdx.y * C::block_channels, bias, sums);
     else

@@ -1,16 +1,19 @@
+#include <cuda_runtime_api.h>
+
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 
+#include "device/check.h"
 #include "kernels/copy_rows.h"
-#include "zimage_rt/check.h"
 
 namespace zimage_rt {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr std::size_t kMostBlocks = 512;  // of a part; its threads then take several turns
+constexpr std::size_t kMostBlocks = 512;  // per part; larger parts loop over the grid
 
-// One row of blocks a part. Four numbers at once where the part allows it.
+// One row of blocks per part, with 16-byte accesses if the part is aligned.
 __global__ void copy_rows_kernel(CopyRows args) {
   const CopyRows::Part part = args.parts[blockIdx.y];
   const std::size_t first = static_cast<std::size_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -24,6 +27,11 @@ __global__ void copy_rows_kernel(CopyRows args) {
   }
 }
 
+__global__ void fill_rows_kernel(float* x, const float* row, int stride, int first, int dim) {
+  const std::size_t at = static_cast<std::size_t>(blockIdx.y) * stride + first + blockIdx.x;
+  for (int i = threadIdx.x; i < dim; i += kThreads) x[at * dim + i] = row[i];
+}
+
 }  // namespace
 
 void copy_rows(const CopyRows& args, cudaStream_t stream) {
@@ -33,6 +41,13 @@ void copy_rows(const CopyRows& args, cudaStream_t stream) {
   const std::size_t blocks = std::min(kMostBlocks, (largest + 4 * kThreads - 1) / (4 * kThreads));
   copy_rows_kernel<<<dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(args.count)),
                      kThreads, 0, stream>>>(args);
+  ZRT_LAUNCHED();
+}
+
+void fill_rows(float* x, const float* row, int samples, int stride, int first, int count, int dim,
+               cudaStream_t stream) {
+  if (count == 0) return;
+  fill_rows_kernel<<<dim3(count, samples), kThreads, 0, stream>>>(x, row, stride, first, dim);
   ZRT_LAUNCHED();
 }
 

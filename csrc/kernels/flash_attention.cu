@@ -1,14 +1,18 @@
-// Forward attention after Dao, "FlashAttention-2" (2023): a block holds a tile of queries and walks
-// over the keys, 64 at a time; a warp keeps 16 or 32 queries' running maximum, sum and output in
-// registers, so that warps share nothing but the tiles of K and V.
+// The forward pass of FlashAttention-2 (Dao 2023): a block holds a tile of queries and iterates
+// over the keys, 64 at a time. A warp keeps the running maximum, sum and output of 16 or 32 queries
+// in registers, so that warps share only the tiles of K and V.
 
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
+#include "device/check.h"
+#include "device/dtype.h"
 #include "kernels/flash_attention.h"
 #include "kernels/numeric.cuh"
 #include "kernels/tensor_core.cuh"
-#include "zimage_rt/check.h"
 
 namespace zimage_rt {
 namespace {
@@ -16,13 +20,13 @@ namespace {
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kKeyTile = 64;
-// Tiles go K0, V0, K1, V1, … through a ring of three slots: one is read while two are on their way.
+// Tiles K0, V0, K1, V1, … pass through a ring of three slots: one is read while two are loaded.
 constexpr int kSlots = 3;
 constexpr float kLog2E = 1.4426950408889634f;
 
-// A tile in shared memory is rows of kHeadDim elements in chunks of 16 bytes. Chunk c of row r lies
-// at place c ^ (r % 8) of its row: the eight rows that ldmatrix reads together, and the neighbours
-// that are written together, are then in different banks.
+// A tile in shared memory has rows of kHeadDim elements in chunks of 16 bytes. Chunk c of row r is
+// stored at position c ^ (r % 8) of its row, so that neither ldmatrix, which reads eight rows at a
+// time, nor the stores have bank conflicts.
 template <int kHeadDim>
 __device__ int swizzled(int row, int chunk) {
   return row * kHeadDim * 2 + ((chunk ^ (row % 8)) * 16);
@@ -31,7 +35,7 @@ __device__ int swizzled(int row, int chunk) {
 template <typename T, int kHeadDim_, int kRowTiles_>
 struct Tile {
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kRowTiles = kRowTiles_;  // groups of 16 queries a warp works on
+  static constexpr int kRowTiles = kRowTiles_;  // groups of 16 queries per warp
   static constexpr int kWarpRows = 16 * kRowTiles;
   static constexpr int kQueries = kWarps * kWarpRows;
   static constexpr int kRowBytes = kHeadDim * 2;
@@ -39,14 +43,14 @@ struct Tile {
   static constexpr int kSlotBytes = kKeyTile * kRowBytes;
   static constexpr int kQueryBytes = kQueries * kRowBytes;
   static constexpr int kSharedBytes = kQueryBytes + kSlots * kSlotBytes;
-  // Reading the queries again for every tile of keys costs shared-memory bandwidth, keeping them
-  // costs kRowTiles * kHeadDim / 4 registers, which the largest variant does not have.
+  // Reloading the queries for every tile of keys costs shared-memory bandwidth; keeping them costs
+  // kRowTiles * kHeadDim / 4 registers, which the largest variant cannot spare.
   static constexpr bool kKeepQueries = kRowTiles * kHeadDim <= 128;
-  // Blocks on a multiprocessor, which bound the registers of a thread.
+  // Blocks per multiprocessor, which bound the registers of a thread.
   static constexpr int kBlocks = kRowTiles == 2 ? 2 : 3;
 };
 
-// Starts the copy of kRows rows to a tile; those from `rows` on become zeros.
+// Starts the copy of kRows rows to a tile; rows from `rows` on become zeros.
 template <typename Tile, int kRows, typename T>
 __device__ void load_rows(std::uint32_t tile, const T* source, std::int64_t token_stride,
                           int rows) {
@@ -56,7 +60,7 @@ __device__ void load_rows(std::uint32_t tile, const T* source, std::int64_t toke
   const T* from = source + row * token_stride + chunk * 8;
 #pragma unroll
   for (int i = 0; i < kRows; i += kPass)
-    copy16_async(to + i * Tile::kRowBytes, from + i * token_stride, row + i < rows);
+    cp_async_16(to + i * Tile::kRowBytes, from + i * token_stride, row + i < rows);
 }
 
 template <typename Tile>
@@ -65,13 +69,13 @@ template <typename Tile>
 using Scores = float[Tile::kRowTiles][kKeyTile / 8][4];
 template <typename Tile>
 using Outputs = float[Tile::kRowTiles][Tile::kHeadDim / 8][4];
-// Of the two rows, g and g + 8, that a thread has of each group of 16.
+// One value for each of the rows g and g + 8 that a thread holds of every group of 16.
 template <typename Tile>
 using RowValues = float[Tile::kRowTiles][2];
 
-// The address of 16 elements, that is two chunks, `step` further along a row. As swizzling stirs
-// eight chunks at a time and rows begin at multiples of their size, that is an exclusive or, and
-// beyond eight chunks an addition the instruction makes by itself.
+// The address `step` times 16 elements, two chunks each, further along a row. The swizzle permutes
+// groups of eight chunks and rows are aligned to their size, so this is an exclusive or; beyond
+// eight chunks it is an addition, which becomes an immediate offset.
 __device__ std::uint32_t along_row(std::uint32_t address, int step) {
   return (address ^ (step % 4 * 32)) + step / 4 * 128;
 }
@@ -80,7 +84,7 @@ template <typename Tile>
 __device__ void load_queries(std::uint32_t lane_address, int step, QueryFragments<Tile>& q) {
 #pragma unroll
   for (int m = 0; m < Tile::kRowTiles; ++m)
-    load_matrices(along_row(lane_address, step) + m * 16 * Tile::kRowBytes, q[m]);
+    ldmatrix_x4(along_row(lane_address, step) + m * 16 * Tile::kRowBytes, q[m]);
 }
 
 // scores += q k^T over 16 of the head's dimensions.
@@ -90,17 +94,17 @@ __device__ void add_scores(const QueryFragments<Tile>& q, std::uint32_t lane_add
 #pragma unroll
   for (int n = 0; n < kKeyTile / 16; ++n) {
     std::uint32_t k[4];
-    load_matrices(along_row(lane_address, step) + n * 16 * Tile::kRowBytes, k);
+    ldmatrix_x4(along_row(lane_address, step) + n * 16 * Tile::kRowBytes, k);
 #pragma unroll
     for (int m = 0; m < Tile::kRowTiles; ++m) {
-      multiply_add(scores[m][2 * n], q[m], k[0], k[1], static_cast<const T*>(nullptr));
-      multiply_add(scores[m][2 * n + 1], q[m], k[2], k[3], static_cast<const T*>(nullptr));
+      mma_m16n8k16(scores[m][2 * n], q[m], k[0], k[1], static_cast<const T*>(nullptr));
+      mma_m16n8k16(scores[m][2 * n + 1], q[m], k[2], k[3], static_cast<const T*>(nullptr));
     }
   }
 }
 
-// -inf for keys that do not exist, and for those after the query where causal. `first_query` is
-// the thread's first row of the tile of queries, `first_key` the tile's first key.
+// Sets the scores of keys past the end, and of keys after the query if causal, to -inf.
+// `first_query` is the first row of the thread, `first_key` the first key of the tile.
 template <typename Tile>
 __device__ void mask_scores(Scores<Tile>& scores, int first_query, int first_key, int keys,
                             bool causal) {
@@ -128,9 +132,9 @@ __device__ float sum_of_four_lanes(float value) {
   return value + __shfl_xor_sync(0xffffffffu, value, 2);
 }
 
-// Turns scores into 2^(scale * score - maximum) and brings sum and output to the new maximum. The
-// first tile has a key for every row, so the maximum is finite from then on; before, it is -inf
-// and the correction 0. `row_sum` is of this thread's columns.
+// Replaces scores by 2^(scale * score - maximum) and rescales sum and output to the new maximum.
+// The first tile has a key for every row, so the maximum is finite from then on; before that it is
+// -inf and the correction 0. `row_sum` covers the columns of this thread.
 template <typename Tile>
 __device__ void online_softmax(Scores<Tile>& scores, float scale, RowValues<Tile>& row_max,
                                RowValues<Tile>& row_sum, Outputs<Tile>& out) {
@@ -143,7 +147,7 @@ __device__ void online_softmax(Scores<Tile>& scores, float scale, RowValues<Tile
       for (int n = 0; n < kKeyTile / 8; ++n)
         tile_max = fmaxf(tile_max, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
       const float maximum = fmaxf(row_max[m][half], max_of_four_lanes(tile_max) * scale);
-      const float correction = exp2_fast(row_max[m][half] - maximum);
+      const float correction = ex2_approx(row_max[m][half] - maximum);
       row_max[m][half] = maximum;
 
       float sum = 0.0f;
@@ -152,7 +156,7 @@ __device__ void online_softmax(Scores<Tile>& scores, float scale, RowValues<Tile
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float& score = scores[m][n][2 * half + i];
-          score = exp2_fast(fmaf(score, scale, -maximum));
+          score = ex2_approx(fmaf(score, scale, -maximum));
           sum += score;
         }
       row_sum[m][half] = row_sum[m][half] * correction + sum;
@@ -163,7 +167,7 @@ __device__ void online_softmax(Scores<Tile>& scores, float scale, RowValues<Tile
     }
 }
 
-// out += p v. The scores' fragments, rounded to 16 bits, are the fragments of A as they lie.
+// out += p v. The fragments of the scores, rounded to 16 bits, have the layout of A's fragments.
 template <typename Tile, typename T>
 __device__ void add_outputs(const Scores<Tile>& p, std::uint32_t lane_address, Outputs<Tile>& out) {
   constexpr const T* kFormat = nullptr;
@@ -180,18 +184,18 @@ __device__ void add_outputs(const Scores<Tile>& p, std::uint32_t lane_address, O
 #pragma unroll
     for (int n = 0; n < Tile::kHeadDim / 16; ++n) {
       std::uint32_t v[4];
-      load_matrices_transposed(along_row(lane_address, n) + s * 16 * Tile::kRowBytes, v);
+      ldmatrix_x4_trans(along_row(lane_address, n) + s * 16 * Tile::kRowBytes, v);
 #pragma unroll
       for (int m = 0; m < Tile::kRowTiles; ++m) {
-        multiply_add(out[m][2 * n], a[m], v[0], v[1], kFormat);
-        multiply_add(out[m][2 * n + 1], a[m], v[2], v[3], kFormat);
+        mma_m16n8k16(out[m][2 * n], a[m], v[0], v[1], kFormat);
+        mma_m16n8k16(out[m][2 * n + 1], a[m], v[2], v[3], kFormat);
       }
     }
   }
 }
 
-// Divides by the sums and writes a warp's rows, by way of its own rows of the tile of queries,
-// which nobody reads any more, so that the stores to global memory are of 16 bytes.
+// Divides by the sums and stores a warp's rows. They are staged in the warp's own rows of the tile
+// of queries, which are no longer needed, so that stores to global memory are 16 bytes wide.
 template <typename Tile, typename T>
 __device__ void store_outputs(const Outputs<Tile>& out, const RowValues<Tile>& row_sum,
                               char* warp_rows, T* target, std::int64_t token_stride, int rows) {
@@ -226,7 +230,7 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocks)
   extern __shared__ __align__(1024) char shared[];
   constexpr int kHeadDim = Tile::kHeadDim;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  // Where causal, the last queries have the most keys: they go first.
+  // With a causal mask the last queries have the most keys, so their blocks start first.
   const int tile = args.causal ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
   const int head = blockIdx.y, kv_head = head / (args.heads / args.kv_heads);
   const std::int64_t sample = blockIdx.z;
@@ -241,8 +245,8 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocks)
 
   const std::uint32_t q_tile = shared_address(shared);
   const std::uint32_t ring = q_tile + Tile::kQueryBytes;
-  // The lanes' rows and chunks follow the fragments of tensor_core.cuh: the four matrices of A are
-  // numbered down its columns; of k, whose rows are B's columns, along its rows; of v as of A.
+  // The rows and chunks of the lanes follow the fragments of tensor_core.cuh: the four matrices are
+  // numbered down the columns of A and of v, and along the rows of k, which are the columns of B.
   const int low = lane % 16, high = lane / 16, mid = lane / 8 % 2;
   const std::uint32_t q_lane =
       q_tile + warp * Tile::kWarpRows * Tile::kRowBytes + swizzled<kHeadDim>(low, high);
@@ -251,9 +255,9 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocks)
 
   load_rows<Tile, Tile::kQueries>(q_tile, q, args.q.token_stride, args.queries - first_query);
   load_rows<Tile, kKeyTile>(ring, k, args.k.token_stride, keys);
-  commit_copies();
+  cp_async_commit();
   load_rows<Tile, kKeyTile>(ring + Tile::kSlotBytes, v, args.v.token_stride, keys);
-  commit_copies();
+  cp_async_commit();
 
   std::uint32_t kept_queries[Tile::kKeepQueries ? kHeadDim / 16 : 1][Tile::kRowTiles][4];
   Outputs<Tile> out = {};
@@ -264,7 +268,7 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocks)
     row_sum[m][0] = row_sum[m][1] = 0.0f;
   }
   const float scale = args.scale * kLog2E;
-  int slot = 0;  // the ring's slot that is read next, in bytes; the one before it is free
+  int slot = 0;  // byte offset of the slot that is read next; the one before it is free
   const auto next_slot = [](int bytes) {
     return bytes == (kSlots - 1) * Tile::kSlotBytes ? 0 : bytes + Tile::kSlotBytes;
   };
@@ -275,13 +279,13 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocks)
 #pragma unroll 1
   for (int first_key = 0; first_key < keys; first_key += kKeyTile) {
     const int next_key = first_key + kKeyTile;
-    // Behind the barrier every thread's part of this tile is there and the one before was read.
-    wait_copies<1>();
+    // After the barrier all parts of this tile have arrived, and the previous tile was read.
+    cp_async_wait<1>();
     __syncthreads();
     k += kKeyTile * args.k.token_stride;
     if (next_key < keys)
       load_rows<Tile, kKeyTile>(ring + free_slot(slot), k, args.k.token_stride, keys - next_key);
-    commit_copies();  // an empty group at the end keeps the count
+    cp_async_commit();  // empty at the end, to keep the count
 
     if constexpr (Tile::kKeepQueries) {
       if (first_key == 0) {
@@ -306,12 +310,12 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocks)
     online_softmax<Tile>(scores, scale, row_max, row_sum, out);
     slot = next_slot(slot);
 
-    wait_copies<1>();
+    cp_async_wait<1>();
     __syncthreads();
     v += kKeyTile * args.v.token_stride;
     if (next_key < keys)
       load_rows<Tile, kKeyTile>(ring + free_slot(slot), v, args.v.token_stride, keys - next_key);
-    commit_copies();
+    cp_async_commit();
     add_outputs<Tile, T>(scores, v_lane + slot, out);
     slot = next_slot(slot);
   }
@@ -365,9 +369,9 @@ void check(const FlashAttention& args) {
   check_matrix(args.out, "out");
 }
 
-// A tile of 128 queries halves the reading of K and V from shared memory, which bounds a long
-// sequence. Two such blocks share a multiprocessor: with fewer than three for each, the last ones
-// run alone, and the smaller tile spreads the work better.
+// A tile of 128 queries halves the loads of K and V from shared memory, which bound long sequences.
+// Two such blocks share a multiprocessor. With fewer than three blocks per multiprocessor the tail
+// is unbalanced, and the smaller tile is faster.
 int choose_query_tile(const FlashAttention& args) {
   if (args.query_tile != 0) return args.query_tile;
   int device = 0, multiprocessors = 0;

@@ -4,17 +4,17 @@
 
 #include <cstdint>
 
-#include "zimage_rt/dtype.h"
+#include "device/dtype.h"
 
 namespace zimage_rt {
 
-// Attention without the matrix of scores in memory, for the 16-bit formats on any GPU from sm_80:
+// Attention without a matrix of scores in memory, in fp16 or bf16, on any GPU from sm_80:
 //   out[b, i, h] = sum_j softmax_j(scale * q[b, i, h] . k[b, j, h']) v[b, j, h'],
-// h' = h / (heads / kv_heads), over all keys j, or over j <= i where `causal`.
+// h' = h / (heads / kv_heads), over all keys j, or over j <= i if `causal`.
 //
-// Heads lie side by side in a token's row, and strides count elements: (b, t, h, d) is at
-// data[b * batch_stride + t * token_stride + h * head_dim + d]. So q, k and v may be column ranges
-// of one packed product. Addresses and strides are multiples of 16 bytes. `out` overlaps no input.
+// Strides count elements: (b, t, h, d) is data[b * batch_stride + t * token_stride + h * head_dim +
+// d], so q, k and v may be column ranges of one packed product. Addresses and strides are multiples
+// of 16 bytes. `out` overlaps no input.
 struct FlashAttention {
   struct Input {
     const void* data = nullptr;
@@ -33,14 +33,14 @@ struct FlashAttention {
   Output out;  // [batch, queries, heads, head_dim]
   int batch = 1;
   int queries = 0;
-  int keys = 0;  // = queries where causal
+  int keys = 0;  // = queries if causal
   int heads = 0;
   int kv_heads = 0;  // divides heads
   int head_dim = 0;  // 64 or 128
   float scale = 0.0f;
   bool causal = false;
   DType dtype = DType::kBFloat16;
-  int query_tile = 0;  // queries a block works on: 64, 128, or 0 to choose by the amount of work
+  int query_tile = 0;  // queries per block: 64, 128, or 0 to choose by the amount of work
 };
 
 // Throws std::invalid_argument for arguments it does not serve. Allocates nothing, may be captured

@@ -4,23 +4,24 @@
 
 #include <cstddef>
 
-#include "zimage_rt/dtype.h"
+#include "device/dtype.h"
+#include "device/matrix.h"
 
 namespace zimage_rt {
 
-// Matrix products of Hopper's own making, with what follows them done on the fp32 sums: nothing is
-// written and read again between the two. For many rows; cuBLASLt is better for few.
+// Matrix products for Hopper with fused epilogues, which work on the fp32 sums: the product itself
+// is never written to memory. For many rows; cuBLASLt is faster for few.
 
-// Whether this device runs these kernels.
+// Whether the current device runs these kernels.
 bool fused_gemm_runs_here();
 
-// Of the workspace that products on one stream share; zeros before the first of them.
+// Bytes of the workspace that all products on one stream share; zero-filled before the first.
 std::size_t fused_gemm_workspace_bytes();
 
-// How the blocks that share tiles stand: two above one another, two side by side, or four.
-enum class ClusterShape { kAny, kTall, kWide, kSquare };
+// Blocks of a cluster along m and n.
+enum class ClusterShape { kAny, k2x1, k1x2 };
 
-// a [m, k] · weight [k, n], both row-major; a turned weight lies as [n, k].
+// a [m, k] · weight [k, n], both row-major; the weight is [n, k] in memory with Layout::kOutIn.
 struct FusedGemm {
   const void* a;
   const void* weight;
@@ -30,20 +31,17 @@ struct FusedGemm {
   int n;  // a multiple of 64
   int k;  // a multiple of 8
   void* workspace;
-  bool turned;
-  ClusterShape cluster = ClusterShape::kAny;  // any: the fastest known
+  Layout layout;
+  ClusterShape cluster = ClusterShape::kAny;  // kAny: the one that is expected to be fastest
 };
 
-// out [m, n] = alpha * product.
-void gemm_scaled(const FusedGemm& args, float alpha, cudaStream_t stream);
-
-// out [m, n / 2] = silu(gate) * up * scale; the weight holds the gate's columns, then those of up.
-// n / 2 is a multiple of 64.
+// out [m, n / 2] = silu(gate) * up * scale; the weight holds the columns of the gate, then those of
+// up. n / 2 is a multiple of 64.
 void gemm_swiglu(const FusedGemm& args, float scale, cudaStream_t stream);
 
-// out [m, n]: queries, keys and values of heads of 128 columns; the former two normed (RMSNorm,
-// fp32 weights [128], both null for none) and turned as qk_norm_rope does.
-struct QkNormRopeOf {
+// out [m, n]: queries, keys and values of heads of 128 columns. Queries and keys are normed
+// (RMSNorm, fp32 weights [128], both null for none) and rotated as in qk_norm_rope.
+struct FusedQkNormRope {
   const float* q_weight;
   const float* k_weight;
   const float* cos;  // [m, 64]
@@ -52,6 +50,6 @@ struct QkNormRopeOf {
   int k_heads;
   float eps;
 };
-void gemm_qk_norm_rope(const FusedGemm& args, const QkNormRopeOf& after, cudaStream_t stream);
+void gemm_qk_norm_rope(const FusedGemm& args, const FusedQkNormRope& heads, cudaStream_t stream);
 
 }  // namespace zimage_rt

@@ -1,7 +1,6 @@
 #pragma once
 
-// The PTX instructions of sm_90a that CUDA C++ has no name for: barriers in shared memory, the
-// bulk tensor copy engine, clusters, and the matrix unit of a warpgroup. PTX ISA 8.0, "mbarrier",
+// PTX instructions of sm_90a: mbarriers, TMA loads, clusters and wgmma. PTX ISA 8.0, "mbarrier",
 // "cp.async.bulk.tensor", "wgmma.mma_async".
 
 #include <cuda.h>
@@ -20,24 +19,24 @@ namespace zimage_rt {
 
 #if ZRT_HOPPER
 
-__device__ inline void barrier_init(std::uint32_t barrier, std::uint32_t arrivals) {
+__device__ inline void mbarrier_init(std::uint32_t barrier, std::uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-// Makes initialised barriers visible to the copy engine and to the cluster.
-__device__ inline void fence_barrier_init() {
+// Makes initialised mbarriers visible to TMA and to the cluster.
+__device__ inline void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// Arrives, and expects so many bytes of copies besides.
-__device__ inline void barrier_expect(std::uint32_t barrier, std::uint32_t bytes) {
+// Arrives, and adds `bytes` to the transactions that the phase waits for.
+__device__ inline void mbarrier_arrive_expect_tx(std::uint32_t barrier, std::uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
 
-// Arrives at the barrier that lies at the same address in block `rank` of the cluster. It publishes
-// no ordinary writes there: a release over the cluster would cost a fence over the device.
-__device__ inline void barrier_arrive_at(std::uint32_t barrier, std::uint32_t rank) {
+// Arrives at the mbarrier at the same address in block `rank` of the cluster. It orders no ordinary
+// writes: a release at cluster scope would cost a device-wide fence.
+__device__ inline void mbarrier_arrive_remote(std::uint32_t barrier, std::uint32_t rank) {
   asm volatile(
       "{\n"
       ".reg .b32 remote;\n"
@@ -48,8 +47,8 @@ __device__ inline void barrier_arrive_at(std::uint32_t barrier, std::uint32_t ra
       : "memory");
 }
 
-// Waits for the end of the phase of that parity.
-__device__ inline void barrier_wait(std::uint32_t barrier, std::uint32_t parity) {
+// Waits until the phase of `parity` is complete.
+__device__ inline void mbarrier_wait(std::uint32_t barrier, std::uint32_t parity) {
   std::uint32_t done = 0;
   while (!done)
     asm volatile(
@@ -75,31 +74,31 @@ __device__ inline std::uint32_t cluster_rank() {
   return rank;
 }
 
-// Copies the box at (x, y, z) of a tensor to shared memory, into all blocks of the cluster that
-// `mask` names; what lies outside of the tensor comes as zeros. Its bytes count at `barrier`, in
-// each of the blocks.
-__device__ inline void copy_box(std::uint32_t to, const CUtensorMap* map, int x, int y, int z,
-                                std::uint32_t barrier) {
+// TMA load of the box at (x, y, z) of a tensor to shared memory; elements outside of the tensor are
+// zeros. The bytes complete on `barrier`. The multicast form writes to every block of the cluster
+// in `mask`, and completes on the barrier of each.
+__device__ inline void tma_load_3d(std::uint32_t to, const CUtensorMap* map, int x, int y, int z,
+                                   std::uint32_t barrier) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
       " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(to),
       "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z)
       : "memory");
 }
-__device__ inline void copy_box_to(std::uint32_t to, const CUtensorMap* map, int x, int y, int z,
-                                   std::uint32_t barrier, std::uint16_t mask) {
+__device__ inline void tma_load_3d_multicast(std::uint32_t to, const CUtensorMap* map, int x, int y,
+                                             int z, std::uint32_t barrier, std::uint16_t mask) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
       ".multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(to),
       "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "h"(mask)
       : "memory");
 }
-__device__ inline void prefetch_map(const CUtensorMap* map) {
+__device__ inline void prefetch_tensormap(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// Waits for the 128 threads of a warpgroup; `barrier` is 1 to 15.
-__device__ inline void group_sync(int barrier) {
+// Synchronises the 128 threads of a warpgroup on named barrier 1 to 15.
+__device__ inline void named_barrier_sync(int barrier) {
   asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory");
 }
 
@@ -113,26 +112,28 @@ __device__ inline unsigned load_acquire(const unsigned* from) {
 }
 
 template <int kRegisters>
-__device__ inline void take_registers() {
+__device__ inline void warpgroup_reg_alloc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 template <int kRegisters>
-__device__ inline void give_registers() {
+__device__ inline void warpgroup_reg_dealloc() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// A matrix in shared memory, rows of 128 bytes in the 128-byte swizzle. `leading`: bytes between
-// boxes of 64 columns where columns lie side by side in memory (else unused); `stride`: bytes
-// between groups of eight rows.
-__device__ inline std::uint64_t matrix_descriptor(std::uint32_t address, std::uint32_t leading,
-                                                  std::uint32_t stride) {
+// The wgmma descriptor of a shared-memory matrix with rows of 128 bytes in the 128-byte swizzle.
+// `leading`: bytes between boxes of 64 columns of an MN-major matrix (unused if K-major); `stride`:
+// bytes between groups of eight rows.
+__device__ inline std::uint64_t make_smem_descriptor(std::uint32_t address, std::uint32_t leading,
+                                                     std::uint32_t stride) {
   constexpr std::uint64_t kSwizzle128 = std::uint64_t{1} << 62;
   return kSwizzle128 | (std::uint64_t{stride >> 4} << 32) | (std::uint64_t{leading >> 4} << 16) |
          ((address & 0x3ffff) >> 4);
 }
 
-__device__ inline void warpgroup_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ inline void warpgroup_commit() {
+__device__ inline void warpgroup_arrive() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ inline void warpgroup_commit_batch() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 template <int kPending>
@@ -143,7 +144,7 @@ __device__ inline void warpgroup_wait() {
 #define ZRT_SUMS4(i) "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3])
 #define ZRT_SUMS16(i) ZRT_SUMS4(i), ZRT_SUMS4(i + 4), ZRT_SUMS4(i + 8), ZRT_SUMS4(i + 12)
 #define ZRT_SUMS64(i) ZRT_SUMS16(i), ZRT_SUMS16(i + 16), ZRT_SUMS16(i + 32), ZRT_SUMS16(i + 48)
-#define ZRT_WGMMA(type, b_turned)                                                                 \
+#define ZRT_WGMMA(type, b_mn_major)                                                               \
   asm volatile(                                                                                   \
       "{\n"                                                                                       \
       ".reg .pred p;\n"                                                                           \
@@ -157,28 +158,28 @@ __device__ inline void warpgroup_wait() {
       "%87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, " \
       "%104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, "      \
       "%118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, %128, %129, p, 1, 1, "        \
-      "0, " b_turned                                                                              \
+      "0, " b_mn_major                                                                            \
       ";\n"                                                                                       \
       "}"                                                                                         \
       : ZRT_SUMS64(0), ZRT_SUMS64(64)                                                             \
       : "l"(a), "l"(b), "r"(add))
 
-// sums [64, 256] (+)= a [64, 16] · b [16, 256] by the four warps of a warpgroup: `a` has its rows
-// along k, `b` along n, or along k too where kTurned. Warp w holds rows 16 w + g and 16 w + g + 8
-// with g = lane / 4: sums[4 j], sums[4 j + 1] are columns 8 j + 2 t, 8 j + 2 t + 1 with t = lane %
-// 4, and the next two the same of the second row.
-template <bool kTurned>
-__device__ inline void multiply_add(float (&sums)[128], std::uint64_t a, std::uint64_t b, int add,
-                                    const __nv_bfloat16*) {
-  if constexpr (kTurned)
+// sums [64, 256] (+)= a [64, 16] · b [16, 256] by the four warps of a warpgroup; `add` 0
+// overwrites. `a` is K-major; `b` is K-major if kBIsKMajor, else MN-major. With g = lane / 4 and t
+// = lane % 4, warp w holds rows 16 w + g and 16 w + g + 8: sums[4 j] and sums[4 j + 1] are columns
+// 8 j + 2 t and 8 j + 2 t + 1 of the first row, the next two those of the second.
+template <bool kBIsKMajor>
+__device__ inline void wgmma_m64n256k16(float (&sums)[128], std::uint64_t a, std::uint64_t b,
+                                        int add, const __nv_bfloat16*) {
+  if constexpr (kBIsKMajor)
     ZRT_WGMMA("bf16", "0");
   else
     ZRT_WGMMA("bf16", "1");
 }
-template <bool kTurned>
-__device__ inline void multiply_add(float (&sums)[128], std::uint64_t a, std::uint64_t b, int add,
-                                    const __half*) {
-  if constexpr (kTurned)
+template <bool kBIsKMajor>
+__device__ inline void wgmma_m64n256k16(float (&sums)[128], std::uint64_t a, std::uint64_t b,
+                                        int add, const __half*) {
+  if constexpr (kBIsKMajor)
     ZRT_WGMMA("f16", "0");
   else
     ZRT_WGMMA("f16", "1");

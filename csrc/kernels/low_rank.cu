@@ -1,28 +1,30 @@
-#include "kernels/low_rank.h"
+#include <cuda_runtime_api.h>
 
 #include <cstddef>
 
+#include "device/check.h"
+#include "kernels/low_rank.h"
 #include "kernels/numeric.cuh"
-#include "zimage_rt/check.h"
 
 namespace zimage_rt {
 namespace {
 
-constexpr int kTile = 64;   // rows and columns of a block
-constexpr int kDepth = 16;  // ranks held at a time
-constexpr int kSide = 16;   // threads in each direction
+constexpr int kTile = 64;      // rows and columns of a block
+constexpr int kRankTile = 16;  // ranks per iteration
+constexpr int kSide = 16;      // threads in each direction
 constexpr int kEach = kTile / kSide;
 
-// A thread makes 4 x 4 sums, 16 apart, so that a half-warp's columns are neighbours.
+// A thread computes 4 x 4 sums that are 16 apart, so that a half-warp accesses neighbouring
+// columns.
 template <typename T>
 __global__ void low_rank_kernel(LowRankUpdate args) {
-  __shared__ float down[kDepth][kTile];
-  __shared__ float up[kDepth][kTile];
+  __shared__ float down[kRankTile][kTile];
+  __shared__ float up[kRankTile][kTile];
   const int x = threadIdx.x % kSide, y = threadIdx.x / kSide;
   const int first_row = blockIdx.y * kTile, first_column = blockIdx.x * kTile;
   float sums[kEach][kEach] = {};
-  for (int first = 0; first < args.rank; first += kDepth) {
-    for (int i = threadIdx.x; i < kDepth * kTile; i += kSide * kSide) {
+  for (int first = 0; first < args.rank; first += kRankTile) {
+    for (int i = threadIdx.x; i < kRankTile * kTile; i += kSide * kSide) {
       const int k = first + i / kTile, row = first_row + i % kTile,
                 column = first_column + i % kTile;
       const bool inside = k < args.rank;
@@ -35,7 +37,7 @@ __global__ void low_rank_kernel(LowRankUpdate args) {
     }
     __syncthreads();
 #pragma unroll
-    for (int k = 0; k < kDepth; ++k)
+    for (int k = 0; k < kRankTile; ++k)
 #pragma unroll
       for (int i = 0; i < kEach; ++i)
 #pragma unroll

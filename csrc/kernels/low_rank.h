@@ -4,12 +4,12 @@
 
 #include <cstdint>
 
-#include "zimage_rt/dtype.h"
+#include "device/dtype.h"
 
 namespace zimage_rt {
 
 // matrix[rows, first_column … first_column + columns] += downᵀ @ up + delta, summed in fp32 and
-// rounded once. `overflow` becomes 1 where the format cannot hold a result.
+// rounded once. Sets *overflow to 1 if the format cannot hold a result.
 struct LowRankUpdate {
   void* matrix;  // [rows, stride]
   DType type;
@@ -21,8 +21,8 @@ struct LowRankUpdate {
   const float* down;  // [rank, rows]
   const float* up;    // [rank, columns]
   int* overflow;
-  // Element (row, column) of a whole change lies at row * delta_row + column * delta_column; or
-  // null.
+  // A dense change, or null: element (row, column) is delta[row * delta_row + column *
+  // delta_column].
   const float* delta = nullptr;
   std::int64_t delta_row = 0;
   std::int64_t delta_column = 0;

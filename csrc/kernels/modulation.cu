@@ -1,22 +1,23 @@
-#include "kernels/modulation.h"
+#include <cuda_runtime_api.h>
 
 #include <cstddef>
 #include <stdexcept>
 
+#include "device/check.h"
+#include "kernels/modulation.h"
 #include "kernels/numeric.cuh"
-#include "zimage_rt/check.h"
 
 namespace zimage_rt {
 namespace {
 
-constexpr int kMaxWidth = 256;
+constexpr int kMaxWidth = kMaxModulationWidth;
 constexpr int kThreads = 128;
-// Steps that one thread sums at a time: the weights are read once for all of them.
+// Steps per thread: the weights are read once for all of them.
 constexpr int kSteps = 8;
 
 __device__ float silu(float x) { return x / (1.0f + expf(-x)); }
 
-// One block a step, one thread a unit of the middle layer.
+// One block per step, one thread per unit of the middle layer.
 template <typename T>
 __global__ void timestep_embedding_kernel(TimestepEmbedding args) {
   extern __shared__ float shared[];

@@ -2,13 +2,16 @@
 
 #include <cuda_runtime_api.h>
 
-#include "zimage_rt/dtype.h"
+#include "device/dtype.h"
 
 namespace zimage_rt {
 
-// What the timestep does to the transformer, for all steps of a loop at once, before it begins.
+// The widest timestep embedding that the kernels of a modulation take.
+constexpr int kMaxModulationWidth = 256;
 
-// out fp32 [steps, width] = linear2(silu(linear1(features(timestep * t_scale)))), where features
+// The timestep's modulation of the transformer, for all steps of a loop at once, before it begins.
+
+// out fp32 [steps, width] = linear2(silu(linear1(features(timestep * t_scale)))), in which features
 // are the cosines, then the sines, of the timestep times `frequencies` [half]. Weights are [in,
 // out] in `type`, everything else fp32; the sums are fp32.
 struct TimestepEmbedding {
@@ -28,7 +31,7 @@ struct TimestepEmbedding {
 };
 void timestep_embedding(const TimestepEmbedding& args, cudaStream_t stream);
 
-// One modulated block: adaLN weights and the four norms that its vectors are folded into.
+// One modulated block: the adaLN weights, and the four norms that the vectors are folded into.
 struct ModulatedBlock {
   const void* weight;  // [width, 4 * dim]: scale_msa, gate_msa, scale_mlp, gate_mlp
   const float* bias;
@@ -42,7 +45,7 @@ struct Modulation {
   const float* embedding;        // [steps, width] from timestep_embedding
   const ModulatedBlock* blocks;  // on the device
   int block_count;
-  int width;  // at most 256
+  int width;  // at most kMaxModulationWidth
   int dim;    // a multiple of 8
   DType type;
   float* vectors;
@@ -50,7 +53,7 @@ struct Modulation {
 };
 void modulation(const Modulation& args, cudaStream_t stream);
 
-// scales fp32 [steps, dim] = 1 + linear(silu(embedding)): the final layer's.
+// scales fp32 [steps, dim] = 1 + linear(silu(embedding)): the modulation of the final layer.
 struct FinalModulation {
   const float* embedding;
   const void* weight;  // [width, dim]

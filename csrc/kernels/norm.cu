@@ -1,16 +1,17 @@
-#include "kernels/norm.h"
+#include <cuda_runtime_api.h>
 
 #include <cstddef>
 #include <stdexcept>
 
+#include "device/check.h"
+#include "kernels/norm.h"
 #include "kernels/numeric.cuh"
-#include "zimage_rt/check.h"
 
 namespace zimage_rt {
 namespace {
 
-// One block a row, eight values a thread: a row is read once, kept in registers, written once.
-// Three blocks a multiprocessor keep enough reads in flight for the whole bandwidth.
+// One block per row, eight values per thread: a row is read once, kept in registers, written once.
+// Three blocks per multiprocessor keep enough loads in flight for the full bandwidth.
 constexpr int kThreads = 512;
 constexpr int kBlocks = 3;
 

@@ -2,11 +2,11 @@
 
 #include <cuda_runtime_api.h>
 
-#include "zimage_rt/dtype.h"
+#include "device/dtype.h"
 
 namespace zimage_rt {
 
-// Norms of a residual stream x, fp32 [rows, dim], each in one pass over memory. dim is a multiple
+// Norms of a residual stream x, fp32 [rows, dim], in one pass over memory each. dim is a multiple
 // of 8, at most 4096. Vectors (`weight`, `post`, `pre`, `scale`) are fp32 [dim].
 
 // out = x / sqrt(mean(x^2) + eps) * weight, in `type`.
@@ -22,8 +22,8 @@ struct RmsNorm {
 void rms_norm(const RmsNorm& args, cudaStream_t stream);
 
 // x += rms(branch) * post, then out = rms(x) * pre: the end of one branch of a block and the start
-// of the next. Without `post` the branch is added as it is, times branch_scale; without `pre`
-// nothing is written to out.
+// of the next. If `post` is null the branch is added times branch_scale, without a norm; if `pre`
+// is null nothing is written to out.
 struct ResidualNorm {
   float* x;
   const void* branch;  // [rows, dim] in `type`

@@ -7,11 +7,11 @@
 #include <cstdint>
 #include <stdexcept>
 
-#include "zimage_rt/dtype.h"
+#include "device/dtype.h"
 
 namespace zimage_rt {
 
-// Eight 16-bit numbers: one 16-byte access.
+// Eight 16-bit numbers: one 16-byte load or store.
 struct alignas(16) Half8 {
   std::uint32_t words[4];
 };
@@ -82,7 +82,7 @@ __device__ inline float block_sum(float value, float* scratch) {
   return warp_sum(lane < warps ? scratch[lane] : 0.0f);
 }
 
-// Calls `function` with a value of the C++ type behind a 16-bit DType.
+// Calls `function` with a value of the C++ type of a 16-bit DType.
 template <typename Function>
 void for_half_type(DType type, Function&& function) {
   switch (type) {

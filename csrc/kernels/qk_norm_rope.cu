@@ -1,16 +1,18 @@
-#include "kernels/numeric.cuh"
+#include <cuda_runtime_api.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <stdexcept>
 
+#include "device/check.h"
+#include "kernels/numeric.cuh"
 #include "kernels/qk_norm_rope.h"
-#include "zimage_rt/check.h"
 
 namespace zimage_rt {
 namespace {
 
-// One block a row; a group of head_dim / 8 lanes a head, eight values a lane. A lane's partner in
-// the rotation sits half a group away.
+// One block per row; a group of head_dim / 8 lanes per head, eight values per lane. A lane's
+// partner in the rotation is half a group away.
 template <typename T, int kHeadDim>
 __global__ void qk_norm_rope_kernel(T* qkv, std::int64_t row_stride, const float* q_weight,
                                     const float* k_weight, const float* cos, const float* sin,
@@ -26,7 +28,7 @@ __global__ void qk_norm_rope_kernel(T* qkv, std::int64_t row_stride, const float
   const float sign = lane < kLanes / 2 ? -1.0f : 1.0f;
   T* const base = qkv + row * row_stride + lane * 8;
   const int heads = q_heads + k_heads;
-  // Every lane of a warp takes part in the shuffles, also where its group has no head left.
+  // All lanes of a warp take part in the shuffles, even if their group has no head left.
   for (int first = 0; first < heads; first += groups) {
     const int head = first + static_cast<int>(threadIdx.x) / kLanes;
     const bool active = head < heads;

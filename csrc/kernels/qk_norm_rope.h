@@ -4,13 +4,13 @@
 
 #include <cstdint>
 
-#include "zimage_rt/dtype.h"
+#include "device/dtype.h"
 
 namespace zimage_rt {
 
-// RMSNorm of every query and key head and rotary embedding, in place, in one pass over
-// qkv [rows, row_stride]: a row holds q_heads + k_heads + values, heads of head_dim (64 or 128)
-// one after the other. Rotation is by halves: (i, i + head_dim / 2) is a pair.
+// RMSNorm of every query and key head, then rotary embedding, in place, in one pass over
+// qkv [rows, row_stride]: a row holds q_heads queries, k_heads keys and the values, heads of
+// head_dim (64 or 128). Rotated pairs are halves: (i, i + head_dim / 2).
 struct QkNormRope {
   void* qkv;
   std::int64_t row_stride;  // elements

@@ -1,9 +1,11 @@
-#include "kernels/numeric.cuh"
+#include <cuda_runtime_api.h>
 
+#include <cstddef>
 #include <stdexcept>
 
+#include "device/check.h"
+#include "kernels/numeric.cuh"
 #include "kernels/residual.h"
-#include "zimage_rt/check.h"
 
 namespace zimage_rt {
 namespace {

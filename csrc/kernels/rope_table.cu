@@ -1,10 +1,11 @@
-#include "kernels/numeric.cuh"
+#include <cuda_runtime_api.h>
 
 #include <cstddef>
 #include <stdexcept>
 
+#include "device/check.h"
+#include "kernels/numeric.cuh"
 #include "kernels/rope_table.h"
-#include "zimage_rt/check.h"
 
 namespace zimage_rt {
 namespace {
@@ -12,9 +13,10 @@ namespace {
 __global__ void rope_table_kernel(RopeTable args) {
   const int row = blockIdx.x;
   const int grid = args.grid_rows * args.grid_columns;
-  const bool image = row < args.image_rows, pad = image && row >= grid;
-  const int ids[3] = {image ? args.context_rows + 1 : row - args.image_rows + 1,
-                      image ? row / args.grid_columns : 0, image ? row % args.grid_columns : 0};
+  const bool image = row < args.image_tokens, pad = image && row >= grid;
+  const int ids[kRopeAxes] = {image ? args.context_tokens + 1 : row - args.image_tokens + 1,
+                              image ? row / args.grid_columns : 0,
+                              image ? row % args.grid_columns : 0};
   int column = threadIdx.x, width = 0;
   for (const RopeAxis& axis : args.axes) width += axis.size;
   if (column >= width) return;
@@ -22,9 +24,9 @@ __global__ void rope_table_kernel(RopeTable args) {
   int i = 0;
   while (column >= args.axes[i].size) column -= args.axes[i++].size;
   const int at = ids[i] * args.axes[i].size + column;
-  const bool turned = !pad && args.axes[i].cos != nullptr;
-  args.cos[out] = turned ? args.axes[i].cos[at] : 1.0f;
-  args.sin[out] = turned ? args.axes[i].sin[at] : 0.0f;
+  const bool rotated = !pad && args.axes[i].cos != nullptr;
+  args.cos[out] = rotated ? args.axes[i].cos[at] : 1.0f;
+  args.sin[out] = rotated ? args.axes[i].sin[at] : 0.0f;
 }
 
 __global__ void position_table_kernel(const float* inv_freq, int size, float* cos, float* sin) {
@@ -37,18 +39,19 @@ __global__ void position_table_kernel(const float* inv_freq, int size, float* co
 }  // namespace
 
 void rope_table(const RopeTable& args, cudaStream_t stream) {
-  const int largest[3] = {args.context_rows + 1, args.grid_rows - 1, args.grid_columns - 1};
+  const int largest[kRopeAxes] = {args.context_tokens + 1, args.grid_rows - 1,
+                                  args.grid_columns - 1};
   int width = 0;
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i < kRopeAxes; ++i) {
     width += args.axes[i].size;
     // The context alone (no image rows) needs only its own ids of the first axis.
-    const int last = i == 0 && args.image_rows == 0 ? args.context_rows : largest[i];
+    const int last = i == 0 && args.image_tokens == 0 ? args.context_tokens : largest[i];
     if (args.axes[i].cos != nullptr && last >= args.axes[i].length)
-      throw std::invalid_argument("rope_table: a position lies outside the checkpoint's tables");
+      throw std::invalid_argument("rope_table: a position is outside of the checkpoint's tables");
   }
   if (width > 1024) throw std::invalid_argument("rope_table: heads too wide");
-  rope_table_kernel<<<args.image_rows + args.context_rows, ceil_div(width, 32) * 32, 0, stream>>>(
-      args);
+  rope_table_kernel<<<args.image_tokens + args.context_tokens, ceil_div(width, 32) * 32, 0,
+                      stream>>>(args);
   ZRT_LAUNCHED();
 }
 

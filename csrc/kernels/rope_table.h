@@ -4,8 +4,11 @@
 
 namespace zimage_rt {
 
-// Cosines and sines by position, fp32 [length, size], one pair of tables an axis, as the bundle
-// has them. Without tables nothing is turned.
+// Axes of a position: one of the sequence, two of the image (RopeEmbedder of diffusers 0.42.1).
+constexpr int kRopeAxes = 3;
+
+// Cosines and sines by position, fp32 [length, size], from the bundle: one pair of tables per axis.
+// Null tables mean no rotation.
 struct RopeAxis {
   const float* cos = nullptr;
   const float* sin = nullptr;
@@ -13,15 +16,16 @@ struct RopeAxis {
   int size = 0;
 };
 
-// The angles of a sequence's rows, cos and sin fp32 [image_rows + context_rows, width]:
-// image rows have the ids (context_rows + 1, row, column), the pad rows behind them no angle,
-// context rows (1 …, 0, 0). (ZImageTransformer2DModel.patchify_and_embed of diffusers 0.42.1.)
+// The angles of a sequence's rows, cos and sin fp32 [image_tokens + context_tokens, width]: image
+// rows have the ids (context_tokens + 1, row, column), the pad rows after them are not rotated,
+// context rows have (1 …, 0, 0). Source: ZImageTransformer2DModel.patchify_and_embed of diffusers
+// 0.42.1.
 struct RopeTable {
-  RopeAxis axes[3];
+  RopeAxis axes[kRopeAxes];
   int grid_rows;
   int grid_columns;
-  int image_rows;  // with padding
-  int context_rows;
+  int image_tokens;  // with padding
+  int context_tokens;
   float* cos;
   float* sin;
 };

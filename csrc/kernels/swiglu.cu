@@ -1,11 +1,12 @@
-#include "kernels/numeric.cuh"
+#include <cuda_runtime_api.h>
 
 #include <cstddef>
 #include <cstdint>
 #include <stdexcept>
 
+#include "device/check.h"
+#include "kernels/numeric.cuh"
 #include "kernels/swiglu.h"
-#include "zimage_rt/check.h"
 
 namespace zimage_rt {
 namespace {

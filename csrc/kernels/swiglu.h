@@ -2,12 +2,13 @@
 
 #include <cuda_runtime_api.h>
 
-#include "zimage_rt/dtype.h"
+#include "device/dtype.h"
 
 namespace zimage_rt {
 
-// out [rows, hidden] = silu(gate) * gate_scale * up * up_scale, of gate_up [rows, 2 * hidden]: the
-// gate's columns first. The product is made in fp32; the scales keep it inside fp16.
+// out [rows, hidden] = silu(gate) * gate_scale * up * up_scale, from gate_up [rows, 2 * hidden]
+// with the columns of the gate first. Computed in fp32; the scales keep the result in the range of
+// fp16.
 struct SwiGlu {
   const void* gate_up;
   void* out;

@@ -1,20 +1,38 @@
-"""What each backend needs of a bundle; one file per backend.
-
-A builder has `precisions`, by name in the recipe; `vaes`, those its backend runs; `tables`, those of the recipe that
-are for it; `check(recipe)`, which raises RecipeError for what it cannot serve; `simplify(model, plan)`, or None where
-it runs no graph; and `build(plan, graph, folder, recipe, pipeline, progress)`, which compiles a module's graph and
-returns its engines, or None where nothing is compiled.
-"""
+"""Builders: one module per backend, which prepares a bundle's graphs for it and compiles them."""
 
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
-# Backends that zimage-export knows. A bundle for onnxruntime serves the cuda backend too, if its precision does.
-BUILDERS = ("onnxruntime", "cuda", "tensorrt", "tensorrt_rtx")
+if TYPE_CHECKING:
+    from ..precision import Precision
+    from ..recipe import ExportRecipe
 
 
-def builder_for(backend: str) -> ModuleType:
-    """The builder's module, imported only when asked for: each needs libraries of its own."""
-    return importlib.import_module(f".{backend}", __name__)
+class Builder(Protocol):
+    """Names that a builder's module defines.
+
+    Attributes:
+        precisions: arithmetic per precision of a recipe.
+        vaes: VAEs that the backend runs.
+        tables: tables of a recipe that are for this backend.
+        simplify: rewrites a traced graph in place, given the module's name; None for a backend that runs no graph.
+        build: (plan, graph's path, folder, recipe, pipeline, progress) -> the module's engines; None for a backend
+            that compiles nothing.
+    """
+
+    precisions: Mapping[str, Precision]
+    vaes: tuple[str, ...]
+    tables: tuple[str, ...]
+    simplify: Callable[..., None] | None
+    build: Callable[..., Any] | None
+
+    def check(self, recipe: ExportRecipe) -> None:
+        """Raises RecipeError if the backend cannot serve the recipe, ExportError if it cannot be built for here."""
+
+
+def builder_for(backend: str) -> Builder:
+    """The builder of a backend, imported on demand because each needs libraries of its own."""
+    return cast(Builder, importlib.import_module(f".{backend}", __name__))

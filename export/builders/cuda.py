@@ -1,4 +1,4 @@
-"""The cuda backend runs the weights themselves: nothing is traced, and a bundle is as large as its tensors."""
+"""Builder for the cuda backend, whose bundles hold weights without graphs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from ..errors import RecipeError
 from ..precision import PRECISIONS
 from ..recipe import ExportRecipe
 
-# No graph, and so no parity: that is measured where a graph runs, on the same weights.
+# Without a graph there is no parity check: a bundle for onnxruntime measures it on the same weights.
 simplify = None
 build = None
 vaes = ("tiny",)
@@ -15,7 +15,7 @@ precisions = PRECISIONS
 
 
 def check(recipe: ExportRecipe) -> None:
-    """Raise RecipeError for what the cuda programs do not run."""
+    """Raises RecipeError: fp32 or the full VAE, which the backend does not run."""
     if recipe.precision not in ("fp16", "bf16"):
         raise RecipeError(f"precision: the cuda backend runs fp16 and bf16, got {recipe.precision!r}")
     if recipe.vae is not None and "full" in recipe.vae:

@@ -1,7 +1,7 @@
-"""TensorRT 10 and 11: plans for the GPU of the machine that builds them, without their weights.
+"""Builder for TensorRT 10 and 11: plans for this machine's GPU, without weights.
 
-Plans are stripped and refitted at load from the bundle's safetensors file, so they are small and nothing is stored
-twice. Kernels are timed while building; what was measured is kept beside the bundle, for the next build.
+Plans are stripped, and refitted at load from the bundle's safetensors file, so nothing is stored twice. The build times
+kernels and stores the timings next to the bundle for the next build.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from zimage_rt.backends import nvidia_driver
 
 from ..errors import BuilderUnavailable, RecipeError
 from ..recipe import ExportRecipe
+from ..tensorrt_options import TensorRTOptions
 from . import _tensorrt_common as common
-from ._tensorrt_options import TensorRTOptions
 
 vaes = common.VAES
 tables = common.TABLES
@@ -25,7 +25,7 @@ simplify = common.simplify
 def _capability() -> tuple[int, int]:
     driver = nvidia_driver.query()
     if driver.problem is not None:
-        raise BuilderUnavailable(f"backend 'tensorrt' builds on the GPU it is to run on: {driver.problem}")
+        raise BuilderUnavailable(f"backend 'tensorrt' builds on the GPU that will run the plans: {driver.problem}")
     return driver.devices[0].compute_capability
 
 
@@ -39,7 +39,12 @@ build = functools.partial(common.build, PACKAGE)
 
 
 def check(recipe: ExportRecipe) -> None:
-    """Raise RecipeError for what TensorRT does not build here; ExportError where it is not installed or has no GPU."""
+    """Checks a recipe.
+
+    Raises:
+        RecipeError: TensorRT cannot build it on this machine.
+        BuilderUnavailable: the package or a GPU is missing.
+    """
     common.check(PACKAGE, recipe)
     major, minor = _capability()
     here = 10 * major + minor

@@ -1,7 +1,7 @@
-"""TensorRT-RTX: plans for GeForce and RTX cards, built ahead of time on a machine that needs no GPU.
+"""Builder for TensorRT-RTX: plans for GeForce and RTX cards, built on any machine, also without a GPU.
 
-A plan serves every compute capability it was built for. Without a GPU its builder can neither strip the weights nor
-make them refittable, so plans are whole: as large again as the weight file.
+A plan serves every compute capability that it was built for. Without a GPU the builder can neither strip the weights
+nor make them refittable, so a plan is as large as the weight file.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 
 from ..errors import RecipeError
 from ..recipe import ExportRecipe
+from ..tensorrt_options import TensorRTOptions
 from . import _tensorrt_common as common
-from ._tensorrt_options import TensorRTOptions
 
 # GeForce 30, 40 and 50.
 DEFAULT_SM = (86, 89, 120)
@@ -25,7 +25,7 @@ simplify = common.simplify
 
 def _target(trt: Any, config: Any, options: TensorRTOptions) -> tuple[str, ...]:
     numbers = options.sm or DEFAULT_SM
-    # All memory is what the runtime is handed: nothing is allocated in the middle of a request.
+    # The backend passes all memory to the runtime, so no request allocates any.
     config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     config.num_compute_capabilities = len(numbers)
     for index, number in enumerate(numbers):
@@ -38,9 +38,14 @@ build = functools.partial(common.build, PACKAGE)
 
 
 def check(recipe: ExportRecipe) -> None:
-    """Raise RecipeError for what TensorRT-RTX does not build; ExportError where it is not installed."""
+    """Checks a recipe.
+
+    Raises:
+        RecipeError: TensorRT-RTX cannot build it.
+        BuilderUnavailable: the package is not installed.
+    """
     members = common.check(PACKAGE, recipe).ComputeCapability.__members__
-    # Turing is among the package's, but has no fp32 product there, which the timestep's modulation is.
+    # The package lists Turing (SM75), but has no fp32 matrix product for it, which the timestep's modulation needs.
     known = sorted(int(name[2:]) for name in members if name.startswith("SM") and name != "SM75")
     for number in recipe.tensorrt.sm:
         if number not in known:

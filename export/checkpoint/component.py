@@ -1,4 +1,4 @@
-"""The parts of a Z-Image checkpoint, all under diffusers' and transformers' names, and what reads their files."""
+"""`Checkpoint` and its components, under diffusers' and transformers' names."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from zimage_rt.bundle.manifest import shape_text
 from ..errors import CheckpointError, TensorError
 from .tensor import CheckpointTensor
 
-PARTS = ("transformer", "text_encoder", "vae", "tiny_vae", "controlnet", "scheduler", "tokenizer")
+# Parts with a config of their own, then all parts.
+CONFIGURED = ("transformer", "text_encoder", "vae", "tiny_vae", "controlnet", "scheduler")
+PARTS = (*CONFIGURED, "tokenizer")
 
 
 @dataclasses.dataclass(frozen=True)
 class Component:
-    """One model of a checkpoint: its config.json and its tensors under diffusers' (or transformers') names.
+    """A model of a checkpoint: its config and its tensors, under diffusers' or transformers' names.
 
-    `folder` is the diffusers folder that it was read from; a single file's component and one made in memory have none.
+    `folder` is the diffusers folder it was read from; None for a single file and for a model made in memory.
     """
 
     name: str
@@ -34,11 +36,11 @@ class Component:
 
     @property
     def elements(self) -> int:
-        """How many weights it has."""
+        """Number of weights."""
         return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The named tensor; raises TensorError if it is missing or has another shape."""
+        """Reads a tensor. Raises TensorError: it is missing or has another shape."""
         tensor = self.tensors.get(name)
         where = ", ".join(str(file) for file in self.files)
         if tensor is None:
@@ -56,7 +58,7 @@ class Component:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """All parts of a Z-Image model. `tokenizer` is a folder; `tiny_vae`, `vae` and `controlnet` may be None."""
+    """Parts of a Z-Image model. `tokenizer` is a folder; `tiny_vae`, `vae` and `controlnet` may be None."""
 
     format: str
     path: Path
@@ -70,7 +72,7 @@ class Checkpoint:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError."""
+    """Reads a JSON object. Raises CheckpointError."""
     try:
         value = parse_json(path.read_bytes())
     except FileNotFoundError:

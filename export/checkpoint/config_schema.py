@@ -1,6 +1,6 @@
-"""What the exporter reads of components' configs: names, types and ranges, checked when a checkpoint is opened.
+"""Schemas of the components' configs: names, types and ranges, checked when a checkpoint is opened.
 
-The fields are those of diffusers' and transformers' config.json; others are kept and not looked at.
+The fields are those of diffusers' and transformers' config.json that the exporter reads; others are kept unchecked.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from ..errors import CheckpointError
 # Widths, counts and lengths; Z-Image's largest is a vocabulary of 151,936.
 MAX_SIZE = 1 << 20
 MAX_LAYERS = 1000
-# Entries of a list: stages of an autoencoder, axes, places of a ControlNet.
+# Entries of a list: stages of a VAE, RoPE axes, layers of a ControlNet.
 MAX_ENTRIES = 64
 
 Sizes = tuple[int, ...]
-# A field that may be left out, though not be null; its default is known to `modeling/` alone.
+# A field that may be missing, but not null; its default is in `modeling/`.
 ABSENT: Any = None
 
 
@@ -122,7 +122,7 @@ SCHEMAS: Mapping[str, type[Any]] = {
 
 
 def check_config(name: str, config: Mapping[str, Any], where: str) -> None:
-    """Check a component's config. Raises CheckpointError, naming `where` and the field."""
+    """Checks a component's config. Raises CheckpointError, which names `where` and the field."""
     schema = SCHEMAS[name]
     known = {field.name for field in dataclasses.fields(schema)}
     read = from_json(schema, {key: config[key] for key in config if key in known}, where, CheckpointError)

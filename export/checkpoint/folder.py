@@ -18,14 +18,14 @@ _CLASSES = {
 
 
 def _files(folder: Path) -> tuple[Path, ...]:
-    """The files of a component: those that an index of shards names, or whatever safetensors files lie there."""
+    """Files of a component: those in the index of shards, or else all safetensors files of the folder."""
     index = sorted(folder.glob("*.safetensors.index.json"))
     if index:
         shards = read_json(index[0]).get("weight_map")
         if not isinstance(shards, dict) or not all(
             isinstance(name, str) and name == Path(name).name for name in shards.values()
         ):
-            raise CheckpointError(f"{index[0]}: expected names of files beside it under weight_map; fetch it again")
+            raise CheckpointError(f"{index[0]}: expected names of files in its folder under weight_map; fetch it again")
         files = tuple(folder / name for name in sorted(set(shards.values())))
         missing = [file for file in files if not file.is_file()]
         if missing:
@@ -38,11 +38,11 @@ def _files(folder: Path) -> tuple[Path, ...]:
 
 
 def read_component(folder: Path, name: str) -> Component:
-    """One component of a diffusers folder.
+    """Reads a component of a diffusers folder.
 
     Raises:
-        CheckpointError: there is none, it is another model's, or it is quantised in a way that is not read.
-        TensorError: a tensor's number format, scale or mark is not understood.
+        CheckpointError: it is missing, it is another model's, or its quantisation is not supported.
+        TensorError: a tensor's number format, scale or quantisation metadata is not supported.
     """
     config = read_json(folder / "config.json")
     known = _CLASSES.get(name, ())

@@ -1,4 +1,4 @@
-"""Names the quantisations that are not read, by what their files look like."""
+"""Detects quantisations that are not supported, by tensor names, headers and configs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import CheckpointError
 from .layouts import ALTERNATIVES
 
-# (ending or part of a tensor's name, what writes it); the first that fits names the file.
+# (ending or part of a tensor's name, its writer); the first match decides.
 _SIGNS = (
     (".quant_state.bitsandbytes__nf4", "bitsandbytes nf4"),
     (".quant_state.bitsandbytes__fp4", "bitsandbytes fp4"),
@@ -45,7 +45,7 @@ def _refuse(where: str, what: str, sign: str) -> CheckpointError:
 
 
 def check_names(names: Collection[str], metadata: Mapping[str, str], where: str) -> None:
-    """Raise CheckpointError for a file whose tensors or header are those of a quantisation that is not read."""
+    """Raises CheckpointError: the file's tensors or header belong to a quantisation that is not supported."""
     for sign, what in _SIGNS:
         for name in names:
             if sign in name:
@@ -57,10 +57,10 @@ def check_names(names: Collection[str], metadata: Mapping[str, str], where: str)
 
 
 def fp8_block(config: Mapping[str, Any], folder: Path) -> tuple[int, int] | None:
-    """The block of transformers' fp8, from the `quantization_config` of a config.json; None where it has none.
+    """Block size of transformers' fp8 in a config.json; None without a `quantization_config`.
 
     Raises:
-        CheckpointError: it is another quantisation.
+        CheckpointError: the config has another quantisation.
     """
     found = config.get("quantization_config") or config.get("compression_config")
     if not found:

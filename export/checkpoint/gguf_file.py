@@ -1,4 +1,4 @@
-"""Opens GGUF files through the `gguf` package: transformers with ComfyUI's names, encoders with llama.cpp's."""
+"""Opens GGUF files with the `gguf` package: transformers under ComfyUI's names, text encoders under llama.cpp's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _CHUNK = 1 << 24  # values dequantised at once
 
-# llama.cpp's names of a Qwen3 (gguf-py's tensor_mapping.py), without `.weight`, and transformers'.
+# (llama.cpp's name, transformers' name) of a Qwen3's tensors, without `.weight` (gguf-py's tensor_mapping.py).
 _QWEN3 = (
     (r"token_embd", "embed_tokens"),
     (r"output_norm", "norm"),
@@ -38,13 +38,13 @@ _PAD_TOKENS = ("x_pad_token", "cap_pad_token")
 
 @dataclasses.dataclass(frozen=True)
 class Ggml:
-    """A tensor in one of ggml's block formats; `gguf.dequantize` makes fp32 of it.
+    """A tensor in one of ggml's block formats, which `gguf.dequantize` converts to fp32.
 
     Attributes:
         format: ggml's name, e.g. Q4_K.
-        numbers: the blocks' bytes, a row of them for each row of the tensor.
+        numbers: bytes of the blocks, a row per row of the tensor.
         kind: `gguf.GGMLQuantizationType`.
-        shape: of the values.
+        shape: shape of the values.
     """
 
     format: str
@@ -60,19 +60,19 @@ class Ggml:
         row = max(1, math.prod(self.shape) // len(numbers))
         result, count = torch.empty(len(numbers), row), max(1, _CHUNK // row)
         for first in range(0, len(numbers), count):
-            piece = gguf.dequantize(numbers[first : first + count], self.kind)
-            result[first : first + count] = torch.from_numpy(piece)
+            values = gguf.dequantize(numbers[first : first + count], self.kind)
+            result[first : first + count] = torch.from_numpy(values)
         return result.reshape(self.shape)
 
     def rows(self, first: int, count: int) -> Stored:
         """See `Stored`."""
-        if self.numbers.shape[0] != self.shape[0]:  # blocks across rows, as ComfyUI-GGUF may lay them
+        if self.numbers.shape[0] != self.shape[0]:  # blocks across rows, as ComfyUI-GGUF may write
             return Plain(self.values()[first : first + count])
         return dataclasses.replace(self, numbers=self.numbers[first : first + count], shape=(count, *self.shape[1:]))
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether the file begins as a GGUF does."""
+    """Whether a file begins with GGUF's magic number."""
     try:
         with path.open("rb") as file:
             return file.read(4) == b"GGUF"
@@ -81,7 +81,7 @@ def is_gguf(path: Path) -> bool:
 
 
 def open_gguf(path: Path) -> tuple[dict[str, CheckpointTensor], Mapping[str, Any]]:
-    """The tensors of one file under its own names, mapped, and its metadata (numbers and texts alone).
+    """Opens a file: its tensors under their own names, mapped, and its metadata without arrays.
 
     Raises:
         ReaderUnavailable: the `gguf` package is not installed.
@@ -126,7 +126,7 @@ def _tensor(data: np.ndarray, kind: Any, shape: tuple[int, ...]) -> CheckpointTe
 
 
 def _small(name: str, field: Any) -> bool:
-    """Not the tokenizer's long lists."""
+    """Whether a metadata field is no long list, such as the tokenizer's."""
     return len(field.data) == 1 or name.startswith("comfy.gguf.orig_shape.")
 
 
@@ -150,9 +150,11 @@ def _readable(kind: Any) -> bool:
 def transformer_names(
     path: Path, tensors: Mapping[str, CheckpointTensor], metadata: Mapping[str, Any]
 ) -> dict[str, CheckpointTensor]:
-    """The tensors with their pad tokens as matrices. Raises CheckpointError if the file says it is another model.
+    """The transformer's tensors, with pad tokens as matrices.
 
-    stable-diffusion.cpp writes no architecture; then the names must do.
+    stable-diffusion.cpp writes no architecture, so a file without one is accepted.
+
+    Raises CheckpointError: the file's architecture is another one.
     """
     architecture = metadata.get("general.architecture")
     if architecture not in (None, "", "lumina2"):
@@ -162,17 +164,17 @@ def transformer_names(
     result = dict(tensors)
     for name, tensor in tensors.items():
         if name.rpartition(".")[2] in _PAD_TOKENS and len(tensor.shape) == 1:
-            result[name] = tensor.reshape((1, *tensor.shape))  # ggml drops leading ones
+            result[name] = tensor.reshape((1, *tensor.shape))  # ggml drops leading dimensions of 1
     return result
 
 
 def encoder_names(
     path: Path, tensors: Mapping[str, CheckpointTensor], metadata: Mapping[str, Any]
 ) -> tuple[dict[str, CheckpointTensor], dict[str, Any]]:
-    """transformers' names of a text encoder, and what its metadata says of the config.
+    """A text encoder's tensors under transformers' names, and config values from its metadata.
 
     Raises:
-        CheckpointError: it is no Qwen3, or has tensors that no Qwen3 has.
+        CheckpointError: it is not a Qwen3, or has tensors that a Qwen3 does not have.
     """
     architecture = metadata.get("general.architecture")
     if architecture != "qwen3":
@@ -193,6 +195,6 @@ def encoder_names(
         config["rope_parameters"] = {"rope_theta": float(theta), "rope_type": "default"}
     epsilon = metadata.get("qwen3.attention.layer_norm_rms_epsilon")
     if epsilon is not None:
-        # fp32 in the file: 1e-6 is not 1e-6 there.
+        # The file has it in fp32, which holds 1e-6 inexactly.
         config["rms_norm_eps"] = float(f"{epsilon:.6g}")
     return result, config

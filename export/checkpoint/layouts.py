@@ -1,7 +1,7 @@
-"""How each layout of quantised layers is read: stored numbers and scales of one layer -> `Quantized`.
+"""Readers of quantised layers, a function per layout: stored numbers and scales of a layer -> `Quantized`.
 
-They are those of comfy-kitchen 0.2.40, as ComfyUI marks them, ComfyUI's earlier scaled fp8, LightX2V's fp8 and
-transformers' block fp8. docs/formats.md has the table of what is read.
+The layouts are those of comfy-kitchen 0.2.40 with ComfyUI's metadata, ComfyUI's earlier scaled fp8, LightX2V's fp8 and
+transformers' block fp8. docs/formats.md lists them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import TensorError
 from .tensor import CheckpointTensor, Quantized
 
-# What a mark may say beside its format without changing any value.
+# Metadata keys that do not affect the values.
 _REMARKS = frozenset({"format", "full_precision_matrix_mult", "orig_dtype", "orig_shape", "per_row", "linear_dtype"})
 
 FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
@@ -29,7 +29,7 @@ ALTERNATIVES = "give the model's bf16, fp8, int8 (convrot), mxfp8, nvfp4 or GGUF
 
 @dataclasses.dataclass(frozen=True)
 class RawTensor:
-    """One tensor as a safetensors file has it; `dtype` is the file's own name of it, e.g. F8_E4M3."""
+    """A tensor of a safetensors file; `dtype` is the file's name, e.g. F8_E4M3."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -38,11 +38,11 @@ class RawTensor:
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A quantised layer: its name, all tensors of the file, what marks it, and the names that were read so far."""
+    """A quantised layer: its name, all tensors of the file, its metadata, and the names that were read so far."""
 
     name: str
     tensors: Mapping[str, RawTensor]
-    mark: Mapping[str, Any]
+    metadata: Mapping[str, Any]
     used: MutableSet[str]
     where: str
 
@@ -51,7 +51,7 @@ class Layer:
         raise TensorError(f"{self.where}: layer {self.name!r}: {problem}; {ALTERNATIVES}")
 
     def find(self, *leaves: str) -> RawTensor | None:
-        """The layer's tensor with the first of these endings that there is."""
+        """The layer's tensor with the first of these endings that exists, or None."""
         for leaf in leaves:
             tensor = self.tensors.get(f"{self.name}.{leaf}")
             if tensor is not None:
@@ -59,39 +59,39 @@ class Layer:
                 return tensor
         return None
 
-    def need(self, *leaves: str, dtypes: tuple[str, ...] = ()) -> RawTensor:
-        """As `find`; raises TensorError if there is none, or its dtype is none of `dtypes`."""
+    def require(self, *leaves: str, dtypes: tuple[str, ...] = ()) -> RawTensor:
+        """As `find`. Raises TensorError: there is none, or its dtype is not in `dtypes`."""
         tensor = self.find(*leaves)
         if tensor is None:
-            self.fail(f"{self.mark['format']} needs {' or '.join(map(repr, leaves))}, which is missing")
+            self.fail(f"{self.metadata['format']} needs {' or '.join(map(repr, leaves))}, which is missing")
         if dtypes and tensor.dtype not in dtypes:
-            self.fail(f"{leaves[0]!r} of {self.mark['format']}: expected {' or '.join(dtypes)}, got {tensor.dtype}")
+            self.fail(f"{leaves[0]!r} of {self.metadata['format']}: expected {' or '.join(dtypes)}, got {tensor.dtype}")
         return tensor
 
     def matrix(self, *dtypes: str) -> RawTensor:
-        """The weight, which must be a matrix of one of these dtypes."""
-        weight = self.need("weight", dtypes=dtypes)
+        """The weight. Raises TensorError: it is not a matrix of one of these dtypes."""
+        weight = self.require("weight", dtypes=dtypes)
         if len(weight.shape) != 2:
             self.fail(f"expected a matrix, got {list(weight.shape)}")
         return weight
 
     def setting(self, name: str, default: Any) -> Any:
-        """What the mark says, at its top or in its `params`."""
-        params = self.mark.get("params")
-        return self.mark.get(name, params.get(name, default) if isinstance(params, Mapping) else default)
+        """A value of the metadata, from its top level or its `params`."""
+        params = self.metadata.get("params")
+        return self.metadata.get(name, params.get(name, default) if isinstance(params, Mapping) else default)
 
     def settings(self, *known: str) -> None:
-        """Raise TensorError if the mark has other settings."""
-        params = self.mark.get("params")
-        given = {*self.mark, *(params if isinstance(params, Mapping) else ())} - {"params"}
+        """Raises TensorError: the metadata has other settings than `known`."""
+        params = self.metadata.get("params")
+        given = {*self.metadata, *(params if isinstance(params, Mapping) else ())} - {"params"}
         unknown = sorted(given - _REMARKS - set(known))
         if unknown:
             self.fail(
-                f"its mark of {self.mark['format']} says {', '.join(map(repr, unknown))}, which is not understood"
+                f"its {self.metadata['format']} metadata has {', '.join(map(repr, unknown))}, which is not supported"
             )
 
     def count(self, name: str, default: int, *, power_of_four: bool = False) -> int:
-        """A group size from the mark."""
+        """A group size from the metadata. Raises TensorError: it is not a positive integer (or a power of 4)."""
         value = self.setting(name, default)
         whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
         if not whole or (power_of_four and (math.log2(value) % 2 or value < 4)):
@@ -101,7 +101,7 @@ class Layer:
 
 
 def _per_row(layer: Layer, scale: RawTensor, rows: int) -> Callable[[], Tensor]:
-    """A scale for the tensor or one for each row, as `Quantized` has them."""
+    """Reader of a scale per tensor or per row, in the shape that `Quantized` needs."""
     if math.prod(scale.shape) == 1:
         return lambda: scale.read().reshape(())
     if scale.shape not in ((rows,), (rows, 1)):
@@ -122,10 +122,10 @@ def _divides(layer: Layer, columns: int, group: int) -> int:
 
 
 def _tiled(scales: Tensor, rows: int, columns: int) -> Tensor:
-    """[rows, columns] of block scales stored in cuBLAS' tiles of 128 x 4.
+    """Block scales [rows, columns] from cuBLAS' tiles of 128 x 4.
 
-    Source: cuBLAS documentation, "1D Block Scaling Factors Layout": in a tile the scale of (row, column) stands at
-    row % 32 · 16 + row / 32 · 4 + column; tiles go along the columns first.
+    Source: cuBLAS documentation, "1D Block Scaling Factors Layout": in a tile the scale of (row, column) is at
+    row % 32 · 16 + row / 32 · 4 + column; tiles are ordered along the columns first.
     """
     tiles = (-(-rows // 128), -(-columns // 4))
     x = scales.reshape(*tiles, 32, 4, 4).permute(0, 3, 2, 1, 4)  # tile row, row / 32, row % 32, tile column, column
@@ -139,12 +139,12 @@ def _check_tiles(layer: Layer, scale: RawTensor, rows: int, columns: int) -> Non
 
 
 def float8(layer: Layer) -> CheckpointTensor:
-    """`float8_e4m3fn`, `float8_e5m2`: value = number x weight_scale, for the tensor or (LightX2V) each row."""
+    """`float8_e4m3fn`, `float8_e5m2`: value = number x weight_scale, a scale per tensor or per row (LightX2V)."""
     layer.settings()
-    name = str(layer.mark["format"])
+    name = str(layer.metadata["format"])
     dtype = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}[name]
-    weight = layer.need("weight", dtypes=(dtype, "U8"))
-    scale = layer.need("weight_scale", "scale_weight", dtypes=FLOATS)
+    weight = layer.require("weight", dtypes=(dtype, "U8"))
+    scale = layer.require("weight_scale", "scale_weight", dtypes=FLOATS)
     return _float8(layer, weight, scale, name)
 
 
@@ -161,19 +161,19 @@ def _float8(layer: Layer, weight: RawTensor, scale: RawTensor, name: str) -> Che
 
 
 def unmarked_scale(layer: Layer) -> CheckpointTensor:
-    """`weight_scale` (LightX2V) or ComfyUI's earlier `scale_weight` with no mark: the number times the scale.
+    """`weight_scale` (LightX2V) or ComfyUI's earlier `scale_weight` without metadata: value = number x scale.
 
-    The earlier files also have it, as 1, beside weights that stayed bf16.
+    ComfyUI's earlier files also have a scale of 1 for weights in bf16.
     """
-    weight = layer.need("weight", dtypes=(*FP8, *FLOATS))
-    scale = layer.need("weight_scale", "scale_weight", dtypes=FLOATS)
+    weight = layer.require("weight", dtypes=(*FP8, *FLOATS))
+    scale = layer.require("weight_scale", "scale_weight", dtypes=FLOATS)
     return _float8(layer, weight, scale, f"{weight.dtype} with a scale")
 
 
 def block_fp8(layer: Layer, block: tuple[int, int]) -> CheckpointTensor:
-    """transformers' block fp8: value = number x weight_scale_inv of its block."""
+    """transformers' block fp8: value = number x weight_scale_inv of the block."""
     weight = layer.matrix(*FP8)
-    scale = layer.need("weight_scale_inv", dtypes=FLOATS)
+    scale = layer.require("weight_scale_inv", dtypes=FLOATS)
     rows, columns = weight.shape
     wanted = (-(-rows // block[0]), -(-columns // block[1]))
     if scale.shape != wanted:
@@ -181,7 +181,7 @@ def block_fp8(layer: Layer, block: tuple[int, int]) -> CheckpointTensor:
     inputs = layer.find("activation_scale", "input_scale")
 
     def stored() -> Quantized:
-        # Blocks of one column each: as a scale for every column where the last block is not whole.
+        # A scale per column if the last block is not whole.
         by_row = scale.read().repeat_interleave(block[0], 0)[:rows]
         if columns % block[1]:
             by_row = by_row.repeat_interleave(block[1], 1)[:, :columns]
@@ -191,10 +191,10 @@ def block_fp8(layer: Layer, block: tuple[int, int]) -> CheckpointTensor:
 
 
 def int8_tensorwise(layer: Layer) -> CheckpointTensor:
-    """int8 x weight_scale, for the tensor or each row; with `convrot` rotated in groups of columns."""
+    """int8 x weight_scale per tensor or row; with `convrot`, rotated in groups of columns."""
     layer.settings("convrot", "convrot_groupsize")
-    weight = layer.need("weight", dtypes=("I8",))
-    scale = layer.need("weight_scale", dtypes=FLOATS)
+    weight = layer.require("weight", dtypes=("I8",))
+    scale = layer.require("weight_scale", dtypes=FLOATS)
     rotation = _rotation(layer, weight.shape) if layer.setting("convrot", False) else 0
     read_scale, inputs = _per_row(layer, scale, weight.shape[0]), layer.find("input_scale")
 
@@ -213,12 +213,12 @@ def _rotation(layer: Layer, shape: tuple[int, ...]) -> int:
 
 
 def mxfp8(layer: Layer) -> CheckpointTensor:
-    """e4m3 x a power of two (e8m0) for 32 columns."""
+    """e4m3 x a power of two (e8m0) per 32 columns."""
     layer.settings("group_size")
     if layer.count("group_size", 32) != 32:
         layer.fail(f"group_size: expected 32, got {layer.setting('group_size', 32)}")
     weight = layer.matrix("F8_E4M3", "U8")
-    scale = layer.need("weight_scale", dtypes=("F8_E8M0", "U8"))
+    scale = layer.require("weight_scale", dtypes=("F8_E8M0", "U8"))
     rows, columns = weight.shape
     groups = _divides(layer, columns, 32)
     _check_tiles(layer, scale, rows, groups)
@@ -233,7 +233,7 @@ def mxfp8(layer: Layer) -> CheckpointTensor:
 
 
 def _pairs(levels: Iterable[float], *, high_first: bool = False) -> Tensor:
-    """The two values of each byte, [256, 2]: of its low half and its high one, or the other way round."""
+    """Table [256, 2] of the values of a byte's low and high half; with `high_first`, of its high and low half."""
     table, byte = torch.tensor(list(levels), dtype=torch.float32), torch.arange(256)
     return torch.stack([table[byte >> 4], table[byte & 15]] if high_first else [table[byte & 15], table[byte >> 4]], -1)
 
@@ -251,13 +251,13 @@ def _unpack(pairs: Tensor, packed: Tensor) -> Tensor:
 
 
 def nvfp4(layer: Layer) -> CheckpointTensor:
-    """e2m1, two in a byte, x an e4m3 for 16 columns x weight_scale_2 (x pre_quant_scale of the column)."""
+    """e2m1, two per byte, x an e4m3 per 16 columns x weight_scale_2 (x pre_quant_scale per column)."""
     layer.settings("group_size")
     if layer.count("group_size", 16) != 16:
         layer.fail(f"group_size: expected 16, got {layer.setting('group_size', 16)}")
     weight = layer.matrix("U8")
-    scale = layer.need("weight_scale", dtypes=("F8_E4M3", "U8"))
-    whole = layer.need("weight_scale_2", dtypes=FLOATS)
+    scale = layer.require("weight_scale", dtypes=("F8_E4M3", "U8"))
+    whole = layer.require("weight_scale_2", dtypes=FLOATS)
     if math.prod(whole.shape) != 1:
         layer.fail(f"'weight_scale_2': expected one number, got {list(whole.shape)}")
     rows, columns = weight.shape[0], 2 * weight.shape[1]
@@ -282,10 +282,10 @@ def nvfp4(layer: Layer) -> CheckpointTensor:
 
 
 def convrot_w4a4(layer: Layer) -> CheckpointTensor:
-    """Signed int4, two in a byte with the first in the low half, x a scale for each row, rotated."""
+    """Signed int4, two per byte with the first in the low half, x a scale per row, rotated."""
     layer.settings("convrot", "convrot_groupsize", "quant_group_size")
     weight = layer.matrix("I8", "U8")
-    scale = layer.need("weight_scale", dtypes=FLOATS)
+    scale = layer.require("weight_scale", dtypes=FLOATS)
     shape = (weight.shape[0], 2 * weight.shape[1])
     rotation, read_scale = _rotation(layer, shape), _per_row(layer, scale, shape[0])
     unpack = functools.partial(_unpack, _INT4_PAIRS)
@@ -295,11 +295,11 @@ def convrot_w4a4(layer: Layer) -> CheckpointTensor:
 
 
 def awq_w4a16(layer: Layer) -> CheckpointTensor:
-    """(uint4 - 8) x a scale + a zero for each row and group of columns; both are stored [groups, rows]."""
+    """(uint4 - 8) x a scale + a zero per row and group of columns; both are stored as [groups, rows]."""
     layer.settings("group_size")
     weight = layer.matrix("I8", "U8")
-    scale = layer.need("weight_scale", dtypes=FLOATS)
-    zero = layer.need("weight_zeros", "weight_zero", dtypes=FLOATS)
+    scale = layer.require("weight_scale", dtypes=FLOATS)
+    zero = layer.require("weight_zeros", "weight_zero", dtypes=FLOATS)
     rows, columns = weight.shape[0], 2 * weight.shape[1]
     wanted = (_divides(layer, columns, layer.count("group_size", 64)), rows)
     if not scale.shape == zero.shape == wanted:
@@ -312,15 +312,15 @@ def awq_w4a16(layer: Layer) -> CheckpointTensor:
 
 
 def asym_w4a8_int8(layer: Layer) -> CheckpointTensor:
-    """4- or 6-bit codes that stand for int8 numbers, x a scale for each row (+ a correction), rotated.
+    """4- or 6-bit codes of int8 numbers, x a scale per row (+ a correction), rotated.
 
-    A code's level (from a codebook, or the code less its middle) x weight_s_rel of its group, rounded, is the int8
-    number that a product would use. The bits follow from the width of a row.
+    A code's level (from a codebook, or the code minus its midpoint) x weight_s_rel of its group, rounded, is the int8
+    number of the product. The number of bits follows from the width of a row.
     """
     layer.settings("group_size", "convrot_groupsize", "bits", "symmetric", "codebook")
     weight = layer.matrix("I8", "U8")
-    relative = layer.need("weight_s_rel", dtypes=("F8_E4M3", "U8", *FLOATS))
-    by_row = layer.need("weight_s_channel", dtypes=FLOATS)
+    relative = layer.require("weight_s_rel", dtypes=("F8_E4M3", "U8", *FLOATS))
+    by_row = layer.require("weight_s_channel", dtypes=FLOATS)
     codebook, correction = layer.find("weight_codebook"), layer.find("weight_correction")
     rows, width = weight.shape
     group = layer.count("group_size", 16)

@@ -1,4 +1,4 @@
-"""Opens a checkpoint: a diffusers folder or the single files that ComfyUI uses, both seen as diffusers names."""
+"""Opens checkpoints, diffusers folders and ComfyUI's single files alike, under diffusers' names."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import CheckpointError
 from .component import Checkpoint, Component, read_json
 from .config_schema import SCHEMAS, check_config
+from .controlnet import open_controlnet
 from .folder import read_component
 from .single_file import open_single_file
 
@@ -19,24 +20,22 @@ def open_checkpoint(
     parts: Mapping[str, Path] | None = None,
     config: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Checkpoint:
-    """Open a checkpoint.
+    """Opens a checkpoint.
 
     Args:
         path: a diffusers folder, or a single `.safetensors` or `.gguf` file.
-        parts: other places for single parts (`PARTS`), e.g. where a single file has no tokenizer. A ControlNet is
-            taken from here alone: nobody gets one for having it in the checkpoint's folder.
-        config: numbers to change in the components' configs, e.g. what no tensor's shape shows.
+        parts: paths of parts (`PARTS`) outside of the checkpoint, e.g. the tokenizer of a single file. A ControlNet is
+            only read from here, never from the checkpoint's folder.
+        config: changes to the components' configs, e.g. numbers that no tensor's shape shows.
 
     Raises:
-        CheckpointError: there is none, or it is not Z-Image's.
+        CheckpointError: the checkpoint is missing, damaged, or not Z-Image's.
     """
     parts = parts or {}
     if not path.exists():
         raise CheckpointError(f"{path}: no such folder or file; give a Z-Image checkpoint")
     checkpoint = open_single_file(path, parts) if path.is_file() else _open_folder(path, parts)
     if "controlnet" in parts:
-        from ..controlnet import open_controlnet  # which reads files with what lies here
-
         controlnet = open_controlnet(parts["controlnet"], checkpoint.transformer)
         checkpoint = dataclasses.replace(checkpoint, controlnet=controlnet)
     for name, changes in (config or {}).items():
@@ -73,21 +72,21 @@ def _open_folder(path: Path, parts: Mapping[str, Path]) -> Checkpoint:
         if not str(kind).startswith("ZImage"):
             raise CheckpointError(f"{path} is not a Z-Image checkpoint: it is a {kind}; expected a ZImagePipeline")
 
-    def place(name: str) -> Path:
+    def path_of(name: str) -> Path:
         return parts.get(name, path / name)
 
     def optional(name: str) -> Component | None:
-        return read_component(place(name), name) if place(name).is_dir() else None
+        return read_component(path_of(name), name) if path_of(name).is_dir() else None
 
-    scheduler = place("scheduler")
+    scheduler = path_of("scheduler")
     scheduler = scheduler / "scheduler_config.json" if scheduler.is_dir() else scheduler
     return Checkpoint(
         "diffusers",
         path,
-        read_component(place("transformer"), "transformer"),
-        read_component(place("text_encoder"), "text_encoder"),
+        read_component(path_of("transformer"), "transformer"),
+        read_component(path_of("text_encoder"), "text_encoder"),
         optional("vae"),
         optional("tiny_vae"),
         read_json(scheduler),
-        place("tokenizer"),
+        path_of("tokenizer"),
     )

@@ -1,4 +1,4 @@
-"""Opens safetensors files: every tensor with its number format; one that is not understood is refused by name."""
+"""Opens safetensors files, plain and quantised; tensors in an unknown number format are refused by name."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from . import foreign
 from .layouts import ALTERNATIVES, FLOATS, FP8, READERS, Layer, RawTensor, block_fp8, unmarked_scale
 from .tensor import CheckpointTensor
 
-# The last parts of names that hold no values of their own; one that no layer took is a scale that nothing read.
+# Last parts of names of scales and metadata. One that no layer uses is an error.
 _SCALES = re.compile(
     r"(?:^|\.)(?:\w*_scale(?:_\w+)?|scale(?:_\w+)?|scales|scaled_fp8|comfy_quant|weight_(?:zeros?|correction|codebook|s_\w+)"
     r"|qweight|zero_point|quant_\w+)$"
 )
-_BLOCK = (128, 128)  # transformers' default, where no config.json says otherwise
+_BLOCK = (128, 128)  # transformers' default without a config.json
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
 
 
 def tensor_names(path: Path) -> tuple[str, ...]:
-    """The names alone. Raises CheckpointError if the file is damaged, or of a quantisation that is not read."""
+    """Names of a file's tensors. Raises CheckpointError: the file is damaged, or its quantisation is not supported."""
     tensors, metadata = _raw(path)
     foreign.check_names(tensors, metadata, str(path))
     return tuple(tensors)
 
 
 def open_safetensors(path: Path) -> dict[str, CheckpointTensor]:
-    """The tensors of one file, mapped.
+    """Opens the tensors of a file, mapped.
 
     Raises:
-        CheckpointError: the file is damaged, or of a quantisation that is not read.
-        TensorError: a tensor's number format, scale or mark is not understood.
+        CheckpointError: the file is damaged, or its quantisation is not supported.
+        TensorError: a tensor's number format, scale or quantisation metadata is not supported.
     """
     return open_files((path,))
 
 
 def open_files(paths: Iterable[Path], block: tuple[int, int] = _BLOCK) -> dict[str, CheckpointTensor]:
-    """The tensors of files that belong together; `block` is that of transformers' fp8. Raises as `open_safetensors`."""
+    """Opens the shards of a component; `block` is the block size of transformers' fp8. Raises as `open_safetensors`."""
     raw: dict[str, RawTensor] = {}
     metadata: dict[str, str] = {}
     paths = tuple(paths)
@@ -63,10 +63,10 @@ def _raw(path: Path) -> tuple[dict[str, RawTensor], dict[str, str]]:
         file = safe_open(path, framework="pt")
         tensors = {}
         for name in file.keys():  # noqa: SIM118
-            piece = file.get_slice(name)
+            view = file.get_slice(name)
             tensors[name] = RawTensor(
-                tuple(piece.get_shape()),
-                piece.get_dtype(),
+                tuple(view.get_shape()),
+                view.get_dtype(),
                 lambda name=name: file.get_tensor(name),  # type: ignore[misc]
             )
         return tensors, file.metadata() or {}
@@ -82,20 +82,20 @@ def _raw(path: Path) -> tuple[dict[str, RawTensor], dict[str, str]]:
 
 
 def _part(name: str) -> str:
-    """Which of the models in a single file a tensor belongs to."""
+    """The model of a single file that a tensor belongs to."""
     first = name.partition(".")[0]
     return first if first in ("text_encoders", "vae") else "transformer"
 
 
 def _resolve(
-    raw: Mapping[str, RawTensor], metadata: Mapping[str, str], where: str, block: tuple[int, int]
+    raw: Mapping[str, RawTensor], header: Mapping[str, str], where: str, block: tuple[int, int]
 ) -> dict[str, CheckpointTensor]:
-    """Every tensor of values, each with the scales that belong to it."""
+    """Joins each tensor of values with its scales."""
     used: set[str] = set()
     result: dict[str, CheckpointTensor] = {}
-    for name, mark in _marks(raw, metadata, where, used).items():
-        layer = Layer(name, raw, mark, used, where)
-        kind = mark.get("format")
+    for name, metadata in _layer_metadata(raw, header, where, used).items():
+        layer = Layer(name, raw, metadata, used, where)
+        kind = metadata.get("format")
         reader = READERS.get(kind) if isinstance(kind, str) else None
         if reader is None:
             layer.fail(f"its format {kind!r} is not read (known: {', '.join(READERS)})")
@@ -108,57 +108,57 @@ def _resolve(
             if f"{stem}.{ending}" in raw:
                 layer = Layer(stem, raw, {"format": f"a weight with {ending!r}"}, used, where)
                 if raw[name].dtype not in (*FP8, *FLOATS):
-                    layer.fail(f"{raw[name].dtype} with {ending!r} and no mark: nothing says how it was quantised")
+                    layer.fail(f"{raw[name].dtype} with {ending!r} and no metadata that says how it was quantised")
                 result[name] = block_fp8(layer, block) if ending.endswith("inv") else unmarked_scale(layer)
                 break
-    used.update(name for name in raw if name.rpartition(".")[2] == "scaled_fp8")  # the earlier files' flag, no value
+    used.update(name for name in raw if name.rpartition(".")[2] == "scaled_fp8")  # a flag of ComfyUI's earlier files
     scaled = {_part(name) for name in raw if _SCALES.search(name)}
     for name, tensor in raw.items():
         if name in used:
             continue
         problem = None
         if _SCALES.search(name):
-            problem = "it is a scale or mark of a layer that nothing reads it for"
+            problem = "it is a scale or metadata that its layer does not use"
         elif tensor.dtype in FP8 and _part(name) in scaled:
             problem = f"it is {tensor.dtype} without a scale, where other layers have one"
         elif tensor.dtype not in (*FLOATS, *FP8):
-            problem = f"its number format {tensor.dtype} has no mark that says what the numbers stand for"
+            problem = f"its number format {tensor.dtype} has no metadata that says what the numbers mean"
         if problem is not None:
             raise TensorError(f"{where}: tensor {name!r}: {problem}; {ALTERNATIVES}")
         result[name] = CheckpointTensor.plain(tensor.shape, tensor.read)
     return result
 
 
-def _marks(
-    raw: Mapping[str, RawTensor], metadata: Mapping[str, str], where: str, used: set[str]
+def _layer_metadata(
+    raw: Mapping[str, RawTensor], header: Mapping[str, str], where: str, used: set[str]
 ) -> dict[str, Mapping[str, Any]]:
-    """What is said of each quantised layer, by `<layer>.comfy_quant` and the header's `_quantization_metadata`."""
-    marks: dict[str, Mapping[str, Any]] = {}
+    """Metadata of each quantised layer, from `<layer>.comfy_quant` and the header's `_quantization_metadata`."""
+    found: dict[str, Mapping[str, Any]] = {}
     for name, tensor in raw.items():
         layer, _, leaf = name.rpartition(".")
         if leaf == "comfy_quant":
             used.add(name)
-            marks[layer] = _mark(tensor.read().contiguous().view(torch.uint8).numpy().tobytes(), f"{where}: {name!r}")
-    said = metadata.get("_quantization_metadata")
-    if said is None:
-        return marks
+            found[layer] = _object(tensor.read().contiguous().view(torch.uint8).numpy().tobytes(), f"{where}: {name!r}")
+    text = header.get("_quantization_metadata")
+    if text is None:
+        return found
     here = f"{where}: '_quantization_metadata' of its header"
-    layers = _mark(said.encode(), here).get("layers")
+    layers = _object(text.encode(), here).get("layers")
     if not isinstance(layers, dict):
         raise TensorError(f"{here}: expected 'layers' as an object, got {layers!r}; {ALTERNATIVES}")
     for short, value in layers.items():
-        mark = {"format": value} if isinstance(value, str) else value
+        metadata = {"format": value} if isinstance(value, str) else value
         layer = _full_name(short, raw, here)
-        if not isinstance(mark, dict) or marks.get(layer, mark) != mark:
+        if not isinstance(metadata, dict) or found.get(layer, metadata) != metadata:
             raise TensorError(
                 f"{here}: layer {short!r}: expected what its 'comfy_quant' says or {{'format': …}}, got {value!r}; "
                 f"{ALTERNATIVES}"
             )
-        marks[layer] = mark
-    return marks
+        found[layer] = metadata
+    return found
 
 
-def _mark(text: bytes, where: str) -> dict[str, Any]:
+def _object(text: bytes, where: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except ValueError as error:
@@ -169,7 +169,7 @@ def _mark(text: bytes, where: str) -> dict[str, Any]:
 
 
 def _full_name(layer: str, raw: Mapping[str, RawTensor], where: str) -> str:
-    """The layer's name in the file; the header may leave out or add the model's prefix."""
+    """A layer's name in the file; the header may omit or add the model's prefix."""
     bare = layer
     for prefix in _PREFIXES:
         bare = bare.removeprefix(prefix)

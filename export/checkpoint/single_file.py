@@ -1,8 +1,8 @@
-"""Single `.safetensors` and `.gguf` files as ComfyUI uses them, seen under diffusers' and transformers' names.
+"""Opens ComfyUI's single `.safetensors` and `.gguf` files under diffusers' and transformers' names.
 
-A file holds the transformer alone, with or without the prefix `model.diffusion_model.` or `diffusion_model.`, or
-everything: the text encoder under `text_encoders.<name>.transformer.model.` and the VAE under `vae.`, in ldm's names or
-diffusers'. Sizes come from the tensors.
+A file holds the transformer, with or without the prefix `model.diffusion_model.` or `diffusion_model.`. It can have
+the text encoder under `text_encoders.<name>.transformer.model.`, and the VAE under `vae.` with ldm's or diffusers'
+names. Sizes are derived from the tensors.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ _TRANSFORMER_NAMES = (
     (r"\.attention\.q_norm\.", ".attention.norm_q."),
     (r"\.attention\.k_norm\.", ".attention.norm_k."),
 )
-# Heads are 128 wide in every Z-Image, split over RoPE's axes as (32, 48, 48).
+# Every Z-Image has heads of 128, which RoPE splits over its axes as (32, 48, 48).
 _AXES_DIMS = (32, 48, 48)
-# Rows of the rotary tables by the transformer's width: nothing in a file says them. 3840 is the 6 B model, whose
+# Lengths of the rotary tables by the transformer's width, which a file does not contain. 3840 is the 6 B model, whose
 # config.json (Tongyi-MAI/Z-Image-Turbo) has 1536; other widths get diffusers' default.
 _AXES_LENS = {3840: (1536, 512, 512)}
 _DEFAULT_AXES_LENS = (1024, 512, 512)
 
-# Z-Image's numbers that cannot be read off a tensor's shape; a file beside it under [parts] says otherwise.
+# Numbers of Z-Image that no tensor's shape shows; paths under [parts] override them.
 _SCHEDULER = {"shift": 3.0}
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 _FLUX_VAE = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
 
 
 def open_single_file(path: Path, parts: Mapping[str, Path]) -> Checkpoint:
-    """Open a single file; what it does not hold comes from `parts`.
+    """Opens a single file; missing parts are read from `parts`.
 
     Raises:
-        CheckpointError: it is no Z-Image checkpoint, or a part is nowhere.
-        TensorError: a tensor's number format, scale or mark is not understood.
+        CheckpointError: it is not a Z-Image checkpoint, or a part is missing.
+        TensorError: a tensor's number format, scale or quantisation metadata is not supported.
     """
     kind = "single-file"
     if is_gguf(path):
@@ -64,13 +64,13 @@ def open_single_file(path: Path, parts: Mapping[str, Path]) -> Checkpoint:
         _vae(path, tensors, parts),
         _tiny_vae(parts),
         _scheduler(parts),
-        _need(parts, "tokenizer", path),
+        _require(parts, "tokenizer", path),
     )
 
 
-def _need(parts: Mapping[str, Path], name: str, path: Path) -> Path:
+def _require(parts: Mapping[str, Path], name: str, path: Path) -> Path:
     if name not in parts:
-        raise CheckpointError(f"{path} holds no {name}; name a folder or file that does as `{name}` under [parts]")
+        raise CheckpointError(f"{path} has no {name}; give the path of one as `{name}` under [parts]")
     if not parts[name].exists():
         raise CheckpointError(f"{parts[name]}: no such folder or file (part `{name}`)")
     return parts[name]
@@ -79,8 +79,8 @@ def _need(parts: Mapping[str, Path], name: str, path: Path) -> Path:
 def _scheduler(parts: Mapping[str, Path]) -> Mapping[str, Any]:
     if "scheduler" not in parts:
         return _SCHEDULER
-    place = parts["scheduler"]
-    return read_json(place / "scheduler_config.json" if place.is_dir() else place)
+    part = parts["scheduler"]
+    return read_json(part / "scheduler_config.json" if part.is_dir() else part)
 
 
 def _under(tensors: Tensors, prefix: str) -> Tensors:
@@ -88,13 +88,13 @@ def _under(tensors: Tensors, prefix: str) -> Tensors:
 
 
 def _count(tensors: Tensors, prefix: str) -> int:
-    """How many numbered modules there are under a prefix."""
+    """Number of numbered modules under a prefix."""
     found = {int(match[1]) for name in tensors if (match := re.match(re.escape(prefix) + r"\.(\d+)\.", name))}
     return max(found, default=-1) + 1
 
 
 def describe(tensors: Collection[str]) -> str:
-    """What a file that is not Z-Image's looks like, for the error message."""
+    """Describes another model's file by its tensor names, for an error message."""
     signs = (
         ("double_blocks.0.img_attn.qkv.weight", "a Flux transformer"),
         ("joint_blocks.0.context_block.attn.qkv.weight", "a Stable Diffusion 3 transformer"),
@@ -102,8 +102,8 @@ def describe(tensors: Collection[str]) -> str:
         ("transformer_blocks.0.attn.add_q_proj.weight", "a Qwen-Image or diffusers Flux model"),
         ("lora_", "a LoRA"),
         ("control_layers.0.", "a ControlNet for Z-Image"),
-        ("decoder.conv_in.weight", "a VAE alone"),
-        ("embed_tokens.weight", "a text encoder alone"),
+        ("decoder.conv_in.weight", "only a VAE"),
+        ("embed_tokens.weight", "only a text encoder"),
     )
     for sign, what in signs:
         if any(sign in name for name in tensors):
@@ -111,13 +111,13 @@ def describe(tensors: Collection[str]) -> str:
     return f"a file of {len(tensors)} tensors, the first is {next(iter(sorted(tensors)), 'none')!r}"
 
 
-# In the original's files, never used; NaN in one that was published.
+# Part of the original's files, but unused; one published file has NaN in it.
 _UNUSED = ("norm_final.weight",)
 _NEEDED = ("all_x_embedder.2-1.weight", "cap_embedder.1.weight", "layers.0.attention.to_q.weight")
 
 
 def _own_names(tensors: Collection[str]) -> dict[str, str]:
-    """The transformer's tensors: diffusers' names, with fused matrices as they are -> the file's names."""
+    """Maps diffusers' names of the transformer's tensors, with qkv fused, to the file's names."""
     prefix = next((p for p in _PREFIXES if any(name.startswith(p) for name in tensors)), "")
     names = {}
     for full in tensors:
@@ -130,7 +130,7 @@ def _own_names(tensors: Collection[str]) -> dict[str, str]:
 
 
 def _check_names(path: Path, tensors: Collection[str]) -> None:
-    """Raise CheckpointError for another model's file, before any of its tensors is asked what it means."""
+    """Raises CheckpointError: the file is another model's. Only names are read."""
     own = _own_names(tensors)
     for name in _NEEDED:
         if name not in own and name.replace("to_q", "qkv") not in own:
@@ -174,21 +174,21 @@ def _transformer(path: Path, tensors: Tensors) -> Component:
 
 
 def _text_encoder(path: Path, tensors: Tensors, parts: Mapping[str, Path]) -> Component:
-    files, said = (path,), dict[str, Any]()
+    files, stated = (path,), dict[str, Any]()
     found = [
         match[0] for name in tensors if (match := re.match(r"text_encoders\.[^.]+\.transformer\.(model\.)?", name))
     ]
     if found and "text_encoder" not in parts:
         own = _under(tensors, max(found, key=len))
     else:
-        place = _need(parts, "text_encoder", path)
-        if place.is_dir():
-            return read_component(place, "text_encoder")
-        files = (place,)
-        if is_gguf(place):
-            own, said = encoder_names(place, *open_gguf(place))
+        part = _require(parts, "text_encoder", path)
+        if part.is_dir():
+            return read_component(part, "text_encoder")
+        files = (part,)
+        if is_gguf(part):
+            own, stated = encoder_names(part, *open_gguf(part))
         else:
-            own = {name.removeprefix("model."): tensor for name, tensor in open_safetensors(place).items()}
+            own = {name.removeprefix("model."): tensor for name, tensor in open_safetensors(part).items()}
     if "layers.0.self_attn.q_norm.weight" not in own:
         raise CheckpointError(f"{files[0]}: its text encoder is not a Qwen3 (it has no q_norm)")
     vocabulary, hidden = own["embed_tokens.weight"].shape
@@ -204,7 +204,7 @@ def _text_encoder(path: Path, tensors: Tensors, parts: Mapping[str, Path]) -> Co
         "head_dim": head_dim,
         "rms_norm_eps": 1e-6,
         "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},  # Qwen3-4B's
-        **said,
+        **stated,
     }
     return Component("text_encoder", config, own, files)
 
@@ -216,10 +216,10 @@ def _tiny_vae(parts: Mapping[str, Path]) -> Component | None:
 def _vae(path: Path, tensors: Tensors, parts: Mapping[str, Path]) -> Component | None:
     files, own = (path,), _under(tensors, "vae.")
     if "vae" in parts:
-        place = _need(parts, "vae", path)
-        if place.is_dir():
-            return read_component(place, "vae")
-        files, own = (place,), open_safetensors(place)
+        part = _require(parts, "vae", path)
+        if part.is_dir():
+            return read_component(part, "vae")
+        files, own = (part,), open_safetensors(part)
     if not own:
         return None
     if "decoder.mid_block.resnets.0.norm1.weight" in own:
@@ -240,7 +240,7 @@ def _vae(path: Path, tensors: Tensors, parts: Mapping[str, Path]) -> Component |
         "latent_channels": own["decoder.conv_in.weight"].shape[1],
         "layers_per_block": _count(own, "encoder.down.0.block"),
         "mid_block_add_attention": "decoder.mid.attn_1.q.weight" in own,
-        # Group norms do not show their number of groups: Flux has 32; a narrower one must say so in a config.json.
+        # Tensors do not show the number of groups. Flux has 32; a VAE with fewer needs a config.json.
         "norm_num_groups": 32,
         "use_quant_conv": "quant_conv.weight" in own,
         "use_post_quant_conv": "post_quant_conv.weight" in own,
@@ -249,7 +249,7 @@ def _vae(path: Path, tensors: Tensors, parts: Mapping[str, Path]) -> Component |
     return Component("vae", config, renamed, files)
 
 
-# (ldm's, diffusers') parts of names, those of blocks that are numbered alike; the attention's apart.
+# (ldm's, diffusers') parts of names; those of the attention apply only to it.
 _VAE_PARTS = (
     (".upsample.", ".upsamplers.0."),
     (".downsample.", ".downsamplers.0."),
@@ -263,12 +263,12 @@ _VAE_ATTENTION = (
     (".v.", ".to_v."),
     (".proj_out.", ".to_out.0."),
 )
-# What diffusers called them before 0.17.
+# diffusers' names before 0.17.
 _OLD_ATTENTION = ((".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0."))
 
 
 def _ldm_name(name: str, levels: int) -> str:
-    """One name of diffusers as ldm has it: `_vae_name` the other way round."""
+    """Converts diffusers' name of a tensor to ldm's, the inverse of `_vae_name`."""
     name = re.sub(r"decoder\.up_blocks\.(\d+)\.", lambda m: f"decoder.up.{levels - 1 - int(m[1])}.", name)
     name = re.sub(r"encoder\.down_blocks\.(\d+)\.", r"encoder.down.\1.", name)
     name = re.sub(r"\.mid_block\.resnets\.(\d)\.", lambda m: f".mid.block_{int(m[1]) + 1}.", name)
@@ -285,7 +285,7 @@ def _ldm_name(name: str, levels: int) -> str:
 
 
 def _vae_name(name: str, levels: int) -> str:
-    """One ldm name as diffusers has it; its decoder counts levels from the other end."""
+    """Converts ldm's name of a tensor to diffusers', whose decoder counts levels from the other end."""
     name = re.sub(r"decoder\.up\.(\d+)\.", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}.", name)
     name = re.sub(r"encoder\.down\.(\d+)\.", r"encoder.down_blocks.\1.", name)
     name = re.sub(r"\.block\.(\d+)\.", r".resnets.\1.", name)
@@ -300,7 +300,7 @@ def _vae_name(name: str, levels: int) -> str:
 
 
 def _vae_tensor(name: str, tensor: CheckpointTensor) -> CheckpointTensor:
-    """ldm's attention projections are 1 x 1 convolutions; diffusers' are matrices."""
+    """Converts ldm's attention projections, which are 1 x 1 convolutions, to diffusers' matrices."""
     if ".attn_1." in name and len(tensor.shape) == 4:
         return tensor.reshape(tensor.shape[:2])
     return tensor

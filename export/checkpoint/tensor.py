@@ -1,4 +1,4 @@
-"""`CheckpointTensor`: one tensor of a checkpoint, with its number format, stored numbers and scales."""
+"""`CheckpointTensor`: a tensor of a checkpoint with its number format, stored numbers and scales."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ _CHUNK = 1 << 24  # numbers dequantised at once
 
 
 class Stored(Protocol):
-    """A tensor's numbers as the file has them, with what makes values of them."""
+    """A tensor as it is stored: numbers and, if it is quantised, scales."""
 
     @property
     def format(self) -> str:
-        """The number format, as its writer calls it."""
+        """Name of the number format in its writer's terms."""
 
     def values(self) -> Tensor:
-        """What the numbers stand for."""
+        """The dequantised tensor."""
 
     def rows(self, first: int, count: int) -> Stored:
-        """`count` rows from `first` on."""
+        """`count` rows, starting at `first`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plain:
-    """Numbers that are the values themselves: fp64, fp32, fp16, bf16, or fp8 with no scale."""
+    """An unquantised tensor: fp64, fp32, fp16, bf16, or fp8 without a scale."""
 
     numbers: Tensor
 
@@ -38,7 +38,7 @@ class Plain:
         return str(self.numbers.dtype).removeprefix("torch.")
 
     def values(self) -> Tensor:
-        """The numbers; fp8 as fp32, which holds each of them."""
+        """The numbers; fp8 is converted to fp32, which is exact."""
         return self.numbers.float() if self.numbers.dtype.itemsize == 1 else self.numbers
 
     def rows(self, first: int, count: int) -> Plain:
@@ -47,10 +47,10 @@ class Plain:
 
 
 def rotate(x: Tensor, size: int) -> Tensor:
-    """Multiply each group of `size` columns of x [rows, columns] by ConvRot's matrix times √size.
+    """Multiplies each group of `size` columns of x [rows, columns] by ConvRot's matrix times √size.
 
-    The matrix is symmetric and its own inverse up to that factor: the Kronecker power of a 4 x 4 matrix of signs
-    (comfy-kitchen 0.2.40, `_build_hadamard`). With integers below 2^24 / size the fp32 result is exact.
+    The matrix is a Kronecker power of a 4 x 4 matrix of signs, symmetric, and its own inverse up to that factor
+    (comfy-kitchen 0.2.40, `_build_hadamard`). For integers below 2^24 / size the fp32 result is exact.
     """
     four = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], dtype=x.dtype)
     matrix = four
@@ -65,20 +65,20 @@ def _whole(numbers: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """A matrix [rows, columns] of few-bit numbers with scales; `values` is exact, rounded once to fp32.
+    """A matrix [rows, columns] of few-bit numbers with scales; `values` rounds once, to fp32.
 
     value = rotated((unpacked number x scale + zero) x tensor_scale) x column_scale
 
     Attributes:
-        format: as its writer calls it.
-        numbers: as stored, rows first; int8, fp8, or packed in uint8.
+        format: name in its writer's terms.
+        numbers: stored numbers, rows first; int8, fp8, or packed in uint8.
         scale: 0-dimensional, or [rows, groups] for equal groups of columns.
-        unpack: makes [rows, columns] of `numbers`, exact in fp32.
-        tensor_scale: a second factor for the whole tensor, 0-dimensional.
-        zero: what is added, [rows, groups].
-        rotation: columns are rotated in groups of this size (`rotate`); 0 where they are not.
-        column_scale: what an activation is multiplied by before the product, [columns].
-        input_scale: the scale an 8-bit product would give its input; the values do not depend on it.
+        unpack: converts `numbers` to [rows, columns], exact in fp32.
+        tensor_scale: second factor of the whole tensor, 0-dimensional.
+        zero: offset, [rows, groups].
+        rotation: size of the groups of columns that are rotated (`rotate`); 0 for none.
+        column_scale: factor of an activation's channels before the product, [columns].
+        input_scale: scale of an 8-bit product's input; the values do not depend on it.
     """
 
     format: str
@@ -101,16 +101,16 @@ class Quantized:
         return dataclasses.replace(self, numbers=cut(self.numbers), scale=cut(self.scale), zero=zero)
 
     def values(self) -> Tensor:
-        """[rows, columns], fp32."""
-        # One row would do as a piece; a few million numbers keep the loop short and the memory small.
+        """The dequantised matrix [rows, columns], fp32."""
+        # A few million numbers at a time keep the memory small and the loop short.
         count = max(1, _CHUNK // max(1, self.numbers[:1].numel()))
-        pieces = [self.rows(i, count)._values() for i in range(0, self.numbers.shape[0], count)]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        chunks = [self.rows(i, count)._values() for i in range(0, self.numbers.shape[0], count)]
+        return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
     def _values(self) -> Tensor:
         x = self.unpack(self.numbers)
         if self.rotation and self.zero is None:
-            # A row has one scale, so the integers can be rotated first, where fp32 is exact.
+            # A row has one scale, so the integers can be rotated first, which is exact in fp32.
             x = rotate(x, self.rotation)
         dtype = torch.float32 if self._rounds_once() else torch.float64
         root = self.rotation**0.5 if self.rotation else 1.0  # a power of two
@@ -131,10 +131,10 @@ class Quantized:
         return x.float()
 
     def _rounds_once(self) -> bool:
-        """Whether fp32 arithmetic rounds a value only at its last product.
+        """Whether fp32 arithmetic rounds only in its last product.
 
-        It does with one scale of up to 24 bits. So it does with a second one if the first is fp8: its product with a
-        number of few bits is exact.
+        True for a single scale of up to 24 bits. Also true for a second one after an fp8 scale, whose product with a
+        few-bit number is exact.
         """
         if self.zero is not None or self.column_scale is not None or self.scale.dtype == torch.float64:
             return False
@@ -143,10 +143,10 @@ class Quantized:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointTensor:
-    """A tensor that stays on disk until it is asked for.
+    """A tensor that stays on the disk until `load`.
 
     Attributes:
-        shape: of the values.
+        shape: shape of the values.
         stored: reads the stored numbers and scales.
         alignment: rows and columns are padded with zeros to a multiple of this.
     """
@@ -157,15 +157,15 @@ class CheckpointTensor:
 
     @classmethod
     def plain(cls, shape: tuple[int, ...], load: Callable[[], Tensor]) -> CheckpointTensor:
-        """A tensor whose numbers are its values."""
+        """An unquantised tensor."""
         return cls(shape, lambda: Plain(load()))
 
     def load(self) -> Tensor:
-        """The values, exact in their dtype; those of few-bit formats in fp32."""
+        """Loads the values in their own dtype; quantised tensors in fp32."""
         return self.stored().values()
 
     def rows(self, first: int, count: int) -> CheckpointTensor:
-        """`count` rows from `first` on."""
+        """`count` rows, starting at `first`."""
         return CheckpointTensor((count, *self.shape[1:]), lambda: self.stored().rows(first, count), self.alignment)
 
     def reshape(self, shape: tuple[int, ...]) -> CheckpointTensor:
@@ -175,11 +175,11 @@ class CheckpointTensor:
         return CheckpointTensor.plain(shape, lambda: self.load().reshape(shape))
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether the values have this shape, padding left out."""
+        """Whether the values have this shape without padding."""
         padded = tuple(-(-size // self.alignment) * self.alignment for size in shape)
         return self.shape == shape or (len(shape) == 2 and self.shape == padded)
 
     def load_as(self, shape: tuple[int, ...]) -> Tensor:
-        """The values without padding; `shape` must fit."""
+        """Loads the values without padding; `shape` must fit."""
         values = self.load()
         return values if self.shape == shape else values[tuple(slice(size) for size in shape)]

@@ -1,1 +1,1 @@
-"""Export-friendly torch modules: the same arithmetic as the reference, in a form that exports to one lean graph."""
+"""torch modules for export: the reference's arithmetic in a form that traces to one small graph."""

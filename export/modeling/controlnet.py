@@ -1,16 +1,16 @@
-"""The transformer with a ControlNet beside it, as one module that runs at every step of a request with a control image.
+"""The transformer and a ControlNet as one module, which runs per evaluation of a request with a control image.
 
 Follows `ZImageControlNetModel` and `ZImageControlNetPipeline` of diffusers 0.42.1 (the Fun-Union ControlNets 1, 2.0 and
-2.1). A second stream c, which begins as the control image, runs through blocks of its own beside the transformer's
-stream x; after the layers in `control_layers_places` a projection of it, the hint, is added to x:
+2.1). A second stream c starts from the control image and runs through blocks of its own, parallel to the
+transformer's stream x. After the layers in `control_layers_places` a projection of c, the hint, is added to x:
 
     c = before_proj(embedded control image, context) + (refined image, context)
     after layer places[i]:  c = control_layers[i](c);  x = x + control_scale * after_proj[i](c)
 
-Why one module and not a ControlNet that hands its hints to the transformer: the hints of all layers at once would be
-a gigabyte at 1024² (15 layers, 4224 tokens, 3840 wide, fp32), carried between two graphs at every evaluation; side by
-side each is made where it is added and forgotten. And what both begin with, the embedded and refined image, is made
-once. The plain transformer stays a module of its own that knows nothing of this.
+One module is cheaper than a ControlNet that passes its hints to the transformer. The hints of all layers would be a
+gigabyte at 1024² (15 layers, 4224 tokens, 3840 wide, fp32), copied between two graphs per evaluation. Here each hint is
+added as soon as it is computed, and the embedded and refined image, which both streams need, is computed once. The
+transformer without a ControlNet stays a separate module.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from ..precision import Precision
 from .layers import Linear
 from .transformer import Block, Transformer, TransformerConfig, pad_rows
 
-Rope = tuple[Tensor, Tensor]  # cosines and signed sines, as `rotate` takes them
+Rope = tuple[Tensor, Tensor]  # cosines and signed sines for `rotate`
 
-# What `add_control_noise_refiner` of the config may be, and which ControlNet has it.
+# Values of `add_control_noise_refiner` in the config, and the version of the ControlNet that has each.
 REFINERS = {
-    None: "1: plain blocks refine the control image alone",
-    "control_layers": "2.0: the control layers run a first time over the image alone",
-    "control_noise_refiner": "2.1: control blocks of their own do",
+    None: "1: plain blocks refine the control image",
+    "control_layers": "2.0: the control layers also run over the image before the context joins",
+    "control_noise_refiner": "2.1: separate control blocks refine the image",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class ControlNetConfig:
-    """What a ControlNet has beside the transformer's own numbers; the names are those of diffusers' config.json.
+    """Numbers of a ControlNet that the transformer's config lacks, under the names of diffusers' config.json.
 
     Attributes:
-        control_in_dim: channels of the control image's latents: 16, or 33 where 17 for inpainting follow (mask and
-            kept image), zeros without.
-        control_layers_places: after which of the transformer's layers each control layer's hint is added.
-        control_refiner_layers_places: the same for its noise refiner, whose hints only the ControlNet's view of the
-            image gets.
-        control_refiner_layers: how many blocks refine the control image (`n_refiner_layers` of its config).
+        control_in_dim: channels of the control input: 16 of the control image's latents, or 33 with 17 for inpainting
+            (mask and kept image), which are zeros here.
+        control_layers_places: index of the transformer's layer after which each control layer's hint is added.
+        control_refiner_layers_places: the same in the noise refiner; only the ControlNet's copy of the image stream
+            gets these hints.
+        control_refiner_layers: number of blocks that refine the control image (`n_refiner_layers` of its config).
         add_control_noise_refiner: one of `REFINERS`.
     """
 
@@ -69,9 +69,9 @@ class ControlNetConfig:
 
 
 class ControlBlock(Block):
-    """A block of the control stream; `after_proj` of what it gives is the hint, `before_proj` of the first one begins.
+    """A block of the control stream: `after_proj` of its output is the hint; the first block also has `before_proj`.
 
-    Both take the stream as it is, not normed, so fp16 scales them as it does what feeds a post-norm.
+    Both projections take the stream without a norm, so fp16 scales their input like that of a post-norm.
     """
 
     def __init__(self, config: TransformerConfig, precision: Precision, first: bool) -> None:
@@ -87,11 +87,11 @@ def _control_blocks(config: TransformerConfig, precision: Precision, count: int)
 
 
 class ControlledTransformer(Transformer):
-    """(latents, timestep, context, control_latents, control_scale) -> noise_pred, as `Transformer` gives it.
+    """(latents, timestep, context, control_latents, control_scale) -> noise_pred, as from `Transformer`.
 
-    control_latents [batch, control_in_dim, h, w] are the control image's, like `latents`; control_scale [batch] is what
-    the hints are multiplied by. The transformer's tensors keep their names, so they are read from its own weight file;
-    those of the ControlNet begin with `control_`.
+    control_latents [batch, control_in_dim, h, w] encode the control image; control_scale [batch] multiplies the hints.
+    The transformer's tensors keep their names, so they are read from its weight file. Names of the ControlNet's tensors
+    begin with `control_`.
     """
 
     def __init__(self, config: TransformerConfig, control: ControlNetConfig, precision: Precision) -> None:
@@ -122,7 +122,7 @@ class ControlledTransformer(Transformer):
         x = self.embed(latents)
         c = self.control_all_x_embedder[self.config.patch_name](self.patches(control_latents))
         c = pad_rows(c, self.x_pad_token)
-        # The ControlNet sees an image refined with hints of its own, which the transformer's does not get.
+        # The ControlNet's copy of the image stream is refined with hints that the transformer's does not get.
         hints, c = self._refine_control(c, x, scale, image_rope, adaln_input)
         seen = self._refine(x, hints, image_rope, adaln_input)
         x = self._refine(x, {}, image_rope, adaln_input) if hints else seen
@@ -131,7 +131,7 @@ class ControlledTransformer(Transformer):
         control_layers = dict(zip(self.control.control_layers_places, _control(self.control_layers), strict=True))
         c = control_layers[0].before_proj(c) + seen
         for i, block in enumerate(self.layers):
-            # Of the last block only the image's own rows are ever read.
+            # Only the image rows of the last block are read.
             queries = rows if i == last else None
             x = block(x, *rope, adaln_input, queries=queries)
             if i in control_layers:
@@ -140,7 +140,7 @@ class ControlledTransformer(Transformer):
         return self.predict(x, adaln_input, latents)
 
     def _refine(self, x: Tensor, hints: Mapping[int, Tensor], rope: Rope, adaln_input: Tensor) -> Tensor:
-        """The transformer's noise refiner; `hints` are added after some of its blocks."""
+        """Runs the transformer's noise refiner and adds `hints` after some of its blocks."""
         for i, block in enumerate(self.noise_refiner):
             x = block(x, *rope, adaln_input)
             if i in hints:
@@ -150,7 +150,7 @@ class ControlledTransformer(Transformer):
     def _refine_control(
         self, c: Tensor, x: Tensor, scale: Tensor, rope: Rope, adaln_input: Tensor
     ) -> tuple[dict[int, Tensor], Tensor]:
-        """The embedded control image c refined, x being the embedded image; and hints for the noise refiner."""
+        """Refines the embedded control image c, given the embedded image x; returns the noise refiner's hints and c."""
         hints: dict[int, Tensor] = {}
         if self.control.add_control_noise_refiner is None:
             for block in self.control_noise_refiner or ():
@@ -168,5 +168,5 @@ class ControlledTransformer(Transformer):
 
 
 def _control(blocks: nn.ModuleList | None) -> list[ControlBlock]:
-    """A list that is known to hold control blocks."""
+    """Blocks as a typed list of control blocks."""
     return cast(list[ControlBlock], list(blocks or ()))

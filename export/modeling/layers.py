@@ -1,4 +1,4 @@
-"""Building blocks of the exported modules, and how each of their weights is made from the checkpoint's tensors."""
+"""Layers of the export modules; each layer says how its weights are made from the checkpoint's tensors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,12 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """How one stored tensor is made.
+    """Recipe for one stored tensor.
 
     Attributes:
         names: the checkpoint's tensors, relative to the parent of the module that owns the stored tensor.
-        shapes: what shape each must have.
-        assemble: makes the stored tensor from them; with no names it computes a constant.
+        shapes: expected shape of each.
+        assemble: makes the stored tensor from them; without names it returns a constant.
     """
 
     names: tuple[str, ...]
@@ -38,7 +38,7 @@ class Source:
 
 
 def weight_sources(module: nn.Module) -> Iterator[tuple[str, Tensor, Source]]:
-    """Every tensor of an export module: (name, empty tensor of the stored shape and dtype, source with full names)."""
+    """Yields (name, meta tensor of the stored shape and dtype, source with full names) per tensor of a module."""
     for name, tensor in module.state_dict(keep_vars=True).items():
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
@@ -53,59 +53,77 @@ def weight_sources(module: nn.Module) -> Iterator[tuple[str, Tensor, Source]]:
 
 
 def half_split(rows: Tensor, head_dim: int) -> Tensor:
-    """Reorder each head's rows from RoPE's pairs (0, 1), (2, 3), … to (0, head_dim/2), (1, head_dim/2 + 1), …
+    """Reorders each head's rows from RoPE's pairs (0, 1), (2, 3), … to (0, head_dim/2), (1, head_dim/2 + 1), …
 
-    Queries and keys get the same order, so their dot products do not change; rotating halves needs no strided access.
+    Queries and keys get the same order, so their dot products stay the same. Rotating halves needs no strided access.
     """
     heads = rows.unflatten(0, (-1, head_dim // 2, 2))
     return heads.transpose(1, 2).reshape(rows.shape)
 
 
-class Linear(nn.Module):
-    """A matrix product with the weight stored as [in, out], so that the graph holds no Transpose.
+class Part(NamedTuple):
+    """A matrix of the checkpoint that is stored side by side with others of the same input.
 
-    Several of the checkpoint's matrices that share an input are stored as one (`names`, one output size each; a part
-    with a `head_dims` other than 0 is stored in the order of `half_split`). With a bias the result is fp32, otherwise
-    it has the compute dtype. `scale`, a power of two, keeps inputs that are no norm's in range: the input is multiplied
-    by it and the fp32 result divided, which needs a bias.
+    Attributes:
+        name: the checkpoint's layer, relative to the parent of the `Linear`; `{}` is the `Linear`'s own name.
+        size: output features.
+        head_dim: rows are stored in the order of `half_split` for heads of this width; 0 keeps their order.
+    """
+
+    name: str
+    size: int
+    head_dim: int = 0
+
+
+class Linear(nn.Module):
+    """A matrix product whose weight is stored as [in, out], so that the graph holds no Transpose.
+
+    With a bias the result is fp32, otherwise it has the compute dtype.
+
+    Args:
+        in_features: input width.
+        outputs: output width, or the matrices of the checkpoint that are stored as one.
+        precision: gives the storage and the compute dtype.
+        bias: whether the checkpoint has a bias.
+        fp32: compute in fp32 in every precision.
+        scale: a power of two that keeps an input without a norm in fp16's range. The input is multiplied by it and the
+            fp32 result is divided by it, which needs a bias.
     """
 
     def __init__(
         self,
         in_features: int,
-        out_features: int | tuple[int, ...],
+        outputs: int | tuple[Part, ...],
         precision: Precision,
         *,
         bias: bool = False,
-        names: tuple[str, ...] = ("{}",),
         fp32: bool = False,
-        head_dims: tuple[int, ...] = (),
         scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.scale = scale
-        sizes = (out_features,) if isinstance(out_features, int) else out_features
-        self.sizes, self.names, self.head_dims = sizes, names, head_dims or (0,) * len(sizes)
+        self.parts = (Part("{}", outputs),) if isinstance(outputs, int) else outputs
+        out_features = sum(part.size for part in self.parts)
         self.compute = torch.float32 if fp32 else precision.compute
-        self.weight = nn.Parameter(torch.empty(in_features, sum(sizes), dtype=precision.storage), requires_grad=False)
+        self.weight = nn.Parameter(torch.empty(in_features, out_features, dtype=precision.storage), requires_grad=False)
 
-        def assemble(parts: Sequence[Tensor]) -> Tensor:
-            heads = zip(parts, self.head_dims, strict=True)
-            rows = [half_split(part, head_dim) if head_dim else part for part, head_dim in heads]
+        def assemble(matrices: Sequence[Tensor]) -> Tensor:
+            pairs = zip(matrices, self.parts, strict=True)
+            rows = [half_split(matrix, part.head_dim) if part.head_dim else matrix for matrix, part in pairs]
             return (rows[0] if len(rows) == 1 else _joined(rows)).t()
 
         self.sources = {
             "weight": Source(
-                tuple(f"{name}.weight" for name in names),
-                tuple((size, in_features) for size in sizes),
+                tuple(f"{part.name}.weight" for part in self.parts),
+                tuple((part.size, in_features) for part in self.parts),
                 assemble,
             )
         }
         self.bias: nn.Parameter | None = None
         if bias:
-            self.bias = nn.Parameter(torch.empty(sum(sizes)), requires_grad=False)
+            self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False)
             self.sources["bias"] = Source(
-                tuple(f"{name}.bias" for name in names), tuple((size,) for size in sizes), _joined
+                tuple(f"{part.name}.bias" for part in self.parts), tuple((part.size,) for part in self.parts), _joined
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -120,7 +138,7 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm in fp32; `scale` is what the input was multiplied by, eps follows it."""
+    """RMSNorm in fp32 of an input that was multiplied by `scale`; eps is scaled by its square."""
 
     def __init__(
         self, size: int, eps: float, scale: float = 1.0, reorder: Callable[[Tensor], Tensor] | None = None
@@ -134,7 +152,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] -> [..., size], fp32."""
         x = x.float()
-        # Division by a square root, not rsqrt: the form that ONNX Runtime and TensorRT fuse into one kernel.
+        # ONNX Runtime and TensorRT fuse a division by a square root into one kernel, but not rsqrt.
         return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
 
 
@@ -143,9 +161,9 @@ def _constant(value: Tensor, _: Sequence[Tensor]) -> Tensor:
 
 
 class Constants(nn.Module):
-    """Named tensors computed at export and stored beside the weights.
+    """Named tensors that are computed at export and stored with the weights.
 
-    The values are made on the CPU even while modules are built on the meta device.
+    Their values are computed on the CPU, also for modules on the meta device.
     """
 
     def __init__(self, **tensors: Tensor) -> None:
@@ -161,7 +179,7 @@ class Constants(nn.Module):
 
 
 def swiglu(gate: Tensor, up: Tensor, precision: Precision) -> Tensor:
-    """SiLU(gate) * up, both scaled first so that their product stays in range."""
+    """SiLU(gate) * up; both factors are scaled so that their product stays in fp16's range."""
     gate = torch.nn.functional.silu(gate)
     if precision.gate_scale != 1.0:
         gate, up = gate * precision.gate_scale, up * precision.up_scale
@@ -169,10 +187,10 @@ def swiglu(gate: Tensor, up: Tensor, precision: Precision) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, precision: Precision, mask: Tensor | None = None) -> Tensor:
-    """Softmax(q kᵀ / sqrt(head_dim)) v with an fp32 softmax; in the form that TensorRT fuses.
+    """Softmax(q kᵀ / sqrt(head_dim)) v with an fp32 softmax, in the form that TensorRT fuses.
 
-    Shapes: q [batch, heads, queries, head_dim], k and v [batch, heads, keys, head_dim] (with a fifth dimension it is
-    not fused), mask added to [batch, heads, queries, keys].
+    Shapes: q [batch, heads, queries, head_dim]; k and v [batch, heads, keys, head_dim]; the mask is added to scores
+    [batch, heads, queries, keys]. TensorRT does not fuse tensors of five dimensions.
     """
     compute = precision.compute
     q = (q * (1.0 / math.sqrt(q.shape[-1]))).to(compute)
@@ -192,5 +210,5 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def signed_halves(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """[tokens, head_dim / 2] twice -> what `rotate` takes, [tokens, 1, head_dim] twice."""
+    """Cosines and sines [tokens, head_dim / 2] -> arguments of `rotate`, [tokens, 1, head_dim] each."""
     return torch.cat((cos, cos), -1).unsqueeze(1), torch.cat((-sin, sin), -1).unsqueeze(1)

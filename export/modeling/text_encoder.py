@@ -1,4 +1,4 @@
-"""Qwen3 as Z-Image uses it: the hidden states before the last layer. Follows `Qwen3Model` of transformers 5."""
+"""Qwen3 without its last layer, as Z-Image uses it. Follows `Qwen3Model` of transformers 5."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..precision import Precision
-from .layers import Constants, Linear, RMSNorm, attention, rotate, signed_halves, swiglu
+from .layers import Constants, Linear, Part, RMSNorm, attention, rotate, signed_halves, swiglu
 
 
 @dataclasses.dataclass(frozen=True)
 class TextEncoderConfig:
-    """Sizes of the text encoder; the names are those of Qwen3's config.json."""
+    """Sizes of the text encoder, under the names of Qwen3's config.json."""
 
     vocab_size: int
     hidden_size: int
@@ -55,17 +55,18 @@ class SelfAttention(nn.Module):
         self.groups = config.num_attention_heads // config.num_key_value_heads
         q, kv = config.num_attention_heads * config.head_dim, self.kv_heads * config.head_dim
         self.sizes = (q, kv, kv)
-        self.qkv_proj = Linear(config.hidden_size, self.sizes, precision, names=("q_proj", "k_proj", "v_proj"))
+        parts = tuple(map(Part, ("q_proj", "k_proj", "v_proj"), self.sizes))
+        self.qkv_proj = Linear(config.hidden_size, parts, precision)
         self.o_proj = Linear(q, config.hidden_size, precision)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def _each_head(self, x: Tensor) -> Tensor:
-        """[batch, tokens, kv_heads, head_dim] -> [batch, heads, tokens, head_dim], a copy for each query head.
+        """[batch, tokens, kv_heads, head_dim] -> [batch, heads, tokens, head_dim], one copy per query head.
 
-        A broadcast over a fifth dimension would need no copy, but keeps TensorRT from fusing the attention.
+        A broadcast over a fifth dimension would need no copy, but TensorRT would not fuse the attention.
         """
-        if self.groups > 1:  # before heads and tokens change places: torch 2.11 refuses a free length otherwise
+        if self.groups > 1:  # before the transpose: torch 2.11 refuses a free length after it
             x = x.unsqueeze(3).expand(-1, -1, -1, self.groups, -1).flatten(2, 3)
         return x.transpose(1, 2)
 
@@ -91,7 +92,8 @@ class MLP(nn.Module):
         super().__init__()
         hidden = config.intermediate_size
         self.precision = precision
-        self.gate_up_proj = Linear(config.hidden_size, (hidden, hidden), precision, names=("gate_proj", "up_proj"))
+        parts = (Part("gate_proj", hidden), Part("up_proj", hidden))
+        self.gate_up_proj = Linear(config.hidden_size, parts, precision)
         self.down_proj = Linear(hidden, config.hidden_size, precision)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,7 +103,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """One decoder layer. Its branches are added to the residual unnormed, so their fp16 scale is undone in fp32."""
+    """A decoder layer. No norm follows its branches, so their fp16 scale is undone in fp32 before the residual add."""
 
     def __init__(self, config: TextEncoderConfig, precision: Precision) -> None:
         super().__init__()
@@ -126,8 +128,8 @@ class Layer(nn.Module):
 class TextEncoder(nn.Module):
     """input_ids int64 [batch, prompt_tokens] -> prompt_embeds fp32 [batch, prompt_tokens, hidden].
 
-    `hidden_states[-2]`: the last layer, the final norm and the head are left out. Causal, so a prompt is run at
-    its true length and needs no mask.
+    Computes `hidden_states[-2]`: the last layer, the final norm and the head are left out. Attention is causal, so a
+    prompt runs at its true length without a padding mask.
     """
 
     def __init__(self, config: TextEncoderConfig, precision: Precision) -> None:

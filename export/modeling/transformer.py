@@ -1,6 +1,6 @@
-"""Z-Image's transformer as two export modules: what depends on the prompt alone, and what runs at every step.
+"""Z-Image's transformer as two export modules: the context refiner runs per prompt, the transformer per evaluation.
 
-Follows `ZImageTransformer2DModel` of diffusers 0.42.1 in its basic mode (one image a sample).
+Follows `ZImageTransformer2DModel` of diffusers 0.42.1 in its basic mode (one image per sample).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ..precision import Precision
 from .layers import (
     Constants,
     Linear,
+    Part,
     RMSNorm,
     attention,
     half_split,
@@ -34,7 +35,7 @@ QK_NORM_EPS = 1e-5
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes of the transformer; the names are those of diffusers' config.json."""
+    """Sizes of the transformer, under the names of diffusers' config.json."""
 
     in_channels: int
     dim: int
@@ -71,7 +72,7 @@ class TransformerConfig:
 
     @property
     def head_dim(self) -> int:
-        """Width of one attention head."""
+        """Width of an attention head."""
         return self.dim // self.n_heads
 
     @property
@@ -94,10 +95,8 @@ class Attention(nn.Module):
         self.heads, self.head_dim, self.precision = config.n_heads, head_dim, precision
         self.qkv = Linear(
             dim,
-            (dim, dim, dim),
+            (Part("to_q", dim, head_dim), Part("to_k", dim, head_dim), Part("to_v", dim)),
             precision,
-            names=("to_q", "to_k", "to_v"),
-            head_dims=(head_dim, head_dim, 0),
         )
         reorder = functools.partial(half_split, head_dim=head_dim)
         self.norm_q = RMSNorm(head_dim, QK_NORM_EPS, reorder=reorder) if config.qk_norm else None
@@ -128,7 +127,7 @@ class FeedForward(nn.Module):
         super().__init__()
         hidden = config.hidden_dim
         self.precision = precision
-        self.w13 = Linear(config.dim, (hidden, hidden), precision, names=("w1", "w3"))
+        self.w13 = Linear(config.dim, (Part("w1", hidden), Part("w3", hidden)), precision)
         self.w2 = Linear(hidden, config.dim, precision)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -138,7 +137,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer block; `modulation` adds scale and gate from the timestep."""
+    """A transformer block; `modulation` adds adaLN scales and gates from the timestep."""
 
     def __init__(self, config: TransformerConfig, precision: Precision, modulation: bool) -> None:
         super().__init__()
@@ -162,7 +161,7 @@ class Block(nn.Module):
         adaln_input: Tensor | None = None,
         queries: int | None = None,
     ) -> Tensor:
-        """[batch, tokens, dim] fp32 -> the same, or its first `queries` rows alone."""
+        """[batch, tokens, dim] fp32 -> the same shape, or only its first `queries` rows."""
         h = self.attention_norm1(x)
         if self.adaLN_modulation is not None:
             modulation = self.adaLN_modulation[0](adaln_input).unsqueeze(1)  # [batch, 1, 4 dim]
@@ -186,7 +185,7 @@ def _arange(end: int, step: int = 1) -> Tensor:
 
 
 def rope_tables(config: TransformerConfig, axes: int = 3) -> Constants:
-    """Cosines and sines of the first `axes` axes by position, from float64 angles as in `precompute_freqs_cis`."""
+    """Tables of cosines and sines by position for the first `axes` axes, in float64 as in `precompute_freqs_cis`."""
     tables = {}
     sizes = list(zip(config.axes_dims, config.axes_lens, strict=True))[:axes]
     for axis, (dim, length) in enumerate(sizes):
@@ -197,7 +196,7 @@ def rope_tables(config: TransformerConfig, axes: int = 3) -> Constants:
 
 
 def caption_rope(tables: Constants, tokens: int, width: int) -> tuple[Tensor, Tensor]:
-    """Caption rows have the ids (1 …, 0, 0): [tokens, width] twice, width = head_dim / 2."""
+    """Cosines and sines [tokens, width] of caption rows, whose ids are (1 …, 0, 0); width = head_dim / 2."""
     ids = torch.arange(1, tokens + 1, device=tables.cos0.device)
     cos, sin = tables.cos0.index_select(0, ids), tables.sin0.index_select(0, ids)
     rest = width - cos.shape[1]
@@ -208,7 +207,7 @@ def caption_rope(tables: Constants, tokens: int, width: int) -> tuple[Tensor, Te
 
 
 def image_rope(tables: Constants, first: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Image rows have the ids (first, row, column): [rows * columns, head_dim / 2] twice."""
+    """Cosines and sines [rows * columns, head_dim / 2] of image rows, whose ids are (first, row, column)."""
     device = tables.cos0.device
     ids = (
         torch.arange(first, first + 1, device=device),
@@ -231,15 +230,15 @@ def image_rope(tables: Constants, first: int, rows: int, columns: int) -> tuple[
 
 
 def padded_rows(rows: int, device: torch.device) -> Tensor:
-    """0, 1, …, rows - 1, then `rows` itself until there are a multiple of 32: where each padded row comes from."""
+    """Source index of each padded row: 0, 1, …, rows - 1, then `rows` up to a multiple of 32."""
     count = (rows + SEQUENCE_MULTIPLE - 1) // SEQUENCE_MULTIPLE * SEQUENCE_MULTIPLE
     return torch.arange(count, device=device).clamp(max=rows)
 
 
 def pad_rows(x: Tensor, pad: Tensor) -> Tensor:
-    """Append `pad` [1, width] until the rows of x [..., rows, width] are a multiple of 32 (maybe none).
+    """Appends `pad` [1, width] to x [..., rows, width] until its rows are a multiple of 32.
 
-    By index and not by slice: the graph then holds for every length, also where nothing is to be added.
+    Gathers by index instead of slicing, so that one graph holds for every length, also for lengths without padding.
     """
     rows = x.shape[-2]
     x = torch.cat((x, pad.float().expand(*x.shape[:-2], 1, -1)), dim=-2)
@@ -249,7 +248,7 @@ def pad_rows(x: Tensor, pad: Tensor) -> Tensor:
 class ContextRefiner(nn.Module):
     """prompt_embeds [batch, prompt_tokens, cap_feat_dim] -> context [batch, context_tokens, dim], fp32.
 
-    Runs once a prompt: nothing here depends on the timestep.
+    Runs once per prompt, because nothing in it depends on the timestep.
     """
 
     def __init__(self, config: TransformerConfig, precision: Precision) -> None:
@@ -278,7 +277,7 @@ class ContextRefiner(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoidal features and a two-layer perceptron, fp32."""
+    """Sinusoidal features of the timestep and a two-layer MLP, fp32."""
 
     def __init__(self, config: TransformerConfig, precision: Precision) -> None:
         super().__init__()
@@ -304,7 +303,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """LayerNorm, scale from the timestep, projection to patches."""
+    """LayerNorm, adaLN scale from the timestep, projection to patches."""
 
     def __init__(self, config: TransformerConfig, precision: Precision) -> None:
         super().__init__()
@@ -324,7 +323,8 @@ class FinalLayer(nn.Module):
 class Transformer(nn.Module):
     """(latents [batch, 16, h, w], timestep [batch], context [batch, context_tokens, dim]) -> noise_pred like latents.
 
-    All fp32. `timestep` is 1 - sigma; the sign is already flipped, so `latents += (sigma_next - sigma) * noise_pred`.
+    All tensors are fp32, `timestep` is 1 - sigma. The sign is already flipped:
+    `latents += (sigma_next - sigma) * noise_pred`.
     """
 
     def __init__(self, config: TransformerConfig, precision: Precision) -> None:
@@ -351,16 +351,16 @@ class Transformer(nn.Module):
         x = torch.cat((x, context), dim=1)
         for block in self.layers[:-1]:
             x = block(x, *rope, adaln_input)
-        # Of the last block only the image's own rows are ever read.
+        # Only the image rows of the last block are read.
         x = self.layers[-1](x, *rope, adaln_input, queries=self.image_rows(latents))
         return self.predict(x, adaln_input, latents)
 
     def image_rows(self, latents: Tensor) -> int:
-        """How many patches latents have."""
+        """Number of patches of the latents."""
         return (latents.shape[2] // self.config.patch_size) * (latents.shape[3] // self.config.patch_size)
 
     def patches(self, latents: Tensor) -> Tensor:
-        """[batch, channels, h, w] -> [batch, image_rows, features], a patch's ordered (row, column, channel)."""
+        """[batch, channels, h, w] -> [batch, image_rows, features], features in the order (row, column, channel)."""
         p = self.config.patch_size
         batch, channels, height, width = latents.shape
         rows, columns = height // p, width // p
@@ -368,20 +368,20 @@ class Transformer(nn.Module):
         return x.reshape(batch, rows * columns, p * p * channels)
 
     def embed(self, latents: Tensor) -> Tensor:
-        """[batch, channels, h, w] -> [batch, image tokens, dim], pad rows included."""
+        """[batch, channels, h, w] -> [batch, image tokens, dim], with pad rows."""
         return pad_rows(self.all_x_embedder[self.config.patch_name](self.patches(latents)), self.x_pad_token)
 
     def ropes(self, latents: Tensor, context: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """What `rotate` takes: for the image's tokens, and for the image's and then the context's."""
+        """Cosines and signed sines for `rotate`: of the image's tokens, and of the image's and the context's tokens."""
         p, tokens = self.config.patch_size, context.shape[1]
         cos, sin = image_rope(self.rope, tokens + 1, latents.shape[2] // p, latents.shape[3] // p)
-        # Pad rows have the ids (0, 0, 0): an angle of zero.
+        # Pad rows have the ids (0, 0, 0), so their angle is zero.
         cos, sin = pad_rows(cos, torch.ones_like(cos[:1])), pad_rows(sin, torch.zeros_like(sin[:1]))
         caption_cos, caption_sin = caption_rope(self.rope, tokens, self.config.head_dim // 2)
         return signed_halves(cos, sin), signed_halves(torch.cat((cos, caption_cos)), torch.cat((sin, caption_sin)))
 
     def predict(self, x: Tensor, adaln_input: Tensor, latents: Tensor) -> Tensor:
-        """The last block's rows of the image [batch, image_rows, dim] -> noise_pred like latents."""
+        """Image rows of the last block [batch, image_rows, dim] -> noise_pred in the shape of latents."""
         p = self.config.patch_size
         batch, channels, height, width = latents.shape
         x = -self.all_final_layer[self.config.patch_name](x, adaln_input)

@@ -1,4 +1,4 @@
-"""The two autoencoders, as decoder and encoder modules between the transformer's latents and pixels in [-1, 1].
+"""Decoder and encoder modules of both VAEs, between the transformer's latents and pixels in [-1, 1].
 
 Follows `AutoencoderTiny` and `AutoencoderKL` of diffusers 0.42.1. `scaling_factor` and `shift_factor` are applied here.
 """
@@ -20,7 +20,7 @@ from .layers import Linear
 
 @dataclasses.dataclass(frozen=True)
 class LatentSpace:
-    """How the autoencoder's own latents relate to the transformer's: own = latents / scaling_factor + shift_factor."""
+    """Scale and shift between latents: the VAE's = the transformer's / scaling_factor + shift_factor."""
 
     scaling_factor: float
     shift_factor: float
@@ -31,13 +31,13 @@ class LatentSpace:
         return cls(config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0)
 
     def to_own(self, latents: Tensor) -> Tensor:
-        """Transformer's latents -> autoencoder's."""
+        """The transformer's latents -> the VAE's."""
         if self.scaling_factor != 1.0:
             latents = latents * (1.0 / self.scaling_factor)
         return latents + self.shift_factor if self.shift_factor else latents
 
     def from_own(self, latents: Tensor) -> Tensor:
-        """Autoencoder's latents -> transformer's."""
+        """The VAE's latents -> the transformer's."""
         latents = latents - self.shift_factor if self.shift_factor else latents
         return latents * self.scaling_factor if self.scaling_factor != 1.0 else latents
 
@@ -65,7 +65,7 @@ class Conv(nn.Module):
         )
         self.bias: nn.Parameter | None = None
         if bias:
-            # In the precision of the product, unlike Linear's: a convolution adds its bias in its accumulator.
+            # In the product's precision, unlike the bias of Linear: a convolution adds it in its accumulator.
             self.bias = nn.Parameter(torch.empty(outputs, dtype=precision.storage), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def double(x: Tensor) -> Tensor:
 
 
 class TinyBlock(nn.Module):
-    """Three convolutions with a skip."""
+    """Three convolutions with a skip connection."""
 
     def __init__(self, inputs: int, outputs: int, precision: Precision) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ class GroupNorm(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Two normed convolutions with a skip."""
+    """Two convolutions after group norms, with a skip connection."""
 
     def __init__(self, inputs: int, outputs: int, groups: int, precision: Precision) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ class ResnetBlock(nn.Module):
 
 
 class MidAttention(nn.Module):
-    """One head over all positions."""
+    """Self-attention of one head over all positions."""
 
     def __init__(self, channels: int, groups: int, precision: Precision) -> None:
         super().__init__()
@@ -218,7 +218,7 @@ class MidBlock(nn.Module):
 
 
 class Sampler(nn.Module):
-    """The convolution that halves or follows a doubling; the checkpoint calls it `….0.conv`."""
+    """A convolution with stride 2, or one after upsampling by 2; the checkpoint calls it `….0.conv`."""
 
     def __init__(self, channels: int, down: bool, precision: Precision) -> None:
         super().__init__()
@@ -233,7 +233,7 @@ class Sampler(nn.Module):
 
 
 class Stage(nn.Module):
-    """The resnet blocks of one resolution, then a `Sampler` unless it is the last."""
+    """Resnet blocks of one resolution, then a `Sampler` except in the last stage."""
 
     def __init__(
         self, widths: tuple[int, int], count: int, groups: int, sampler: str | None, precision: Precision
@@ -256,7 +256,7 @@ class Stage(nn.Module):
 
 
 class _Half(nn.Module):
-    """What decoder and encoder of the full autoencoder share: conv_in, stages, mid block, conv_out."""
+    """Decoder or encoder of the full VAE: conv_in, stages, mid block, conv_out."""
 
     def __init__(self, config: Mapping[str, Any], decoder: bool, precision: Precision) -> None:
         super().__init__()

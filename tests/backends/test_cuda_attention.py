@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cuda_reference import TOLERANCE, cast, relative_error, require_gpu, to_float
+from cuda_reference import TOLERANCE, cast, relative_error, require_kernels, to_float
 
 pytestmark = pytest.mark.gpu
-cuda = require_gpu()
+cuda_kernels = require_kernels()
 
 DTYPES = ["float16", "bfloat16"]
 # The kernel rounds the weights of the softmax to 16 bits as well as the result: two errors of one size that know
@@ -20,7 +20,7 @@ SCALE_OF_ROW_TOLERANCE = 4.0
 
 @pytest.fixture(scope="module")
 def kernels() -> Any:
-    return cuda.kernels
+    return cuda_kernels
 
 
 def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, causal: bool) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""ControlNets on the `cuda` backend: single evaluations beside torch in fp32, pictures beside ONNX Runtime in fp32."""
+"""ControlNets on the `cuda` backend: single evaluations beside torch in fp32, images beside ONNX Runtime in fp32."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def in_torch(checkpoint: Path, net: Path, inputs: dict[str, np.ndarray]) -> np.n
     import torch
     from zimage_rt.export import weights
     from zimage_rt.export.checkpoint import open_checkpoint
-    from zimage_rt.export.modules import plan_modules
+    from zimage_rt.export.plan import plan_modules
     from zimage_rt.export.precision import FP32
 
     plans = plan_modules(open_checkpoint(checkpoint, {"controlnet": net}), FP32, ())
@@ -221,19 +221,19 @@ def test_a_control_stream_beyond_fp16_draws_what_fp32_does(deep, tmp_path):
     assert relative_error(ours, in_torch(deep, net, inputs)) < 2e-2
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("precision", CUDA_PRECISIONS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_pictures_are_those_of_onnxruntime(load, card, kind, precision):
+def test_images_are_those_of_onnxruntime(load, card, kind, precision):
     ours, theirs = load(kind, precision), load(kind, "fp32")
     free = draw(ours, None)
     for scale in (0.75, 1.5):
-        picture = draw(ours, card, control_scale=scale)
-        assert psnr(picture[0], draw(theirs, card, control_scale=scale)[0]) >= DECIBELS[precision]
-        assert psnr(picture[0], free[0]) < 30
-    # Plain pictures are to the byte what they were before any control image.
+        image = draw(ours, card, control_scale=scale)
+        assert psnr(image[0], draw(theirs, card, control_scale=scale)[0]) >= DECIBELS[precision]
+        assert psnr(image[0], free[0]) < 30
+    # Plain images are to the byte what they were before any control image.
     assert draw(ours, card, control_scale=0.0).tobytes() == draw(ours, None).tobytes() == free.tobytes()
 
 
@@ -258,10 +258,10 @@ def test_one_graph_serves_every_control_image_and_scale(following, card):
     before = draw(following, card)
     graphs = following.pipeline.native.graph_count
     other = card.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
-    for picture, scale in ((other, 0.75), (card, 0.5), (other, 2.0)):
-        drawn = draw(following, picture, control_scale=scale)
+    for control, scale in ((other, 0.75), (card, 0.5), (other, 2.0)):
+        drawn = draw(following, control, control_scale=scale)
         assert drawn.tobytes() != before.tobytes()
-        stepped = draw(following, picture, control_scale=scale, callback=lambda info: info.preview() is not None)
+        stepped = draw(following, control, control_scale=scale, callback=lambda info: info.preview() is not None)
         assert drawn.tobytes() == stepped.tobytes()
     assert following.pipeline.native.graph_count == graphs
     assert draw(following, card).tobytes() == before.tobytes()
@@ -333,7 +333,7 @@ def test_its_weights_come_with_the_first_request_that_wants_them(bundles, card):
     assert 0.95 * size < added < 1.05 * size + 65536
 
 
-def test_too_little_memory_for_it_leaves_plain_pictures(bundles, card):
+def test_too_little_memory_for_it_leaves_plain_images(bundles, card):
     bundle = bundles("2.1", "bf16")
     roomy = zimage_rt.Engine.load(bundle, backend="cuda")
     roomy.pipeline.load(["tiny_vae_encoder"])

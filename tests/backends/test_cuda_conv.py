@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cuda_reference import TOLERANCE, cast, relative_error, require_gpu, to_float
+from cuda_reference import TOLERANCE, cast, relative_error, require_kernels, to_float
 
 from zimage_rt.image.convert import to_signed, to_uint8
 
 pytestmark = pytest.mark.gpu
-cuda = require_gpu()
+cuda_kernels = require_kernels()
 
 DTYPES = ["float16", "bfloat16"]
 # Half a unit in the last place, and room for fp32 sums of 576 terms, whose size here is one: tensor cores cut off where
@@ -23,7 +23,7 @@ SIZES = [(1, 1), (1, 40), (17, 33), (64, 64)]
 
 @pytest.fixture(scope="module")
 def kernels() -> Any:
-    return cuda.kernels
+    return cuda_kernels
 
 
 def reference(
@@ -97,7 +97,7 @@ def test_options(kernels: Any, dtype: str, size: tuple[int, int], batch: int, op
 
 
 # Enough tiles that the large ones are chosen, that blocks take more than one, and that the last ones are cut off:
-# (height, width) of the output for large tiles, then of narrow pictures that keep the small ones.
+# (height, width) of the output for large tiles, then of narrow images that keep the small ones.
 LARGE = [(208, 384), (203, 377), (512, 130), (784, 48), (797, 35)]
 
 
@@ -209,7 +209,7 @@ def test_what_it_refuses(kernels: Any, inputs: int, outputs: int, options: dict[
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_latents_to_pixels(kernels: Any, dtype: str, size: tuple[int, int], channels: int) -> None:
     latents = np.random.default_rng().standard_normal((2, channels, *size)).astype(np.float32) * 4
-    out = to_float(kernels.latents_to_pixels(latents, 0.3611, 0.1159, dtype))
+    out = to_float(kernels.unscale_latents_to_nhwc(latents, 0.3611, 0.1159, dtype))
     expected = pad16((np.tanh((latents.astype(np.float64) / 0.3611 + 0.1159) / 3) * 3).transpose(0, 2, 3, 1))
     assert out.shape == (2, *size, 16) and not out[..., channels:].any()
     assert relative_error(out, expected) <= TOLERANCE[dtype]
@@ -219,7 +219,7 @@ def test_latents_to_pixels(kernels: Any, dtype: str, size: tuple[int, int], chan
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_image_to_pixels(kernels: Any, dtype: str, size: tuple[int, int]) -> None:
     image = np.random.default_rng().uniform(-1, 1, (2, 3, *size)).astype(np.float32)
-    out = kernels.image_to_pixels(image, dtype)
+    out = kernels.image_to_nhwc(image, dtype)
     expected = (image + np.float32(1)) / 2
     np.testing.assert_array_equal(to_float(out), to_float(cast(pad16(expected.transpose(0, 2, 3, 1)), dtype)))
 
@@ -228,5 +228,5 @@ def test_image_to_pixels(kernels: Any, dtype: str, size: tuple[int, int]) -> Non
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bytes_to_pixels_is_image_to_pixels(kernels: Any, dtype: str, size: tuple[int, int]) -> None:
     images = np.random.default_rng().integers(0, 256, (2, *size, 3), np.uint8)
-    out, expected = kernels.bytes_to_pixels(images, dtype), kernels.image_to_pixels(to_signed(images), dtype)
+    out, expected = kernels.uint8_to_nhwc(images, dtype), kernels.image_to_nhwc(to_signed(images), dtype)
     assert out.tobytes() == expected.tobytes()

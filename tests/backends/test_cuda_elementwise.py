@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from cuda_reference import TOLERANCE, cast, patches_of, relative_error, require_gpu, to_float
+from cuda_reference import TOLERANCE, cast, patches_of, relative_error, require_kernels, to_float
 
-from zimage_rt import _core
+from zimage_rt.sampling.guidance import apply_guidance
 from zimage_rt.sampling.samplers import blend_kept, sampler_table
+from zimage_rt.sampling.schedules import flow_match_sigmas
 
 pytestmark = pytest.mark.gpu
-cuda = require_gpu()
+cuda_kernels = require_kernels()
 
 HALVES = ("float16", "bfloat16")
 
 
 @pytest.fixture(scope="module")
 def kernels():
-    return cuda.kernels
+    return cuda_kernels
 
 
 @pytest.fixture
@@ -142,9 +143,9 @@ def test_low_rank_update_tells_of_overflow(kernels):
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 130), (384, 1152), (65, 63), (1000, 258)])
-def test_turn(kernels, rng, dtype, shape):
+def test_transpose(kernels, rng, dtype, shape):
     matrix = cast(f32(rng, *shape), dtype)
-    assert (kernels.turn(matrix) == matrix.T).all()
+    assert (kernels.transpose(matrix) == matrix.T).all()
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -170,10 +171,10 @@ def test_sampler_update_is_the_loop_of_the_cpu(kernels, rng, scale, normalizatio
     latents, positive, negative, image, noise, drawn = (f32(rng, 2, 16, 8, 6) for _ in range(6))
     kept = f32(rng, 3, 2, 16, 8, 6)
     mask = rng.random((2, 1, 8, 6)).astype(np.float32)
-    steps = sampler_table(sampler, np.asarray(_core.flow_match_sigmas(5, 3.0), np.float32), 3.0)
+    steps = sampler_table(sampler, flow_match_sigmas(5, 3.0), 3.0)
     pred = positive.astype(np.float64)
     if scale > 0:
-        pred = _core.apply_guidance(positive, negative, scale, normalization)
+        pred = apply_guidance(positive, negative, scale, normalization)
     predictions = np.concatenate([positive, negative]) if scale > 0 else positive
     patches = np.ascontiguousarray(patches_of(-predictions))
     for row, (_, sigma_next, x, v, *history, noisy, keep_x, keep_v, slot, ends) in enumerate(steps):

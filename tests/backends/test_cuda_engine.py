@@ -1,4 +1,4 @@
-"""zimage-nano on the `cuda` backend, beside ONNX Runtime on the CPU: modules, pictures, graphs, threads, refusals."""
+"""zimage-nano on the `cuda` backend, beside ONNX Runtime on the CPU: modules, images, graphs, threads, refusals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cuda_reference import relative_error, require_gpu
 from lora_files import random_lora_of
 from shared import copy_bundle
 from zimage_rt.benchmarks.fidelity import psnr
-from zimage_rt.benchmarks.quality.__main__ import read_prompts
+from zimage_rt.benchmarks.quality.prompts import read_prompts
 
 import zimage_rt
 from zimage_rt.errors import BundleMismatch, Cancelled, LoraError, NotFinite, OutOfMemory, RequestError
@@ -68,7 +68,7 @@ def test_the_tiny_vae_is_that_of_onnxruntime(cuda, reference, height, width):
     assert relative_error(cuda.pipeline.module("tiny_vae_encoder")({"image": image})["latents"], encoded) < tolerance
 
 
-def test_pictures_are_those_of_onnxruntime(cuda, reference):
+def test_images_are_those_of_onnxruntime(cuda, reference):
     prompts = read_prompts(20)
     scores = []
     for prompt in prompts:
@@ -102,7 +102,7 @@ def test_guidance_is_that_of_onnxruntime(bf16, reference, options):
     assert psnr(ours, reference.generate(PROMPTS[2], seed=2, **options).images[0]) > 30
 
 
-def test_a_batch_of_different_lengths_gives_each_its_own_picture(bf16):
+def test_a_batch_of_different_lengths_gives_each_its_own_image(bf16):
     options = {"num_inference_steps": 4, "guidance_scale": 1.5, "negative_prompt": "text"}
     prompts = [*PROMPTS, " ".join(PROMPTS * 4)]
     batch = bf16.generate(prompts, seed=11, **options)
@@ -356,7 +356,7 @@ def test_a_lora_that_fp16_cannot_hold_is_refused_and_nothing_stays_of_it(cuda_bu
         assert value.tobytes() == before[name].tobytes(), name
 
 
-def test_our_own_attention_gives_the_same_pictures(cuda_bundles, bf16):
+def test_our_own_attention_gives_the_same_images(cuda_bundles, bf16):
     own = zimage_rt.Engine.load(cuda_bundles["bf16"], backend="cuda", backend_options={"cudnn": False})
     options = {"height": 640, "width": 640, "num_inference_steps": 2, "seed": 1}
     assert psnr(own.generate(PROMPTS[0], **options).images[0], bf16.generate(PROMPTS[0], **options).images[0]) > 40

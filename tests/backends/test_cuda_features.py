@@ -43,36 +43,36 @@ FEATURES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def picture(reference):
+def original(reference):
     return reference.generate(PROMPT, seed=3).images[0]
 
 
 @pytest.mark.parametrize("name", FEATURES)
-def test_a_feature_is_that_of_onnxruntime(cuda, reference, picture, name):
+def test_a_feature_is_that_of_onnxruntime(cuda, reference, original, name):
     options = dict(FEATURES[name])
     if options.get("image"):
-        options["image"] = picture
+        options["image"] = original
     prompt = EDIT if "mask" in options else PROMPT
     ours = cuda.generate(prompt, seed=5, **options).images[0]
     theirs = reference.generate(prompt, seed=5, **options).images[0]
     assert psnr(ours, theirs) >= {"bf16": 30, "fp16": 38}[cuda.manifest.precision]
     if name == "inpainting":
-        assert (ours[:, 128:] == picture[:, 128:]).all()
+        assert (ours[:, 128:] == original[:, 128:]).all()
 
 
 @pytest.mark.parametrize(
     "name", ["inpainting", "truncated guidance", "heun", "dpmpp_2m, karras", "dpmpp_3m_sde, simple"]
 )
-def test_a_feature_gives_the_same_bytes_by_graph_and_by_step(bf16, picture, name):
+def test_a_feature_gives_the_same_bytes_by_graph_and_by_step(bf16, original, name):
     options = dict(FEATURES[name])
     if options.get("image"):
-        options["image"] = picture
+        options["image"] = original
     first, again = (bf16.generate(PROMPT, seed=5, **options).images for _ in range(2))
     stepped = bf16.generate(PROMPT, seed=5, callback=lambda info: None, **options).images
     assert first.tobytes() == again.tobytes() == stepped.tobytes()
 
 
-def test_previews_do_not_change_the_picture(bf16):
+def test_previews_do_not_change_the_image(bf16):
     plain = bf16.generate(PROMPT, seed=5).images
     previews = []
     seen = bf16.generate(PROMPT, seed=5, callback=lambda info: previews.append(info.preview()) or True).images

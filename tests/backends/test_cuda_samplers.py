@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 from comfyui_cases import COMFYUI, check_small, load_reference, small_cases, start
-from cuda_reference import patches_of, require_gpu
+from cuda_reference import patches_of, require_kernels
 
 from zimage_rt.sampling.tables import HISTORY
 
 pytestmark = pytest.mark.gpu
-cuda = require_gpu()
+cuda_kernels = require_kernels()
 
 
 def draw(arguments: dict[str, Any]) -> np.ndarray:
-    """The loop, an evaluation on the host and a step on the GPU in turn."""
+    """The loop: an evaluation on the host, then a step on the GPU."""
     latents, steps, drawn = arguments["latents"], arguments["steps"], arguments["step_noise"]
     kept = np.zeros((HISTORY, *latents.shape), np.float32)
     noise_pred, nothing = np.empty_like(latents), np.zeros_like(latents)
@@ -25,7 +25,7 @@ def draw(arguments: dict[str, Any]) -> np.ndarray:
         arguments["predict"](latents, 1 - step[0], False, noise_pred)
         noise = next(draws) if step[7] else nothing
         patches = np.ascontiguousarray(patches_of(-noise_pred))
-        latents, kept = cuda.kernels.sampler_update(
+        latents, kept = cuda_kernels.sampler_update(
             patches, latents, kept, 2, steps, row, False, 0.0, 0.0, np.ascontiguousarray(noise), []
         )
     assert next(draws, None) is None

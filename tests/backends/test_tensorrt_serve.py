@@ -266,7 +266,7 @@ def test_the_initializers_of_a_graph_are_found_without_onnx(bundle: Path, module
 
 
 def test_the_library_refuses_what_is_no_plan(folder: Path, manifest: Manifest, engines) -> None:
-    from zimage_rt.backends._tensorrt_common import Log, deserialize
+    from zimage_rt.backends._tensorrt_engine import Log, deserialize
     from zimage_rt.backends.tensorrt_rtx import diagnosis
 
     log = Log(trt)
@@ -283,7 +283,7 @@ def test_the_library_refuses_what_is_no_plan(folder: Path, manifest: Manifest, e
 
 @needs_no_gpu
 def test_without_a_gpu_the_library_deserialises_nothing(folder: Path, engines) -> None:
-    from zimage_rt.backends._tensorrt_common import Log, deserialize
+    from zimage_rt.backends._tensorrt_engine import Log, deserialize
 
     log = Log(trt)
     with pytest.raises(BundleMismatch, match=r"refuses the plan: .*CUDA driver"):
@@ -297,8 +297,8 @@ def test_without_a_gpu_the_library_deserialises_nothing(folder: Path, engines) -
 def exported(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every module's plans in fp16, the transformer's in two parts; built fast, for nothing runs them."""
     from export_checkpoints import recipe
-    from zimage_rt.export.builders._tensorrt_options import TensorRTOptions
     from zimage_rt.export.bundle import export
+    from zimage_rt.export.tensorrt_options import TensorRTOptions
 
     out = tmp_path_factory.mktemp("exported") / "bundle"
     options = TensorRTOptions(sm=(86,), split={"transformer": 2}, optimization_level=0)
@@ -343,7 +343,7 @@ class Untouched:
 
 
 def test_the_library_sees_no_plan_before_its_hash_is_right(folder: Path, manifest: Manifest, engines) -> None:
-    from zimage_rt.backends._tensorrt_common import Log
+    from zimage_rt.backends._tensorrt_engine import Log
     from zimage_rt.backends.tensorrt_rtx import TensorRTRTXBackend
 
     # All of a backend that loading needs before a GPU; its own constructor would ask for one.

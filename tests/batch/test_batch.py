@@ -1,4 +1,4 @@
-"""Batches: tables as people have them, rows to requests, and a batch that is killed and goes on."""
+"""Batches: common formats of tables, requests from rows, and a batch that is killed and resumed."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_json_lines_are_read_and_bad_ones_are_rows_that_fail(tmp_path: Path) -> 
         (b"prompt\n\xff\xff\xff\n", "its text is not UTF-8, UTF-16 or GB18030"),
     ],
 )
-def test_what_is_no_table_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+def test_another_file_is_refused_as_a_table(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "p.csv"
     path.write_bytes(content)
     with pytest.raises(RequestError) as caught:
@@ -240,7 +240,7 @@ def done(*names: str, **more: Any) -> dict[str, Any]:
     return {"key": "k", "pictures": list(names), "sizes": [1] * len(names), "inputs": {}, "extra": {}, **more}
 
 
-def test_a_line_that_was_cut_off_is_forgotten(tmp_path: Path) -> None:
+def test_a_truncated_line_is_ignored(tmp_path: Path) -> None:
     with Journal(tmp_path, HEADER) as journal:
         journal.add(1, **done("00001.png"))
         journal.add(2, error="RequestError: no", key="k")
@@ -257,7 +257,7 @@ def test_a_line_that_was_cut_off_is_forgotten(tmp_path: Path) -> None:
         assert [path.name for path in tmp_path.glob("*.tmp")] == [".mine.tmp"]
 
 
-def test_a_folder_is_one_batchs(tmp_path: Path) -> None:
+def test_a_folder_belongs_to_one_batch(tmp_path: Path) -> None:
     with Journal(tmp_path, HEADER), pytest.raises(RequestError, match="another batch is being drawn there"):
         Journal(tmp_path, HEADER)
     with pytest.raises(RequestError, match=r"expected the bundle .* begun with, 'a', got 'b'; .* --restart"):
@@ -300,7 +300,7 @@ def test_the_engines_own_faults_fail_a_row_and_not_the_batch(
     assert not (tmp_path / "none").exists()
 
 
-def test_a_picture_of_a_batch_is_the_one_drawn_alone(engine: zimage_rt.Engine, tmp_path: Path) -> None:
+def test_an_image_of_a_batch_is_the_one_drawn_alone(engine: zimage_rt.Engine, tmp_path: Path) -> None:
     table = table_of(tmp_path, "prompt,num_images\n一只熊猫,1\na cat,2\n")
     work = Batch(engine, table, tmp_path / "out", BatchOptions(defaults=DEFAULTS, seed=3, sidecar=False))
     with work.journal:

@@ -1,4 +1,4 @@
-"""A batch that goes on: what counts as done, and what is drawn again, when tables, inputs, LoRAs and files change."""
+"""Resumed batches: rows that count as done, and rows that are drawn again after changes of tables, inputs and LoRAs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from zimage_rt.batch.batch import Batch, BatchOptions
 from zimage_rt.batch.plan import plan_rows
 from zimage_rt.batch.rows import RowContent, row_seed
 from zimage_rt.batch.table import Row, read_table
-from zimage_rt.bundle.manifest import hash_file
+from zimage_rt.bundle.verify import hash_file
 from zimage_rt.errors import RequestError
 from zimage_rt.image.formats import is_whole
 

@@ -1,4 +1,4 @@
-"""Nothing that a row holds stops a batch or passes for something else."""
+"""No value of a row stops a batch or is misread."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What judges the style LoRA and the ControlNet, on pictures composed from the judge's own atlas."""
+"""The judges of the style LoRA and the ControlNet, on images composed from the judge's atlas."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def cases(atlas: Atlas) -> list[adapters.Case]:
 def drawn(atlas: Atlas, case: adapters.Case, place: tuple[int, int]) -> np.ndarray:
     """A case's scene with its drawing at a place."""
     size = atlas.sizes["single"]["medium"]
-    picture = Image.new("RGB", (256, 256), tuple(round(255 * v) for v in atlas.colours[case.scene["colour"]]))
+    canvas = Image.new("RGB", (256, 256), tuple(round(255 * v) for v in atlas.colours[case.scene["colour"]]))
     style, subject = atlas.styles.index(case.scene["style"]), atlas.hexcodes.index(case.scene["subjects"][0])
     sprite = Image.fromarray(atlas.sprites[style, subject]).resize((size, size), Image.Resampling.BICUBIC)
-    picture.paste(sprite, (place[0] - size // 2, place[1] - size // 2), sprite)
-    return np.asarray(picture)
+    canvas.paste(sprite, (place[0] - size // 2, place[1] - size // 2), sprite)
+    return np.asarray(canvas)
 
 
 def test_the_style_is_a_small_distance(atlas, cases):
     for case in cases:
-        picture = drawn(atlas, case, case.usual)
-        assert adapters.distance_from_style(picture) > 2 * adapters.IN_STYLE
-        styled = np.rint(adapters.cyanotype(picture.astype(np.float32))).astype(np.uint8)
+        canvas = drawn(atlas, case, case.usual)
+        assert adapters.distance_from_style(canvas) > 2 * adapters.IN_STYLE
+        styled = np.rint(adapters.cyanotype(canvas.astype(np.float32))).astype(np.uint8)
         assert adapters.distance_from_style(styled) < 1
 
 
@@ -64,15 +64,15 @@ def test_the_scripts_have_the_same_style():
 
 def test_a_drawing_is_found_where_it_was_shown(atlas, cases):
     judge = Judge(atlas)
-    there = [adapters.stands(judge, drawn(atlas, case, case.shown), case) for case in cases]
-    usual = [adapters.stands(judge, drawn(atlas, case, case.usual), case) for case in cases]
+    there = [adapters.locate(judge, drawn(atlas, case, case.shown), case) for case in cases]
+    usual = [adapters.locate(judge, drawn(atlas, case, case.usual), case) for case in cases]
     assert all(answers["where shown"] for answers in there)
     assert np.mean([answers["subject there"] for answers in there]) >= 0.95
     assert not any(answers["where shown"] for answers in usual)
     assert np.mean([answers["subject there"] for answers in usual]) < 0.15
 
 
-def test_silhouettes_stand_on_the_token_grid_where_they_are_shown(atlas, cases):
+def test_silhouettes_are_on_the_token_grid_at_their_places(atlas, cases):
     for case in cases:
         card = adapters.silhouette(atlas, case)
         assert card.shape == (256, 256, 3)

@@ -1,4 +1,4 @@
-"""Which subjects look like another: the two measures, the table, and the sheets for a person."""
+"""Subjects that look alike: the two measures, the table, and the sheets for a person."""
 
 from __future__ import annotations
 

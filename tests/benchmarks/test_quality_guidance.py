@@ -1,4 +1,4 @@
-"""What measures guidance and negative prompts, on a system that draws from the judge's own atlas."""
+"""Measurements of guidance and negative prompts, on a system that draws from the judge's atlas."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from judge_pictures import compose
+from judge_images import compose
 from zimage_rt.benchmarks.quality import guidance
 from zimage_rt.benchmarks.quality.edits import names_of
 from zimage_rt.benchmarks.quality.judge import DATA, UNSEEN, Judge
@@ -34,15 +34,15 @@ class Stubborn:
         return codes[(codes.index(scene["subjects"][0]) + 1) % len(codes)]
 
     def generate(self, prompts: list[str], seeds: list[int], **options: Any) -> list[np.ndarray]:
-        pictures = []
+        images = []
         for prompt, seed in zip(prompts, seeds, strict=True):
             scene, negative = self._scenes[seed], options.get("negative_prompt")
             kept = NAMES[self.liked(scene)] in negative if negative is not None else options["guidance_scale"] > 0
             subjects = scene["subjects"] if kept else [self.liked(scene), *scene["subjects"][1:]]
             # Where the prompt is a bare name, the background is white, but for whom white is told to avoid.
             own = {"colour": "red" if negative == "white background" else "white"} if prompt in NAMES.values() else {}
-            pictures.append(compose(self._judge, {**scene, "subjects": subjects, **own}))
-        return pictures
+            images.append(compose(self._judge, {**scene, "subjects": subjects, **own}))
+        return images
 
 
 def test_figures_at_each_scale_are_the_judges(judge: Judge) -> None:

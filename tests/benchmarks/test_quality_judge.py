@@ -1,11 +1,11 @@
-"""The quality judge, on pictures composed from its own atlas: right ones pass, wrong ones fail."""
+"""The quality judge, on images composed from its own atlas: right ones pass, wrong ones fail."""
 
 import numpy as np
 import pytest
-from judge_pictures import compose
+from judge_images import compose
 from zimage_rt.benchmarks.quality import edits
-from zimage_rt.benchmarks.quality.__main__ import read_prompts
 from zimage_rt.benchmarks.quality.judge import DATA, Judge, summarise
+from zimage_rt.benchmarks.quality.prompts import read_prompts
 
 
 @pytest.fixture(scope="module")
@@ -13,7 +13,7 @@ def judge():
     return Judge()
 
 
-def test_right_pictures_pass(judge):
+def test_right_images_pass(judge):
     judged = []
     for prompt in read_prompts(40):
         scene = prompt["scene"]
@@ -67,7 +67,7 @@ def test_wrong_letters_are_seen(judge):
     assert np.mean(hits) < 0.1
 
 
-def test_an_empty_picture_holds_no_subject(judge):
+def test_an_empty_image_holds_no_subject(judge):
     prompts = [p for p in read_prompts(200) if p["scene"]["layout"] == "single"]
     hits = []
     for prompt in prompts:

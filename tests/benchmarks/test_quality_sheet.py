@@ -1,10 +1,10 @@
-"""The sheet of prompts for a model card: which are drawn, and what stands below them."""
+"""The contact sheet of prompts for a model card: the choice of prompts, and their captions."""
 
 from __future__ import annotations
 
 from zimage_rt.benchmarks.quality import sheet
-from zimage_rt.benchmarks.quality.__main__ import kind_of
 from zimage_rt.benchmarks.quality.judge import DATA
+from zimage_rt.benchmarks.quality.prompts import kind_of
 
 
 def test_the_lot_is_always_the_same_and_of_the_kinds_asked_for() -> None:

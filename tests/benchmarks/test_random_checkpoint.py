@@ -22,7 +22,7 @@ from zimage_rt.benchmarks.random_checkpoint import (  # noqa: E402
     write_checkpoint,
 )
 from zimage_rt.export.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
-from zimage_rt.export.parity import load_reference, reference_function  # noqa: E402
+from zimage_rt.export.parity.reference import load_reference, reference_function  # noqa: E402
 
 COMPONENTS = ("transformer", "text_encoder", "vae", "tiny_vae")
 

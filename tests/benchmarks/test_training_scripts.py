@@ -1,4 +1,4 @@
-"""The scripts that train zimage-nano run on other machines than this; here they must at least find one another."""
+"""The training scripts of zimage-nano, which run on other machines: here they must be importable."""
 
 from __future__ import annotations
 

@@ -13,8 +13,9 @@ from onnx import TensorProto, helper
 from shared import copy_bundle
 
 import zimage_rt
-from zimage_rt.bundle.manifest import hash_file, read_manifest, write_manifest
+from zimage_rt.bundle.manifest import read_manifest, write_manifest
 from zimage_rt.bundle.onnx_files import external_files
+from zimage_rt.bundle.verify import hash_file
 from zimage_rt.errors import BundleMismatch
 
 MODULE = "tiny_vae_decoder"

@@ -1,4 +1,4 @@
-"""The manifest: what is written is read back, and what is wrong is named."""
+"""The manifest: round trips, and errors that name the fault."""
 
 from __future__ import annotations
 
@@ -10,13 +10,8 @@ import pytest
 from manifests import small_manifest
 
 from zimage_rt.bundle.json_codec import to_json
-from zimage_rt.bundle.manifest import (
-    ShapeRange,
-    check_file,
-    hash_file,
-    read_manifest,
-    write_manifest,
-)
+from zimage_rt.bundle.manifest import ShapeRange, read_manifest, write_manifest
+from zimage_rt.bundle.verify import check_file, hash_file
 from zimage_rt.errors import BundleMismatch, ManifestError
 
 

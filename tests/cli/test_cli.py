@@ -20,7 +20,7 @@ def zimage(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_generate_writes_pictures_and_json_lines(bundle: Path, tmp_path: Path) -> None:
+def test_generate_writes_images_and_json_lines(bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "pictures"
     run = zimage("generate", bundle, "-p", "a panda", "-p", "一只猫", "-o", out, "--seed", 4, "--steps", 2, "--json")
     assert run.returncode == 0, run.stderr
@@ -101,7 +101,7 @@ def test_loras_are_put_on_and_repeated(bundle: Path, tmp_path: Path) -> None:
     assert len(set(drawn.values())) == 3
     run = zimage("generate", bundle, "--like", tmp_path / "half.png", "-o", tmp_path / "again.png")
     assert run.returncode == 0, run.stderr
-    assert "the same picture to the byte" in run.stderr
+    assert "the same image to the byte" in run.stderr
     run = zimage("generate", bundle, *settings, "--lora", tmp_path / "none.safetensors=0.5")
     assert run.returncode == 1
     assert "none.safetensors" in run.stderr.replace("\n", "")

@@ -1,4 +1,4 @@
-"""The commands as programs: any console can show what they print, help is whole, and what is missing is named."""
+"""The commands as programs: output on any console, complete help, and names of missing packages."""
 
 from __future__ import annotations
 

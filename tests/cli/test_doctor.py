@@ -1,4 +1,4 @@
-"""`zimage doctor` on the machine that runs the tests: whatever is missing here is missing for real."""
+"""`zimage doctor` on the machine that runs the tests, with whatever it lacks."""
 
 from __future__ import annotations
 

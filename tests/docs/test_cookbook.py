@@ -1,8 +1,8 @@
-"""The cookbook is what its script writes: every recipe runs, the page is up to date, and the pictures show what they
-should, both those drawn here and those on the page.
+"""The cookbook matches its script: every recipe runs, the page is up to date, and the images show the right scenes,
+those drawn here as well as those on the page.
 
-They are not compared pixel by pixel: other processors sum in another order, and the sheet of settings names the bundle,
-whose id contains the parity figures that were measured where it was exported.
+They are not compared pixel by pixel, because other processors sum in another order, and the sheet of settings names the
+bundle, whose id depends on the parity figures of its export.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ def cookbook() -> Any:
 
 @pytest.fixture(scope="module")
 def drawn(cookbook: Any, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Every recipe, run here, by the name of its picture."""
+    """Every recipe, run here, by the name of its image."""
     with contextlib.chdir(ROOT), graphs_of(bundle, CHECKPOINT):
         return {recipe.name: recipe for recipe in cookbook.draw(bundle, tmp_path_factory.mktemp("bundles"))}
 
 
 @pytest.fixture(scope="module")
 def committed(drawn: dict[str, Any]) -> dict[str, list[np.ndarray]]:
-    """The page's own pictures, cut out of its strips."""
+    """The page's own images, cut out of its strips."""
     found = {}
     for name, recipe in drawn.items():
-        strip, pictures, left = np.asarray(Image.open(PAGE.parent / "cookbook" / f"{name}.png").convert("RGB")), [], 0
-        for height, width in (picture.shape[:2] for picture in recipe.pictures):
-            pictures.append(strip[:height, left : left + width])
+        strip, images, left = np.asarray(Image.open(PAGE.parent / "cookbook" / f"{name}.png").convert("RGB")), [], 0
+        for height, width in (image.shape[:2] for image in recipe.images):
+            images.append(strip[:height, left : left + width])
             left += width + 8
-        found[name] = pictures
+        found[name] = images
     return found
 
 
@@ -64,19 +64,19 @@ def judge() -> Judge:
     return Judge()
 
 
-def seen(judge: Judge, picture: np.ndarray, scene: Any) -> tuple[str | None, tuple[str, ...]]:
+def seen(judge: Judge, image: np.ndarray, scene: Any) -> tuple[str | None, tuple[str, ...]]:
     """The background, where the scene names one, and the nearest of all drawings at each of the scene's places."""
     if scene.box is not None:
         left, top, side = scene.box
-        cut = Image.fromarray(picture[top : top + side, left : left + side])
-        picture = np.asarray(cut.resize((256, 256), Image.Resampling.BICUBIC))
-    height, width = picture.shape[:2]
-    ground = judge.background(picture)
+        cut = Image.fromarray(image[top : top + side, left : left + side])
+        image = np.asarray(cut.resize((256, 256), Image.Resampling.BICUBIC))
+    height, width = image.shape[:2]
+    ground = judge.background(image)
     if len(scene.subjects) == 1:
         places = [(width // 2 + scene.moved[0], height // 2 + scene.moved[1])]
     else:
         places = [(width // 4, height // 2), (3 * width // 4, height // 2)]
-    tables = [judge.distances(picture, ground, x, y, judge.atlas.sizes["single"]["medium"]) for x, y in places]
+    tables = [judge.distances(image, ground, x, y, judge.atlas.sizes["single"]["medium"]) for x, y in places]
     nearest = (judge.atlas.hexcodes[int(table.min(axis=0).argmin())] for table in tables)
     return ground if scene.colour else None, tuple(NAMES[code] for code in nearest)
 
@@ -85,26 +85,24 @@ def test_the_page_is_up_to_date(cookbook: Any, drawn: dict[str, Any]) -> None:
     lines = [line for recipe in drawn.values() for line in recipe.lines]
     assert "\n".join([*cookbook.header(), *lines]) + "\n" == PAGE.read_text(encoding="utf-8"), STALE
     for name, recipe in drawn.items():
-        strip = cookbook.side_by_side(recipe.pictures)
+        strip = cookbook.side_by_side(recipe.images)
         assert Image.open(PAGE.parent / "cookbook" / f"{name}.png").size == strip.size, f"{name}: {STALE}"
     assert {path.stem for path in (PAGE.parent / "cookbook").glob("*.png")} == set(drawn), STALE
 
 
-def test_pictures_show_what_they_should(
-    judge: Judge, drawn: dict[str, Any], committed: dict[str, list[np.ndarray]]
-) -> None:
+def test_images_show_their_scenes(judge: Judge, drawn: dict[str, Any], committed: dict[str, list[np.ndarray]]) -> None:
     for name, recipe in drawn.items():
-        assert recipe.scenes, f"{name}: name the scenes that its pictures show"
+        assert recipe.scenes, f"{name}: name the scenes that its images show"
         for scene in recipe.scenes:
-            for where, pictures in (("drawn here", recipe.pictures), ("on the page", committed[name])):
-                found = seen(judge, pictures[scene.picture], scene)
-                assert found == (scene.colour, scene.subjects), f"{name}, picture {scene.picture}, {where}"
+            for where, images in (("drawn here", recipe.images), ("on the page", committed[name])):
+                found = seen(judge, images[scene.image], scene)
+                assert found == (scene.colour, scene.subjects), f"{name}, image {scene.image}, {where}"
 
 
-def test_another_picture_in_its_place_is_seen(
+def test_a_wrong_image_on_the_page_is_detected(
     judge: Judge, drawn: dict[str, Any], committed: dict[str, list[np.ndarray]]
 ) -> None:
-    """Each scene is looked for in a picture of the page that shows another one, and is not found."""
+    """Each scene is looked for in an image of the page that shows another one, and is not found."""
     shown = [(name, scene) for name, recipe in drawn.items() for scene in recipe.scenes]
     for i, (name, scene) in enumerate(shown):
         # Names alone: without its colour a scene is found on every background.
@@ -113,31 +111,31 @@ def test_another_picture_in_its_place_is_seen(
             for other, instead in (*shown[i:], *shown[:i])
             if instead.subjects != scene.subjects and instead.box is None
         )
-        found = seen(judge, committed[other][instead.picture], scene)[1]
-        assert found != scene.subjects, f"{name}, picture {scene.picture}, in place of which stands {other}"
+        found = seen(judge, committed[other][instead.image], scene)[1]
+        assert found != scene.subjects, f"{name}, image {scene.image}, in place of which stands {other}"
 
 
-def test_pictures_without_a_scene_go_where_they_should(
+def test_images_without_a_scene_have_their_effects(
     drawn: dict[str, Any], committed: dict[str, list[np.ndarray]]
 ) -> None:
-    for pictures in (drawn["lora"].pictures, committed["lora"]):
-        distances = [adapters.distance_from_style(picture) for picture in pictures]
+    for images in (drawn["lora"].images, committed["lora"]):
+        distances = [adapters.distance_from_style(image) for image in images]
         assert all(later < earlier for earlier, later in pairwise(distances))
         assert distances[-1] < adapters.IN_STYLE
-    for pictures in (drawn["previews"].pictures, committed["previews"]):
-        left = [np.abs(picture.astype(float) - pictures[-1]).mean() for picture in pictures]
+    for images in (drawn["previews"].images, committed["previews"]):
+        left = [np.abs(image.astype(float) - images[-1]).mean() for image in images]
         assert all(later < earlier for earlier, later in pairwise(left))
-    for pictures in (drawn["shapes"].pictures, committed["shapes"]):
+    for images in (drawn["shapes"].images, committed["shapes"]):
         # Above and below what was given it is dark, nearly as fitted; the orange between has a mean of 148.
-        padded = pictures[2].astype(float)
+        padded = images[2].astype(float)
         assert padded[:40].mean() < 60
         assert padded[-40:].mean() < 60
         assert padded[60:-60].mean() > 100
-    for pictures in (drawn["inpaint"].pictures, committed["inpaint"]):
-        assert (pictures[2][:, 150:] == pictures[0][:, 150:]).all()
+    for images in (drawn["inpaint"].images, committed["inpaint"]):
+        assert (images[2][:, 150:] == images[0][:, 150:]).all()
 
 
-def test_a_picture_drawn_again_is_the_same_to_the_byte(drawn: dict[str, Any]) -> None:
+def test_an_image_drawn_again_is_the_same_to_the_byte(drawn: dict[str, Any]) -> None:
     """On one machine, also from another process."""
-    first, second, third = drawn["the_same_picture_again"].pictures
+    first, second, third = drawn["the_same_picture_again"].images
     assert first.tobytes() == second.tobytes() != third.tobytes()

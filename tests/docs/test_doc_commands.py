@@ -1,10 +1,12 @@
-"""Every command and program that the documentation shows: its options exist, and so do the files that it names."""
+"""Commands and programs of the documentation: their options and files exist."""
 
 from __future__ import annotations
 
 import doc_commands
+import doc_pages
 import pytest
-from doc_commands import ROOT, Block, Command, Files, Refused
+from doc_commands import Files
+from doc_pages import ROOT, Block, Command, Refused
 
 pytest.importorskip("torch", reason="parses the options of zimage-export and of the benchmarks")
 
@@ -14,34 +16,32 @@ def text_of(page: str) -> str:
 
 
 def commands_of(page: str) -> list[Command]:
-    return [
-        command for block in doc_commands.blocks(page, text_of(page)) for command in doc_commands.commands_in(block)
-    ]
+    return [command for block in doc_pages.blocks(page, text_of(page)) for command in doc_pages.commands_in(block)]
 
 
 @pytest.fixture(scope="module")
 def bundles() -> set[str]:
-    """What the pages' exports make, on whatever page."""
-    return doc_commands.exported([command for page in doc_commands.pages() for command in commands_of(page)])
+    """Bundles that the pages' exports write."""
+    return doc_commands.exported([command for page in doc_pages.pages() for command in commands_of(page)])
 
 
 def check(page: str, text: str, bundles: set[str]) -> list[str]:
-    """What is wrong with a page."""
+    """Problems of a page."""
     problems = []
-    found = doc_commands.blocks(page, text)
+    found = doc_pages.blocks(page, text)
     files = Files(bundles, doc_commands.shown_files(found))
     for block in found:
         try:
             if block.language == "python":
                 doc_commands.check_python(block, files)
-            for command in doc_commands.commands_in(block):
+            for command in doc_pages.commands_in(block):
                 try:
                     files.check(command, doc_commands.parse(command))
                 except Refused as error:
                     problems.append(str(error))
         except Refused as error:
             problems.append(str(error))
-    for command in doc_commands.inline_commands(page, text):
+    for command in doc_pages.inline_commands(page, text):
         try:
             doc_commands.parse(command)
         except Refused as error:
@@ -49,18 +49,18 @@ def check(page: str, text: str, bundles: set[str]) -> list[str]:
     return problems
 
 
-@pytest.mark.parametrize("page", doc_commands.pages())
+@pytest.mark.parametrize("page", doc_pages.pages())
 def test_a_pages_commands_parse_and_its_files_exist(page: str, bundles: set[str]) -> None:
     assert check(page, text_of(page), bundles) == []
 
 
 def test_the_pages_show_commands_at_all() -> None:
     """A page that is renamed, or a fence that is not understood, would make the test above pass on nothing."""
-    shown = [command for page in doc_commands.pages() for command in commands_of(page)]
+    shown = [command for page in doc_pages.pages() for command in commands_of(page)]
     programs = {command.program for command in shown}
     assert {"zimage", "zimage-export", "make", "pip", "python"} <= programs
     assert {"README.md", "docs/tensorrt.md", "docs/cookbook.md"} <= {command.page for command in shown}
-    python = [block for page in doc_commands.pages() for block in doc_commands.blocks(page, text_of(page))]
+    python = [block for page in doc_pages.pages() for block in doc_pages.blocks(page, text_of(page))]
     assert sum(block.language == "python" for block in python) > 10
 
 
@@ -97,7 +97,7 @@ def test_a_wrong_command_is_seen(shown: str, problem: str, bundles: set[str]) ->
     assert problem in " ".join(found.split())
 
 
-def test_what_came_before_is_there(bundles: set[str]) -> None:
+def test_outputs_of_earlier_commands_exist(bundles: set[str]) -> None:
     page = """
 ```sh
 VARIABLE=1 zimage generate engines/nano -p "a cat" \\
@@ -118,7 +118,7 @@ animal,colour
 ```
 """
     assert check("page.md", page, {*bundles, "engines/mine"}) == []
-    commands = [c for block in doc_commands.blocks("page.md", page) for c in doc_commands.commands_in(block)]
+    commands = [c for block in doc_pages.blocks("page.md", page) for c in doc_pages.commands_in(block)]
     assert commands[0].words == ("zimage", "generate", "engines/nano", "-p", "a cat", "--seed", "3", "-o", "first.png")
     assert commands[0].environment == ("VARIABLE=1",)
     assert [command.line for command in commands[:3]] == [3, 5, 5]
@@ -159,8 +159,8 @@ def test_programs(program: str, problem: str | None, bundles: set[str]) -> None:
 
 def test_an_open_block_is_seen() -> None:
     with pytest.raises(Refused, match=r"page.md:2: a block that nothing closes"):
-        doc_commands.blocks("page.md", "text\n```sh\nzimage doctor\n")
-    (block,) = doc_commands.blocks("page.md", "text\n\n```sh\nzimage doctor\n```\n")
+        doc_pages.blocks("page.md", "text\n```sh\nzimage doctor\n")
+    (block,) = doc_pages.blocks("page.md", "text\n\n```sh\nzimage doctor\n```\n")
     assert block == Block("page.md", 4, "sh", "zimage doctor", "text")
 
 

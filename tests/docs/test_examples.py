@@ -48,7 +48,7 @@ def test_the_service_finishes_cancels_and_times_out(bundle: Path, tmp_path: Path
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["fox.png", "panda.png"]
 
 
-def test_a_job_of_the_service_is_the_engine_s_own_picture(example: ModuleType, engine: zimage_rt.Engine) -> None:
+def test_a_job_of_the_service_returns_the_engines_image(example: ModuleType, engine: zimage_rt.Engine) -> None:
     fields = {"seed": 6, "num_inference_steps": 2}
     with example.Service(engine) as service:
         job = service.submit("a panda", **fields)
@@ -75,15 +75,15 @@ def test_the_batch_draws_every_row_once(bundle: Path, tmp_path: Path) -> None:
     arguments = ("batch_from_table.py", bundle, ROOT / "examples" / "animals.csv", "--out", tmp_path)
     first = run(*arguments)
     assert "0 of 3 rows are done" in first.stdout and "a penguin, green background" in first.stdout
-    pictures = sorted(tmp_path.glob("*.png"))
-    records = [zimage_rt.read_record(path) for path in pictures]
+    images = sorted(tmp_path.glob("*.png"))
+    records = [zimage_rt.read_record(path) for path in images]
     assert [record.request["seed"] for record in records] == [3, 4, 5]
-    written = [path.stat().st_mtime_ns for path in pictures]
+    written = [path.stat().st_mtime_ns for path in images]
     assert "3 of 3 rows are done" in run(*arguments).stdout
-    assert [path.stat().st_mtime_ns for path in pictures] == written, "a second run draws nothing anew"
+    assert [path.stat().st_mtime_ns for path in images] == written, "a second run draws nothing anew"
 
 
-def test_the_lora_changes_pictures_and_leaves_no_trace(bundle: Path, tmp_path: Path) -> None:
+def test_the_lora_changes_images_and_leaves_no_trace(bundle: Path, tmp_path: Path) -> None:
     run("lora_swap.py", bundle, CYANOTYPE, "--out", tmp_path)
     plain, half, full, off = (pixels(tmp_path / f"{name}.png").astype(int) for name in ("plain", "half", "full", "off"))
     assert np.array_equal(off, plain)

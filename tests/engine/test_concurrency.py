@@ -1,4 +1,4 @@
-"""How many requests compute at once, and who is told how far they have come."""
+"""The limit of concurrent requests, and callbacks that report progress."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from zimage_rt.request.types import SecondPass
 SMALL: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 2, "seed": 3}
 
 
-def test_a_gate_lets_so_many_in_and_the_others_in_their_order() -> None:
+def test_a_gate_admits_its_limit_and_queues_the_others_in_order() -> None:
     gate, entered, leave = Gate(2), [], [threading.Event() for _ in range(6)]
     inside = [threading.Event() for _ in range(6)]
 
@@ -46,7 +46,7 @@ def test_a_gate_lets_so_many_in_and_the_others_in_their_order() -> None:
     assert gate._free == 2
 
 
-def test_a_thread_keeps_its_place_and_gives_it_back_when_it_fails() -> None:
+def test_a_thread_keeps_its_slot_and_frees_it_when_it_fails() -> None:
     gate = Gate(1)
     with pytest.raises(ValueError, match="inside"), gate.place(), gate.place():
         raise ValueError("inside")
@@ -89,7 +89,7 @@ def told(engine: zimage_rt.Engine, **fields: Any) -> list[tuple[str, int, int]]:
     return calls
 
 
-def test_stages_of_a_request(engine: zimage_rt.Engine) -> None:
+def test_stages_of_a_request_are_reported(engine: zimage_rt.Engine) -> None:
     two = [("denoise", 0, 2), ("denoise", 1, 2), ("denoise", 2, 2)]
     assert told(engine) == [
         ("encode_prompt", 0, 1),
@@ -116,7 +116,7 @@ def test_tiles_are_counted_and_a_callback_is_called_too(engine: zimage_rt.Engine
     assert plain.tobytes() == seen.tobytes()
 
 
-def test_what_is_raised_in_a_stage_ends_the_request(engine: zimage_rt.Engine) -> None:
+def test_an_exception_in_a_stage_ends_the_request(engine: zimage_rt.Engine) -> None:
     def stop(stage: str, done: int, total: int) -> None:
         if stage == "denoise" and done == 1:
             raise KeyError(stage)
@@ -127,7 +127,7 @@ def test_what_is_raised_in_a_stage_ends_the_request(engine: zimage_rt.Engine) ->
     assert engine.generate("a panda", **SMALL).images.std() > 0
 
 
-def test_loading_is_told(bundle: Path) -> None:
+def test_stages_of_loading_are_reported(bundle: Path) -> None:
     calls: list[tuple[str, int, int]] = []
     engine = zimage_rt.Engine.load(bundle, progress=lambda *call: calls.append(call))
     hashed = [call for call in calls if call[0] == "hash"]

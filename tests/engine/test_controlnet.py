@@ -1,4 +1,4 @@
-"""ControlNets on zimage-nano: pictures against diffusers' own pipeline, beside the other features, refusals."""
+"""ControlNets on zimage-nano: images against diffusers' pipeline, combinations with other features, refusals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from diffusers import ZImageControlNetModel, ZImageControlNetPipeline
 from export_checkpoints import graphs_of, recipe
 from lora_files import changed, peft, random_lora, write
 from PIL import Image
-from shared import CHECKPOINT, SAME_PICTURE
+from shared import CHECKPOINT, SAME_IMAGE
 from zimage_rt.benchmarks.fidelity import psnr
 from zimage_rt.export.bundle import export
 
@@ -29,7 +29,7 @@ from zimage_rt.errors import BundleMismatch, MetadataError, RequestError
 from zimage_rt.request.resolve import resolve
 from zimage_rt.request.types import SecondPass
 
-# In dB: what images that show different things stay below, far from rounding (`SAME_PICTURE`): 13 to 37 are measured.
+# PSNR in dB below which images show different things; 13 to 37 are measured. Rounding is far above (`SAME_IMAGE`).
 DIFFERENT = 40
 PROMPT = "a panda on a blue background"
 LONGER = "a cat on the left and a house on the right, purple background, drawn as children draw them, with a pencil"
@@ -37,14 +37,16 @@ LONGER = "a cat on the left and a house on the right, purple background, drawn a
 
 @pytest.fixture(scope="module")
 def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights in the architecture of zimage-nano-controlnet, whose graph the cookbook needs too. It is that of
-    2.0: channels for inpainting, and the control blocks run twice, for the noise refiner and for the layers."""
+    """Random weights in the architecture of zimage-nano-controlnet, whose graph the cookbook needs as well.
+
+    It is that of Fun-Union 2.0: channels for inpainting, and control layers that also run over the image alone.
+    """
     return make_controlnet(tmp_path_factory.mktemp("net"), "control_layers", control_layers_places=[0])
 
 
 @pytest.fixture(scope="module")
 def controlled(bundle: Path, net: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The nano bundle with that ControlNet; the VAEs come from the one that is there."""
+    """The nano bundle with that ControlNet; its VAEs are those of the exported bundle."""
     out = tmp_path_factory.mktemp("bundles") / "controlled"
     with graphs_of(bundle, CHECKPOINT):
         manifest = export(recipe(CHECKPOINT, out, vae=(), parity=False, parts={"controlnet": net}))
@@ -62,7 +64,7 @@ def controlled(bundle: Path, net: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="module")
 def following(controlled: Path) -> zimage_rt.Engine:
-    """An engine that can follow a control image."""
+    """An engine with a ControlNet."""
     return zimage_rt.Engine.load(controlled)
 
 
@@ -83,10 +85,8 @@ def theirs(pipeline: Any, card: Image.Image, prompts: list[str], **settings: Any
     settings = {"num_inference_steps": 4, "height": 256, "width": 192, "guidance_scale": 0.0, **settings}
     shape = (1, 16, settings["height"] // 8, settings["width"] // 8)
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(5 + i)) for i in range(len(prompts))]
-    pictures = pipeline(
-        list(prompts), control_image=card, latents=torch.cat(noise), output_type="np", **settings
-    ).images
-    return np.rint(pictures * 255).astype(np.uint8)
+    images = pipeline(list(prompts), control_image=card, latents=torch.cat(noise), output_type="np", **settings).images
+    return np.rint(images * 255).astype(np.uint8)
 
 
 def ours(engine: zimage_rt.Engine, card: Any, prompts: Any = PROMPT, **settings: Any) -> np.ndarray:
@@ -100,11 +100,11 @@ def plain(following: zimage_rt.Engine) -> np.ndarray:
 
 
 @pytest.mark.parametrize("scale", [0.75, 0.25, 1.5])
-def test_a_picture_follows_as_in_diffusers(following, reference, card, plain, scale):
+def test_an_image_follows_as_in_diffusers(following, reference, card, plain, scale):
     expected = theirs(reference, card, [PROMPT], controlnet_conditioning_scale=scale)
-    picture = ours(following, card, control_scale=scale)
-    assert psnr(picture[0], expected[0]) >= SAME_PICTURE
-    assert psnr(picture[0], plain[0]) < DIFFERENT
+    image = ours(following, card, control_scale=scale)
+    assert psnr(image[0], expected[0]) >= SAME_IMAGE
+    assert psnr(image[0], plain[0]) < DIFFERENT
 
 
 def test_the_default_scale_is_that_of_diffusers(following, card):
@@ -120,11 +120,11 @@ def test_the_default_scale_is_that_of_diffusers(following, card):
     ],
 )
 def test_batches_and_guidance_follow_as_in_diffusers(following, reference, card, settings):
-    """Prompts of two lengths, and a negative one of a third, which are batched apart."""
+    """Prompts of two lengths and a negative prompt of a third, which run in separate batches."""
     prompts = [PROMPT, LONGER]
     expected = theirs(reference, card, prompts, negative_prompt=["text"] * 2, **settings)
-    pictures = ours(following, card, prompts, negative_prompt="text", **settings)
-    assert min(psnr(*pair) for pair in zip(pictures, expected, strict=True)) >= SAME_PICTURE
+    images = ours(following, card, prompts, negative_prompt="text", **settings)
+    assert min(psnr(*pair) for pair in zip(images, expected, strict=True)) >= SAME_IMAGE
 
 
 def test_at_scale_0_nothing_is_followed(following, card, plain):
@@ -136,24 +136,24 @@ def test_at_scale_0_nothing_is_followed(following, card, plain):
 
 
 def test_another_size_is_fitted_as_images_are(following, reference, card):
-    """diffusers stretches."""
+    """Unlike in diffusers, which stretches."""
     expected = theirs(reference, card, [PROMPT], height=128, width=160)
-    assert psnr(ours(following, card, height=128, width=160, fit="stretch")[0], expected[0]) >= SAME_PICTURE
+    assert psnr(ours(following, card, height=128, width=160, fit="stretch")[0], expected[0]) >= SAME_IMAGE
     pixels = np.asarray(card)
     cut = ours(following, card, height=192, width=192)
     assert cut.tobytes() == ours(following, Image.fromarray(pixels[32:224])).tobytes()
 
 
-# --- beside the other features ----------------------------------------------------------------------------------------
+# --- with other features ----------------------------------------------------------------------------------------
 
 
-def test_a_picture_to_begin_from_may_follow_too(following, card, plain):
+def test_image_to_image_follows_a_control_image(following, card, plain):
     fields = {"image": plain[0], "strength": 0.6}
     free, bound = ours(following, None, **fields), ours(following, card, **fields)
     assert psnr(free[0], bound[0]) < DIFFERENT
-    # At full strength the picture is forgotten, and the control image alone says what is drawn.
+    # At full strength the input image has no effect, only the control image.
     forgotten = ours(following, card, image=plain[0], strength=1.0)
-    assert psnr(forgotten[0], ours(following, card)[0]) >= SAME_PICTURE
+    assert psnr(forgotten[0], ours(following, card)[0]) >= SAME_IMAGE
 
 
 def test_what_a_mask_keeps_is_kept(following, card, plain):
@@ -166,7 +166,7 @@ def test_what_a_mask_keeps_is_kept(following, card, plain):
 
 
 def test_a_second_pass_follows_at_its_own_size(following, card):
-    """As a second request over the first one's result does, with the control image at that size."""
+    """Like a second request for the first one's result, with the control image at that size."""
     fields = {"num_inference_steps": 3, "seed": 5, "vae": "full"}
     again = SecondPass(scale=1.5, strength=0.5)
     small = {"height": 128, "width": 96, **fields}
@@ -174,13 +174,13 @@ def test_a_second_pass_follows_at_its_own_size(following, card):
     first = following.generate(PROMPT, control_image=card, **small).pil_images[0]
     larger, control = (image.resize((144, 192), Image.Resampling.LANCZOS) for image in (first, card))
     second = ours(following, control, image=larger, strength=0.5, num_inference_steps=3)
-    assert psnr(both.images[0], second[0]) >= SAME_PICTURE
+    assert psnr(both.images[0], second[0]) >= SAME_IMAGE
     free = ours(following, None, image=larger, strength=0.5, num_inference_steps=3)
     assert psnr(both.images[0], free[0]) < DIFFERENT
 
 
 def test_loras_change_what_follows(controlled, following, reference, card, tmp_path):
-    """Those that come after the ControlNet was loaded, and those that were there before; off, every byte is back."""
+    """LoRAs loaded before and after the ControlNet; switched off, every byte is restored."""
     lora = random_lora(reference.transformer, seed=1)
     before = ours(following, card)
     path = write(tmp_path / "style.safetensors", peft(lora))
@@ -192,7 +192,7 @@ def test_loras_change_what_follows(controlled, following, reference, card, tmp_p
     expected = theirs(
         ZImageControlNetPipeline(**{**pipeline.components}), card, [PROMPT], controlnet_conditioning_scale=0.75
     )
-    assert psnr(styled[0], expected[0]) >= SAME_PICTURE
+    assert psnr(styled[0], expected[0]) >= SAME_IMAGE
     assert psnr(styled[0], before[0]) < 35
     assert ours(following, card).tobytes() == before.tobytes()
     fresh = zimage_rt.Engine.load(controlled)
@@ -200,7 +200,7 @@ def test_loras_change_what_follows(controlled, following, reference, card, tmp_p
     assert ours(fresh, card).tobytes() == styled.tobytes()
 
 
-def test_a_picture_says_what_it_followed_and_is_drawn_again(following, controlled, card, tmp_path):
+def test_an_image_records_its_control_image_and_is_repeated(following, controlled, card, tmp_path):
     path = tmp_path / "card.png"
     card.save(path)
     result = following.generate(
@@ -229,7 +229,7 @@ def test_a_picture_says_what_it_followed_and_is_drawn_again(following, controlle
 # --- sizes and refusals -----------------------------------------------------------------------------------------------
 
 
-def test_a_control_image_says_the_size_where_nothing_else_does(following, card):
+def test_a_control_image_sets_the_size_if_nothing_else_does(following, card):
     def size(**fields: Any) -> tuple[int, int]:
         resolved = resolve(zimage_rt.GenerateRequest(PROMPT, control_image=card, **fields), following.manifest)
         assert resolved.control_image is not None
@@ -253,7 +253,7 @@ def test_a_bundle_without_one_says_how_to_get_it(engine: zimage_rt.Engine, card:
         ({"control_scale": -1.0}, "control_scale: expected a finite number, 0 or more, got -1.0"),
         ({"control_scale": float("nan")}, "control_scale: expected a finite number"),
         ({"control_scale": "much"}, "control_scale: expected a number, got 'much'"),
-        ({"control_image": "no/such/picture.png"}, "control_image: no/such/picture.png cannot be read as a picture"),
+        ({"control_image": "no/such/image.png"}, "control_image: no/such/image.png cannot be read as an image"),
         ({"control_image": 5}, "control_image: expected a PIL image, an array or a path, got int"),
         ({"control_image": Image.new("RGB", (8, 8))}, "height: expected 64"),
     ],

@@ -1,4 +1,4 @@
-"""The engine on the real bundle: pictures, batches, callbacks, threads, bad bundles, and no torch in the process."""
+"""The engine on the real bundle: images, batches, callbacks, threads, bad bundles, and no torch in the process."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from zimage_rt.benchmarks.quality.__main__ import read_prompts
 from zimage_rt.benchmarks.quality.judge import Judge, summarise
+from zimage_rt.benchmarks.quality.prompts import read_prompts
 
 import zimage_rt
 
@@ -29,7 +29,7 @@ def max_difference(first: np.ndarray, second: np.ndarray) -> int:
     return int(np.abs(first.astype(np.int16) - second.astype(np.int16)).max())
 
 
-def test_pictures_show_what_the_prompts_say(engine: zimage_rt.Engine) -> None:
+def test_images_show_what_the_prompts_say(engine: zimage_rt.Engine) -> None:
     prompts = [prompt for prompt in read_prompts(60) if not prompt["unseen"]][:16]
     judge, judged = Judge(), []
     for prompt in prompts:
@@ -49,7 +49,7 @@ def test_same_request_same_bytes(engine: zimage_rt.Engine) -> None:
     assert set(first.timings) == {"encode_prompt", "denoise", "decode", "total"}
 
 
-def test_a_batch_gives_each_the_picture_it_has_alone(engine: zimage_rt.Engine) -> None:
+def test_a_batch_gives_each_the_image_it_has_alone(engine: zimage_rt.Engine) -> None:
     options = {"num_inference_steps": 4, "guidance_scale": 1.5, "negative_prompt": "text"}
     batch = engine.generate(PROMPTS, seed=11, **options)
     for i, prompt in enumerate(PROMPTS):

@@ -1,4 +1,4 @@
-"""Contact sheets: what stands on them, and where."""
+"""Contact sheets: contents and layout."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def pixels(sheet: Image.Image) -> np.ndarray:
     return np.asarray(sheet.convert("RGB"))
 
 
-def holds(sheet: np.ndarray, picture: np.ndarray) -> bool:
+def holds(sheet: np.ndarray, image: np.ndarray) -> bool:
     """Whether the sheet has these pixels somewhere."""
-    height, width = picture.shape[:2]
-    corners = np.argwhere((sheet[: -height + 1, : -width + 1] == picture[0, 0]).all(-1))
-    return any((sheet[y : y + height, x : x + width] == picture).all() for y, x in corners)
+    height, width = image.shape[:2]
+    corners = np.argwhere((sheet[: -height + 1, : -width + 1] == image[0, 0]).all(-1))
+    return any((sheet[y : y + height, x : x + width] == image).all() for y, x in corners)
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +38,11 @@ def sheet(engine: zimage_rt.Engine) -> Explanation:
     return explain(engine, "一只 panda", steps=[3, 1], guidance_scales=[2.0, 0.0], seed=4, cell=96, **SMALL)
 
 
-def test_every_picture_is_the_one_drawn_alone(engine: zimage_rt.Engine, sheet: Explanation) -> None:
+def test_every_image_is_the_one_drawn_alone(engine: zimage_rt.Engine, sheet: Explanation) -> None:
     there = pixels(sheet.image)
     for steps in (1, 3):
         for scale in (0.0, 2.0):
-            # A cell of the picture's own size, so that its very pixels are on the sheet.
+            # A cell of the image's own size, so that its very pixels are on the sheet.
             alone = engine.generate(
                 "一只 panda", seed=4, num_inference_steps=steps, guidance_scale=scale, vae="tiny", **SMALL
             )
@@ -59,13 +59,13 @@ def test_the_steps_between_are_on_the_sheet(engine: zimage_rt.Engine, sheet: Exp
         callback=lambda info: previews.append(info.preview()[0]),
         **SMALL,
     )
-    # The strip is no wider than two columns above it, so that its three pictures are 88 pixels wide.
+    # The strip is no wider than two columns above it, so that its three images are 88 pixels wide.
     there = pixels(sheet.image)
     small = [np.asarray(Image.fromarray(one).resize((88, 59), Image.Resampling.LANCZOS)) for one in previews]
     assert all(holds(there, one) for one in small)
 
 
-def test_the_file_says_what_it_shows(engine: zimage_rt.Engine, sheet: Explanation, tmp_path: Path) -> None:
+def test_the_file_records_its_settings(engine: zimage_rt.Engine, sheet: Explanation, tmp_path: Path) -> None:
     path = sheet.save(tmp_path / "deeper" / "sheet.png")
     data = json.loads(Image.open(path).info[KEY])
     assert data == sheet.data
@@ -127,11 +127,11 @@ def test_nonsense_is_refused(engine: zimage_rt.Engine, fields: dict[str, Any], m
 
 def test_sheets_of_other_shapes_are_whole() -> None:
     tall, wide = np.full((128, 32, 3), 9, np.uint8), np.full((32, 128, 3), 200, np.uint8)
-    for picture in (tall, wide):
-        row = [SheetImage(picture, "a label that is much wider than its picture") for _ in range(3)]
+    for image in (tall, wide):
+        row = [SheetImage(image, "a label that is much wider than its image") for _ in range(3)]
         text = "word " * 60 + "一" * 300 + "x" * 500
         there = pixels(draw_sheet([text, "second"], [Section("title", None, [("row", row)], 128)]))
-        assert holds(there, picture)
+        assert holds(there, image)
         for edge in (there[: MARGIN // 2], there[-MARGIN // 2 :], there[:, : MARGIN // 2], there[:, -MARGIN // 2 :]):
             assert (edge == 255).all()  # nothing runs over the edge
 
@@ -156,8 +156,8 @@ DEJAVU = "/usr/share/fonts/truetype/dejavu/DejaVuSans.ttf"
 
 
 def test_pillows_own_font_is_kept_for_what_it_has() -> None:
-    font = find_font("A panda, 50 % é")
-    assert font.missing("A panda, 50 % é") == []
+    font = find_font("A panda, 50 %")
+    assert font.missing("A panda, 50 %") == []
     assert font.missing("猫a猫") == ["猫"]
 
 
@@ -172,7 +172,7 @@ def test_a_font_of_the_system_is_found_for_what_pillows_lacks(tmp_path: Path) ->
     assert find_font("a panda", places).missing("п") == ["п"]  # not looked for
 
 
-def test_what_no_font_has_is_said_once_and_never_a_box(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_character_without_a_font_is_reported_once_and_never_a_box(monkeypatch: pytest.MonkeyPatch) -> None:
     cell = SheetImage(np.full((96, 96, 3), 128, np.uint8), "label")
     sections = [Section("title", None, [("row", [cell])], 96)]
     monkeypatch.setattr(fonts, "PLACES", ())

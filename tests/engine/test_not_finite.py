@@ -1,4 +1,4 @@
-"""A module that gives NaN is an error that names it and its causes, never a black image."""
+"""A module that returns NaN raises an error with its name and possible causes, instead of a black image."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GREY = np.full((64, 64, 3), 128, np.uint8)
 
 
 def damaged(bundle: Path, folder: Path, module: str) -> zimage_rt.Engine:
-    """The bundle with a module all of whose weights are NaN."""
+    """The bundle with a module of NaN weights."""
     path = copy_bundle(bundle, folder, module) / f"{module}.safetensors"
     data = bytearray(path.read_bytes())
     start = 8 + struct.unpack("<Q", data[:8])[0]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from shared import CHECKPOINT
 from zimage_rt.benchmarks.fidelity import SETTINGS, compare
-from zimage_rt.benchmarks.quality.__main__ import read_prompts
+from zimage_rt.benchmarks.quality.prompts import read_prompts
 from zimage_rt.benchmarks.systems.base import System, load_system
 
 
@@ -21,5 +21,5 @@ def reference() -> System:
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_fp32_equals_diffusers(bundle: Path, reference: System, setting: dict[str, Any]) -> None:
     scores = compare(load_system("zimage_rt", bundle=str(bundle)), reference, read_prompts(5), setting)
-    # As `conftest.SAME_PICTURE` says, of the mean of five.
+    # As `shared.SAME_IMAGE` says, of the mean of five.
     assert np.mean(scores) >= 50, scores

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import ast
 from pathlib import Path
 
 import pytest
+from rooms import levels_of, upward_imports
 from shared import ROOT
 
 PACKAGE = ROOT / "zimage_rt"
-# From the lowest up: a room, or a module of the top, imports what stands before it, and its own room.
+# From the lowest level up: a room, or a module of the top, imports from lower levels and from itself.
 ORDER = (
     ("_version", "errors", "limits", "checks", "atomic_write", "rwlock", "gate", "not_finite", "_core", "_cuda"),
     ("sampling",),
@@ -26,39 +26,16 @@ ORDER = (
     ("session", "explain", "batch"),
     ("cli",),
 )
-LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
-
-
-def imports(path: Path) -> list[tuple[str, int]]:
-    """The rooms and top-level modules that a module of the package imports, with the lines."""
-    package = ["zimage_rt", *path.relative_to(PACKAGE).parts[:-1]]
-    found = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            module = ".".join([*base, *([node.module] if node.module else [])])
-            names = [f"{module}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        else:
-            continue
-        found += [(name.split(".")[1], node.lineno) for name in names if name.startswith("zimage_rt.")]
-    return found
-
-
+LEVEL = levels_of(ORDER)
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_a_module_imports_downwards(path: Path) -> None:
-    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    for name, line in imports(path):
-        assert name == own or LEVEL[name] < LEVEL[own] or (LEVEL[name] == LEVEL[own] == 0), (
-            f"{path.relative_to(ROOT)}:{line}: {own} imports {name}, which stands above it"
-        )
+    assert upward_imports(path, PACKAGE, "zimage_rt", LEVEL) == []
 
 
-def test_every_room_has_its_place() -> None:
+def test_every_room_has_a_level() -> None:
     found = {path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
     assert found - {"__init__", "__pycache__"} <= set(LEVEL)
     for room in PACKAGE.iterdir():

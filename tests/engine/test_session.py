@@ -39,7 +39,7 @@ def test_draw_edit_refine_undo_redo(session: zimage_rt.Session) -> None:
         session.redo()
 
 
-def test_a_refinement_goes_on_from_the_latents(session: zimage_rt.Session, engine: zimage_rt.Engine) -> None:
+def test_a_refinement_continues_from_the_latents(session: zimage_rt.Session, engine: zimage_rt.Engine) -> None:
     drawn = session.generate(PROMPT, seed=3)
     refined = session.refine(0.4)
     by_hand = engine.generate(PROMPT, seed=3, image_latents=drawn.latents, strength=0.4)
@@ -57,9 +57,9 @@ def test_tasks_choose_their_engine(engine: zimage_rt.Engine) -> None:
 
 def test_nonsense_is_refused(session: zimage_rt.Session, engine: zimage_rt.Engine) -> None:
     for call in (session.undo, session.refine, lambda: session.edit("x")):
-        with pytest.raises(RequestError, match="no picture yet"):
+        with pytest.raises(RequestError, match="no image yet"):
             call()
-    with pytest.raises(RequestError, match="one picture a turn"):
+    with pytest.raises(RequestError, match="one image per turn"):
         session.generate(PROMPT, num_images=2)
     with pytest.raises(RequestError, match="known fields"):
         session.generate(PROMPT, colour="red")

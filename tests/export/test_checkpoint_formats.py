@@ -1,4 +1,4 @@
-"""Quantised checkpoints: a bundle's weights are number x scale, rotated back; what is not understood is refused."""
+"""Quantised checkpoints: a bundle's weights are number x scale, rotated back; unsupported layers are refused."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from zimage_rt.export import weights  # noqa: E402
 from zimage_rt.export.bundle import export  # noqa: E402
 from zimage_rt.export.checkpoint import layouts, open_checkpoint  # noqa: E402
 from zimage_rt.export.errors import CheckpointError, ParityError, RecipeError, TensorError  # noqa: E402
-from zimage_rt.export.modules import plan_modules  # noqa: E402
-from zimage_rt.export.parity import session  # noqa: E402
+from zimage_rt.export.parity.measure import session  # noqa: E402
+from zimage_rt.export.plan import plan_modules  # noqa: E402
 from zimage_rt.export.precision import BF16  # noqa: E402
 from zimage_rt.export.recipe import DEFAULT_SHAPES  # noqa: E402
 
 from zimage_rt.bundle.manifest import ShapeRange  # noqa: E402
 
 PREFIX = "model.diffusion_model."
-# What Comfy-Org quantises: five matrices and the modulation of every block.
+# Comfy-Org quantises five matrices and the modulation of every block.
 MATRICES = ("qkv.weight", "out.weight", "w1.weight", "w2.weight", "w3.weight", "adaLN_modulation.0.weight")
 
 
@@ -64,7 +64,7 @@ def save(tmp_path: Path) -> Save:
 
 
 def stored_weights(path: Path, parts: dict[str, Path]) -> dict[str, Any]:
-    """What a bf16 bundle's weight files hold of the transformer."""
+    """The transformer's tensors in a bf16 bundle's weight files."""
     stored = {}
     for plan in plan_modules(open_checkpoint(path, parts), BF16, ()):
         if plan.component.name == "transformer":
@@ -78,7 +78,7 @@ def stored_weights(path: Path, parts: dict[str, Path]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_bundle_stores_number_times_scale(layout: str, transformer, parts, save: Save):
-    """To the last bit of bf16; and parity's reader, which shares no code, reads the same."""
+    """To the last bit of bf16; parity's reader, which shares no code, reads the same."""
     file, plain, _ = quantize(transformer, layout, wanted)
     changed = [name for name in plain if not torch.equal(plain[name], transformer[name].float())]
     assert len(changed) >= 12
@@ -92,7 +92,7 @@ def test_a_bundle_stores_number_times_scale(layout: str, transformer, parts, sav
 
 
 def test_fp32_bundles_hold_the_exact_products(transformer, parts, save: Save):
-    """Rotating back adds up whole numbers: exact in fp32, so one rounding is all there is."""
+    """Rotating back sums integers, which is exact in fp32, so values are rounded once."""
     for layout in ("int8_convrot", "nvfp4", "mxfp8", "float8_e4m3fn"):
         file, plain, _ = quantize(transformer, layout, wanted)
         tensors = open_checkpoint(save(file), parts).transformer.tensors
@@ -113,7 +113,7 @@ def test_stored_numbers_and_scales_stay_reachable(transformer, parts, save: Save
 
 
 @pytest.mark.parametrize("layout", ["int8_convrot", "nvfp4"])
-def test_marks_in_the_header_may_leave_out_the_prefix(layout: str, transformer, parts, save: Save):
+def test_metadata_in_the_header_may_omit_the_prefix(layout: str, transformer, parts, save: Save):
     file, _, metadata = quantize(transformer, layout, wanted, header=True)
     marked, _, _ = quantize(transformer, layout, wanted)
     by_header = open_checkpoint(save(file, metadata, "header"), parts).transformer
@@ -139,7 +139,7 @@ def test_diffusers_names_in_a_single_file(small_checkpoint: Path, parts, save: S
 
 
 def test_norm_final_is_never_read(transformer, parts, save: Save):
-    """One published file has NaN there."""
+    """One published file has NaN in it."""
     path = save({**transformer, f"{PREFIX}norm_final.weight": torch.full((256,), float("nan"))})
     assert "norm_final.weight" not in open_checkpoint(path, parts).transformer.tensors
 
@@ -162,7 +162,7 @@ def test_a_full_size_single_file_has_tongyis_rotary_tables(transformer, parts, s
 def test_parity_catches_numbers_that_were_misread(
     transformer, parts, save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """The rotation forgotten: the reference has it all the same."""
+    """Without the rotation, which the reference applies."""
     monkeypatch.setattr(layouts, "_rotation", lambda layer, shape: 0)
     path = save(quantize(transformer, "int8_convrot", wanted)[0])
     with pytest.raises(ParityError, match=r"context_refiner at .*relative error"):
@@ -255,15 +255,15 @@ QKV = f"{PREFIX}layers.0.attention.qkv"
 
 
 def layer(written: Written, **changes: Any) -> dict[str, Any]:
-    """The tensors of layers.0's qkv; `changes` by ending, None for one that is left out."""
+    """Tensors of layers.0's qkv with `changes` by ending; None omits a tensor."""
     tensors = dict(written.tensors)
     if written.mark is not None:
-        tensors["comfy_quant"] = mark(written.mark)
+        tensors["comfy_quant"] = comfy_quant(written.mark)
     tensors |= changes
     return {f"{QKV}.{name}": tensor for name, tensor in tensors.items() if tensor is not None}
 
 
-def mark(value: object) -> Any:
+def comfy_quant(value: object) -> Any:
     return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
 
 
@@ -271,43 +271,47 @@ W = np.random.default_rng(0).standard_normal((768, 256))
 BYTES = torch.zeros(768, 128, dtype=torch.uint8)
 REFUSED = {
     "an unknown format": (
-        layer(int8(W), comfy_quant=mark({"format": "int8_blockwise"})),
+        layer(int8(W), comfy_quant=comfy_quant({"format": "int8_blockwise"})),
         "'int8_blockwise' is not read",
     ),
     "an unknown setting": (
-        layer(nvfp4(W), comfy_quant=mark({"format": "nvfp4", "convrot": True})),
-        r"mark of nvfp4 says 'convrot', which is not understood",
+        layer(nvfp4(W), comfy_quant=comfy_quant({"format": "nvfp4", "convrot": True})),
+        r"nvfp4 metadata has 'convrot', which is not supported",
     ),
-    "a mark that is no JSON": (layer(int8(W), comfy_quant=torch.zeros(3, dtype=torch.uint8)), "is no JSON"),
+    "metadata that is no JSON": (layer(int8(W), comfy_quant=torch.zeros(3, dtype=torch.uint8)), "is no JSON"),
     "a group that does not fit": (
-        layer(int8(W), comfy_quant=mark({"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 1024})),
+        layer(
+            int8(W), comfy_quant=comfy_quant({"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 1024})
+        ),
         "256 columns are no multiple of its groups of 1024",
     ),
     "a group that is no power of 4": (
-        layer(int8(W), comfy_quant=mark({"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 128})),
+        layer(
+            int8(W), comfy_quant=comfy_quant({"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 128})
+        ),
         "expected a power of 4, got 128",
     ),
-    "integers without a mark": (layer(int8(W), comfy_quant=None), "I8 with 'weight_scale' and no mark"),
+    "integers without metadata": (layer(int8(W), comfy_quant=None), "I8 with 'weight_scale' and no metadata"),
     "integers without anything": (
         {f"{QKV}.weight": torch.zeros(768, 256, dtype=torch.int8)},
-        r"tensor '.*qkv\.weight': its number format I8 has no mark",
+        r"tensor '.*qkv\.weight': its number format I8 has no metadata",
     ),
     "a missing scale": (layer(int8(W), weight_scale=None), "needs 'weight_scale', which is missing"),
     "a scale of another shape": (layer(int8(W), weight_scale=torch.ones(5, 1)), r"768 rows, got \[5, 1\]"),
-    "another dtype than the mark's": (
+    "another dtype than the metadata's": (
         layer(fp8(W), weight=torch.zeros(768, 256, dtype=torch.int8)),
         "expected F8_E4M3 or U8, got I8",
     ),
     "a scale that nothing reads": (
         {f"{QKV}.weight": torch.zeros(768, 256), f"{QKV}.weight_zero_scale": torch.ones(1)},
-        r"tensor '.*weight_zero_scale': it is a scale or mark of a layer that nothing reads it for",
+        r"tensor '.*weight_zero_scale': it is a scale or metadata that its layer does not use",
     ),
     "fp8 without a scale beside fp8 with one": (
         {**layer(fp8(W)), f"{PREFIX}layers.0.feed_forward.w1.weight": torch.zeros(682, 256, dtype=torch.float8_e4m3fn)},
         r"w1\.weight': it is F8_E4M3 without a scale, where other layers have one",
     ),
-    "a mark without a weight": (
-        {f"{PREFIX}layers.0.feed_forward.w4.comfy_quant": mark(int8(W).mark)},
+    "metadata without a weight": (
+        {f"{PREFIX}layers.0.feed_forward.w4.comfy_quant": comfy_quant(int8(W).mark)},
         "int8_tensorwise needs 'weight', which is missing",
     ),
     "block scales in no tiles": (
@@ -332,8 +336,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_not_understood_is_refused_by_name(case: str, transformer, parts, save: Save):
-    """Each message names the file, the layer or tensor, what is wrong, and what file would do."""
+def test_an_unsupported_layer_is_refused_by_name(case: str, transformer, parts, save: Save):
+    """Each message names the file, the layer or tensor, the fault, and supported files."""
     changes, message = REFUSED[case]
     tensors = {name: tensor for name, tensor in transformer.items() if not name.startswith(QKV)}
     if f"{QKV}.weight" not in changes and case != "nunchaku":

@@ -1,4 +1,4 @@
-"""GGUF checkpoints, read through the `gguf` package; its own `dequantize` is the judge."""
+"""GGUF checkpoints; the reference is `dequantize` of the `gguf` package."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from zimage_rt.export.errors import CheckpointError, ReaderUnavailable, TensorEr
 
 from zimage_rt.bundle.manifest import read_manifest  # noqa: E402
 
-# Where a block of 256 has its fp16 scales: gguf-py writes none of these formats, so their bytes are drawn.
+# Offsets of fp16 scales in a block of 256. gguf-py writes none of these formats, so their bytes are random.
 SCALES = {Kind.Q2_K: (80, 82), Kind.Q3_K: (108,), Kind.Q4_K: (0, 2), Kind.Q5_K: (0, 2), Kind.Q6_K: (208,)}
 
 
@@ -43,7 +43,7 @@ def stored(values: np.ndarray, kind: Kind, seed: int) -> np.ndarray:
 
 
 class File:
-    """Writes a GGUF file as ComfyUI-GGUF's or llama.cpp's converter does, and keeps what its tensors stand for."""
+    """Writes a GGUF file like the converters of ComfyUI-GGUF and llama.cpp, and keeps the dequantised values."""
 
     def __init__(self, path: Path, architecture: str | None) -> None:
         self.path = path
@@ -85,7 +85,7 @@ def parts(small_checkpoint: Path) -> dict[str, Path]:
 
 
 def written(file: File, tensors: Mapping[str, np.ndarray], kind: Kind, prefix: str = "") -> Path:
-    """Matrices of the blocks in `kind`, F16 where its blocks do not fit, vectors and small tensors F32."""
+    """Matrices of the blocks in `kind`, or F16 if its blocks do not fit; vectors and small tensors in F32."""
     block = gguf.GGML_QUANT_SIZES[kind][0]
     for name, values in tensors.items():
         if values.ndim < 2 or values.size < 4096 or "embedder" in name or "pad_token" in name:
@@ -114,7 +114,7 @@ def test_transformers(kind: Kind, transformer, parts, tmp_path: Path):
 
 
 def test_stable_diffusion_cpps_files_have_no_architecture(transformer, parts, tmp_path: Path):
-    """And may have the prefix, and pad tokens as vectors."""
+    """They may also have the prefix, and pad tokens as vectors."""
     tensors = {name: values[0] if "pad_token" in name else values for name, values in transformer.items()}
     file = File(tmp_path / "z.gguf", None)
     checkpoint = open_checkpoint(written(file, tensors, Kind.Q8_0, "model.diffusion_model."), parts)
@@ -124,7 +124,7 @@ def test_stable_diffusion_cpps_files_have_no_architecture(transformer, parts, tm
 
 
 def test_the_original_shape_of_rearranged_tensors(transformer, parts, tmp_path: Path):
-    """ComfyUI-GGUF lays rows of 682 columns out in rows of 256, and says so."""
+    """ComfyUI-GGUF stores rows of 682 columns as rows of 256, with the original shape in the metadata."""
     name = "layers.0.feed_forward.w2.weight"
     file = File(tmp_path / "z.gguf", "lumina2")
     for other, values in transformer.items():
@@ -161,7 +161,7 @@ def encoder_file(path: Path, architecture: str = "qwen3") -> File:
 
 
 def test_text_encoders(small_checkpoint: Path, transformer, encoder, parts, tmp_path: Path):
-    """Numbers of the config come from the file's metadata; the last layer and the head are there, unused."""
+    """Config values come from the file's metadata; the last layer and the head are unused."""
     file = encoder_file(tmp_path / "qwen.gguf")
     file.add("output.weight", encoder["token_embd.weight"])
     path = written(file, encoder, Kind.Q8_0)

@@ -1,4 +1,4 @@
-"""ControlNets exported: what they compute beside diffusers' own, both file layouts, and what is refused."""
+"""Export of ControlNets: outputs against diffusers', both file layouts, and refusals."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from safetensors.torch import save_file
 from zimage_rt.export import bundle, weights
 from zimage_rt.export.builders import onnxruntime
 from zimage_rt.export.checkpoint import Checkpoint, CheckpointTensor, open_checkpoint
-from zimage_rt.export.controlnet import open_controlnet
+from zimage_rt.export.checkpoint.controlnet import open_controlnet
 from zimage_rt.export.errors import CheckpointError, ExportError, RecipeError, TensorError
-from zimage_rt.export.modules import ModulePlan, plan_modules
-from zimage_rt.export.parity import ReferenceCache, measure, sample
+from zimage_rt.export.parity.measure import measure, sample
+from zimage_rt.export.parity.reference import ReferenceCache
+from zimage_rt.export.plan import ModulePlan, plan_modules
 from zimage_rt.export.precision import FP16, FP32, Precision
 from zimage_rt.export.recipe import read_recipe
 
-# What fits `small_checkpoint`.
+# Sizes of `small_checkpoint`.
 SMALL: dict[str, Any] = {"dim": 256, "n_heads": 2, "n_kv_heads": 2, "control_layers_places": [0, 1]}
-# fp32 sums in another order round by some 1e-6 of the whole on any processor; a layer left out changes a tenth.
+# fp32 sums in another order differ by some 1e-6 on any processor; a missing layer changes the output by a tenth.
 FP32_ERROR = 2e-5
 SIZES = {"batch": 2, "latent_height": 10, "latent_width": 14, "context_tokens": 32}
 
@@ -59,14 +60,14 @@ def test_every_kind_computes_what_diffusers_does(checkpoint: Checkpoint):
         wanted = reference(*inputs)
         plain = reference(*inputs[:-1], torch.zeros(2))
     assert (in_torch(plan, *inputs) - wanted).norm() / wanted.norm() < FP32_ERROR
-    assert (wanted - plain).norm() / plain.norm() > 0.1  # the hints are no rounding error
+    assert (wanted - plain).norm() / plain.norm() > 0.1  # larger than any rounding error
     assert (in_torch(plan, *inputs[:-1], torch.zeros(2)) - plain).norm() / plain.norm() < FP32_ERROR
-    # fp16 rounds by 2^-11 = 5e-4, in each of some ten blocks' branches.
+    # fp16 rounds by 2^-11 = 5e-4, in the branches of about ten blocks.
     assert (in_torch(plan_of(checkpoint, FP16), *inputs) - wanted).norm() / wanted.norm() < 5e-3
 
 
 def test_a_control_stream_beyond_fp16_draws_what_fp32_does(checkpoint: Checkpoint):
-    """The projections take it as it is, no norm before them: here its values are about 1e5."""
+    """The projections have no norm before them; here the stream's values are about 1e5."""
     net = checkpoint.controlnet
     assert net is not None
 
@@ -87,7 +88,7 @@ def test_a_control_stream_beyond_fp16_draws_what_fp32_does(checkpoint: Checkpoin
 
 
 def test_a_graph_reads_the_transformers_own_weight_file(small_checkpoint: Path, tmp_path: Path):
-    """Nothing is stored twice. Here 2.1, several layers in a row; 2.0's graph draws the pictures of test_controlnet."""
+    """Nothing is stored twice. Tests version 2.1 with consecutive layers; test_controlnet.py runs a graph of 2.0."""
     net = make_controlnet(tmp_path / "net", "control_noise_refiner", **SMALL)
     plan = plan_of(open_checkpoint(small_checkpoint, {"controlnet": net}))
     path = tmp_path / "controlnet.safetensors"
@@ -104,12 +105,12 @@ def test_a_graph_reads_the_transformers_own_weight_file(small_checkpoint: Path, 
     assert path.stat().st_size < 1.01 * (net / WEIGHTS).stat().st_size + 8192
 
 
-def test_a_plan_too_large_for_memory_is_measured_on_its_first_layers(
+def test_a_module_too_large_for_memory_is_measured_on_its_first_layers(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ):
     net, transformer = checkpoint.controlnet, checkpoint.transformer
     assert net is not None
-    # Of a transformer of nine layers: the shortened one must not keep places beyond its own end.
+    # A transformer of nine layers: the shortened one must not keep places beyond its last layer.
     tensors = {
         name.replace("layers.1.", f"layers.{i}."): tensor
         for i in range(1, 9)
@@ -118,7 +119,7 @@ def test_a_plan_too_large_for_memory_is_measured_on_its_first_layers(
     longer = dataclasses.replace(transformer, config={**transformer.config, "n_layers": 9}, tensors=tensors)
     spread = dataclasses.replace(net, config={**net.config, "control_layers_places": [0, 5]})
     whole = dataclasses.replace(checkpoint, transformer=longer, controlnet=spread)
-    short = plan_of(ReferenceCache().shorter(whole))
+    short = plan_of(ReferenceCache().shortened(whole))
     assert short.config["n_layers"] == 2
     assert short.config["control_layers_places"] == (0, 1)
     inputs = [torch.from_numpy(sample(spec, SIZES, 1, 3)) for spec in short.inputs]
@@ -127,11 +128,11 @@ def test_a_plan_too_large_for_memory_is_measured_on_its_first_layers(
     assert (in_torch(short, *inputs) - wanted).norm() / wanted.norm() < FP32_ERROR
 
 
-def test_a_single_file_says_all_that_a_config_does(checkpoint: Checkpoint, small_checkpoint: Path, tmp_path: Path):
+def test_a_single_file_gives_the_same_config(checkpoint: Checkpoint, small_checkpoint: Path, tmp_path: Path):
     net = checkpoint.controlnet
     assert net is not None
     tensors = tensors_of(net.files[0].parent)
-    if net.config["add_control_noise_refiner"] == "control_layers":  # as the file of 2.0 has it, never trained
+    if net.config["add_control_noise_refiner"] == "control_layers":  # untrained, as in the file of 2.0
         block = {name.split(".", 2)[2]: tensor for name, tensor in tensors.items() if "control_layers.0." in name}
         tensors |= {f"control_noise_refiner.0.{name}": torch.zeros_like(tensor) for name, tensor in block.items()}
     path = tmp_path / "Z-Image-Turbo-Fun-Controlnet-Union.safetensors"
@@ -144,7 +145,7 @@ def test_a_single_file_says_all_that_a_config_does(checkpoint: Checkpoint, small
     assert plan_of(changed).config == single.config
 
 
-def test_layers_of_a_single_file_stand_at_even_distances(small_checkpoint: Path, tmp_path: Path):
+def test_layers_of_a_single_file_are_spaced_evenly(small_checkpoint: Path, tmp_path: Path):
     net = make_controlnet(tmp_path / "net", None, **{**SMALL, "control_layers_places": [0, 5, 10]})
     path = tmp_path / "net.safetensors"
     save_file(tensors_of(net), path)
@@ -153,7 +154,7 @@ def test_layers_of_a_single_file_stand_at_even_distances(small_checkpoint: Path,
     assert open_controlnet(path, longer).config["control_layers_places"] == [0, 5, 10]
 
 
-def test_what_a_saved_pipeline_has_beside_it_is_left_alone(checkpoint: Checkpoint):
+def test_other_components_of_a_saved_pipeline_are_ignored(checkpoint: Checkpoint):
     net = checkpoint.controlnet
     assert net is not None
     tensors = {**net.tensors, "x_pad_token": checkpoint.transformer.tensors["x_pad_token"]}
@@ -164,7 +165,7 @@ def test_what_a_saved_pipeline_has_beside_it_is_left_alone(checkpoint: Checkpoin
 
 
 def spoilt(folder: Path, tensors: Callable[[dict[str, Any]], object], config: dict[str, Any]) -> Path:
-    """A ControlNet of 2.1 with something wrong about it."""
+    """A faulty ControlNet of version 2.1."""
     net = make_controlnet(folder, "control_noise_refiner", **SMALL)
     found = tensors_of(net)
     tensors(found)
@@ -217,7 +218,7 @@ def nothing(_: dict[str, Any]) -> None:
         (nothing, {"_class_name": "FluxControlNetModel"}, CheckpointError, "is a FluxControlNetModel"),
     ],
 )
-def test_what_does_not_fit_is_named(
+def test_a_fault_is_named(
     small_checkpoint: Path,
     tmp_path: Path,
     tensors: Callable[[dict[str, Any]], object],
@@ -231,7 +232,7 @@ def test_what_does_not_fit_is_named(
         weights.write(plan.meta_module(), plan.component, tmp_path / "x.safetensors", shared=plan.shared())
 
 
-def test_what_is_no_controlnet_is_refused(small_checkpoint: Path, tmp_path: Path):
+def test_another_file_is_refused(small_checkpoint: Path, tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"nowhere: no such folder or file \(part `controlnet`\)"):
         open_checkpoint(small_checkpoint, {"controlnet": tmp_path / "nowhere"})
     path = tmp_path / "lora.safetensors"
@@ -246,8 +247,8 @@ def test_a_recipe_names_it_among_the_parts(tmp_path: Path):
     assert read_recipe(path).parts["controlnet"] == tmp_path / "nets" / "union.safetensors"
 
 
-def test_a_cuda_bundle_has_its_weights_beside_the_transformers(small_checkpoint: Path, tmp_path: Path):
-    """No graph, and nothing that the transformer's file has."""
+def test_a_cuda_bundle_has_a_weight_file_of_the_controlnet(small_checkpoint: Path, tmp_path: Path):
+    """No graph, and no tensor of the transformer's file."""
     net = make_controlnet(tmp_path / "net", "control_noise_refiner", **SMALL)
     wanted = recipe(
         small_checkpoint, tmp_path / "out", backend="cuda", precision="bf16", vae=(), parts={"controlnet": net}

@@ -1,4 +1,4 @@
-"""`zimage-export` on small random checkpoints: what a bundle is, in every precision."""
+"""`zimage-export` on small random checkpoints: contents of a bundle, in every precision."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ from zimage_rt.export import weights  # noqa: E402
 from zimage_rt.export.bundle import export  # noqa: E402
 from zimage_rt.export.checkpoint import open_checkpoint  # noqa: E402
 from zimage_rt.export.errors import TensorError  # noqa: E402
-from zimage_rt.export.modules import plan_modules  # noqa: E402
-from zimage_rt.export.parity import load_reference, reference_function, session  # noqa: E402
+from zimage_rt.export.parity.measure import session  # noqa: E402
+from zimage_rt.export.parity.reference import load_reference, reference_function  # noqa: E402
+from zimage_rt.export.plan import plan_modules  # noqa: E402
 from zimage_rt.export.precision import FP16, FP32, Precision  # noqa: E402
 
-from zimage_rt.bundle.manifest import check_file, read_manifest  # noqa: E402
+from zimage_rt.bundle.manifest import read_manifest  # noqa: E402
+from zimage_rt.bundle.verify import check_file  # noqa: E402
 from zimage_rt.sampling.schedules import flow_match_sigmas  # noqa: E402
 
 
@@ -49,7 +51,7 @@ def test_bundle_is_complete_and_every_module_equals_its_reference(small_bundle: 
     for module in manifest.modules.values():
         assert module.parity is not None
         assert len(module.parity.cases) >= 2
-        # fp32 sums in another order: 1e-6 or less is measured, and a wrong epsilon or activation shows from 1e-3.
+        # fp32 sums in another order: 1e-6 or less is measured; a wrong epsilon or activation gives 1e-3 or more.
         assert max(case.relative_error for case in module.parity.cases) < 2e-5
 
 
@@ -86,7 +88,7 @@ def test_graphs_hold_no_weights_and_no_paths(small_bundle: Path):
 def test_one_graph_serves_every_shape(
     small_bundle: Path, small_checkpoint: Path, height: int, width: int, prompt_tokens: int
 ):
-    """The modules chained, against the whole reference transformer (which gets prompt_embeds, not context)."""
+    """The chained modules against the whole reference transformer, which takes prompt_embeds instead of context."""
     model = load_reference(open_checkpoint(small_checkpoint).transformer)
     rng = np.random.default_rng(1)
     embeds = rng.standard_normal((1, prompt_tokens, 64), dtype=np.float32)
@@ -121,8 +123,8 @@ def test_bf16_bundle_is_half_as_large_and_close(small_bundle: Path, small_checkp
 def test_a_component_too_large_for_memory_is_measured_on_its_first_layers(
     small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """And the reference never gets all of its weights at once, for none of its modules."""
-    # A layer or two more than the small checkpoint has: cut short, its graphs are those of the small bundle.
+    """The reference is never loaded with all of its weights."""
+    # With one or two more layers than the small checkpoint; shortened, its graphs are those of the small bundle.
     configs = {**read_configs(small_checkpoint)}
     del configs["vae"], configs["tiny_vae"]
     configs["transformer"] = {**configs["transformer"], "n_layers": 4}
@@ -132,7 +134,7 @@ def test_a_component_too_large_for_memory_is_measured_on_its_first_layers(
     loaded = []
     monkeypatch.setattr("zimage_rt.export.bundle.WHOLE_PARITY_ELEMENTS", 0)
     monkeypatch.setattr(
-        "zimage_rt.export.parity.load_reference", lambda part: loaded.append(part) or load_reference(part)
+        "zimage_rt.export.parity.reference.load_reference", lambda part: loaded.append(part) or load_reference(part)
     )
     manifest = export(recipe(tmp_path, tmp_path / "out", vae=()), checkpoint=checkpoint)
     assert [(part.name, part.config.get("n_layers") or part.config["num_hidden_layers"]) for part in loaded] == [
@@ -150,7 +152,7 @@ def test_a_component_too_large_for_memory_is_measured_on_its_first_layers(
 
 
 def loud(tensors: dict) -> None:
-    """Weights all well inside fp16, activations in front of the post-norms far outside of it."""
+    """Weights within fp16's range, inputs of the post-norms far beyond it."""
     for name in tensors:
         if name.endswith(("attention.to_v.weight", "attention.to_out.0.weight")):
             tensors[name] *= 2000.0
@@ -160,8 +162,8 @@ def loud(tensors: dict) -> None:
             tensors[name] *= 2500.0
 
 
-def picture(denoise: Callable[[Any, Any, Any], Any], context: Any, decoder: Path) -> np.ndarray:
-    """What 8 evaluations of `denoise` and the decoder make of fixed noise: [height, width, 3] in 0 … 255."""
+def draw_image(denoise: Callable[[Any, Any, Any], Any], context: Any, decoder: Path) -> np.ndarray:
+    """Image of fixed noise after 8 evaluations of `denoise` and the decoder, [height, width, 3] in 0 … 255."""
     latents = torch.randn((1, 16, 16, 24), generator=torch.Generator().manual_seed(1))
     levels = flow_match_sigmas(8, 3.0)
     for sigma, following in pairwise(levels.tolist()):
@@ -171,7 +173,7 @@ def picture(denoise: Callable[[Any, Any, Any], Any], context: Any, decoder: Path
 
 
 def test_fp16_survives_post_norm_inputs_of_a_million(small_checkpoint: Path, tmp_path: Path):
-    """Pictures of the fp16 bundle are those of fp32; without the scales the same arithmetic gives NaN."""
+    """The fp16 bundle draws the image of fp32; without the scales the same arithmetic gives NaN."""
     folder = changed_transformer(small_checkpoint, tmp_path / "loud", loud)
     component = open_checkpoint(folder).transformer
     model = load_reference(component)
@@ -190,7 +192,7 @@ def test_fp16_survives_post_norm_inputs_of_a_million(small_checkpoint: Path, tmp
     context = torch.randn((1, 32, 256), generator=torch.Generator().manual_seed(2))
     decoder = tmp_path / "fp16" / "full_vae_decoder.onnx"
     with torch.no_grad():
-        wanted = picture(reference_function("transformer", model), context, decoder)
+        wanted = draw_image(reference_function("transformer", model), context, decoder)
     assert max(peaks) > 1e6
     assert wanted.std() > 1
 
@@ -199,19 +201,19 @@ def test_fp16_survives_post_norm_inputs_of_a_million(small_checkpoint: Path, tmp
         plan = next(plan for plan in plans if plan.name == "transformer")
         module = weights.load(plan.build(), component)
         with torch.no_grad():
-            return picture(module, context, decoder)
+            return draw_image(module, context, decoder)
 
     def in_runtime(latents: Any, timestep: Any, context: Any) -> Any:
         inputs = {"latents": latents.numpy(), "timestep": timestep.numpy(), "context": context.numpy()}
         return torch.from_numpy(graph.run(None, inputs)[0])
 
     graph = session(tmp_path / "fp16" / "transformer.onnx")
-    # Torch rounds to fp16 where a GPU does; ONNX Runtime's CPU computes parts of fp16 graphs in fp32, and the processor
-    # decides which. fp16 rounds a number by up to 2^-11 = 5e-4, and 8 evaluations carry it on: 35 dB are 1.8 % of the
-    # range. fp32 rounds by 6e-8; 70 dB are 0.03 %.
+    # torch rounds to fp16 like a GPU; ONNX Runtime computes parts of fp16 graphs in fp32, depending on the processor.
+    # fp16 rounds by up to 2^-11 = 5e-4, which accumulates over 8 evaluations: 35 dB are 1.8 % of the range. fp32 rounds
+    # by 6e-8; 70 dB are 0.03 %.
     assert psnr(in_torch(FP32), wanted) > 70
     assert psnr(in_torch(FP16), wanted) > 35
-    assert psnr(picture(in_runtime, context, decoder), wanted) > 35
+    assert psnr(draw_image(in_runtime, context, decoder), wanted) > 35
     plain = in_torch(dataclasses.replace(FP16, attention_scale=1.0, gate_scale=1.0, up_scale=1.0))
     assert np.isnan(plain).all()
 

@@ -1,4 +1,4 @@
-"""The attention that TensorRT does not fuse, cut into pieces: the same numbers, in plans that fit at 2048 x 2048."""
+"""Attention that TensorRT does not fuse, split into pieces: the same results, and plans that fit at 2048 x 2048."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ pytest.importorskip("transformers")
 import onnx  # noqa: E402
 from export_checkpoints import recipe  # noqa: E402
 from zimage_rt.export.builders import tensorrt_rtx  # noqa: E402
-from zimage_rt.export.builders._attention import count_pieces, cut_queries, find_attentions  # noqa: E402
-from zimage_rt.export.builders._tensorrt_options import TensorRTOptions  # noqa: E402
 from zimage_rt.export.checkpoint import open_checkpoint  # noqa: E402
 from zimage_rt.export.errors import BuildError  # noqa: E402
-from zimage_rt.export.modules import plan_modules  # noqa: E402
-from zimage_rt.export.parity import session  # noqa: E402
+from zimage_rt.export.graph.attention import count_pieces, cut_queries, find_attentions  # noqa: E402
+from zimage_rt.export.parity.measure import session  # noqa: E402
+from zimage_rt.export.plan import plan_modules  # noqa: E402
 from zimage_rt.export.precision import FP32  # noqa: E402
+from zimage_rt.export.tensorrt_options import TensorRTOptions  # noqa: E402
 
 from zimage_rt.bundle.manifest import EngineSpec, ShapeRange, read_manifest  # noqa: E402
 
@@ -42,16 +42,16 @@ def graph_of(bundle: Path, module: str) -> onnx.ModelProto:
     ("module", "count"), [("text_encoder", 0), ("context_refiner", 1), ("transformer", 3), ("full_vae_encoder", 1)]
 )
 def test_every_attention_without_a_mask_is_found(small_bundle: Path, module: str, count: int):
-    """As many as the small checkpoint has layers; the text encoder's have causal masks."""
+    """One per layer of the small checkpoint; those of the text encoder have causal masks."""
     assert len(find_attentions(graph_of(small_bundle, module).graph)) == count
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 3, 16])
 def test_pieces_compute_what_the_whole_computes(small_bundle: Path, tmp_path: Path, pieces: int):
-    """Also where they do not divide the queries, and where there are more of them than rows of latents."""
+    """Also if they do not divide the queries, and if there are more pieces than rows of latents."""
     whole = graph_of(small_bundle, "full_vae_decoder")
     (attention,) = find_attentions(whole.graph)
-    # External data must lie beside the graph, and the bundle is other tests', too.
+    # External data must be in the graph's folder, and other tests share the bundle.
     shutil.copy(small_bundle / "full_vae_decoder.safetensors", tmp_path)
     onnx.save(cut_queries(whole, {attention.queries: pieces}), tmp_path / "cut.onnx")
     cut, expected = session(tmp_path / "cut.onnx"), session(small_bundle / "full_vae_decoder.onnx")
@@ -65,7 +65,7 @@ def test_pieces_compute_what_the_whole_computes(small_bundle: Path, tmp_path: Pa
         np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 
-def test_small_images_are_not_cut():
+def test_attention_of_small_images_is_not_split():
     assert count_pieces(8, 32 * 32, 32 * 32) == 1
     assert count_pieces(2, 128 * 128, 128 * 128) == 1  # 1024 x 1024
     assert count_pieces(8, 128 * 128, 128 * 128) == 8
@@ -73,7 +73,7 @@ def test_small_images_are_not_cut():
 
 
 def build(bundle: Path, checkpoint: Path, name: str, folder: Path, **shapes: Any) -> EngineSpec:
-    """The plan of one of the small bundle's VAEs, whose graphs are fp32, as the full VAE is in an fp16 bundle."""
+    """Builds a plan of one of the small bundle's VAEs in fp32, like the full VAE of an fp16 bundle."""
     plans = plan_modules(open_checkpoint(checkpoint), FP32, ("full",))
     plan = next(plan for plan in plans if plan.name == name)
     options = TensorRTOptions(sm=(89,), optimization_level=0)
@@ -87,7 +87,7 @@ def build(bundle: Path, checkpoint: Path, name: str, folder: Path, **shapes: Any
 @needs_rtx
 @pytest.mark.parametrize("name", ["full_vae_decoder", "full_vae_encoder"])
 def test_the_full_vae_builds_at_2048(small_bundle: Path, small_checkpoint: Path, tmp_path: Path, name: str):
-    """Whole, one image's scores are 17 GB in fp32, and an execution holds them twice."""
+    """Unsplit, the scores of an image take 17 GB in fp32, twice."""
     shapes = {"height": SIDE_2048, "width": SIDE_2048, "batch": ShapeRange(1, 1, 1)}
     engine = build(small_bundle, small_checkpoint, name, tmp_path, **shapes)
     assert (tmp_path / engine.file).stat().st_size > 100_000
@@ -95,8 +95,8 @@ def test_the_full_vae_builds_at_2048(small_bundle: Path, small_checkpoint: Path,
 
 
 @needs_rtx
-def test_a_batch_too_large_for_a_tensor_is_run_in_turns(small_bundle: Path, small_checkpoint: Path, tmp_path: Path):
-    """The bundle serves 16 images of 2048 x 2048; its VAE's plan takes 15 at a time, and the engine goes on."""
+def test_a_batch_too_large_for_a_tensor_is_split(small_bundle: Path, small_checkpoint: Path, tmp_path: Path):
+    """The bundle serves 16 images of 2048 x 2048, of which the VAE's plan runs 15 at a time."""
     shapes = {"height": SIDE_2048, "width": SIDE_2048, "batch": ShapeRange(1, 1, 16)}
     engine = build(small_bundle, small_checkpoint, "full_vae_decoder", tmp_path, **shapes)
     (profile,) = engine.profiles

@@ -95,7 +95,7 @@ def test_a_wrong_module_stops_the_export_with_numbers(
 ):
     monkeypatch.setattr("zimage_rt.export.modeling.text_encoder.swiglu", lambda g, u, p: g * u)
     monkeypatch.setattr(
-        "zimage_rt.export.graph_cache.cached", lambda key, trace: trace()
+        "zimage_rt.export.graph.cache.cached", lambda key, trace: trace()
     )  # nothing right, nothing kept
     with pytest.raises(ParityError, match=r"text_encoder at .*relative error .*tolerated"):
         export(recipe(small_checkpoint, tmp_path / "out", vae=()))

@@ -63,7 +63,7 @@ def test_split_files_are_parts_of_one_checkpoint(single_file: Path, small_checkp
 
 
 def test_single_file_without_tokenizer_says_what_to_add(single_file: Path):
-    with pytest.raises(CheckpointError, match=r"holds no tokenizer.*\[parts\]"):
+    with pytest.raises(CheckpointError, match=r"has no tokenizer.*\[parts\]"):
         open_checkpoint(single_file)
 
 

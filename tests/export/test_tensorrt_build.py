@@ -27,13 +27,15 @@ import onnxruntime  # noqa: E402
 from export_checkpoints import graphs_of, recipe  # noqa: E402
 from shared import CHECKPOINT  # noqa: E402
 from zimage_rt.export import weights  # noqa: E402
-from zimage_rt.export.builders import _split, tensorrt_rtx  # noqa: E402
-from zimage_rt.export.builders._tensorrt_options import TensorRTOptions  # noqa: E402
+from zimage_rt.export.builders import tensorrt_rtx  # noqa: E402
 from zimage_rt.export.bundle import export  # noqa: E402
 from zimage_rt.export.checkpoint import open_checkpoint  # noqa: E402
-from zimage_rt.export.modules import plan_modules  # noqa: E402
-from zimage_rt.export.parity import TOLERANCES, load_reference, reference_function, sample, session  # noqa: E402
+from zimage_rt.export.graph import split as _split  # noqa: E402
+from zimage_rt.export.parity.measure import TOLERANCES, sample, session  # noqa: E402
+from zimage_rt.export.parity.reference import load_reference, reference_function  # noqa: E402
+from zimage_rt.export.plan import plan_modules  # noqa: E402
 from zimage_rt.export.precision import BF16, BF16_NATIVE, FP16_WIDE  # noqa: E402
+from zimage_rt.export.tensorrt_options import TensorRTOptions  # noqa: E402
 
 from zimage_rt.bundle.manifest import (  # noqa: E402
     EngineSpec,
@@ -41,9 +43,9 @@ from zimage_rt.bundle.manifest import (  # noqa: E402
     ModuleSpec,
     ShapeRange,
     ShapeRanges,
-    check_file,
     read_manifest,
 )
+from zimage_rt.bundle.verify import check_file  # noqa: E402
 
 MODULES = {
     "text_encoder",

@@ -27,12 +27,13 @@ from export_checkpoints import recipe  # noqa: E402
 from shared import CHECKPOINT  # noqa: E402
 from zimage_rt.export import cli  # noqa: E402
 from zimage_rt.export.builders import builder_for, tensorrt, tensorrt_rtx  # noqa: E402
-from zimage_rt.export.builders._tensorrt_options import TensorRTOptions  # noqa: E402
+from zimage_rt.export.builders._tensorrt_plan_builder import PlanBuilder  # noqa: E402
 from zimage_rt.export.checkpoint import open_checkpoint  # noqa: E402
 from zimage_rt.export.errors import BuildError, BuilderUnavailable, BuildMemoryError, DiskFullError, RecipeError  # noqa: E402
-from zimage_rt.export.modules import Blocks, plan_modules  # noqa: E402
+from zimage_rt.export.plan import Blocks, plan_modules  # noqa: E402
 from zimage_rt.export.precision import FP32  # noqa: E402
 from zimage_rt.export.recipe import read_recipe  # noqa: E402
+from zimage_rt.export.tensorrt_options import TensorRTOptions  # noqa: E402
 
 from zimage_rt.bundle.manifest import ShapeRange, read_manifest  # noqa: E402
 
@@ -140,7 +141,7 @@ def test_tensorrt_needs_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     if problem is None:
         pytest.skip("there is one")
     monkeypatch.setitem(sys.modules, "tensorrt", sys)
-    with pytest.raises(BuilderUnavailable, match=f"builds on the GPU it is to run on: {re.escape(problem)}"):
+    with pytest.raises(BuilderUnavailable, match=f"builds on the GPU that will run the plans: {re.escape(problem)}"):
         tensorrt.check(recipe(tmp_path, tmp_path / "out", precision="fp16", backend="tensorrt"))
 
 
@@ -190,8 +191,7 @@ def test_full_disk(small_bundle: Path, small_checkpoint: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("module", ["transformer", "full_vae_decoder"])
 def test_want_of_memory_names_the_module_and_what_helps_it(module: str):
-    common = tensorrt_rtx.common
-    builder = common._Builder.__new__(common._Builder)
+    builder = PlanBuilder.__new__(PlanBuilder)
     builder.name, builder.package = module, tensorrt_rtx.PACKAGE
     builder.blocks = Blocks(4, 384, lambda sizes: 0) if module == "transformer" else None
     # The first is what it says under `ulimit -v`; which call meets the limit is chance, so no test sets one.

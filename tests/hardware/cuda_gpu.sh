@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# All that can only be seen on an NVIDIA GPU, in one command: kernels, engine, compute-sanitizer, parity at full size,
+# Everything that needs an NVIDIA GPU, in one command: kernels, engine, compute-sanitizer, parity at full size,
 # and the table of benchmarks/README.md. Needs the package built with ZIMAGE_RT_CUDA=ON (CONTRIBUTING.md), about 60 GB of
-# disk and a device with 60 GB or more; every part may be asked for alone.
+# disk and a device with 60 GB or more. By default all parts run except for `profile`.
 #
 #   tests/hardware/cuda_gpu.sh [OUT] [PART...]     parts: kernels engine sanitizer parity latency features profile
 set -uo pipefail

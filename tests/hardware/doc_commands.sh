@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Runs the commands that the documentation shows, in order, and fails if one does. Minutes to an hour: for a release.
+# Runs the commands of the documentation in order, and fails if one fails. Takes minutes to an hour; for a release.
 #   tests/hardware/doc_commands.sh OUT [--page docs/tensorrt.md]… [--gpu]
-# OUT gets log.txt, and in OUT/tree what the commands write. What needs a GPU is left out without --gpu; what needs the
-# 6 B checkpoint always is. tests/docs/test_doc_commands.py checks in CI that all of them parse.
+# OUT gets log.txt, and OUT/tree the outputs of the commands. Without --gpu, commands that need a GPU are skipped; those
+# that need the 6 B checkpoint always are. In CI, tests/docs/test_doc_commands.py checks that all of them parse.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}

@@ -1,4 +1,4 @@
-"""Kills batches and exports at random instants, and looks at what is left.
+"""Kills batches and exports at random instants, and checks the files that are left.
 
     python tests/hardware/kills.py engines/nano --times 100
 
@@ -25,7 +25,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 from zimage_rt.bundle.folders import find_leftovers
-from zimage_rt.bundle.manifest import check_file, read_manifest
+from zimage_rt.bundle.manifest import read_manifest
+from zimage_rt.bundle.verify import check_file
 from zimage_rt.metadata.image_file import read_record
 from zimage_rt.metadata.references import pixels_sha256
 

@@ -1,13 +1,13 @@
-"""LoRA, LoKr, LoHa and DoRA files against LyCORIS itself: weights and images on zimage-nano in fp32; needs no GPU.
+"""Compares LoRA, LoKr, LoHa and DoRA files with LyCORIS: weights and images on zimage-nano in fp32, without a GPU.
 
-Outside CI, since LyCORIS is used nowhere else:
+Not part of CI, because LyCORIS is used nowhere else:
 
     pip install --no-deps --target /tmp/lycoris lycoris-lora==3.4.0
     PYTHONPATH=.:/tmp/lycoris python tests/hardware/lora_libraries.py
 
-LyCORIS puts each network on diffusers' transformer and saves it; the file is loaded into the engine, and both draw the
-same latents. Prints the relative difference of the weights' changes, and the pictures' PSNR. Its forward pass, which is
-what it trains, is the judge: `merge_to` of 3.4.0 multiplies a LoKr or LoHa by alpha / rank a second time.
+LyCORIS adds each network to diffusers' transformer and saves it. The engine loads the file, and both draw from the same
+latents. Prints the relative difference of the patches and the images' PSNR. The reference is the forward pass, which
+training uses: `merge_to` of 3.4.0 multiplies a LoKr or LoHa by alpha / rank twice.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "helpers"))
 
 from diffusers import ZImagePipeline  # noqa: E402
+from lora_images import image_of, ours  # noqa: E402
 from lora_layouts import changes_of  # noqa: E402
-from lora_pictures import ours, picture_of  # noqa: E402
 from lycoris import LycorisNetwork, create_lycoris  # type: ignore[import-not-found]  # noqa: E402
 from shared import BUNDLE, CHECKPOINT  # noqa: E402
 from zimage_rt.benchmarks.fidelity import psnr  # noqa: E402
@@ -64,14 +64,14 @@ def make_network(transformer: Any, settings: dict[str, Any]) -> Any:
 
 @torch.no_grad()
 def weight_of(transformer: Any, name: str) -> torch.Tensor:
-    """The weight that a layer computes with, float64 `[out, in]`: the identity's products."""
+    """Effective weight of a layer, float64 `[out, in]`, from its product with the identity."""
     layer = transformer.get_submodule(name)
     zeros = torch.zeros(1, layer.in_features)
     return (layer(torch.eye(layer.in_features)).double() - layer(zeros).double()).T
 
 
 def main() -> int:
-    """Compare every network; exit status 1 where a picture has less than 45 dB."""
+    """Compare every network; exit status 1 if an image has less than 45 dB."""
     engine, manifest = zimage_rt.Engine.load(BUNDLE), read_manifest(BUNDLE)
     plain = ours(engine)
     worst = np.inf
@@ -91,13 +91,13 @@ def main() -> int:
             for name, delta in matrices.items()
         ]
         changed = len(network.loras)
-        picture = ours(engine)
+        image = ours(engine)
         engine.unload_lora("network")
-        close = psnr(picture, picture_of(pipeline))
+        close = psnr(image, image_of(pipeline))
         worst = min(worst, close)
         print(
             f"{title:18} {len(matrices)} of {changed} matrices, differing by {max(differences):.1e} at most; "
-            f"picture {close:.1f} dB (from the plain one: {psnr(picture, plain):.1f} dB)",
+            f"image {close:.1f} dB (from the plain one: {psnr(image, plain):.1f} dB)",
             flush=True,
         )
     return 0 if worst >= 45 else 1

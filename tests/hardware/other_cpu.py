@@ -1,4 +1,4 @@
-"""What zimage-nano draws on an emulated processor, judged on this one: run by `other_cpu.sh`.
+"""Draws with zimage-nano on an emulated processor and judges the images on this one; run by `other_cpu.sh`.
 
 python tests/hardware/other_cpu.py draw OUT.npz           latents of a few images, and a small one decoded
 python tests/hardware/other_cpu.py judge OUT.npz BESIDE   decodes and judges them; compares them with another run's
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from shared import BUNDLE, SAME_PICTURE
+from shared import BUNDLE, SAME_IMAGE
 from zimage_rt.benchmarks.fidelity import psnr
 from zimage_rt.benchmarks.quality.judge import Judge
 
@@ -67,7 +67,7 @@ def judge(engine: zimage_rt.Engine, found: Mapping[str, np.ndarray], beside: Map
     for name, (_, scene) in REQUESTS.items():
         image, other = (engine.decode(run[name], "tiny")[0] for run in (found, beside))
         answers, near = eyes.score(image, {**CANVAS, **scene}), psnr(image, other)
-        right = right and near >= SAME_PICTURE and all(all(answer) for answer in answers.values())
+        right = right and near >= SAME_IMAGE and all(all(answer) for answer in answers.values())
         print(f"{name}: {answers}, {near:.1f} dB beside this processor's")
     # Rounding moves a pixel that lies between two grey levels, and none further.
     difference = int(np.abs(found["decoded"].astype(int) - beside["decoded"]).max())

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All of the TensorRT backends that only a GPU can show, in one command: builds zimage-nano in fp16 for this machine's own
-# GPU, runs the tests that need one, then holds the pictures to ONNX Runtime's on 20 prompts and times them.
+# Tests of the TensorRT backends that need a GPU, in one command: builds zimage-nano in fp16 for this machine's own
+# GPU, runs the tests that need one, then compares the images with ONNX Runtime's on 20 prompts and times them.
 #
 #   tests/hardware/tensorrt_gpu.sh tensorrt|tensorrt_rtx [OUT]
 #
@@ -25,7 +25,7 @@ fail() {
   exit 1
 }
 
-# The GPU's compute capability as --sm takes it, or why there is none.
+# The GPU's compute capability in the format of --sm, or an error.
 sm=$("$python" -c '
 import sys
 from zimage_rt.backends.nvidia_driver import query

@@ -1,8 +1,8 @@
-"""A bundle's plans against ONNX Runtime on the CPU: are the pictures the same, and how long do they take?
+"""Compares the images of a bundle's plans with ONNX Runtime on the CPU, and times them.
 
     python tests/hardware/tensorrt_parity.py --backend tensorrt_rtx --bundle nano-fp16 --reference engines/nano
 
-Prints tables in Markdown and, with --json, writes the figures. Exit status 1 where pictures differ.
+Prints tables in Markdown and, with --json, writes the figures. Exit status 1 if images differ.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from zimage_rt.benchmarks.fidelity import psnr
-from zimage_rt.benchmarks.quality.__main__ import read_prompts
+from zimage_rt.benchmarks.quality.prompts import read_prompts
 
 import zimage_rt
 from zimage_rt.backends.registry import probe_backends
@@ -36,7 +36,7 @@ LATENCIES = (256, 512, 1024)
 
 
 def parity(engine: zimage_rt.Engine, reference: zimage_rt.Engine, count: int) -> list[dict[str, Any]]:
-    """PSNR of every setting, in dB over the prompts; large pictures on fewer, for the CPU draws them too."""
+    """PSNR of every setting, in dB over the prompts; large images on fewer, for the CPU draws them too."""
     rows = []
     for name, setting in SETTINGS.items():
         prompts = read_prompts(count if "height" not in setting else max(count // 10, 1))
@@ -52,7 +52,7 @@ def parity(engine: zimage_rt.Engine, reference: zimage_rt.Engine, count: int) ->
 
 
 def latency(engine: zimage_rt.Engine, repeats: int) -> list[dict[str, Any]]:
-    """Median milliseconds of a picture (8 evaluations, tiny VAE, a prompt seen before), by size."""
+    """Median milliseconds of an image (8 evaluations, tiny VAE, a prompt seen before), by size."""
     rows = []
     for size in LATENCIES:
         options = {"height": size, "width": size, "num_inference_steps": 8}
@@ -73,7 +73,7 @@ def check_refusal(engine: zimage_rt.Engine) -> bool:
 
 
 def load(bundle: Path, backend: str, options: dict[str, Any]) -> tuple[zimage_rt.Engine, float]:
-    """An engine, and the seconds from nothing to its first picture."""
+    """An engine, and the seconds from nothing to its first image."""
     start = time.perf_counter()
     engine = zimage_rt.Engine.load(bundle, backend=backend, backend_options=options)
     engine.generate("a panda", seed=1)
@@ -108,7 +108,7 @@ def main() -> int:
         times = latency(engine, arguments.repeats)
         refused = check_refusal(engine) if arguments.backend != "onnxruntime" else True
         report[f"cuda graph {name}"] = {"first": first, "second": second, "parity": rows, "latency": times}
-        print(f"\nCUDA graphs {name}; first picture after {first:.1f} s, in the next start {second:.1f} s\n")
+        print(f"\nCUDA graphs {name}; first image after {first:.1f} s, in the next start {second:.1f} s\n")
         print("| setting | prompts | mean dB | worst dB |\n| --- | --- | --- | --- |")
         for row in rows:
             print(f"| {row['setting']} | {row['prompts']} | {row['mean']:.1f} | {row['worst']:.1f} |")

@@ -41,7 +41,7 @@ def predict(latents: np.ndarray, timestep: float, guided: bool, noise_pred: np.n
 
 
 def start(case: str, batch: int = 1) -> dict[str, Any]:
-    """The arguments of the loop."""
+    """The denoiser, and the fields of the job."""
     name, schedule, steps, denoise, seed = case.split("|")
     sigmas = denoise_sigmas(schedule, int(steps), SHIFT, float(denoise), spare_step=SAMPLERS[name].spare_step)
     noise = _core.randn(int(seed), [batch, 16, 8, 8])
@@ -51,8 +51,6 @@ def start(case: str, batch: int = 1) -> dict[str, Any]:
         "predict": predict,
         "steps": table,
         "latents": (sigmas[0] * noise + (1 - sigmas[0]) * image).astype(np.float32),
-        "guidance_scales": np.zeros((len(table), batch), np.float32),
-        "cfg_normalization": 0.0,
         "step_noise": step_noise(name, sigmas, SHIFT, [int(seed)] * batch, (16, 8, 8), joint=True),
     }
 

@@ -16,6 +16,12 @@ def require_gpu() -> Any:
     return cuda
 
 
+def require_kernels() -> Any:
+    """The `_cuda_kernels` module, which only builds in a working tree have, or a skip of the whole test file."""
+    require_gpu()
+    return pytest.importorskip("zimage_rt._cuda_kernels", reason="_cuda_kernels is not built: run make cuda")
+
+
 def to_bf16(values: np.ndarray) -> np.ndarray:
     """Round float values to bf16, returned as the uint16 of its bits."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32).astype(np.uint64)

@@ -1,6 +1,6 @@
-"""The commands and programs that the documentation shows: found in its pages, parsed as their programs parse them.
+"""Checks the commands and programs of the documentation with their own parsers.
 
-As a program it runs those that take minutes; see `tests/hardware/doc_commands.sh`.
+As a program it runs them, which takes minutes; see `tests/hardware/doc_commands.sh`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
-import dataclasses
 import io
 import os
 import re
@@ -19,169 +18,33 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeGuard
 
-ROOT = Path(__file__).parents[2]
-PAGES = (
-    "README.md",
-    "CONTRIBUTING.md",
-    "CHANGELOG.md",
-    "SECURITY.md",
-    "docs/*.md",
-    "examples/*.md",
-    "checkpoints/*/README.md",
-    "benchmarks/README.md",
-    "findings/README.md",
-)
-SHELLS = ("sh", "bash", "shell", "console")
-OURS = re.compile(r"(\$ )?(\.venv/bin/)?(zimage|zimage-export|make|python3? -m zimage_rt\S*|pip install) \S")
-# What no clone has, and who reads a page fetches or chooses: the original's checkpoints, and names in capitals.
+from doc_pages import ROOT, Block, Command, Refused, blocks, commands_in, pages
+
+# Paths that a reader downloads: the original's checkpoints. Names in capitals are placeholders as well.
 PLACEHOLDERS = ("checkpoints/Z-Image-Turbo", "checkpoints/comfyui", "checkpoints/taef1", "checkpoints/tokenizer")
 # Exported by `make bundle`, which `make demo` and `make test` call.
 BUNDLE = "engines/nano"
-# Options that name what a command writes.
+# Options for the output of a command.
 OUTPUTS = ("out", "output", "output_dir")
 FOLDERS = tuple(f"{path.name}/" for path in sorted(ROOT.iterdir()) if path.is_dir() and not path.name.startswith("."))
 
 
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """A fenced block of a page.
-
-    Attributes:
-        page: relative to the repository.
-        line: of its first line of content, from 1.
-        language: what stands behind the fence.
-        caption: the line of text before it.
-    """
-
-    page: str
-    line: int
-    language: str
-    text: str
-    caption: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Command:
-    """One command of a page.
-
-    Attributes:
-        words: without what it sets of the environment.
-        whole: whether it can be run as it stands; an inline one may be a part (`zimage generate --like`).
-    """
-
-    page: str
-    line: int
-    words: tuple[str, ...]
-    environment: tuple[str, ...] = ()
-    whole: bool = True
-
-    @property
-    def program(self) -> str:
-        """Its name without a folder of programs: `.venv/bin/zimage` is `zimage`."""
-        name = self.words[0].removeprefix("$").removeprefix(".venv/bin/")
-        return "python" if re.fullmatch(r"python3?(\.\d+)?", name) else name
-
-    def __str__(self) -> str:
-        return f"{self.page}:{self.line}: {shlex.join(self.words)}"
-
-
-class Refused(Exception):
-    """A command that its program would not take, or a file that is not there."""
-
-
 class _Parsed(Exception):
-    """Stops a program behind its parser."""
+    """Stops a program after its parser."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         super().__init__()
         self.values = values
 
 
-# --- finding ----------------------------------------------------------------------------------------------------------
-
-
-def pages() -> list[str]:
-    """Every page, the README first."""
-    return [path.relative_to(ROOT).as_posix() for pattern in PAGES for path in sorted(ROOT.glob(pattern))]
-
-
-def blocks(page: str, text: str) -> list[Block]:
-    """The fenced blocks of a page."""
-    found, lines, start, fence, caption = [], text.splitlines(), 0, "", ""
-    for number, line in enumerate(lines, 1):
-        mark = re.match(r"\s*(```+)\s*([\w+-]*)", line)
-        if mark and not fence:
-            fence, language, start = mark[1], mark[2], number
-            caption = next((before for before in reversed(lines[: number - 1]) if before.strip()), "")
-        elif mark and line.strip() == fence:
-            found.append(Block(page, start + 1, language, "\n".join(lines[start : number - 1]), caption))
-            fence = ""
-    if fence:
-        raise Refused(f"{page}:{start}: a block that nothing closes")
-    return found
-
-
-def commands_in(block: Block) -> Iterator[Command]:
-    """The commands of a shell block, or of a bare one where a line begins with a program of ours."""
-    if block.language not in (*SHELLS, ""):
-        return
-    waiting, first = "", block.line
-    for number, line in enumerate(block.text.splitlines(), block.line):
-        first = first if waiting else number
-        waiting += line
-        if waiting.endswith("\\"):
-            waiting = waiting[:-1] + " "
-            continue
-        if block.language or OURS.match(waiting):
-            yield from _split(block.page, first, waiting.removeprefix("$ "))
-        waiting = ""
-    if waiting and (block.language or OURS.match(waiting)):
-        yield from _split(block.page, first, waiting)
-
-
-def _split(page: str, line: int, text: str) -> Iterator[Command]:
-    """The commands of one line."""
-    lexer = shlex.shlex(text, posix=True, punctuation_chars="&|;")
-    lexer.whitespace_split = True
-    words: list[str] = []
-    try:
-        for word in [*lexer, ";"]:
-            if word.strip("&|;"):
-                words.append(word)
-                continue
-            count = 0
-            while count < len(words) and re.fullmatch(r"[A-Za-z_]\w*=.*", words[count], re.DOTALL):
-                count += 1
-            if words[count:]:
-                yield Command(page, line, tuple(words[count:]), tuple(words[:count]))
-            words = []
-    except ValueError as error:
-        raise Refused(f"{page}:{line}: {text}: {error}") from error
-
-
-def inline_commands(page: str, text: str) -> Iterator[Command]:
-    """Commands inside sentences and tables, whole or in part; what stands inside fences is left out."""
-    inside = False
-    for number, line in enumerate(text.splitlines(), 1):
-        if re.match(r"\s*```", line):
-            inside = not inside
-        elif not inside:
-            for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", line):
-                if OURS.match(span):
-                    with contextlib.suppress(Refused):  # a sentence may cut a command anywhere
-                        for command in _split(page, number, span):
-                            yield dataclasses.replace(command, whole=False)
-
-
 # --- parsing ----------------------------------------------------------------------------------------------------------
 
 
 def parse(command: Command) -> dict[str, Any]:
-    """Show a command to its own parser; returns the options by name. Nothing is run.
+    """Parses a command with its own parser; returns the options by name. Nothing is run.
 
     Raises Refused with the parser's words.
     """
@@ -265,7 +128,7 @@ def _pip(command: Command) -> dict[str, Any]:
 
 
 def _python(command: Command) -> dict[str, Any]:
-    """`python FILE …` of this repository or `python -m zimage_rt.…`: run up to where its options are parsed."""
+    """`python FILE …` of this repository or `python -m zimage_rt.…`: run until its options are parsed."""
     words = list(command.words[1:])
     if words[:1] == ["-m"] and words[1:] and words[1].split(".")[0] == "zimage_rt":
         name, words = words[1], words[2:]
@@ -332,7 +195,7 @@ def _is_placeholder(name: str) -> bool:
 
 
 def exported(commands: list[Command]) -> set[str]:
-    """The bundles that the pages' `zimage-export` commands write, relative to the repository."""
+    """Bundles that the pages' `zimage-export` commands write, relative to the repository."""
     from zimage_rt.export.recipe import read_recipe
 
     found = {BUNDLE}
@@ -352,7 +215,7 @@ def exported(commands: list[Command]) -> set[str]:
 
 
 class Files:
-    """The files that a page's commands may read, in order: the repository's, and what came before.
+    """Files that a page's commands may read: the repository's, and outputs of earlier commands.
 
     Args:
         bundles: see `exported`.
@@ -363,7 +226,7 @@ class Files:
         self._bundles, self._made = bundles, set(shown)
 
     def check(self, command: Command, options: dict[str, Any]) -> None:
-        """Raise Refused for a file that a command reads and nobody made; then remember what it writes."""
+        """Adds a command's outputs. Raises Refused: the command reads a file that does not exist."""
         written = {str(options[name]) for name in OUTPUTS if isinstance(options.get(name), Path)}  # defaults, too
         given = {Path(part) for word in command.words[1:] for part in (word, word.partition("=")[2]) if part}
         paths = {name: value for name, value in options.items() if isinstance(value, Path)}
@@ -378,14 +241,14 @@ class Files:
         self._made |= written
 
     def has(self, name: str) -> bool:
-        """Whether a name can be read."""
+        """Whether a file exists or is a placeholder."""
         places = [Path(name).as_posix(), *(place.as_posix() for place in Path(name).parents)]
         known = self._bundles | self._made
         return _is_placeholder(name) or any(place in known for place in places) or (ROOT / name).exists()
 
 
 def shown_files(page_blocks: list[Block]) -> set[str]:
-    """Files whose content a page shows: the caption before a block names it, as in "`animals.csv`, in GBK:"."""
+    """Files whose content a page shows, named in the caption of a block, as in "`animals.csv`, in GBK:"."""
     return {
         match[1] for block in page_blocks if (match := re.match(r"`([\w./-]+\.\w+)`[^`]*:$", block.caption.strip()))
     }
@@ -395,7 +258,7 @@ def shown_files(page_blocks: list[Block]) -> set[str]:
 
 
 def check_python(block: Block, files: Files) -> None:
-    """Compile a block, and look for what it names of zimage_rt. Raises Refused."""
+    """Compiles a block and checks its names of zimage_rt. Raises Refused."""
     import zimage_rt
 
     where = f"{block.page}:{block.line}"
@@ -449,7 +312,7 @@ def _check_attribute(line: str, node: ast.Attribute) -> None:
 
 
 def runnable(command: Command, gpu: bool) -> str | None:
-    """Why the release script leaves a command out; None if it runs it."""
+    """Reason for which the release script skips a command; None if it runs it."""
     text = shlex.join(command.words)
     if "zimage_rt.benchmarks" in text:
         return "a benchmark: tests/hardware/cuda_gpu.sh and benchmarks/README.md"
@@ -470,7 +333,7 @@ def runnable(command: Command, gpu: bool) -> str | None:
 
 
 def main() -> int:
-    """Run the commands of the pages in order, each page in a folder of its own; returns how many failed."""
+    """Runs the commands of all pages in order, each page in a folder of its own; returns the number of failures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, help="a folder for the logs and for what the commands write")
     parser.add_argument("--page", action="append", help="only these pages, as in docs/tensorrt.md")

@@ -1,4 +1,4 @@
-"""Small random checkpoints for the tests of `zimage-export`, and ways to spoil them."""
+"""Small random checkpoints for tests of `zimage-export`, and changes to them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import onnx_ir as ir
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from zimage_rt.export import graph_cache
 from zimage_rt.export.checkpoint import open_checkpoint
-from zimage_rt.export.modules import plan_modules
+from zimage_rt.export.graph import cache as graph_cache
+from zimage_rt.export.plan import plan_modules
 from zimage_rt.export.precision import FP32
 from zimage_rt.export.recipe import ExportRecipe
 
@@ -28,7 +28,7 @@ TEMPLATE = (
 
 
 def make_checkpoint(folder: Path) -> Path:
-    """A checkpoint in the diffusers layout: every component, as small as its class allows."""
+    """Writes a diffusers folder with every component as small as its class allows."""
     torch.manual_seed(0)
     transformer = diffusers.ZImageTransformer2DModel(
         dim=256, n_heads=2, n_kv_heads=2, n_layers=2, n_refiner_layers=1, cap_feat_dim=64
@@ -79,16 +79,16 @@ def make_checkpoint(folder: Path) -> Path:
 
 
 def recipe(checkpoint: Path, out: Path, **changes: Any) -> ExportRecipe:
-    """A recipe with everything at its default but `changes`."""
+    """A recipe at its defaults, except for `changes`."""
     return dataclasses.replace(ExportRecipe(checkpoint, out, "test"), **changes)
 
 
 @contextlib.contextmanager
 def graphs_of(bundle: Path, checkpoint: Path) -> Iterator[None]:
-    """Exports in this process take the fp32 graphs of a bundle that was exported from `checkpoint`.
+    """Lets exports in this process reuse the fp32 graphs of a bundle that was exported from `checkpoint`.
 
-    `make bundle` has traced and measured them, and tracing them again takes most of a minute. Nothing is written to the
-    user's cache: a bundle from an older exporter must not get into it.
+    Tracing them again takes most of a minute. Nothing is written to the user's cache, which must not get graphs of an
+    older exporter.
     """
     plans = plan_modules(open_checkpoint(checkpoint), FP32, ("tiny", "full"))
     graphs = {plan.graph_key(): bundle / f"{plan.name}.onnx" for plan in plans}
@@ -102,7 +102,7 @@ def graphs_of(bundle: Path, checkpoint: Path) -> Iterator[None]:
 
 
 def copy_with(checkpoint: Path, folder: Path, **replaced: Path | None) -> Path:
-    """The checkpoint through links, with some parts replaced or (None) left out."""
+    """A checkpoint of symbolic links, with some parts replaced or, for None, left out."""
     folder.mkdir()
     for path in checkpoint.iterdir():
         target = replaced.get(path.name, path)

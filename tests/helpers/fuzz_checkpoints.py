@@ -10,7 +10,7 @@ from typing import Any
 
 from fuzzing import STRANGE, Kind, check, kind, mutate_bytes, mutate_json, to_text
 from zimage_rt.export.checkpoint import open_checkpoint
-from zimage_rt.export.modules import plan_modules
+from zimage_rt.export.plan import plan_modules
 from zimage_rt.export.precision import FP32
 from zimage_rt.export.recipe import read_recipe
 from zimage_rt.export.tokenizer import chat_template, tokenizer_file

@@ -92,7 +92,7 @@ class BundleFile(Kind):
         self.names = sorted(read_manifest(bundle).files, key=lambda name: (bundle / name).stat().st_size)[:9]
 
     def run(self, rng: random.Random) -> None:
-        from zimage_rt.bundle.manifest import check_file
+        from zimage_rt.bundle.verify import check_file
 
         name = rng.choice(self.names)
         content = (self.bundle / name).read_bytes()

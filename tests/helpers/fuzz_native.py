@@ -9,6 +9,7 @@ import numpy as np
 from fuzzing import STRANGE, Kind, check, kind
 
 from zimage_rt import _core
+from zimage_rt.backends.base import Conditioning, Guidance, Inpaint, SampleJob
 from zimage_rt.sampling.samplers import SAMPLERS, sampler_table, step_noise
 from zimage_rt.sampling.schedules import SCHEDULES, schedule_sigmas
 
@@ -43,11 +44,11 @@ class NativeCall(Kind):
     """Functions of `_core` with arguments of any shape, type and size."""
 
     # What pybind11 and the bindings raise; `Engine` has checked its arguments before.
-    errors = (ValueError, TypeError, MemoryError, OverflowError, RuntimeError)
+    errors = (ValueError, TypeError, MemoryError, OverflowError, RuntimeError, AttributeError)
     longest = 1 << 30  # pybind11 writes all of a wrong argument
 
     def run(self, rng: random.Random) -> None:
-        rng.choice((self._randn, self._paste, self._guidance, self._brownian, self._sample, self._sample))(rng)
+        rng.choice((self._randn, self._paste, self._brownian, self._sample, self._sample))(rng)
 
     def _randn(self, rng: random.Random) -> None:
         shape = [rng.choice((0, 1, 2, 5, 16, 17)) for _ in range(rng.choice((0, 1, 2, 4)))]
@@ -73,13 +74,6 @@ class NativeCall(Kind):
             "other pixels",
         )
 
-    def _guidance(self, rng: random.Random) -> None:
-        shape = rng.choice(SHAPES)
-        scale = rng.choice((0.0, 1.5, float("nan"), 1e30, rng.choice(STRANGE)))
-        _core.apply_guidance(
-            array(rng, shape), array(rng, shape if rng.random() < 0.8 else None), scale, rng.choice((0.0, 1.0))
-        )
-
     def _brownian(self, rng: random.Random) -> None:
         low, high = rng.choice(((0.0, 1.0), (0.1, 14.6), (1.0, 1.0), (2.0, 1.0), (float("nan"), 1.0), (0.0, 1e308)))
         intervals = [(rng.random() * 2, rng.random() * 2) for _ in range(rng.choice((0, 1, 3)))]
@@ -92,21 +86,26 @@ class NativeCall(Kind):
         shape = rng.choice(((1, 16, 4, 4), (2, 16, 4, 6)))
         noise = step_noise(name, sigmas, 3.0, [1] * shape[0], shape[1:], joint=False)
         latents = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-        arguments: dict[str, Any] = {
-            "predict": lambda x, t, guided, out: out.__setitem__(..., 0.1),
+        fields: dict[str, Any] = {
             "steps": steps,
             "latents": latents,
-            "guidance_scales": np.zeros((len(steps), shape[0]), np.float32),
-            "cfg_normalization": 0.0,
+            "scales": np.zeros((len(steps), shape[0]), np.float32),
+            "normalization": 0.0,
             "step_noise": noise,
         }
+        plain = True
         if rng.random() < 0.3:
-            mask = np.ones((shape[0], 1, *shape[2:]), np.float32)
-            arguments |= {"mask": mask, "image": latents.copy(), "noise": latents.copy()}
+            parts = {"mask": np.ones((shape[0], 1, *shape[2:]), np.float32), "image": latents.copy()}
+            parts["noise"] = latents.copy()
+            if rng.random() < 0.3:
+                parts[rng.choice(sorted(parts))] = rng.choice((array(rng), None, rng.choice(STRANGE)))
+                plain = False
+            fields["inpaint"] = Inpaint(**parts)
         if rng.random() < 0.6:
-            key = rng.choice(sorted(arguments))
-            arguments[key] = rng.choice(
-                (array(rng), None, rng.choice(STRANGE), steps[: len(steps) // 2], steps * np.nan)
-            )
-        _core.sample(**arguments)
-        check(bool(np.isfinite(arguments["latents"]).all()) or arguments["steps"] is not steps, "latents not finite")
+            key = rng.choice(sorted(fields))
+            fields[key] = rng.choice((array(rng), None, rng.choice(STRANGE), steps[: len(steps) // 2], steps * np.nan))
+        guidance = Guidance(fields.pop("scales"), fields.pop("normalization"))
+        job = SampleJob(conditioning=Conditioning(()), guidance=guidance, **fields)
+        _core.sample(lambda x, t, guided, out: out.__setitem__(..., 0.1), job)
+        plain = plain and fields["steps"] is steps and fields["latents"] is latents
+        check(not plain or bool(np.isfinite(latents).all()), "latents not finite")

@@ -229,7 +229,7 @@ class JournalFile(Kind):
                 journal.add(
                     row,
                     key="k",
-                    pictures=[f"0000{row}.png"],
+                    images=[f"0000{row}.png"],
                     sizes=[10],
                     inputs={"image": "0" * 64},
                     extra={"sku": "x"},
@@ -252,7 +252,7 @@ class JournalFile(Kind):
                 except ValueError:
                     continue
             rows = {line["row"] for line in said if isinstance(line, dict) and "pictures" in line}
-            check(restart or set(journal.pictures) <= rows, "a row that was never drawn")
+            check(restart or set(journal.images) <= rows, "a row that was never drawn")
 
 
 @kind("backend option")

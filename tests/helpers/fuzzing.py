@@ -1,8 +1,8 @@
-"""What the fuzz tests share: seeded mutations of bytes and of JSON values, and what counts as an answer.
+"""Shared by the fuzz tests: seeded mutations of bytes and of JSON values, and the outcomes of an input.
 
-A `Kind` is one sort of input. `attempt(random)` makes one damaged input, gives it to the code, and returns an
-`Outcome`: refused with an error of this package, or taken and right. It raises `Wrong` if the input was taken and the
-result is not what an independent reading of the same bytes gives; any other exception is a fault, too.
+A `Kind` is a sort of input. `attempt(random)` makes a damaged input, passes it to the code and returns an `Outcome`:
+refused with an error of this package, or accepted and correct. It raises `Wrong` if the input was accepted and the
+result differs from an independent reading of the same bytes. Any other exception is a fault as well.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from zimage_rt.errors import MAX_MESSAGE, ZImageError
 
-# Seconds that one input may take.
+# Time limit of an input in seconds.
 TIME_LIMIT = 20
 
 STRANGE: tuple[Any, ...] = (
@@ -31,21 +31,21 @@ STRANGE: tuple[Any, ...] = (
 
 
 class Outcome(enum.Enum):
-    """How an input was answered."""
+    """Outcome of an input."""
 
     REFUSED = "refused with a typed error"
     TAKEN = "taken, and right"
 
 
 class Wrong(AssertionError):
-    """An input was taken, and the result is not what it says."""
+    """An input was accepted with a wrong result."""
 
 
 class Kind:
-    """One sort of input.
+    """A sort of input.
 
     Args:
-        folder: an empty folder of its own.
+        folder: an empty folder for its files.
         bundle: the bundle of zimage-nano.
     """
 
@@ -58,7 +58,7 @@ class Kind:
         self.folder, self.bundle = folder, bundle
 
     def attempt(self, rng: random.Random) -> Outcome:
-        """Make one input and give it to the code."""
+        """Makes an input and passes it to the code."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -72,24 +72,24 @@ class Kind:
         return Outcome.TAKEN
 
     def run(self, rng: random.Random) -> None:
-        """One input; raises one of `errors`, or returns if it was taken and is right."""
+        """Tries an input; raises one of `errors`, or returns if it was accepted and is correct."""
         raise NotImplementedError
 
 
 def check(condition: bool, what: str) -> None:
-    """Raise Wrong unless something holds."""
+    """Raises Wrong unless a condition is true."""
     if not condition:
         raise Wrong(what)
 
 
 def generator(kind: str, seed: int) -> random.Random:
-    """The random numbers of an input, the same in every process."""
+    """Random generator of an input, the same in every process."""
     return random.Random(f"{kind}:{seed}")
 
 
 @contextlib.contextmanager
 def time_limit(seconds: int = TIME_LIMIT) -> Iterator[None]:
-    """Raises TimeoutError for what takes longer; in the main thread."""
+    """Raises TimeoutError in the main thread after the time limit."""
 
     def expire(*_: object) -> None:
         raise TimeoutError(f"took more than {seconds} s")
@@ -104,7 +104,7 @@ def time_limit(seconds: int = TIME_LIMIT) -> Iterator[None]:
 
 
 def try_inputs(name: str, tried: Kind, count: int) -> None:
-    """The first inputs of a kind; raises AssertionError with the number of one that was answered otherwise."""
+    """Tries the first inputs of a kind; raises AssertionError with the number of an input with another outcome."""
     for number in range(count):
         try:
             with time_limit():
@@ -195,7 +195,7 @@ def nearly(rng: random.Random, value: Any) -> Any:
 
 
 def complex_text(value: float) -> str:
-    """What complex() would read."""
+    """A string that complex() accepts."""
     return f"{value}+1j"
 
 

@@ -1,4 +1,4 @@
-"""Random LoRAs for zimage-nano in every layout, and what they do to a model in torch."""
+"""Random LoRAs for zimage-nano in every layout, and their effect on a torch model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Lora:
     alpha: float
 
     def deltas(self) -> Iterator[tuple[str, Tensor]]:
-        """What each layer's weight changes by."""
+        """Change of each layer's weight."""
         for name, (down, up) in self.layers.items():
             yield name, up.double() @ down.double() * (self.alpha / len(down))
 
@@ -87,14 +87,14 @@ def write(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.
 
 
 def changed(model: nn.Module, lora: Lora, weight: float = 1.0) -> None:
-    """Add a LoRA to a torch model's weights."""
+    """Adds a LoRA to a torch model's weights."""
     with torch.no_grad():
         for name, delta in lora.deltas():
             model.get_submodule(name).weight += weight * delta.float()
 
 
 def random_lora_of(manifest: Manifest, path: Path, seed: int, modules: tuple[str, ...] = LORA_MODULES) -> Path:
-    """A LoRA of every linear layer of a bundle's modules, written as PEFT does; it needs no model."""
+    """Writes a LoRA for every linear layer of a bundle's modules in PEFT's layout; needs no model."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for module in modules:

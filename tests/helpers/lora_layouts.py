@@ -1,4 +1,4 @@
-"""Small files of zimage-nano in the layouts of docs/formats.md, each with what it means, by formulas in float64."""
+"""Small LoRAs for zimage-nano in the layouts of docs/formats.md, with their changes by formulas in float64."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Base = Callable[[str], Tensor]
 
 @dataclasses.dataclass
 class Example:
-    """A file's tensors and metadata, and the change of each matrix (`[out, in]`) and vector (`name.part`) it makes."""
+    """Tensors and metadata of a file, and its change of each matrix (`[out, in]`) and vector (`name.part`)."""
 
     tensors: dict[str, Tensor]
     deltas: dict[str, Tensor]
@@ -38,7 +38,7 @@ class Example:
 
 
 class Maker:
-    """Random numbers of the right sizes; `base` gives the checkpoint's weights by name."""
+    """Makes random tensors of the right sizes; `base` gives the checkpoint's weights by name."""
 
     def __init__(self, base: Base) -> None:
         self.base = base
@@ -54,7 +54,7 @@ class Maker:
         return down, up * (0.1 * weight.norm() / (up @ down).norm())
 
     def fit(self, name: str, delta: Tensor) -> Tensor:
-        """What makes a change a tenth of the layer's weight, to multiply a factor with."""
+        """Factor that scales a change to a tenth of the layer's weight."""
         return 0.1 * self.base(f"{name}.weight").norm() / delta.norm()
 
 
@@ -80,7 +80,7 @@ def under(name: str) -> str:
 
 
 def lokr_whole(make: Maker) -> Example:
-    """LyCORIS' old prefix; both factors whole, so the alpha of 1e10 means nothing."""
+    """LyCORIS' old prefix; both factors are whole, so the alpha of 1e10 has no effect."""
     tensors, deltas = {}, {}
     for name, first in ((TO_Q, 16), (W2, 4), (ADALN, 8), (ENCODER, 4)):
         out, width = make.base(f"{name}.weight").shape
@@ -379,7 +379,7 @@ def interleaved(stored: np.ndarray, head_dim: int) -> np.ndarray:
 def changes_of(
     placed: MatchedLora, manifest: Manifest, bundle: Path
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """What a placed LoRA adds to the stored weights, in the checkpoint's names and order: matrices, and vectors."""
+    """Changes of the stored weights by a matched LoRA, in the checkpoint's names and order: matrices and vectors."""
     matrices, vectors = {}, {}
     for module in LORA_MODULES:
         spec = manifest.module(module)

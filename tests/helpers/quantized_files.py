@@ -1,7 +1,7 @@
-"""Quantised checkpoints for the tests: each layout from chosen numbers and scales, with the values they stand for.
+"""Quantised checkpoints for tests: each layout from chosen numbers and scales, with its values.
 
-Written from the layouts' definitions and apart from export/checkpoint/: values are computed before anything is packed,
-tiled or rotated. tests/hardware/checkpoint_formats.py compares the same with comfy-kitchen's own reader.
+Written from the layouts' definitions, independently of export/checkpoint/: values are computed before packing, tiling
+or rotation. tests/hardware/checkpoint_formats.py compares them with comfy-kitchen's own reader.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def rotated(weight: np.ndarray, size: int) -> np.ndarray:
 
 
 def group_of(columns: int) -> int:
-    """The largest group that fits, 0 where none does."""
+    """The largest group that fits; 0 if none does."""
     return next((size for size in (256, 64, 16) if columns % size == 0), 0)
 
 

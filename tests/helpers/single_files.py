@@ -1,4 +1,4 @@
-"""Single files as ComfyUI has them, made of a diffusers folder's tensors; parity's reader beside the exporter's."""
+"""Writes ComfyUI's single files from a diffusers folder, and compares parity's reader with the exporter's."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from zimage_rt.export import parity
 from zimage_rt.export.checkpoint import Component
+from zimage_rt.export.parity.reference import load_reference
 
 
 def comfyui_names(source: Mapping[str, Tensor], prefix: str = "model.diffusion_model.") -> dict[str, Tensor]:
@@ -34,8 +34,8 @@ def comfyui_names(source: Mapping[str, Tensor], prefix: str = "model.diffusion_m
 
 
 def check_second_reader(component: Component, exact: bool = True) -> None:
-    """Parity's own reader finds the numbers that the exporter does."""
-    for name, tensor in parity.load_reference(component).state_dict().items():
+    """Checks that parity's reader and the exporter read the same numbers."""
+    for name, tensor in load_reference(component).state_dict().items():
         ours = component.read(name, tuple(tensor.shape)).float()
         if exact:
             assert torch.equal(ours, tensor), name
@@ -67,7 +67,7 @@ def ldm_vae(name: str) -> str:
 
 
 def write_single_file(checkpoint: Path, path: Path) -> None:
-    """One file with everything, under the names that ComfyUI's loaders know."""
+    """Writes a file with all models, under the names of ComfyUI's loaders."""
     source = load_file(checkpoint / "transformer" / "diffusion_pytorch_model.safetensors")
     tensors = comfyui_names(source)
     for name, tensor in load_file(checkpoint / "text_encoder" / "model.safetensors").items():

@@ -17,9 +17,9 @@ from zimage_rt.bundle.manifest import (
     ShapeRange,
     ShapeRanges,
     TensorSpec,
-    hash_file,
     write_manifest,
 )
+from zimage_rt.bundle.verify import hash_file
 
 WIDTH = 16
 # Not a module of Z-Image's, whose tensors have other names.
@@ -34,7 +34,7 @@ def weights(part: int) -> np.ndarray:
 
 
 def reference(x: np.ndarray) -> np.ndarray:
-    """What the two parts compute together."""
+    """Output of the two parts together."""
     return (x @ weights(0)) @ weights(1) + x
 
 

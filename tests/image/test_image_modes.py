@@ -1,4 +1,4 @@
-"""Input images of every mode and number type: each value is read by its range, what has none is refused."""
+"""Input images of every mode and dtype: values are scaled by their range; images without one are refused."""
 
 from __future__ import annotations
 

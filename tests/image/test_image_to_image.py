@@ -1,4 +1,4 @@
-"""Image to image and inpainting on zimage-nano, against diffusers' own pipelines; pictures of every kind as input."""
+"""Image to image and inpainting on zimage-nano, against diffusers' own pipelines; images of every kind as input."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import ZImageImg2ImgPipeline, ZImageInpaintPipeline, ZImagePipeline
 from PIL import Image
-from shared import CHECKPOINT, SAME_PICTURE
+from shared import CHECKPOINT, SAME_IMAGE
 from zimage_rt.benchmarks.fidelity import psnr
 
 import zimage_rt
@@ -30,18 +30,18 @@ def base() -> Any:
     return pipeline
 
 
-def theirs(kind: Any, base: Any, picture: np.ndarray, **settings: Any) -> np.ndarray:
+def theirs(kind: Any, base: Any, source: np.ndarray, **settings: Any) -> np.ndarray:
     pipeline = kind(**base.components)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator("cpu").manual_seed(5)
-    image = Image.fromarray(picture)
+    image = Image.fromarray(source)
     settings = {"num_inference_steps": 8, "height": 256, "width": 256, "guidance_scale": 0.0, **settings}
-    pictures = pipeline(PROMPT, image=image, generator=generator, output_type="np", **settings).images
-    return np.rint(pictures * 255).astype(np.uint8)[0]
+    images = pipeline(PROMPT, image=image, generator=generator, output_type="np", **settings).images
+    return np.rint(images * 255).astype(np.uint8)[0]
 
 
 @pytest.fixture(scope="module")
-def picture(engine: zimage_rt.Engine) -> np.ndarray:
+def source(engine: zimage_rt.Engine) -> np.ndarray:
     return engine.generate("a cat on the left and a house on the right, purple background", seed=3).images[0]
 
 
@@ -63,39 +63,39 @@ def right_half() -> np.ndarray:
     ],
 )
 def test_image_to_image_is_that_of_diffusers(
-    engine: zimage_rt.Engine, base: Any, picture: np.ndarray, settings: dict[str, Any]
+    engine: zimage_rt.Engine, base: Any, source: np.ndarray, settings: dict[str, Any]
 ) -> None:
-    expected = theirs(ZImageImg2ImgPipeline, base, picture, **settings)
-    ours = engine.generate(PROMPT, image=picture, seed=5, vae="full", num_inference_steps=8, **settings)
-    assert psnr(ours.images[0], expected) >= SAME_PICTURE
+    expected = theirs(ZImageImg2ImgPipeline, base, source, **settings)
+    ours = engine.generate(PROMPT, image=source, seed=5, vae="full", num_inference_steps=8, **settings)
+    assert psnr(ours.images[0], expected) >= SAME_IMAGE
     assert set(ours.timings) == {"encode_prompt", "encode_image", "denoise", "decode", "total"}
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.6])
 def test_inpainting_is_that_of_diffusers(
-    engine: zimage_rt.Engine, base: Any, picture: np.ndarray, right_half: np.ndarray, strength: float
+    engine: zimage_rt.Engine, base: Any, source: np.ndarray, right_half: np.ndarray, strength: float
 ) -> None:
     mask = Image.fromarray(right_half)
-    expected = theirs(ZImageInpaintPipeline, base, picture, mask_image=mask, strength=strength)
+    expected = theirs(ZImageInpaintPipeline, base, source, mask_image=mask, strength=strength)
     ours = engine.generate(
-        PROMPT, image=picture, mask=right_half, strength=strength, seed=5, vae="full", num_inference_steps=8
+        PROMPT, image=source, mask=right_half, strength=strength, seed=5, vae="full", num_inference_steps=8
     ).images[0]
-    assert psnr(ours[:, 128:], expected[:, 128:]) >= SAME_PICTURE
-    assert (ours[:, :128] == picture[:, :128]).all()  # to the byte, which diffusers does not promise
+    assert psnr(ours[:, 128:], expected[:, 128:]) >= SAME_IMAGE
+    assert (ours[:, :128] == source[:, :128]).all()  # to the byte, which diffusers does not promise
 
 
 def test_a_soft_mask_mixes_at_its_edge_and_keeps_bytes_beyond(
-    engine: zimage_rt.Engine, picture: np.ndarray, right_half: np.ndarray
+    engine: zimage_rt.Engine, source: np.ndarray, right_half: np.ndarray
 ) -> None:
     ours = engine.generate(
-        PROMPT, image=picture, mask=right_half, mask_feather=6.0, strength=1.0, seed=5, num_inference_steps=4
+        PROMPT, image=source, mask=right_half, mask_feather=6.0, strength=1.0, seed=5, num_inference_steps=4
     ).images[0]
-    assert (ours[:, :90] == picture[:, :90]).all()
-    assert (ours[:, 120:] != picture[:, 120:]).any()
+    assert (ours[:, :90] == source[:, :90]).all()
+    assert (ours[:, 120:] != source[:, 120:]).any()
 
 
-def test_a_batch_inpaints_each(engine: zimage_rt.Engine, picture: np.ndarray, right_half: np.ndarray) -> None:
-    options = {"image": picture, "mask": right_half, "strength": 1.0, "num_inference_steps": 3}
+def test_a_batch_inpaints_each(engine: zimage_rt.Engine, source: np.ndarray, right_half: np.ndarray) -> None:
+    options = {"image": source, "mask": right_half, "strength": 1.0, "num_inference_steps": 3}
     batch = engine.generate(["a panda", "一只企鹅，蓝色背景"], seed=7, **options)
     alone = engine.generate("一只企鹅，蓝色背景", seed=batch.seeds[1], **options)
     # Rounded otherwise by 1e-6, which moves a pixel that lies between two grey levels, and none further.
@@ -144,7 +144,7 @@ def exif_turned(path: Path) -> Path:
     ],
     ids=["exif", "alpha", "palette", "grey", "odd", "one channel"],
 )
-def test_pictures_of_every_kind_begin_a_request(
+def test_images_of_every_kind_begin_a_request(
     engine: zimage_rt.Engine, tmp_path: Path, make: Callable[[Path], Any], size: tuple[int, int]
 ) -> None:
     out = engine.generate("a panda", image=make(tmp_path), strength=0.3, num_inference_steps=4, seed=1).images[0]
@@ -161,7 +161,7 @@ def test_exif_and_alpha_are_honoured(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
-def test_a_picture_of_another_shape_is_fitted(engine: zimage_rt.Engine, fit: str) -> None:
+def test_an_image_of_another_shape_is_fitted(engine: zimage_rt.Engine, fit: str) -> None:
     image = Image.new("RGB", (300, 100), "red")
     out = engine.generate("a panda", image=image, height=96, width=96, fit=fit, strength=0.1, num_inference_steps=10)
     assert out.images.shape == (1, 96, 96, 3)
@@ -174,7 +174,7 @@ def test_a_picture_of_another_shape_is_fitted(engine: zimage_rt.Engine, fit: str
     [
         ({"strength": 0.0}, "strength: expected more than 0"),
         ({"strength": 1.5}, "strength: expected at most 1, got 1.5"),
-        ({"image": "no/such/picture.png"}, "cannot be read as a picture"),
+        ({"image": "no/such/image.png"}, "cannot be read as an image"),
         ({"image": 5}, "expected a PIL image, an array or a path, got int"),
         ({"image": np.zeros((4, 4, 2), np.uint8)}, "got uint8 [4, 4, 2]"),
         ({"image": np.zeros((4, 4, 3), np.int32)}, "got int32"),
@@ -193,8 +193,8 @@ def test_a_picture_of_another_shape_is_fitted(engine: zimage_rt.Engine, fit: str
     ],
 )
 def test_nonsense_is_refused(
-    engine: zimage_rt.Engine, picture: np.ndarray, fields: dict[str, Any], message: str
+    engine: zimage_rt.Engine, source: np.ndarray, fields: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(RequestError) as caught:
-        engine.generate("a panda", **{"image": picture, **fields})
+        engine.generate("a panda", **{"image": source, **fields})
     assert message in str(caught.value)

@@ -1,4 +1,4 @@
-"""A mask lies on its image: at any size of the image's shape, however both are fitted, and as the image is turned."""
+"""A mask is aligned with its image at any size, with every fit, and with every EXIF orientation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRAs on zimage-nano: pictures against diffusers with PEFT, several at once, taken off to the byte, refusals."""
+"""LoRAs on zimage-nano: images against diffusers with PEFT, several at once, taken off to the byte, refusals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny, ZImagePipeline, ZImageTransformer2DModel
 from lora_files import LAYOUTS, Lora, changed, peft, random_lora, write
-from shared import CHECKPOINT, SAME_PICTURE
+from shared import CHECKPOINT, SAME_IMAGE
 from zimage_rt.benchmarks.fidelity import psnr
 
 import zimage_rt
@@ -79,7 +79,7 @@ def ours(engine: zimage_rt.Engine) -> np.ndarray:
 
 
 def sketch(engine: zimage_rt.Engine) -> bytes:
-    """A picture that depends on every weight and takes no time."""
+    """An image that depends on every weight and takes no time."""
     return engine.generate(PROMPT, seed=SEED, height=64, width=64, num_inference_steps=1).images.tobytes()
 
 
@@ -88,12 +88,12 @@ def theirs(pipeline: Any, decoder: Any) -> np.ndarray:
     noise = torch.randn(1, 16, 32, 32, generator=torch.Generator().manual_seed(SEED))
     settings = {"height": 256, "width": 256, "num_inference_steps": 8, "guidance_scale": 0.0}
     latents = pipeline(PROMPT, latents=noise, output_type="latent", **settings).images
-    picture = (decoder.decode(latents).sample / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 0).numpy()
-    return np.rint(picture * 255).astype(np.uint8)
+    image = (decoder.decode(latents).sample / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 0).numpy()
+    return np.rint(image * 255).astype(np.uint8)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_pictures_are_those_of_diffusers(engine, reference, decoder, lora, plain, tmp_path, layout):
+def test_images_are_those_of_diffusers(engine, reference, decoder, lora, plain, tmp_path, layout):
     path = write(tmp_path / "style.safetensors", LAYOUTS[layout](lora))
     if layout == "comfyui":  # diffusers does not split this layout's packed qkv
         pipeline = copy.copy(reference)
@@ -105,9 +105,9 @@ def test_pictures_are_those_of_diffusers(engine, reference, decoder, lora, plain
         expected = theirs(reference, decoder)
         reference.unload_lora_weights()
     assert engine.load_lora(path) == "style"
-    picture = ours(engine)
-    assert psnr(picture, expected) >= SAME_PICTURE
-    assert psnr(picture, plain) < 30
+    image = ours(engine)
+    assert psnr(image, expected) >= SAME_IMAGE
+    assert psnr(image, plain) < 30
 
 
 def test_what_peft_writes_with_its_settings_is_read(engine, reference, decoder, plain, tmp_path):
@@ -128,9 +128,9 @@ def test_what_peft_writes_with_its_settings_is_read(engine, reference, decoder, 
     expected = theirs(reference, decoder)
     reference.delete_adapters("written")
     engine.load_lora(tmp_path / "pytorch_lora_weights.safetensors")
-    picture = ours(engine)
-    assert psnr(picture, expected) >= SAME_PICTURE
-    assert psnr(picture, plain) < 30
+    image = ours(engine)
+    assert psnr(image, expected) >= SAME_IMAGE
+    assert psnr(image, plain) < 30
 
 
 def test_pefts_own_folder_has_its_alpha_beside_it(engine, lora, tmp_path):
@@ -157,7 +157,7 @@ def test_two_with_weights(engine, reference, decoder, lora, plain, small, tmp_pa
         engine.load_lora(path)
     engine.set_loras({"0": 0.7, "1": -0.4})
     assert engine.loras == {"0": 0.7, "1": -0.4}
-    assert psnr(ours(engine), expected) >= SAME_PICTURE
+    assert psnr(ours(engine), expected) >= SAME_IMAGE
     both = sketch(engine)
     engine.set_loras({"1": -0.4})
     assert engine.loras == {"0": 0.0, "1": -0.4}
@@ -188,7 +188,7 @@ def test_the_text_encoder_takes_one_and_no_old_context_is_kept(engine, reference
     assert np.abs(engine.encode_prompt(PROMPT) - before).max() > 1e-2
     pipeline = copy.copy(reference)
     pipeline.text_encoder = encoder
-    assert psnr(ours(engine), theirs(pipeline, decoder)) >= SAME_PICTURE
+    assert psnr(ours(engine), theirs(pipeline, decoder)) >= SAME_IMAGE
     engine.unload_lora("text")
     assert engine.encode_prompt(PROMPT).tobytes() == before.tobytes()
 
@@ -223,10 +223,10 @@ def test_every_name_of_a_layer_is_known(loaded, name, module, inputs, columns):
 def test_files_in_half_precision_are_read_as_they_are(engine, lora, tmp_path, dtype):
     half = {name: value.to(dtype) for name, value in peft(lora).items()}
     engine.load_lora(write(tmp_path / "half.safetensors", half, dtype))
-    picture = sketch(engine)
+    image = sketch(engine)
     engine.unload_lora("half")
     engine.load_lora(write(tmp_path / "wide.safetensors", half))
-    assert sketch(engine) == picture
+    assert sketch(engine) == image
 
 
 def test_a_bf16_bundle_rounds_the_sum(small_checkpoint, small_bundle, tmp_path):
@@ -452,7 +452,7 @@ def test_no_request_sees_half_a_lora(engine, lora, small, tmp_path):
 
     with ThreadPoolExecutor(3) as pool:
         swaps = pool.submit(swap)
-        seen = {picture for task in [pool.submit(draw) for _ in range(2)] for picture in task.result()}
+        seen = {image for task in [pool.submit(draw) for _ in range(2)] for image in task.result()}
         stop.set()
         assert swaps.result() > 1  # requests and changes took turns
     assert seen <= {small, styled}

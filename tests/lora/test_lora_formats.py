@@ -1,4 +1,4 @@
-"""LoRA files in the layouts that people have: what each changes against formulas in float64, and refusals by name."""
+"""LoRA files in common layouts: changes of the weights against formulas in float64, and refusals by name."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def engine(loaded: zimage_rt.Engine) -> Iterator[zimage_rt.Engine]:
 
 
 def sketch(engine: zimage_rt.Engine) -> np.ndarray:
-    """A picture that depends on every weight and takes no time."""
+    """An image that depends on every weight and takes no time."""
     return engine.generate(PROMPT, seed=3, height=64, width=64, num_inference_steps=1).images
 
 
@@ -100,7 +100,7 @@ PICTURES = ("LoKr, both whole, alpha 1e10, lycoris_", "LoHa", "DoRA, dora_scale 
 
 
 @pytest.mark.parametrize("layout", PICTURES)
-def test_a_picture_is_that_of_a_plain_lora_of_the_same_change(engine, base, tmp_path, layout):
+def test_an_image_is_that_of_a_plain_lora_of_the_same_change(engine, base, tmp_path, layout):
     example = READ[layout](Maker(base))
     plain = {}
     for name, delta in example.deltas.items():
@@ -111,12 +111,12 @@ def test_a_picture_is_that_of_a_plain_lora_of_the_same_change(engine, base, tmp_
     before = sketch(engine)
     # A few layers, changed a little: more than their file says is seen better.
     engine.load_lora(save(tmp_path / "layout.safetensors", example), weight=6.0)
-    picture = sketch(engine)
+    image = sketch(engine)
     engine.unload_lora("layout")
     assert sketch(engine).tobytes() == before.tobytes()
     engine.load_lora(write(tmp_path / "plain.safetensors", plain), weight=6.0)
-    assert psnr(picture, sketch(engine)) >= 55
-    assert psnr(picture, before) < 45
+    assert psnr(image, sketch(engine)) >= 55
+    assert psnr(image, before) < 45
 
 
 @pytest.mark.parametrize("layout", ["layers that never run", "metadata lora_alpha", "metadata ss_network_alpha"])
@@ -496,10 +496,10 @@ def test_partly_uses_what_fits_and_lists_what_does_not(engine, base, tmp_path):
         engine.load_lora(path, strict=False)
     assert set(told[0].message.keys) == set(example.tensors) - set(fits)
     assert all(key in str(told[0].message) for key in told[0].message.keys)
-    picture = sketch(engine)
+    image = sketch(engine)
     engine.unload_lora("half")
     engine.load_lora(write(tmp_path / "fits.safetensors", fits))
-    assert sketch(engine).tobytes() == picture.tobytes()
+    assert sketch(engine).tobytes() == image.tobytes()
 
 
 def test_the_command_takes_part_of_a_file(bundle, base, tmp_path):

@@ -1,4 +1,4 @@
-"""LoRA files that PEFT and diffusers write, against what they themselves do with them; all in fp32 on zimage-nano."""
+"""LoRA files of PEFT and diffusers, compared with the libraries themselves in fp32 on zimage-nano."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import ZImagePipeline, ZImageTransformer2DModel
+from lora_images import image_of, ours
 from lora_layouts import changes_of
-from lora_pictures import ours, picture_of
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
@@ -46,7 +46,7 @@ def engine(loaded: zimage_rt.Engine) -> Iterator[zimage_rt.Engine]:
 
 
 def randomise(model: torch.nn.Module, size: float = 0.1) -> None:
-    """Give an adapter numbers that change pictures: PEFT begins with none."""
+    """Give an adapter numbers that change images: PEFT begins with none."""
     generator = torch.Generator().manual_seed(2)
     for name, parameter in model.named_parameters():
         if ".lora_magnitude_vector" in name:
@@ -86,7 +86,7 @@ def test_a_folder_of_peft_changes_weights_as_peft_merges_them(bundle, tmp_path, 
 
 
 @pytest.mark.parametrize("written", ["dora", "mixed-ranks", "bias"])
-def test_a_picture_is_that_of_diffusers_with_what_it_wrote(engine, reference, tmp_path, written):
+def test_an_image_is_that_of_diffusers_with_what_it_wrote(engine, reference, tmp_path, written):
     settings: dict[str, Any] = {
         "dora": {"r": 3, "lora_alpha": 7, "use_dora": True, "target_modules": NAMES},
         "mixed-ranks": {
@@ -115,12 +115,12 @@ def test_a_picture_is_that_of_diffusers_with_what_it_wrote(engine, reference, tm
     path = tmp_path / "pytorch_lora_weights.safetensors"
     assert load_file(path)
     reference.load_lora_weights(str(tmp_path), adapter_name="read")
-    expected = picture_of(reference)
+    expected = image_of(reference)
     reference.unload_lora_weights()
     engine.load_lora(tmp_path, name="read")
-    picture = ours(engine)
-    assert psnr(picture, expected) >= 45
-    assert psnr(picture, before) < 40
+    image = ours(engine)
+    assert psnr(image, expected) >= 45
+    assert psnr(image, before) < 40
 
 
 def test_a_rank_pattern_that_diffusers_itself_writes_is_read(engine, reference, tmp_path):
@@ -137,7 +137,7 @@ def test_a_rank_pattern_that_diffusers_itself_writes_is_read(engine, reference, 
     assert metadata["alpha_pattern"] == {"^layers.0.attention.to_k": 4}
     saved = get_peft_model_state_dict(transformer, adapter_name="mixed")
     ZImagePipeline.save_lora_weights(tmp_path, saved, transformer_lora_adapter_metadata=metadata)
-    expected = picture_of(reference)
+    expected = image_of(reference)
     reference.unload_lora_weights()
     engine.load_lora(tmp_path, name="mixed")
     assert psnr(ours(engine), expected) >= 45

@@ -1,4 +1,4 @@
-"""What pictures say of themselves: written whole, read back, drawn again to the byte; everything else is refused."""
+"""Records of images: written whole, read back, repeated to the byte; anything else is refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from shared import BUNDLE, copy_bundle
 
 import zimage_rt
 from zimage_rt.atomic_write import atomic_write
-from zimage_rt.bundle.manifest import hash_file, read_manifest
+from zimage_rt.bundle.manifest import read_manifest
+from zimage_rt.bundle.verify import hash_file
 from zimage_rt.errors import LoraWarning, MetadataError, RequestError
 from zimage_rt.metadata.image_file import read_record
 from zimage_rt.request.types import SecondPass
@@ -41,16 +42,16 @@ def pixels(path: Path) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def picture(engine: zimage_rt.Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("picture") / "panda.png"
+def saved_image(engine: zimage_rt.Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("image") / "panda.png"
     return engine.generate("一只熊猫", seed=7, **SMALL).save(path)[0]
 
 
-def test_a_picture_and_its_sidecar_hold_the_whole_request(engine: zimage_rt.Engine, picture: Path) -> None:
-    record = read_record(picture)
-    assert record == read_record(picture.with_suffix(".json"))
+def test_an_image_and_its_sidecar_hold_the_whole_request(engine: zimage_rt.Engine, saved_image: Path) -> None:
+    record = read_record(saved_image)
+    assert record == read_record(saved_image.with_suffix(".json"))
     fields = {field.name for field in dataclasses.fields(zimage_rt.GenerateRequest)}
-    assert set(record.request) == fields
+    assert set(record.request) == fields - {"loras"}  # the record has their files
     assert (record.request["prompt"], record.request["seed"], record.request["num_images"]) == ("一只熊猫", 7, 1)
     assert record.request["guidance_scale"] == engine.manifest.pipeline.guidance_scale  # a default, filled in
     assert record.request["vae"] == "tiny"
@@ -97,7 +98,7 @@ def test_a_record_draws_the_same_bytes(engine: zimage_rt.Engine, tmp_path: Path,
     assert engine.run(request).images.tobytes() == first.images.tobytes()
 
 
-def test_a_picture_of_a_batch_is_drawn_with_its_batch(engine: zimage_rt.Engine, tmp_path: Path) -> None:
+def test_an_image_of_a_batch_is_drawn_with_its_batch(engine: zimage_rt.Engine, tmp_path: Path) -> None:
     result = engine.generate(["a panda", "一只企鹅"], seed=5, num_images=2, **SMALL)
     record = read_record(result.save(tmp_path)[3])
     assert (record.request["prompt"], record.request["seed"]) == ("一只企鹅", 8)
@@ -150,12 +151,12 @@ def test_inputs_are_recorded_by_path_and_hash(engine: zimage_rt.Engine, tmp_path
     assert record.request["image"]["path"] == str(tmp_path / "red.png")
     assert len(record.request["image"]["sha256"]) == 64
     assert engine.run(record.to_request()).images.tobytes() == result.images.tobytes()
-    # Moved together with the picture, it is found beside it.
+    # Moved together with the image, it is found beside it.
     moved = tmp_path / "moved"
     moved.mkdir()
     (tmp_path / "red.png").rename(moved / "red.png")
     assert record.to_request(moved).image == moved / "red.png"
-    with pytest.raises(MetadataError, match=r"image: expected .*red.png, which the picture was made from, but it is"):
+    with pytest.raises(MetadataError, match=r"image: expected .*red.png, which the image was made from, but it is"):
         record.to_request()
     Image.new("RGB", (64, 64), "blue").save(tmp_path / "red.png")
     with pytest.raises(MetadataError, match="the file was changed since"):
@@ -232,7 +233,7 @@ def test_loras_are_recorded_and_put_on_again(engine: zimage_rt.Engine, bundle: P
         record.find_loras()
 
 
-def test_a_record_holds_pefts_settings_and_what_was_left_out(engine: zimage_rt.Engine, tmp_path: Path) -> None:
+def test_a_record_has_pefts_settings_and_skipped_layers(engine: zimage_rt.Engine, tmp_path: Path) -> None:
     folder = tmp_path / "peft"
     folder.mkdir()
     file = random_lora_of(engine.manifest, folder / "adapter_model.safetensors", seed=1)
@@ -304,15 +305,15 @@ def test_no_test_links_to_the_bundle(bundle: Path) -> None:
     assert {path.name: path.stat().st_nlink for path in bundle.iterdir() if path.stat().st_nlink != 1} == {}
 
 
-def test_a_record_of_the_first_schema_is_read(picture: Path, tmp_path: Path) -> None:
+def test_a_record_of_the_first_schema_is_read(saved_image: Path, tmp_path: Path) -> None:
     """It had no `warnings`."""
-    data = json.loads(picture.with_suffix(".json").read_text(encoding="utf-8"))
+    data = json.loads(saved_image.with_suffix(".json").read_text(encoding="utf-8"))
     assert data.pop("warnings") == []
     old = tmp_path / "old.json"
     old.write_text(json.dumps(data | {"schema_version": 1, "version": "0.1.0"}), encoding="utf-8")
     record = read_record(old)
     assert record.warnings == []
-    assert record.to_request() == read_record(picture).to_request()
+    assert record.to_request() == read_record(saved_image).to_request()
 
 
 def test_a_failed_write_leaves_what_was_there(
@@ -408,43 +409,43 @@ def request_changed(**changes: Any) -> Callable[[Path], None]:
     ],
 )
 def test_what_holds_no_record_is_refused(
-    picture: Path, tmp_path: Path, spoil: Callable[[Path], object], message: str
+    saved_image: Path, tmp_path: Path, spoil: Callable[[Path], object], message: str
 ) -> None:
     for suffix in (".png", ".json"):
-        shutil.copy(picture.with_suffix(suffix), tmp_path)
-    path = tmp_path / picture.name
+        shutil.copy(saved_image.with_suffix(suffix), tmp_path)
+    path = tmp_path / saved_image.name
     spoil(path)
     with pytest.raises(MetadataError) as caught:
         read_record(path)
     assert message in str(caught.value)
 
 
-def test_a_stripped_picture_is_read_from_its_sidecar(picture: Path, tmp_path: Path) -> None:
+def test_a_stripped_image_is_read_from_its_sidecar(saved_image: Path, tmp_path: Path) -> None:
     for suffix in (".png", ".json"):
-        shutil.copy(picture.with_suffix(suffix), tmp_path)
-    without_text(tmp_path / picture.name)
-    assert read_record(tmp_path / picture.name) == read_record(picture)
+        shutil.copy(saved_image.with_suffix(suffix), tmp_path)
+    without_text(tmp_path / saved_image.name)
+    assert read_record(tmp_path / saved_image.name) == read_record(saved_image)
 
 
-def test_like_repeats_to_the_byte_and_options_come_first(bundle: Path, picture: Path, tmp_path: Path) -> None:
-    run = zimage("generate", bundle, "--like", picture, "-o", tmp_path / "again.png", "--json")
+def test_like_repeats_to_the_byte_and_options_come_first(bundle: Path, saved_image: Path, tmp_path: Path) -> None:
+    run = zimage("generate", bundle, "--like", saved_image, "-o", tmp_path / "again.png", "--json")
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout)["same"] is True
-    assert (pixels(tmp_path / "again.png") == pixels(picture)).all()
-    run = zimage("generate", bundle, "--like", picture, "-o", tmp_path / "other.png", "--seed", 8, "--steps", 1)
+    assert (pixels(tmp_path / "again.png") == pixels(saved_image)).all()
+    run = zimage("generate", bundle, "--like", saved_image, "-o", tmp_path / "other.png", "--seed", 8, "--steps", 1)
     assert run.returncode == 0, run.stderr
     request = read_record(tmp_path / "other.png").request
     assert (request["prompt"], request["seed"], request["num_inference_steps"]) == ("一只熊猫", 8, 1)
     assert (request["height"], request["width"]) == (64, 64)
 
 
-def test_like_with_another_bundle_warns_with_both_ids(bundle: Path, picture: Path, tmp_path: Path) -> None:
+def test_like_with_another_bundle_warns_with_both_ids(bundle: Path, saved_image: Path, tmp_path: Path) -> None:
     other = copy_bundle(bundle, tmp_path / "other")
     manifest = json.loads((other / "manifest.json").read_text())
     (other / "manifest.json").write_text(json.dumps(manifest | {"name": "zimage-other"}))
-    run = zimage("generate", other, "--like", picture, "-o", tmp_path / "again.png")
+    run = zimage("generate", other, "--like", saved_image, "-o", tmp_path / "again.png")
     assert run.returncode == 0, run.stderr
-    ids = [read_record(path).bundle_id for path in (picture, tmp_path / "again.png")]
+    ids = [read_record(path).bundle_id for path in (saved_image, tmp_path / "again.png")]
     assert ids[0] != ids[1]
     warning = next(line for line in run.stderr.splitlines() if line.startswith("warning: "))
     assert ids[0] in warning

@@ -1,4 +1,4 @@
-"""Where images go: formats, records beside them, and outputs that are refused before anything is drawn."""
+"""Output files: formats, sidecar records, and outputs that are refused before anything is drawn."""
 
 from __future__ import annotations
 

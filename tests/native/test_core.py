@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
+from sample_jobs import sample_job
 
 from zimage_rt import _core
+from zimage_rt.backends.base import Inpaint
 from zimage_rt.sampling.guidance import apply_guidance, guidance_scales
 from zimage_rt.sampling.samplers import sample_reference, sampler_table, step_noise
 from zimage_rt.sampling.schedules import flow_match_sigmas
@@ -43,24 +47,29 @@ def test_sigmas_equal_diffusers(steps: int, shift: float) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps).tolist(), mu=0.5)
     reference = flow_match_sigmas(steps, shift)
-    np.testing.assert_array_equal(np.asarray(_core.flow_match_sigmas(steps, shift), np.float32), reference)
     # One rounding to fp32 (6e-8 below 1): division and product are exact operations, the same on every processor.
     np.testing.assert_allclose(reference, scheduler.sigmas.numpy(), rtol=0, atol=1e-7)
 
 
 def test_sigmas_refuse_nonsense() -> None:
-    for sigmas in (_core.flow_match_sigmas, flow_match_sigmas):
-        with pytest.raises(ValueError, match="num_inference_steps"):
-            sigmas(0, 3.0)
-        with pytest.raises(ValueError, match="shift"):
-            sigmas(8, float("nan"))
+    with pytest.raises(ValueError, match="num_inference_steps"):
+        flow_match_sigmas(0, 3.0)
+    with pytest.raises(ValueError, match="shift"):
+        flow_match_sigmas(8, float("nan"))
 
 
 @pytest.mark.parametrize("normalization", [0.0, 0.5, 1.0, 100.0])
 def test_guidance_equals_its_reference(normalization: float) -> None:
     rng = np.random.default_rng(0)
     positive, negative = rng.standard_normal((2, 3, 16, 4, 6)).astype(np.float32)
-    actual = _core.apply_guidance(positive, negative, 4.0, normalization)
+
+    def predict(latents: np.ndarray, timestep: float, guided: bool, noise_pred: np.ndarray) -> None:
+        noise_pred[:] = np.concatenate([positive, negative])
+
+    # latents = 0 * latents + 1 * noise_pred: the guided prediction itself.
+    steps = np.array([[1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 1]], np.float32)
+    actual = np.zeros_like(positive)
+    assert _core.sample(predict, sample_job(steps, actual, np.full((1, 3), 4.0, np.float32), normalization))
     expected = apply_guidance(positive.copy(), negative, 4.0, normalization)
     # The norms are summed in double precision; what is left are three fp32 operations of numbers below 32 (2e-6).
     np.testing.assert_allclose(actual, expected, rtol=2e-6, atol=2e-6)
@@ -76,7 +85,7 @@ def test_guidance_is_active_as_in_diffusers() -> None:
 
 def test_dynamic_guidance_follows_the_prompt_and_the_step() -> None:
     scales = guidance_scales(np.array([1.0, 0.5, 0.1]), 4.0, 1.0, 0.5, [8, 64, 128, 500])
-    assert (np.diff(scales, axis=0) < 0).all()  # less as the picture settles
+    assert (np.diff(scales, axis=0) < 0).all()  # less as the image settles
     assert (np.diff(scales[:, :3], axis=1) > 0).all()  # more for a longer prompt
     assert (scales[:, 2] == scales[:, 3]).all()  # up to a length
     assert scales[0, 1] == 4.0  # a prompt of half that length, at the start: the scale itself
@@ -103,8 +112,9 @@ def test_cpp_loop_equals_numpy_loop(guidance: tuple[float, float, float], sample
     scales = guidance_scales(steps[:, 0], scale, truncation, 0.3, [7, 200])
     scales[-2:, 0] = 0  # one sample of a batch may be guided alone
     actual = latents.copy()
-    kept = {"mask": mask, "image": image, "noise": noise} if masked else {}
-    assert _core.sample(smooth, steps, actual, scales, normalization, step_noise=drawn, **kept)
+    inpainting = Inpaint(mask, image, noise) if masked else None
+    job = sample_job(steps, actual, scales, normalization, step_noise=drawn, inpaint=inpainting)
+    assert _core.sample(smooth, job)
     inpaint = (mask, image, noise) if masked else None
     expected = sample_reference(smooth, steps, latents, scales, normalization, inpaint, drawn)
     # The same operations in another order: 1e-6 an evaluation, which eight steps of a slope of 3 (of 3 * 3.5 guided)
@@ -124,15 +134,54 @@ def test_loop_stops_when_told_and_passes_errors_on() -> None:
         return step < 2
 
     steps = sampler_table("heun", flow_match_sigmas(8, 3.0), 3.0)
-    none = np.zeros((len(steps), 1), np.float32)
-    assert not _core.sample(predict, steps, latents, none, 0.0, callback=stop)
+    assert not _core.sample(predict, sample_job(steps, latents, on_step=stop))
     assert seen == [0, 1, 2]  # steps of the schedule, not the evaluations inside them
 
     def fail(*arguments: object) -> None:
         raise KeyError("from Python")
 
     with pytest.raises(KeyError, match="from Python"):
-        _core.sample(fail, steps, latents, none, 0.0)
+        _core.sample(fail, sample_job(steps, latents))
+
+
+def test_a_callback_reads_a_copy_of_the_latents_until_it_returns() -> None:
+    latents = np.zeros((1, 16, 2, 2), np.float32)
+    steps = sampler_table("euler", flow_match_sigmas(3, 3.0), 3.0)
+    read, late = [], []
+
+    def predict(latents: np.ndarray, timestep: float, guided: bool, noise_pred: np.ndarray) -> None:
+        noise_pred[:] = 1
+
+    def look(step: int, count: int, sigma: float, sigma_next: float, read_latents: Callable[[], np.ndarray]) -> bool:
+        read.append(read_latents())
+        late.append(read_latents)
+        return True
+
+    assert _core.sample(predict, sample_job(steps, latents, on_step=look))
+    assert len({one.tobytes() for one in read}) == 3
+    assert read[-1].tobytes() == latents.tobytes() and not read[-1].flags.writeable
+    with pytest.raises(RuntimeError, match="ask for them inside"):
+        late[0]()
+
+
+def test_the_loop_refuses_jobs_that_do_not_fit() -> None:
+    steps = sampler_table("euler", flow_match_sigmas(2, 3.0), 3.0)
+    latents = np.zeros((2, 16, 4, 6), np.float32)
+    mask = np.ones((2, 1, 4, 6), np.float32)
+    frozen = latents.copy()
+    frozen.flags.writeable = False
+    for job, problem in (
+        (sample_job(steps, latents[0]), "latents: expected"),
+        (sample_job(steps, latents[:, ::2]), "C-contiguous"),
+        (sample_job(steps, frozen), "may be written"),
+        (sample_job(steps[:, :4], latents), "evaluations, 12"),
+        (sample_job(steps, latents, np.zeros((2, 1), np.float32)), "guidance_scales"),
+        (sample_job(steps, latents, inpaint=Inpaint(mask[:1], latents, latents)), "all three belong together"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            _core.sample(smooth, job)
+    with pytest.raises(TypeError, match="float32"):
+        _core.sample(smooth, sample_job(steps, latents.astype(np.float64)))
 
 
 @pytest.mark.parametrize("soft", [False, True])

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-MODULES = [name for name in ("_core", "_cuda") if importlib.util.find_spec(f"zimage_rt.{name}") is not None]
+MODULES = [
+    name for name in ("_core", "_cuda", "_cuda_kernels") if importlib.util.find_spec(f"zimage_rt.{name}") is not None
+]
 
 
 def path_of(module: str) -> Path:
@@ -32,6 +34,11 @@ def test_a_module_needs_no_library_of_nvidia_to_load(module: str) -> None:
     needed = [line.split("[")[1].rstrip("]") for line in run.stdout.splitlines() if "(NEEDED)" in line]
     allowed = ("libc.", "libm.", "libstdc++.", "libgcc_s.", "libpthread.", "libdl.", "librt.", "ld-linux")
     assert all(name.startswith(allowed) for name in needed), needed
+
+
+def test_the_modules_load_into_one_process() -> None:
+    """Each of the CUDA modules has a CUDA runtime of its own."""
+    subprocess.run([sys.executable, "-c", "\n".join(f"import zimage_rt.{name}" for name in MODULES)], check=True)
 
 
 def test_gpu_tests_skip_where_the_cuda_backend_is_not_built() -> None:

@@ -17,6 +17,7 @@ import zimage_rt, zimage_rt.export.cli, zimage_rt.benchmarks.quality.judge as ju
 if sys.argv[3] == "cuda":
     import zimage_rt._cuda as cuda
     assert Path(cuda.__file__).is_relative_to(sys.argv[1]) and cuda.device_count() >= 0
+assert not list(Path(zimage_rt.__file__).parent.glob("_cuda_kernels*"))  # for tests in a working tree
 for module in (zimage_rt, zimage_rt._core, zimage_rt.export.cli, judge):
     assert Path(module.__file__).is_relative_to(sys.argv[1]), module.__file__
 judge.Judge()

@@ -97,7 +97,7 @@ def test_text_that_unpacks_to_very_much_is_refused(kind: str, tmp_path: Path) ->
     body = b"key\0\0" + packed if kind == "zTXt" else b"key\0\x01\0\0\0" + packed
     path = tmp_path / "text.png"
     path.write_bytes(png(64, 64, (kind.encode(), body), pixels=zlib.compress(bytes(65 * 64))))
-    with pytest.raises(RequestError, match=r"image: .* cannot be read as a picture: .*[Tt]oo large"):
+    with pytest.raises(RequestError, match=r"image: .* cannot be read as an image: .*[Tt]oo large"):
         read_image(path, "image")
 
 
@@ -118,14 +118,14 @@ def test_truncated_files_are_refused(kind: str, part: float, tmp_path: Path) -> 
     Image.fromarray(noise).save(path, kind)
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * part)])
-    with pytest.raises(RequestError, match=r"image: .*cut cannot be read as a picture"):
+    with pytest.raises(RequestError, match=r"image: .*cut cannot be read as an image"):
         read_image(path, "image")
     file = path.open("rb")
     try:
         image = Image.open(file)
     except Exception:
         return
-    with pytest.raises(RequestError, match=r"image cannot be read as a picture: .*cut off or closed"):
+    with pytest.raises(RequestError, match=r"image cannot be read as an image: .*cut off or closed"):
         read_image(image, "image")
 
 
@@ -139,12 +139,12 @@ def _closed(path: Path) -> Image.Image:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (_closed, " cannot be read as a picture: .*closed"),
+        (_closed, " cannot be read as an image: .*closed"),
         (lambda path: path, "there is no such file"),
-        (lambda path: path.parent, "cannot be read as a picture"),
+        (lambda path: path.parent, "cannot be read as an image"),
         (lambda path: f"{path}\0.png", "is no path: it has a NUL character"),
         (lambda path: "\ud800.png", "is no path: surrogates not allowed"),
-        (lambda path: "a" * 5000, "cannot be read as a picture: .*too long"),
+        (lambda path: "a" * 5000, "cannot be read as an image: .*too long"),
         (lambda path: bytes(path), "expected a PIL image, an array or a path, got bytes"),
         (lambda path: Image.new("RGB", (0, 5)), "expected an image with pixels, got 0x5"),
         (lambda path: [[1, 2], [3]], "expected a PIL image, an array or a path, got list"),
@@ -198,7 +198,7 @@ def test_a_png_with_a_wrong_checksum_is_refused(tmp_path: Path) -> None:
     start, end = content.index(b"IDAT") + 6, content.index(b"IEND") - 12
     for place in range(start, end, 7):
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-        with pytest.raises(RequestError, match="cannot be read as a picture"):
+        with pytest.raises(RequestError, match="cannot be read as an image"):
             read_image(path, "image")
     path.write_bytes(content)
     assert read_image(path, "image").size == (64, 64)
@@ -208,7 +208,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe.png"
     os.mkfifo(pipe)
     for path in (pipe, tmp_path):
-        with pytest.raises(RequestError, match="cannot be read as a picture: it is no file"):
+        with pytest.raises(RequestError, match="cannot be read as an image: it is no file"):
             read_image(path, "image")
 
 

@@ -1,4 +1,4 @@
-"""Readers of text and bytes under Hypothesis: what is taken is what an independent reading gives."""
+"""Readers of text and bytes under Hypothesis: accepted input is read as an independent reader does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a request has no effect is said: as a Python warning, in the record, and in one line of the command."""
+"""Fields of a request without an effect are reported: as a Python warning, in the record, and by the command."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ SMALL: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 1, "s
 
 
 class Failing(UserList):  # type: ignore[type-arg]
-    """A list that cannot be asked for anything."""
+    """A list whose methods fail."""
 
     def __len__(self) -> int:
         raise RuntimeError("no length")
@@ -36,7 +36,7 @@ class Failing(UserList):  # type: ignore[type-arg]
 
 
 class Endless(UserList):  # type: ignore[type-arg]
-    """A list that says it is short and never ends."""
+    """A list that reports a short length and never ends."""
 
     def __len__(self) -> int:
         return 1
@@ -47,7 +47,7 @@ class Endless(UserList):  # type: ignore[type-arg]
 
 
 class FailingArray:
-    """What numpy cannot read."""
+    """An object that numpy cannot convert."""
 
     def __array__(self, *_: Any, **__: Any) -> np.ndarray:
         raise RuntimeError("no array")

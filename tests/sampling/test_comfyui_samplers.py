@@ -5,11 +5,15 @@ Latents are compared, not images: a wrong sampler of a distilled model passes a 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from comfyui_cases import COMFYUI, SHIFT, TOLERANCE, TOLERANCES, check_small, load_reference, small_cases, start
+from sample_jobs import sample_job
 
 from zimage_rt import _core
+from zimage_rt.backends.base import SampleJob
 from zimage_rt.sampling.samplers import SAMPLERS, sample_reference, step_noise
 from zimage_rt.sampling.schedules import denoise_sigmas, schedule_sigmas
 
@@ -19,9 +23,13 @@ def reference() -> dict[str, np.ndarray]:
     return load_reference()
 
 
+def job_of(arguments: dict[str, Any]) -> SampleJob:
+    return sample_job(arguments["steps"], arguments["latents"], step_noise=arguments["step_noise"])
+
+
 def drawn(case: str, batch: int = 1) -> tuple[np.ndarray, int]:
     arguments = start(case, batch)
-    assert _core.sample(**arguments)
+    assert _core.sample(arguments["predict"], job_of(arguments))
     return arguments["latents"], len(arguments["steps"])
 
 
@@ -62,11 +70,11 @@ def test_the_loop_in_numpy_is_the_one_in_cpp(name: str) -> None:
         arguments["predict"],
         arguments["steps"],
         arguments["latents"],
-        arguments["guidance_scales"],
+        np.zeros((len(arguments["steps"]), 1), np.float32),
         0.0,
         step_noise=arguments["step_noise"],
     )
-    assert _core.sample(**arguments)
+    assert _core.sample(arguments["predict"], job_of(arguments))
     np.testing.assert_allclose(arguments["latents"], expected, rtol=1e-5, atol=1e-5)
 
 
@@ -99,4 +107,4 @@ def test_the_loop_refuses_noise_that_does_not_fit() -> None:
     arguments = start("euler_ancestral|simple|4|1|1")
     for wrong in (None, arguments["step_noise"][1:], arguments["step_noise"][..., 1:]):
         with pytest.raises(ValueError, match="step_noise"):
-            _core.sample(**{**arguments, "step_noise": wrong})
+            _core.sample(arguments["predict"], job_of(arguments | {"step_noise": wrong}))

@@ -15,6 +15,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
 )
+from sample_jobs import sample_job
 
 from zimage_rt import _core
 from zimage_rt.sampling.samplers import (
@@ -53,7 +54,7 @@ def ours(sampler: str, sigmas: np.ndarray, latents: np.ndarray) -> np.ndarray:
 
     steps = sampler_table(sampler, sigmas, SHIFT)
     noise = step_noise(sampler, sigmas, SHIFT, [1], out.shape[1:], joint=False)
-    assert _core.sample(predict, steps, out, np.zeros((len(steps), 1), np.float32), 0.0, step_noise=noise)
+    assert _core.sample(predict, sample_job(steps, out, step_noise=noise))
     return out
 
 

@@ -65,14 +65,14 @@ def test_nonsense_is_refused(engine: zimage_rt.Engine, again: Any, message: str)
 
 
 @pytest.mark.parametrize(("vae", "level"), [("tiny", 40), ("full", 25)])
-def test_tiles_show_the_same_picture(engine: zimage_rt.Engine, vae: str, level: float) -> None:
+def test_tiles_show_the_same_image(engine: zimage_rt.Engine, vae: str, level: float) -> None:
     options: dict[str, Any] = {"seed": 4, "height": 320, "width": 512, "vae": vae, "num_inference_steps": 4}
     whole = engine.generate(PROMPT, **options).images[0]
     tiled = engine.generate(PROMPT, vae_tile=256, **options).images[0]
     # How much a tile misses of what lies beyond it is the model's, and a hundred times what fp32 rounds: the full VAE
     # norms over all it sees and attends everywhere, so its tiles are not the whole's.
     assert psnr(whole, tiled) > level
-    # No seams: no column steps more from its neighbour than in the whole picture, with some room.
+    # No seams: no column steps more from its neighbour than in the whole image, with some room.
     steps = [np.abs(np.diff(image.astype(float), axis=1)).mean(axis=(0, 2)).max() for image in (whole, tiled)]
     assert steps[1] < 1.5 * steps[0] + 1
 

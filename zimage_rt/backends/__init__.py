@@ -1,1 +1,1 @@
-"""What runs a bundle's modules. One file a backend; nothing here imports a backend's library."""
+"""Backends, which run a bundle's modules: one file per backend. This module imports no backend's library."""

@@ -1,4 +1,4 @@
-"""One NVIDIA GPU through NVIDIA's `cuda-bindings`: memory, copies, a stream and CUDA graphs. No torch, no cupy."""
+"""A GPU through NVIDIA's `cuda-bindings`: memory, copies, a stream and CUDA graphs, without torch or cupy."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ def _text(status: Any) -> str:
 
 
 def _check(doing: str, result: tuple[Any, ...]) -> Any:
-    """The value of a runtime call; raises ZImageError where it failed."""
+    """The value of a runtime call. Raises ZImageError if it failed."""
     status, *values = result
     if status != _SUCCESS:
-        # Forget the error: it would be reported again by an innocent later call.
+        # Clears the error, which a later call would report again.
         cudart.cudaGetLastError()
         raise ZImageError(f"{doing}: CUDA says: {_text(status)}")
     return values[0] if values else None
 
 
 def megabytes(size: int) -> str:
-    """`123 MiB`, rounded up: how memory is written in messages."""
+    """A size in bytes for messages, such as `123 MiB`, rounded up."""
     return f"{-(-size // 2**20)} MiB"
 
 
 def runtime_problem(index: int) -> str | None:
-    """Why CUDA programs cannot run on GPU `index`; None where they can."""
+    """Why CUDA programs cannot run on GPU `index`; None if they can."""
     driver = nvidia_driver.query()
     if driver.problem is not None:
         return driver.problem
@@ -50,43 +50,43 @@ def runtime_problem(index: int) -> str | None:
 
 
 class Gpu:
-    """One GPU and one stream on it. Threads take turns: the caller holds a lock around everything here.
+    """A GPU and a stream on it. Not thread-safe: the caller holds a lock around every call.
 
     Attributes:
-        name: what NVIDIA calls it.
+        name: NVIDIA's name of the GPU.
         compute_capability: e.g. `8.6`.
-        driver: the newest CUDA that the driver serves, e.g. `13.0`.
-        stream: the handle that `enqueueV3` takes.
+        driver: the newest CUDA that the driver supports, e.g. `13.0`.
+        stream: the stream's handle, for `execute_async_v3`.
     """
 
     def __init__(self, index: int) -> None:
-        """Open a GPU for which there is no `runtime_problem`."""
+        """Open a GPU that has no `runtime_problem`."""
         driver = nvidia_driver.query()
         self.index = index
         self.name = driver.devices[index].name
         self.compute_capability = "{}.{}".format(*driver.devices[index].compute_capability)
         self.driver = driver.cuda_version
         self.make_current()
-        # Not the legacy stream: that one cannot be captured, and waits for every other in the process.
+        # Not the legacy stream, which cannot be captured and synchronizes with all other streams of the process.
         self._stream = _check("making a stream", cudart.cudaStreamCreateWithFlags(cudart.cudaStreamNonBlocking))
         self.stream = int(self._stream)
         weakref.finalize(self, cudart.cudaStreamDestroy, self._stream).atexit = False
 
     def make_current(self) -> None:
-        """Choose this GPU for the calling thread: CUDA keeps that choice for each thread."""
+        """Make this GPU the calling thread's current device."""
         _check(f"choosing device {self.index}", cudart.cudaSetDevice(self.index))
 
     def free_memory(self) -> tuple[int, int]:
-        """Bytes that are free, and that there are in all."""
+        """Free and total device memory in bytes."""
         status, free, total = cudart.cudaMemGetInfo()
         return (free, total) if status == _SUCCESS else (0, 0)
 
     def out_of_memory(self, doing: str, needed: int) -> OutOfMemory:
-        """The error to raise: what was needed, what is free, what to do."""
+        """The error to raise, with the memory that was needed and that is free."""
         free, total = self.free_memory()
         return OutOfMemory(
             f"{doing}: needs {megabytes(needed)} of device memory, {megabytes(free)} of {megabytes(total)} are free; "
-            "ask for a smaller picture or batch, or free memory on the GPU"
+            "ask for a smaller image or batch, or free memory on the GPU"
         )
 
     def buffer(self, what: str) -> Buffer:
@@ -94,7 +94,7 @@ class Gpu:
         return Buffer(self, what)
 
     def upload(self, buffer: Buffer, array: np.ndarray) -> None:
-        """Copy an array to the buffer's start, in stream order. The array may be reused when this returns."""
+        """Copy an array to the buffer's start, in stream order. The array may be changed when this returns."""
         kind = cudart.cudaMemcpyKind.cudaMemcpyHostToDevice
         # Pageable memory is staged before the call returns.
         result = cudart.cudaMemcpyAsync(buffer.address, array.ctypes.data, array.nbytes, kind, self._stream)
@@ -107,12 +107,12 @@ class Gpu:
         _check(f"copying {buffer.what} from the GPU", result)
 
     def synchronize(self, doing: str) -> None:
-        """Wait for the stream. Raises ZImageError for what went wrong on it."""
+        """Wait for the stream. Raises ZImageError if work on it failed."""
         _check(doing, cudart.cudaStreamSynchronize(self._stream))
 
     def capture(self, doing: str, enqueue: Callable[[], None]) -> Graph:
-        """What `enqueue` puts on the stream, as a graph; nothing of it runs."""
-        # Thread-local: other threads of the process may call CUDA as they like meanwhile.
+        """Capture the work that `enqueue` puts on the stream as a graph; the work does not run."""
+        # Thread-local, so that other threads of the process can call CUDA meanwhile.
         mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         _check(doing, cudart.cudaStreamBeginCapture(self._stream, mode))
         try:
@@ -132,10 +132,10 @@ class Gpu:
 
 
 class Buffer:
-    """Device memory that grows on demand and is given back with the object.
+    """Device memory that grows on demand and is freed with the object.
 
     Attributes:
-        address: 0 while empty; 256-byte aligned, as cudaMalloc gives it.
+        address: 256-byte aligned, from cudaMalloc; 0 while empty.
         size: bytes.
     """
 
@@ -146,7 +146,7 @@ class Buffer:
         self._free: weakref.finalize[..., Buffer] | None = None
 
     def reserve(self, size: int) -> None:
-        """Hold at least `size` bytes; what was in the buffer is lost where it grows.
+        """Grow to at least `size` bytes; growing discards the content.
 
         Raises OutOfMemory, with the buffer empty and everything else as it was.
         """
@@ -160,22 +160,22 @@ class Buffer:
         self.address = int(_check(f"allocating {self.what}", (status, address)))
         self.size = size
         self._free = weakref.finalize(self, cudart.cudaFree, self.address)
-        self._free.atexit = False  # the driver may be gone by then, and the process's memory goes with it
+        self._free.atexit = False  # at exit the driver may be unloaded already; it frees the process's memory
 
     def release(self) -> None:
-        """Give the memory back; cudaFree waits for work that uses it."""
+        """Free the memory; cudaFree waits for work that uses it."""
         if self._free is not None:
             self._free()
         self.address, self.size, self._free = 0, 0, None
 
 
 class Graph:
-    """A captured piece of work, ready to be replayed; destroyed with the object."""
+    """An instantiated CUDA graph; destroyed with the object."""
 
     def __init__(self, stream: Any, executable: Any) -> None:
         self._stream, self._executable = stream, executable
         weakref.finalize(self, cudart.cudaGraphExecDestroy, executable).atexit = False
 
     def launch(self, doing: str) -> None:
-        """Put the graph on its stream."""
+        """Launch the graph on its stream."""
         _check(doing, cudart.cudaGraphLaunch(self._executable, self._stream))

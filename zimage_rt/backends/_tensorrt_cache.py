@@ -1,26 +1,28 @@
-"""TensorRT-RTX's runtime cache on disk: what it compiled for a plan on one GPU, so that the next start need not.
+"""TensorRT-RTX's runtime cache on disk: the kernels that were compiled for a plan on one GPU.
 
-A cache holds machine code, and no manifest has its hash. So it is never read from a bundle, which may have come from
-elsewhere, and only if the user who runs this process wrote it and nobody else may.
+A cache has machine code, and no manifest has its hash. So it is never read from a bundle, which may be untrusted. It
+is read only if it belongs to the user of this process and nobody else can write it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import logging
 import os
 import stat
 import tempfile
 from pathlib import Path
 
+log = logging.getLogger(__name__)
+
 USER_FOLDER = "~/.cache/zimage_rt"
 
 
 def cache_folder(bundle: Path, cache_dir: str | Path | None) -> Path | None:
-    """Where caches of a bundle go: the first of these that can be written, or None for nowhere.
+    """The folder of a bundle's caches, or None if there is none that can be written.
 
-    `beside` means a folder beside the bundle, `NAME.cache`, and where that cannot be written (a read-only disk, another
-    user's folder) the user's own, `~/.cache/zimage_rt`. A path means that folder alone; None means no cache.
+    `beside` means `NAME.cache` beside the bundle, or `~/.cache/zimage_rt` if that cannot be written (a read-only disk,
+    another user's folder). A path means only that folder; None means no cache.
     """
     if cache_dir is None:
         return None
@@ -29,10 +31,16 @@ def cache_folder(bundle: Path, cache_dir: str | Path | None) -> Path | None:
         candidates = [bundle.parent / f"{bundle.name}.cache", Path(USER_FOLDER).expanduser()]
     else:
         candidates = [Path(cache_dir).expanduser()]
-    return next((folder for folder in candidates if _usable(folder)), None)
+    found = next((folder for folder in candidates if _is_usable(folder)), None)
+    if found is None:
+        tried = " and ".join(map(str, candidates))
+        log.warning("compiled kernels are not cached: %s cannot be written, or others can write there", tried)
+    elif found != candidates[0]:
+        log.warning("compiled kernels are cached in %s: %s cannot be used", found, candidates[0])
+    return found
 
 
-def _usable(folder: Path) -> bool:
+def _is_usable(folder: Path) -> bool:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:
@@ -41,7 +49,7 @@ def _usable(folder: Path) -> bool:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether only this user can have written it."""
+    """Whether a file belongs to this user and nobody else can write it."""
     try:
         status = path.stat()
     except OSError:
@@ -50,13 +58,13 @@ def _is_ours(path: Path) -> bool:
 
 
 def cache_file(folder: Path, plan_sha256: str, *system: str) -> Path:
-    """The file for one plan on one system (library version, GPU, driver): a cache serves no other."""
+    """The cache file of a plan on one system (library version, GPU, driver), the only one that it is valid for."""
     name = hashlib.sha256("\0".join((plan_sha256, *system)).encode()).hexdigest()[:32]
     return folder / f"tensorrt_rtx-{name}.bin"
 
 
 def read_cache(path: Path) -> bytes:
-    """The cache, or nothing where there is none that may be trusted."""
+    """The bytes of the cache, empty if there is none or it is not trusted."""
     if path.is_symlink() or not _is_ours(path):
         return b""
     try:
@@ -66,9 +74,9 @@ def read_cache(path: Path) -> bytes:
 
 
 def write_cache(path: Path, data: bytes) -> None:
-    """Put a cache in place of the old one, whole or not at all. A full disk costs the cache, not the request."""
-    with contextlib.suppress(OSError):
-        # mkstemp's files are this user's alone.
+    """Replace the cache atomically. If that fails, as on a full disk, it is logged and the request continues."""
+    try:
+        # Files of mkstemp can be read and written by this user only.
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
         try:
             with os.fdopen(handle, "wb") as file:
@@ -77,3 +85,5 @@ def write_cache(path: Path, data: bytes) -> None:
         except OSError:
             Path(name).unlink(missing_ok=True)
             raise
+    except OSError as error:
+        log.warning("%s: compiled kernels were not saved: %s", path, error)

@@ -1,15 +1,17 @@
-"""What `tensorrt` and `tensorrt_rtx` share: loading plans, binding our own memory, choosing profiles, running.
+"""Shared code of `tensorrt` and `tensorrt_rtx`: loading plans, device memory, choosing profiles, running.
 
-The two libraries have the same runtime API (tests/backends/test_tensorrt_api.py holds them to that), so one code path
-serves both, and each backend's file has only what the other library lacks.
+The two libraries have the same runtime API, which tests/backends/test_tensorrt_api.py checks. Each backend's file has
+only the parts that differ.
 """
 
 from __future__ import annotations
 
+import logging
 import mmap
 import threading
+import time
 import weakref
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +24,8 @@ from ..checks import shown
 from ..errors import BackendUnavailable, BundleMismatch, OutOfMemory, RequestError, ZImageError
 from . import nvidia_driver
 from ._cuda_runtime import Buffer, Gpu, Graph, runtime_problem
+from ._tensorrt_engine import Log, deserialize, engine_tensors
 from ._tensorrt_plans import (
-    DTYPES,
     ITEM_SIZES,
     Shape,
     Shapes,
@@ -40,78 +42,24 @@ from .modules import ModulePipeline
 if TYPE_CHECKING:
     import tensorrt as trt
 
-# Input shapes of one module whose preparation is kept; every length of a prompt is one.
+log = logging.getLogger(__name__)
+
+# Programs kept per module, one per set of input shapes; every length of a prompt is another.
 MAX_PROGRAMS = 16
 
-# A graph is captured for shapes that come again and again: not for a prompt's length seen once or twice.
+# Runs of a program before its graph is captured, so that rare lengths of prompts have none.
 RUNS_BEFORE_CAPTURE = 2
 
-# Bytes; cudaMalloc's alignment, which the libraries ask for.
+# Bytes; the alignment of cudaMalloc, which the libraries require.
 MIN_ACTIVATIONS = 256
 
 
-class Log:
-    """The errors a library wrote since `clear`; `logger` is what its constructors take."""
-
-    def __init__(self, library: Any) -> None:
-        self._lines: deque[str] = deque(maxlen=8)
-        lines, severe = self._lines, (library.ILogger.INTERNAL_ERROR, library.ILogger.ERROR)
-
-        class Logger(library.ILogger):
-            def __init__(self) -> None:
-                library.ILogger.__init__(self)  # pybind11 wants this one, not super()
-
-            def log(self, severity: Any, msg: str) -> None:
-                if severity in severe:
-                    lines.append(msg)
-
-        self.logger: trt.ILogger = Logger()
-
-    def clear(self) -> None:
-        """Forget what was written."""
-        self._lines.clear()
-
-    @property
-    def text(self) -> str:
-        """What was written, or that nothing was."""
-        return "; ".join(self._lines) or "it gave no reason"
-
-    @property
-    def out_of_memory(self) -> bool:
-        """Whether an error was for want of device memory."""
-        return any("out of memory" in line.lower() or "outofmemory" in line.lower() for line in self._lines)
-
-
-def deserialize(runtime: trt.Runtime, log: Log, label: str, library: str, plan: mmap.mmap) -> trt.ICudaEngine:
-    """A plan to an engine. Raises BundleMismatch with the library's own words where it refuses."""
-    log.clear()
-    engine = runtime.deserialize_cuda_engine(plan)
-    if engine is None:
-        if log.out_of_memory:
-            raise OutOfMemory(log.text)
-        raise BundleMismatch(
-            f"{label}: {library} refuses the plan: {log.text}; export the bundle again on this machine"
-        )
-    return engine
-
-
-def border_of(engine: trt.ICudaEngine, is_input: Any) -> list[tuple[TensorSpec, bool]]:
-    """An engine's tensors as `check_border` takes them; `is_input` is the library's `TensorIOMode.INPUT`."""
-    border = []
-    for index in range(engine.num_io_tensors):
-        name = engine.get_tensor_name(index)
-        dtype = engine.get_tensor_dtype(name).name
-        spec = TensorSpec(name, DTYPES.get(dtype, dtype), tuple(engine.get_tensor_shape(name)))
-        border.append((spec, engine.get_tensor_mode(name) == is_input))
-    return border
-
-
 class Part:
-    """One loaded plan of a module.
+    """A loaded plan of a module.
 
     Attributes:
-        label: names it in messages.
-        sha256: the plan's, which names what the library compiled from it.
+        label: its name in messages.
+        sha256: the plan's hash, which identifies the kernels compiled from it.
         contexts: by profile; a context is large, and one serves every shape of its profile.
     """
 
@@ -129,15 +77,15 @@ class Context:
 
 
 class TensorRTBackendBase:
-    """One library on one GPU; see `TensorRTBackend` and `TensorRTRTXBackend`, which say what differs.
+    """One of the two libraries on one GPU; see `TensorRTBackend` and `TensorRTRTXBackend` for the differences.
 
-    Device memory for activations is one buffer, shared by all modules: they run one after another.
+    All modules share one buffer of device memory for activations, because they run one after another.
     """
 
     name = ""
-    # Whether we capture CUDA graphs; a library that does so itself says False.
+    # Whether this code captures CUDA graphs; False for a library that does so itself.
     captures_graphs = False
-    # Compute capabilities that the library runs on at no time.
+    # Compute capabilities that the library does not support.
     refused: tuple[tuple[int, int], ...] = ()
 
     def __init__(self, library: Any, device: int) -> None:
@@ -155,7 +103,7 @@ class TensorRTBackendBase:
 
     @classmethod
     def problem(cls, device: int) -> str | None:
-        """Why a GPU cannot run this backend; None where it can."""
+        """Why a GPU cannot run this backend; None if it can."""
         problem = runtime_problem(device)
         if problem is not None:
             return f"{problem}. Or load the bundle with backend='onnxruntime'"
@@ -169,21 +117,22 @@ class TensorRTBackendBase:
 
     @classmethod
     def probe(cls, library: Any) -> list[Probe]:
-        """See `Probe`."""
+        """The backend's availability; see `Probe`."""
         devices = nvidia_driver.query().devices
-        # Device 0 is asked for even where there is none: the answer says why.
+        # Device 0 is probed even if there is none, because the problem says why.
         unfit = [cls.problem(device) for device in range(max(len(devices), 1))]
         problems = [] if None in unfit else [problem for problem in unfit if problem is not None]
         versions = {library.__name__: library.__version__, "cuda-bindings": cuda_bindings_version}
         return [Probe(cls.name, "; ".join(problems) or None, versions, devices)]
 
     def open(self, bundle: Path, manifest: Manifest, check: CheckModule) -> ModulePipeline:
-        """A pipeline over a bundle; modules are loaded on first use."""
-        # Plans are checked by `load_module`, always; the files that `check` knows are read for stripped plans alone.
+        """Open a bundle: its pipeline, whose modules are loaded on first use."""
+        # `load_module` always checks plans; the files that `check` checks are read only for stripped plans.
         return ModulePipeline(lambda name: self.load_module(bundle, manifest, name, check), lambda name: None)
 
     def load_module(self, bundle: Path, manifest: Manifest, module: str, check: CheckModule) -> TensorRTModule:
-        """Load a module's plans, cheap checks first. Raises BundleMismatch or OutOfMemory."""
+        """Check and load a module's plans. Raises BundleMismatch or OutOfMemory."""
+        start = time.perf_counter()
         spec = manifest.module(module)
         version, capability = self.library.__version__, self.gpu.compute_capability
         plans = checked_plans(bundle, manifest, module, check, self.name, version, capability)
@@ -196,6 +145,7 @@ class TensorRTBackendBase:
                 parts.append(self._load_part(label, engine_spec, sha256, plan))
                 if engine_spec.stripped:
                     self.refit(parts[-1], bundle, spec)
+        log.debug("%s loaded from %d plans in %.3f s", module, len(parts), time.perf_counter() - start)
         return TensorRTModule(self, module, spec, parts)
 
     def _load_part(self, label: str, spec: EngineSpec, sha256: str, plan: mmap.mmap) -> Part:
@@ -204,12 +154,12 @@ class TensorRTBackendBase:
             engine = deserialize(self.runtime, self.log, label, self.name, plan)
         except OutOfMemory as error:
             raise self.gpu.out_of_memory(f"loading {label}", len(plan)) from error
-        border = border_of(engine, self.library.TensorIOMode.INPUT)
+        border = engine_tensors(engine, self.library.TensorIOMode.INPUT)
         check_border(label, spec, border, engine.num_optimization_profiles)
         return Part(label, spec, sha256, engine)
 
     def context(self, part: Part, profile: int) -> Context:
-        """A new context of a part under a profile, with no device memory of its own for activations."""
+        """A new context of a part for a profile, without device memory of its own for activations."""
         self.log.clear()
         context = self.create_context(part)
         if context is None or not context.set_optimization_profile_async(profile, self.gpu.stream):
@@ -218,18 +168,18 @@ class TensorRTBackendBase:
         return Context(part, profile, context)
 
     def failed(self, doing: str, needed: int) -> ZImageError:
-        """The error for a call of the library that failed, from what it wrote."""
+        """The error for a failed call of the library, from its log."""
         if self.log.out_of_memory:
             return self.gpu.out_of_memory(doing, needed)
         return ZImageError(f"{doing}: {self.name} says: {self.log.text}")
 
-    # What the two libraries do differently.
+    # Methods that differ between the two libraries.
 
     def check_plan(self, label: str, plan: mmap.mmap) -> None:
-        """Raise BundleMismatch for a plan that the library says it cannot run here."""
+        """Raise BundleMismatch if the library cannot run a plan here; by default there is no such check."""
 
     def create_context(self, part: Part) -> Any:
-        """The library's IExecutionContext, which leaves device memory for activations to us; None where it failed."""
+        """An IExecutionContext without device memory for activations, which the caller sets; None on failure."""
         raise NotImplementedError
 
     def refit(self, part: Part, bundle: Path, spec: ModuleSpec) -> None:
@@ -237,11 +187,11 @@ class TensorRTBackendBase:
         raise BundleMismatch(f"{part.label}: {self.name} cannot refit stripped plans; export the bundle again")
 
     def after_run(self, parts: Sequence[Part], runs: int) -> None:
-        """Called after each run of a module, with how often these shapes were run."""
+        """Called after each run of a module, with the number of runs of these shapes; does nothing by default."""
 
 
 class Program:
-    """How a module runs on inputs of given shapes: its contexts, the shape and size of every tensor."""
+    """The execution of a module for given input shapes: its contexts, and shapes and sizes of all tensors."""
 
     def __init__(self, contexts: list[Context], shapes: Shapes, sizes: Mapping[str, int], activations: int) -> None:
         self.contexts, self.shapes, self.sizes, self.activations = contexts, shapes, sizes, activations
@@ -251,20 +201,20 @@ class Program:
 
 
 class TensorRTModule:
-    """A module's plans, loaded; calls from several threads take turns."""
+    """A module's loaded plans; concurrent calls run one after another."""
 
     def __init__(self, backend: TensorRTBackendBase, name: str, spec: ModuleSpec, parts: list[Part]) -> None:
         self._backend, self._name, self._spec, self._parts = backend, name, spec, parts
-        # One buffer a name: what one part gives, the next takes from the same place.
+        # One buffer per tensor name: outputs of a part are inputs of later parts.
         self._buffers: dict[str, Buffer] = {}
         self._programs: OrderedDict[tuple[Shape, ...], Program] = OrderedDict()
-        # At the end contexts go first: they use what the backend and the parts hold.
+        # Contexts are destroyed first, because they use objects of the backend and the parts.
         weakref.finalize(self, _release, self._programs, parts, backend)
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run the module; the outputs are new arrays.
 
-        Raises RequestError for shapes outside every profile, OutOfMemory where they do not fit; both leave it usable.
+        Raises RequestError for shapes outside every profile, OutOfMemory if they do not fit; it stays usable.
         """
         checked = check_inputs(self._name, self._spec.inputs, inputs)
         shapes = {name: array.shape for name, array in checked.items()}
@@ -307,7 +257,7 @@ class TensorRTModule:
         return self._programs[key]
 
     def _prepare(self, inputs: Shapes) -> Program:
-        """Choose profiles part by part; each part's outputs have the shapes that the engine infers."""
+        """Choose a profile per part, and infer the shapes of all tensors."""
         shapes = dict(inputs)
         sizes = {tensor.name: _size(tensor, shapes[tensor.name]) for tensor in self._spec.inputs}
         contexts, activations = [], 0
@@ -325,10 +275,10 @@ class TensorRTModule:
         return Program(contexts, shapes, sizes, activations)
 
     def _set_shapes(self, context: Context, shapes: Shapes) -> int:
-        """Set a context to input shapes; returns the bytes it then needs for activations."""
+        """Set a context's input shapes; returns the bytes that it needs for activations."""
         backend, label = self._backend, context.part.label
         backend.log.clear()
-        context.shapes = {}  # unknown, should a call below fail
+        context.shapes = {}  # unknown if a call below fails
         for name, shape in shapes.items():
             if not context.context.set_input_shape(name, shape):
                 raise backend.failed(f"{label}: setting {name} to {shape}", 0)
@@ -341,11 +291,11 @@ class TensorRTModule:
             if name not in self._buffers:
                 self._buffers[name] = self._backend.gpu.buffer(f"{self._name}.{name}")
             self._buffers[name].reserve(size)
-        # Never empty: a context that needs memory for other shapes wants some for these as well.
+        # Never empty: a context that needs memory for other shapes requires some for these too.
         self._backend.activations.reserve(max(program.activations, MIN_ACTIVATIONS))
 
     def _launch(self, program: Program) -> None:
-        """Put one run on the stream: replayed where it was captured and nothing has moved since."""
+        """Enqueue one run: as a graph if it was captured and no buffer has moved since."""
         if not self._backend.captures_graphs or program.runs < RUNS_BEFORE_CAPTURE:
             self._enqueue(program)
             return
@@ -355,10 +305,10 @@ class TensorRTModule:
         program.graph.launch(f"running {self._name}")
 
     def _capture(self, program: Program) -> Graph:
-        """A graph of the whole chain of parts.
+        """Capture a graph of all parts.
 
-        A context serves no other shape once it was captured, so the program gets its own; and after its shapes were
-        set, it must have run once before (both from NVIDIA's Developer Guide, "CUDA Graphs").
+        A captured context serves no other shapes, so the program gets contexts of its own. A context must run once
+        after its shapes were set. Both are from NVIDIA's Developer Guide, "CUDA Graphs".
         """
         program.graph = None
         program.contexts = [self._backend.context(old.part, old.profile) for old in program.contexts]
@@ -389,7 +339,7 @@ def _size(tensor: TensorSpec, shape: Shape) -> int:
 def _release(
     programs: OrderedDict[tuple[Shape, ...], Program], parts: list[Part], backend: TensorRTBackendBase
 ) -> None:
-    """Destroy a module's contexts while all that they use is still there, `backend` included."""
+    """Destroy a module's contexts while the objects that they use, including `backend`, still exist."""
     programs.clear()
     for part in parts:
         part.contexts.clear()

@@ -1,7 +1,7 @@
-"""What must hold before a TensorRT plan runs: pure checks that need neither a GPU nor NVIDIA's libraries.
+"""Checks of TensorRT plans before they run, without a GPU and NVIDIA's libraries.
 
-A plan is a program, and the library that runs it trusts it. So a plan is chosen by what the manifest says of it, then
-hashed, and only then shown to the library; `verify=False` spares other files their hashes, never a plan.
+A plan is a program, which the library trusts. So a plan is selected by its entry in the manifest, then hashed, and only
+then given to the library. `verify=False` skips the hashes of other files, never those of plans.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from pathlib import Path
 
 import numpy as np
 
-from ..bundle.manifest import EngineSpec, Manifest, ModuleSpec, ProfileRange, TensorSpec, check_file, shape_text
+from ..bundle.manifest import EngineSpec, Manifest, ModuleSpec, ProfileRange, TensorSpec, shape_text
+from ..bundle.verify import check_file
 from ..errors import BundleMismatch, RequestError
 from .base import CheckModule
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 
-# Bytes of one element; bfloat16 only between the parts of a split module, for numpy has none.
+# Bytes per element; bfloat16 only between the parts of a split module, because numpy has none.
 ITEM_SIZES = {
     "float32": 4,
     "float16": 2,
@@ -34,7 +35,7 @@ ITEM_SIZES = {
     "bool": 1,
 }
 
-# The library's names of element types → the manifest's.
+# TensorRT's names of data types → the manifest's.
 DTYPES = {
     "FLOAT": "float32",
     "HALF": "float16",
@@ -50,13 +51,13 @@ DTYPES = {
 def checked_plans(
     bundle: Path, manifest: Manifest, module: str, check: CheckModule, backend: str, version: str, capability: str
 ) -> list[tuple[EngineSpec, mmap.mmap]]:
-    """A module's plans in order, each mapped and hashed: all that may be shown to the library.
+    """A module's plans in order, each mapped and hashed, ready for the library.
 
     Args:
-        bundle, manifest, module: what is loaded.
+        bundle, manifest, module: the bundle and the module's name.
         check: checks the module's other files, which only stripped plans need.
         backend, version: the library's name and version.
-        capability: the GPU's, e.g. `8.6`.
+        capability: the GPU's compute capability, e.g. `8.6`.
 
     Raises:
         BundleMismatch: the bundle has no plan for this, or not the one its manifest names.
@@ -74,7 +75,7 @@ def select_engines(
 ) -> tuple[EngineSpec, ...]:
     """The parts of a module for this backend, library version and GPU, in order.
 
-    A bundle may hold plans for several GPUs. Raises BundleMismatch, naming what the bundle has instead.
+    A bundle may have plans for several GPUs. Raises BundleMismatch, with the plans that the bundle has, if none fits.
     """
     again = f"export it again here with --backend {backend}"
     ours = [engine for engine in engines if engine.backend == backend]
@@ -108,7 +109,7 @@ def select_engines(
 
 
 def check_chain(module: str, spec: ModuleSpec, parts: Sequence[EngineSpec]) -> None:
-    """Raise BundleMismatch unless the parts, run in order, turn the module's inputs into its outputs."""
+    """Raise BundleMismatch unless the parts, run in order, compute the module's outputs from its inputs."""
     known = {tensor.name: tensor for tensor in spec.inputs}
     for part in parts:
         for tensor in part.inputs:
@@ -142,7 +143,7 @@ def check_chain(module: str, spec: ModuleSpec, parts: Sequence[EngineSpec]) -> N
 
 
 def read_plan(bundle: Path, manifest: Manifest, file: str) -> mmap.mmap:
-    """Map a plan whose hash stands in the manifest; what is hashed is what is returned. Raises BundleMismatch."""
+    """Map a plan and compare its hash with the manifest's; the hashed mapping is returned. Raises BundleMismatch."""
     if file not in manifest.files:
         raise BundleMismatch(
             f"{file}: the manifest has no hash of it; a plan is a program and runs only if its hash stands there: "
@@ -163,13 +164,13 @@ def read_plan(bundle: Path, manifest: Manifest, file: str) -> mmap.mmap:
 
 
 def check_border(label: str, spec: EngineSpec, border: Sequence[tuple[TensorSpec, bool]], profiles: int) -> None:
-    """Raise BundleMismatch unless a loaded engine has the tensors and profiles that the manifest says.
+    """Raise BundleMismatch unless a loaded engine has the tensors and profiles of its manifest entry.
 
     Args:
-        label: names the plan in messages.
-        spec: the manifest's word.
-        border: the engine's tensors, free sizes as -1, and whether each is an input.
-        profiles: how many the engine has.
+        label: the plan's name in messages.
+        spec: the manifest's entry.
+        border: the engine's tensors, with dynamic sizes as -1, and whether each is an input.
+        profiles: the number of the engine's profiles.
     """
     again = "export the bundle again"
     found = {tensor.name: (tensor, is_input) for tensor, is_input in border}
@@ -181,7 +182,7 @@ def check_border(label: str, spec: EngineSpec, border: Sequence[tuple[TensorSpec
         )
     for name, (tensor, is_input) in wanted.items():
         got, got_input = found[name]
-        if got_input != is_input or got.dtype != tensor.dtype or not _may_be(tensor.dims, got.dims):
+        if got_input != is_input or got.dtype != tensor.dtype or not _dims_match(tensor.dims, got.dims):
             raise BundleMismatch(
                 f"{label}: expected {'input' if is_input else 'output'} {name} as {tensor.dtype} "
                 f"{shape_text(tensor.dims)}, got {'input' if got_input else 'output'} {got.dtype} "
@@ -191,20 +192,20 @@ def check_border(label: str, spec: EngineSpec, border: Sequence[tuple[TensorSpec
         raise BundleMismatch(f"{label}: expected {len(spec.profiles)} profiles, got {profiles}; {again}")
 
 
-def _may_be(dims: Sequence[int | str], got: Sequence[int | str]) -> bool:
-    """Whether sizes (-1 for a free one) may be those of a spec."""
+def _dims_match(dims: Sequence[int | str], got: Sequence[int | str]) -> bool:
+    """Whether sizes, -1 for dynamic ones, match the dims of a spec."""
     return len(dims) == len(got) and all(
         size in (dim, -1) or isinstance(dim, str) for dim, size in zip(dims, got, strict=True)
     )
 
 
 def check_inputs(module: str, specs: Sequence[TensorSpec], inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The module's inputs, contiguous. Raises RequestError where one is not what the manifest says."""
+    """The module's inputs, contiguous. Raises RequestError if one does not match the manifest."""
     sizes: dict[str, int] = {}
     checked = {}
     for tensor in specs:
         got = inputs[tensor.name]
-        fits = got.dtype == tensor.dtype and _may_be(tensor.dims, got.shape)
+        fits = got.dtype == tensor.dtype and _dims_match(tensor.dims, got.shape)
         if not fits or any(
             sizes.setdefault(dim, size) != size
             for dim, size in zip(tensor.dims, got.shape, strict=True)
@@ -212,21 +213,21 @@ def check_inputs(module: str, specs: Sequence[TensorSpec], inputs: Mapping[str, 
         ):
             raise RequestError(
                 f"{module}.{tensor.name}: expected {tensor.dtype} {shape_text(tensor.dims)}"
-                f"{_known(sizes, tensor)}, got {got.dtype} {shape_text(got.shape)}"
+                f"{_known_sizes(sizes, tensor)}, got {got.dtype} {shape_text(got.shape)}"
             )
         checked[tensor.name] = np.ascontiguousarray(got)
     return checked
 
 
-def _known(sizes: Mapping[str, int], tensor: TensorSpec) -> str:
+def _known_sizes(sizes: Mapping[str, int], tensor: TensorSpec) -> str:
     known = [f"{dim} {sizes[dim]}" for dim in tensor.dims if isinstance(dim, str) and dim in sizes]
     return f" with {', '.join(known)}" if known else ""
 
 
 def choose_profile(label: str, profiles: Sequence[Mapping[str, ProfileRange]], shapes: Shapes) -> int:
-    """The optimisation profile to run shapes with: of those that hold them, the one tuned for the nearest.
+    """The optimisation profile for shapes: of those that contain them, the one tuned for the nearest.
 
-    Raises RequestError, with the profiles there are, where none holds them.
+    Raises RequestError, with the engine's profiles, if none contains them.
     """
     fitting = [index for index, profile in enumerate(profiles) if _holds(profile, shapes)]
     if not fitting:
@@ -240,23 +241,23 @@ def choose_profile(label: str, profiles: Sequence[Mapping[str, ProfileRange]], s
 
 
 def rows_per_run(profiles: Sequence[Mapping[str, ProfileRange]], specs: Sequence[TensorSpec], shapes: Shapes) -> int:
-    """How many samples of a batch to run at once: all, or as many as a profile holds.
+    """The number of samples per run of a batch: all, or as many as a profile allows.
 
-    Guidance doubles a batch, and a profile for large pictures may hold one sample; a sample's result does not depend on
-    its neighbours. Where nothing helps it is the whole batch, and `choose_profile` says why that does not fit.
+    Guidance doubles a batch, and a profile for large images may allow one sample; a sample's result does not depend on
+    the others. If no profile fits it is the whole batch, for which `choose_profile` raises.
     """
     batch = shapes[specs[0].name][0]
     if all(spec.dims[0] == "batch" for spec in specs):
         for rows in range(batch, 0, -1):
             fewer = {name: (rows, *shape[1:]) for name, shape in shapes.items()}
             if any(_holds(profile, fewer) for profile in profiles):
-                # In runs of even size, as far as that goes.
+                # Runs of nearly equal size.
                 return math.ceil(batch / math.ceil(batch / rows))
     return batch
 
 
 def profiles_text(profiles: Sequence[Mapping[str, ProfileRange]]) -> str:
-    """`profile 0: latents [1, 16, 8, 8] to [4, 16, 64, 64]; profile 1: …`."""
+    """The profiles for messages: `profile 0: latents [1, 16, 8, 8] to [4, 16, 64, 64]; profile 1: …`."""
     return "; ".join(
         f"profile {index}: "
         + ", ".join(f"{name} {shape_text(item.min)} to {shape_text(item.max)}" for name, item in profile.items())
@@ -273,7 +274,7 @@ def _holds(profile: Mapping[str, ProfileRange], shapes: Shapes) -> bool:
 
 
 def _distance(profile: Mapping[str, ProfileRange], shapes: Shapes) -> float:
-    """How far shapes are from what a profile is tuned for: sizes matter by their ratio."""
+    """The distance of shapes from a profile's `opt`: the sum of the sizes' absolute log ratios."""
     return sum(
         abs(math.log(size / opt))
         for name, item in profile.items()
@@ -282,8 +283,8 @@ def _distance(profile: Mapping[str, ProfileRange], shapes: Shapes) -> float:
 
 
 def check_output(label: str, tensor: TensorSpec, shape: Shape) -> int:
-    """Bytes of an output whose shape the engine inferred. Raises BundleMismatch where it is not the manifest's."""
-    if any(size < 0 for size in shape) or not _may_be(tensor.dims, shape):
+    """Bytes of an output with the shape that the engine inferred. Raises BundleMismatch if the manifest's differs."""
+    if any(size < 0 for size in shape) or not _dims_match(tensor.dims, shape):
         raise BundleMismatch(
             f"{label}.{tensor.name}: expected {shape_text(tensor.dims)}, got {shape_text(shape)}; "
             "export the bundle again"
@@ -292,7 +293,7 @@ def check_output(label: str, tensor: TensorSpec, shape: Shape) -> int:
 
 
 def map_tensors(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file as bytes where they lie: mapped, never copied."""
+    """The tensors of a safetensors file as views of bytes of the mapped file."""
     with path.open("rb") as file:
         mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
     start = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
@@ -305,16 +306,16 @@ def map_tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def initializers(graph: bytes, names: Iterable[str]) -> set[str]:
-    """Which of these tensors an ONNX graph names as its initializers; folding constants drops some.
+    """The subset of these tensors that are initializers of an ONNX graph; constant folding removes some.
 
-    Read without the onnx package: `TensorProto.name` is field 8 (onnx.proto3), so a name follows the tag 0x42 and its
-    length. Node names, values and other strings have other tags.
+    The graph is searched without the onnx package: `TensorProto.name` is field 8 (onnx.proto3), so that a name follows
+    the tag 0x42 and its length. Node names, values and other strings have other tags.
     """
     return {name for name in names if b"\x42" + _varint(len(name.encode())) + name.encode() in graph}
 
 
 def _varint(value: int) -> bytes:
-    """Protobuf's variable-length number: seven bits a byte, the lowest first."""
+    """A number in protobuf's varint encoding: seven bits per byte, the lowest first."""
     data = b""
     while value > 0x7F:
         data += bytes([value & 0x7F | 0x80])

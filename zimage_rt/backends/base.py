@@ -1,4 +1,4 @@
-"""What a backend is to the engine."""
+"""The protocols between the engine and its backends, and their data."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 
 from ..bundle.manifest import Manifest
 
-# The highest number of a GPU that is looked for.
+# The largest index of a GPU.
 MAX_DEVICE = 1023
 
-# Checks the files of a module by name before they are read; raises BundleMismatch.
+# Checks the files of the named module before they are read; raises BundleMismatch.
 CheckModule = Callable[[str], None]
 
-# Reads the latents after a step: float32, read-only. Called inside `on_step` only, by whom needs them: the copy from a
-# device costs time.
+# Reads the latents after a step: float32, read-only. To be called inside `on_step`, and only if they are needed: the
+# copy from a device takes time.
 ReadLatents = Callable[[], np.ndarray]
 
 # (step, count, sigma, sigma_next, read_latents) after each step; False stops the loop.
@@ -27,12 +27,12 @@ OnStep = Callable[[int, int, float, float, ReadLatents], bool]
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """One accelerator: what the driver says of it.
+    """A GPU, as described by its driver.
 
     Attributes:
         name: the vendor's name.
-        compute_capability: `9.0` as `(9, 0)`.
-        memory: bytes in all.
+        compute_capability: major and minor number, e.g. `(9, 0)`.
+        memory: total memory in bytes.
     """
 
     name: str
@@ -42,16 +42,16 @@ class Device:
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """What a backend says of itself on this machine, for `zimage doctor`.
+    """A backend's availability on this machine, for `zimage doctor`.
 
-    A backend's module defines `probe() -> Sequence[Probe]`, one entry for each way it can run. It loads no bundle,
-    takes no lasting device memory, and does not raise for what may be missing.
+    A backend's module defines `probe() -> Sequence[Probe]`, with one entry per provider. It loads no bundle, holds no
+    device memory afterwards, and does not raise if something is missing.
 
     Attributes:
-        name: the backend's, or `backend/part` for one of several ways.
-        problem: why it cannot run here, and what to do; None where it can.
-        versions: of the libraries it found, by name.
-        devices: what it would run on; empty for the CPU.
+        name: the backend's name, or `backend/provider`.
+        problem: why it cannot run here, and what to do; None if it can.
+        versions: versions of the libraries that were found, by name.
+        devices: the devices that it can run on; empty for the CPU.
     """
 
     name: str
@@ -62,12 +62,12 @@ class Probe:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Inpaint:
-    """The image of which parts are kept, as latents.
+    """The latents of an inpainting's image and its mask.
 
     Attributes:
-        mask: float32 `[batch, 1, latent_height, latent_width]`: 1 to draw, 0 to keep.
+        mask: float32 `[batch, 1, latent_height, latent_width]`: 1 to draw, 0 to preserve.
         image: float32 `[batch, channels, latent_height, latent_width]`, the image's latents.
-        noise: like `image`; the loop's first latents.
+        noise: like `image`; the noise that the loop's first latents were made with.
     """
 
     mask: np.ndarray
@@ -80,8 +80,8 @@ class Control:
     """The input of a ControlNet.
 
     Attributes:
-        latents: float32 `[batch, control_in_dim, latent_height, latent_width]`: the control image's, zeros behind them.
-        scale: the factor of the ControlNet's hints; more than 0.
+        latents: float32 `[batch, control_in_dim, latent_height, latent_width]`: the control image's, then zeros.
+        scale: the factor of the ControlNet's outputs; more than 0.
     """
 
     latents: np.ndarray
@@ -90,12 +90,12 @@ class Control:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Conditioning:
-    """Everything the transformer reads beside the latents and the timestep; entry i belongs to sample i.
+    """The transformer's inputs besides latents and timestep; entry i is for sample i.
 
     Attributes:
         contexts: float32 `[1, context_tokens, dim]` each, from `Pipeline.context`.
-        negatives: the same for the negative prompts; read at guided evaluations, empty without guidance.
-        control: the input of the ControlNet, or None; guided predictions use it on both sides.
+        negatives: the contexts of the negative prompts, for guided evaluations; empty without guidance.
+        control: the input of the ControlNet, or None; both predictions of a guided evaluation use it.
     """
 
     contexts: Sequence[np.ndarray]
@@ -108,7 +108,7 @@ class Guidance:
     """Classifier-free guidance over the evaluations of a loop.
 
     Attributes:
-        scales: float32 `[evaluations, batch]`, from `sampling/guidance.py`; 0 is none.
+        scales: float32 `[evaluations, batch]`, from `sampling/guidance.py`; 0 means no guidance.
         normalization: > 0 limits a guided prediction's norm to that multiple of the positive one's.
     """
 
@@ -118,18 +118,18 @@ class Guidance:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SampleJob:
-    """One request to the sampler loop.
+    """One run of the sampler loop.
 
     Attributes:
         latents: float32 `[batch, channels, latent_height, latent_width]`, the caller's; changed in place.
         conditioning: the prompts and the control image of every sample.
         steps: float32 `[evaluations, 12]`, a table of `sampling/samplers.py`.
-        guidance: its scale for every evaluation and sample.
-        step_noise: float32 `[draws, *latents.shape]`, from `sampling/samplers.py`, for the rows that take
-            some; None without.
-        inpaint: the image of which parts are kept, or None.
-        on_step: called after each step of the schedule. A backend may have begun the next step by then, which a False
-            does not take back.
+        guidance: the scale of every evaluation and sample.
+        step_noise: float32 `[draws, *latents.shape]`, from `sampling/samplers.py`, for the rows with noise; None if no
+            row has any.
+        inpaint: the image and mask of an inpainting, or None.
+        on_step: called after each step of the schedule. The next step may run already; returning False does not stop
+            that one.
     """
 
     latents: np.ndarray
@@ -147,7 +147,7 @@ class LowRank:
 
     Attributes:
         tensor: the matrix's name in the module's weight file, `[in_features, …]`.
-        first_column: where the changed columns begin.
+        first_column: the first changed column.
         down: float32 `[rank, in_features]`.
         up: float32 `[rank, columns]`.
     """
@@ -160,15 +160,15 @@ class LowRank:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dense:
-    """A change of some columns of a stored tensor that is no product of two thin matrices.
+    """A change of some columns of a stored tensor by a full matrix.
 
     `tensor[:, first_column:][:, :columns] += make()`; a vector counts as a matrix of one row.
 
     Attributes:
         tensor: its name in the module's weight file, `[rows, …]`, or `[…]` for a vector.
-        first_column: where the changed columns begin.
-        make: makes the change, float32 `[rows, columns]`. Called when it is needed and not kept: the changes of a
-            model with 6 billion weights take 24 GB.
+        first_column: the first changed column.
+        make: computes the change, float32 `[rows, columns]`. It is called on demand and its result is not stored: the
+            changes of a model with 6 billion weights take 24 GB.
     """
 
     tensor: str
@@ -176,68 +176,68 @@ class Dense:
     make: Callable[[], np.ndarray]
 
 
-# What a LoRA does to a stored tensor.
+# A LoRA's change of a stored tensor.
 Change = LowRank | Dense
 
 
 class Module(Protocol):
-    """One loaded module. Safe to call from several threads."""
+    """A loaded module. Thread-safe."""
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run on arrays by name, as the manifest's TensorSpecs have them; returns the outputs by name."""
+        """Run on inputs by name, which match the manifest's TensorSpecs; returns the outputs by name."""
         ...
 
 
 class Pipeline(Protocol):
-    """A bundle's modules put together. Safe to call from several threads."""
+    """The modules of a bundle, and the sampler loop over them. Thread-safe."""
 
     def load(self, modules: Sequence[str]) -> None:
-        """Load modules now that would otherwise be loaded on first use."""
+        """Load modules now instead of on first use."""
         ...
 
     def module(self, name: str) -> Module:
-        """One module by itself, loaded on first use."""
+        """A single module, loaded on first use."""
         ...
 
     def patch(self, changes: Mapping[str, Sequence[Change]]) -> None:
-        """Give modules the bundle's weights plus these changes, instead of what they had; none gives back the bundle's.
+        """Replace the weights of modules by the bundle's weights plus these changes; no changes restore the bundle's.
 
         Called while nothing else runs. No tensor has two changes of the same columns. Raises RequestError on a backend
-        that cannot, LoraError where a sum does not fit the format, OutOfMemory; the caller then patches again with the
-        changes that were there before.
+        without LoRAs, LoraError if a sum does not fit the weights' format, or OutOfMemory; the caller then patches
+        again with the previous changes.
         """
         ...
 
     def context(self, input_ids: np.ndarray) -> np.ndarray:
-        """Text encoder and context refiner: ids int64 `[1, prompt_tokens]` → `[1, context_tokens, dim]`."""
+        """Run the text encoder and the context refiner: ids int64 `[1, prompt_tokens]` → `[1, context_tokens, dim]`."""
         ...
 
     def sample(self, job: SampleJob) -> bool:
-        """The sampler loop; False where `on_step` stopped it."""
+        """Run the sampler loop; False if `on_step` stopped it."""
         ...
 
     def encode_image(self, images: np.ndarray, vae: str) -> np.ndarray:
-        """Pictures uint8 `[batch, height, width, 3]` to latents."""
+        """Encode images uint8 `[batch, height, width, 3]` to latents."""
         ...
 
     def decode(self, latents: np.ndarray, vae: str) -> np.ndarray:
-        """Latents to uint8 pictures `[batch, height, width, 3]`."""
+        """Decode latents to uint8 images `[batch, height, width, 3]`."""
         ...
 
     def generate(self, job: SampleJob, vae: str) -> tuple[np.ndarray, dict[str, float]] | None:
-        """`sample`, then `decode`: images, and the seconds of `denoise` and `decode`; None if stopped."""
+        """Run `sample`, then `decode`: the images, and the seconds of `denoise` and `decode`; None if stopped."""
         ...
 
     def close(self) -> None:
-        """Give back all memory. Called while nothing else runs; nothing is called afterwards."""
+        """Free all memory. Called while nothing else runs; no other call follows."""
         ...
 
 
 class Backend(Protocol):
-    """One way to run bundles. `name` is what people write; constructing it loads its library."""
+    """A library that runs bundles. `name` is its name in options; constructing it loads the library."""
 
     name: str
 
     def open(self, bundle: Path, manifest: Manifest, check: CheckModule) -> Pipeline:
-        """A pipeline over a bundle. Raises BundleMismatch or OutOfMemory."""
+        """Open a bundle: its pipeline. Raises BundleMismatch or OutOfMemory."""
         ...

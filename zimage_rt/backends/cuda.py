@@ -1,4 +1,4 @@
-"""Our own CUDA programs: a bundle's weights and nothing else, at the speed of the chip."""
+"""Our own CUDA models in csrc/: they read the weights of a bundle and need no graph."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ except ImportError as error:
         "build it in the source folder with: ZIMAGE_RT_CUDA=ON pip install '.[cuda]'"
     ) from error
 
-PROGRAMS = ("text_encoder", "context_refiner", "transformer", "controlnet", "tiny_vae_decoder", "tiny_vae_encoder")
+MODELS = ("text_encoder", "context_refiner", "transformer", "controlnet", "tiny_vae_decoder", "tiny_vae_encoder")
 
-# Read on the host, row by row: see csrc/programs/text_encoder.h.
+# Read on the host, row by row: see csrc/models/text_encoder.h.
 HOST_TENSORS = ("embed_tokens.weight",)
 
 
@@ -146,7 +146,7 @@ def _cache_file(cache_dir: Path) -> Path:
 
 
 class CudaPipeline:
-    """One bundle on one GPU. Threads take turns; Python's lock is not held while the GPU works."""
+    """One bundle on one GPU. Calls of several threads are serialised; the GIL is not held while the GPU works."""
 
     def __init__(self, native: _cuda.Pipeline, bundle: Path, manifest: Manifest, check: CheckModule) -> None:
         self.native = native
@@ -164,9 +164,9 @@ class CudaPipeline:
         if name in self._loaded:
             return
         spec = self._manifest.module(name)
-        if name not in PROGRAMS:
+        if name not in MODELS:
             raise BundleMismatch(
-                f"the cuda backend has no program for {name}; it runs: {', '.join(PROGRAMS)}. "
+                f"the cuda backend has no model for {name}; it runs: {', '.join(MODELS)}. "
                 "Ask for vae='tiny', or load the bundle with backend='onnxruntime'"
             )
         if spec.precision not in ("fp16", "bf16"):
@@ -192,10 +192,10 @@ class CudaPipeline:
         for name, found in changes.items():
             with _errors(f"changing the weights of {name}"):
                 thin = [part for part in found if isinstance(part, LowRank)]
-                self.native.change(name, [(part.tensor, part.first_column, part.down, part.up) for part in thin])
+                self.native.patch(name, [(part.tensor, part.first_column, part.down, part.up) for part in thin])
                 for part in found:  # one after the other, so that memory holds one of them
                     if isinstance(part, Dense):
-                        self.native.change(name, [(part.tensor, part.first_column, None, part.make())], add=True)
+                        self.native.patch(name, [(part.tensor, part.first_column, None, part.make())], add=True)
 
     def module(self, name: str) -> Module:
         """One module by itself, numpy in and out, as other backends have them: for parity tests."""
@@ -220,26 +220,10 @@ class CudaPipeline:
         return self._run(job, decode=True)
 
     def _run(self, job: SampleJob, decode: bool) -> tuple[np.ndarray, dict[str, float]] | None:
-        control = job.conditioning.control
-        name = "transformer" if control is None else "controlnet"
+        name = "transformer" if job.conditioning.control is None else "controlnet"
         self.load([name])
         with _errors("drawing"):
-            result = self.native.sample(
-                latents=job.latents,
-                contexts=list(job.conditioning.contexts),
-                negatives=list(job.conditioning.negatives),
-                steps=job.steps,
-                guidance_scales=job.guidance.scales,
-                cfg_normalization=job.guidance.normalization,
-                mask=None if job.inpaint is None else job.inpaint.mask,
-                image=None if job.inpaint is None else job.inpaint.image,
-                noise=None if job.inpaint is None else job.inpaint.noise,
-                step_noise=job.step_noise,
-                control_latents=None if control is None else control.latents,
-                control_scale=0.0 if control is None else control.scale,
-                decode=decode,
-                callback=job.on_step,
-            )
+            result = self.native.sample(job, decode=decode)
         if result is None:
             return None
         check_finite(job.latents, name)
@@ -320,7 +304,7 @@ class CudaModule:
 
 
 def _encoder_sizes(spec: ModuleSpec) -> dict[str, int]:
-    """Of a VAE's encoder: channels of its latents, and the pixels of one of them in each direction."""
+    """The sizes of a VAE's encoder: channels of its latents, and the pixels of one of them in each direction."""
     config = spec.config
     return {
         "latent_channels": config["latent_channels"],
@@ -339,12 +323,12 @@ def _tensors(path: Path) -> list[tuple[str, str, list[int], int, bool]]:
 
 @contextmanager
 def _errors(doing: str, argument: type[ZImageError] = RequestError) -> Iterator[None]:
-    """Turn the native module's errors into this package's; `argument` is whose fault a wrong argument is."""
+    """Raise the native module's errors as this package's; a wrong argument becomes `argument`."""
     try:
         yield
     except _cuda.OutOfMemoryError as error:
         raise OutOfMemory(
-            f"{doing}: {error}; ask for a smaller picture or batch, "
+            f"{doing}: {error}; ask for a smaller image or batch, "
             "or load the engine with backend_options={'text_encoder': 'host'}"
         ) from error
     except _cuda.RangeError as error:

@@ -1,4 +1,4 @@
-"""Where NVIDIA's libraries are: in their wheels, or wherever the loader finds them."""
+"""Finds NVIDIA's libraries in their wheels or by the dynamic loader."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import re
 import sys
 from pathlib import Path
 
-# Library → the pip packages that bring it. The versions are those of CUDA 13.
+# Library → its file name, with the major versions of CUDA 13.
 SONAMES = {"cublasLt": "libcublasLt.so.13", "cudnn": "libcudnn.so.9"}
 
-# Library → its function that gives its version as one number: 92801 is 9.28.1.
+# Library → its function that returns the version as one number: 92801 is 9.28.1.
 VERSION_FUNCTIONS = {"cublasLt": "cublasLtGetVersion", "cudnn": "cudnnGetVersion"}
 
 
 def find_library(name: str) -> str:
-    """The library's file in a wheel of this Python, or its bare name for the loader to find.
+    """The path of a library in a wheel of this Python, or its file name for the dynamic loader.
 
-    Wheels are searched first: they are what `pip install 'zimage-rt[cuda]'` brings and tests.
+    Wheels are searched first: `pip install 'zimage-rt[cuda]'` installs them, and they are tested.
     """
     soname = SONAMES[name]
     nvidia = importlib.util.find_spec("nvidia")
@@ -31,7 +31,7 @@ def find_library(name: str) -> str:
 
 
 def library_version(name: str) -> str:
-    """The version that the library gives of itself. Raises OSError where it cannot be loaded."""
+    """The version that a library reports. Raises OSError if it cannot be loaded."""
     get = getattr(ctypes.CDLL(find_library(name)), VERSION_FUNCTIONS[name])
     get.restype = ctypes.c_size_t
     number = get()
@@ -39,14 +39,14 @@ def library_version(name: str) -> str:
 
 
 def has_code(architectures: str, compute_capability: tuple[int, int]) -> bool:
-    """Whether what was built for these architectures, in CMake's words (`80-real,90a-real,120`), runs on a GPU.
+    """Whether a build for CMake's architectures, e.g. `80-real,90a-real,120`, runs on a GPU.
 
-    Machine code runs on later GPUs of the same generation, that of `90a` on no other GPU; without `-real` there is code
-    that the driver compiles for any later GPU.
+    Machine code runs on later GPUs of the same major version, and that of `90a` on no other GPU. Without `-real` there
+    is PTX, which the driver compiles for any later GPU.
     """
     for word in architectures.split(","):
         match = re.fullmatch(r"(\d+)(\d)([af]?)(-real|-virtual)?", word)
-        if match is None:  # CMake's `native` and `all`: only the driver knows
+        if match is None:  # CMake's `native` and `all`, which cannot be decided here
             return True
         built = int(match[1]), int(match[2])
         if match[3] == "a":

@@ -1,4 +1,4 @@
-"""Changes added to a bundle's stored tensors, on the CPU."""
+"""Merging of LoRAs' changes into a bundle's stored tensors, on the CPU."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ..bundle.safetensors_file import TensorFile, narrow, widen
 from ..errors import BundleMismatch, LoraError
 from .base import Change, Dense
 
-# Multiplications made at a time. A piece of the matrix in fp32 then stays in the cache between its passes, and OpenBLAS
-# makes it on one thread (its limit is 65536 * 4): waking more for so little took fifty times as long on a busy machine.
-_PIECE = 1 << 18
+# Multiplications per product. A block of the matrix in fp32 then stays in the cache between its passes, and OpenBLAS
+# runs on one thread (its limit is 65536 * 4): waking more for so little took fifty times as long on a busy machine.
+_CHUNK = 1 << 18
 
 
 def merged(path: Path, changes: Sequence[Change]) -> dict[str, np.ndarray]:
     """The changed tensors of a weight file in their stored formats, bf16 as uint16: summed in fp32, then rounded.
 
-    Raises LoraError where fp16 cannot hold the result.
+    Raises LoraError if fp16 cannot hold the result, and BundleMismatch if the file does not have a tensor.
     """
     by_tensor: dict[str, list[Change]] = {}
     for change in changes:
@@ -41,8 +41,8 @@ def _merge(name: str, stored: np.ndarray, changes: Sequence[Change]) -> np.ndarr
             _add(matrix, change)
             continue
         rank, count = change.up.shape
-        width = min(count, max(64, _PIECE // (4 * rank)))
-        height = max(4, _PIECE // (width * rank))
+        width = min(count, max(64, _CHUNK // (4 * rank)))
+        height = max(4, _CHUNK // (width * rank))
         down = np.ascontiguousarray(change.down.T)  # [in, rank]
         for row in range(0, len(result), height):
             rows = slice(row, row + height)
@@ -60,12 +60,12 @@ def _merge(name: str, stored: np.ndarray, changes: Sequence[Change]) -> np.ndarr
 
 
 def _add(matrix: np.ndarray, change: Dense) -> None:
-    """Add a whole change in place, in pieces of rows: no second copy of the matrix in fp32."""
+    """Add a full change in place, in blocks of rows, so that there is no copy of the matrix in fp32."""
     delta = change.make()
     if len(delta) != len(matrix) or change.first_column + delta.shape[1] > matrix.shape[1]:
         raise ValueError(f"{change.tensor}: no room for a change of {list(delta.shape)} in {list(matrix.shape)}")
     columns = slice(change.first_column, change.first_column + delta.shape[1])
-    step = max(1, _PIECE // delta.shape[1])
+    step = max(1, _CHUNK // delta.shape[1])
     for row in range(0, len(matrix), step):
         rows = slice(row, row + step)
         matrix[rows, columns] = narrow(widen(matrix[rows, columns]) + delta[rows], matrix.dtype)

@@ -13,7 +13,7 @@ from .. import _core
 from ..errors import RequestError
 from ..image.convert import to_signed, to_uint8
 from ..not_finite import check_finite
-from .base import Change, CheckModule, Conditioning, Module, OnStep, SampleJob
+from .base import Change, CheckModule, Conditioning, Module, SampleJob
 
 # Loads a module by name with changed weights.
 LoadPatched = Callable[[str, Sequence[Change]], Module]
@@ -88,20 +88,10 @@ class ModulePipeline:
         return self._run_finite("context_refiner", {"prompt_embeds": embeds}, "context")
 
     def sample(self, job: SampleJob) -> bool:
-        """See `Pipeline`; the loop is `csrc/runtime/sampler.cc`."""
+        """See `Pipeline`; the loop is `csrc/cpu/sampler.cc`."""
         name = "transformer" if job.conditioning.control is None else "controlnet"
         denoiser = ModuleDenoiser(name, self.module(name), job.conditioning)
-        kept = {} if job.inpaint is None else vars(job.inpaint)
-        finished = _core.sample(
-            denoiser,
-            job.steps,
-            job.latents,
-            job.guidance.scales,
-            job.guidance.normalization,
-            step_noise=job.step_noise,
-            callback=None if job.on_step is None else _with_latents_here(job.on_step),
-            **kept,
-        )
+        finished = _core.sample(denoiser, job)
         check_finite(job.latents, name)  # guidance may overflow where no prediction does
         return finished
 
@@ -141,20 +131,11 @@ class ModulePipeline:
             self._changes.clear()
 
 
-def _with_latents_here(on_step: OnStep) -> Callable[[int, int, float, float, np.ndarray], bool]:
-    """`on_step` as the loop on the host calls it, with the latents themselves."""
-
-    def callback(step: int, count: int, sigma: float, sigma_next: float, latents: np.ndarray) -> bool:
-        return on_step(step, count, sigma, sigma_next, lambda: latents)
-
-    return callback
-
-
 class ModuleDenoiser:
     """The transformer module as the C++ loop's predict, or with a `control` the module with the ControlNet beside it.
 
     Samples whose contexts have the same length run as one batch: an image token's position
-    depends on its context's length, and equal lengths need no mask, so a picture is the same in a
+    depends on its context's length, and equal lengths need no mask, so an image is the same in a
     batch as alone.
     """
 
@@ -172,7 +153,7 @@ class ModuleDenoiser:
         }
 
     def __call__(self, latents: np.ndarray, timestep: float, guided: bool, noise_pred: np.ndarray) -> None:
-        """One function evaluation; see `Denoiser` in csrc/include/zimage_rt/sampler.h."""
+        """One function evaluation; see `Denoiser` in csrc/cpu/sampler.h."""
         for rows, context in self._groups[guided]:
             samples = [row % self._batch for row in rows]
             inputs = {

@@ -1,4 +1,4 @@
-"""What NVIDIA's driver says of this machine, asked directly: no CUDA toolkit and no other library is needed."""
+"""Queries of NVIDIA's driver through ctypes: no CUDA toolkit and no other library is needed."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Driver:
     """The driver's state.
 
     Attributes:
-        problem: why no GPU can be used; None where one can.
-        cuda_version: the newest CUDA that the driver knows, e.g. `13.0`; empty where there is no driver.
-        devices: every GPU, by index.
+        problem: why no GPU can be used; None if one can.
+        cuda_version: the newest CUDA that the driver supports, e.g. `13.0`; empty without a driver.
+        devices: the GPUs by index.
     """
 
     problem: str | None = None
@@ -31,7 +31,7 @@ class Driver:
 
 
 def query() -> Driver:
-    """Ask the driver; makes no context, so no device memory is taken."""
+    """Query the driver; it creates no context, so that no device memory is allocated."""
     try:
         cuda = ctypes.CDLL(LIBRARY)
     except OSError:

@@ -1,8 +1,10 @@
-"""ONNX Runtime: the backend that runs anywhere."""
+"""The ONNX Runtime backend, which runs on any machine."""
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
@@ -27,10 +29,12 @@ from .onnxruntime_providers import (
     require,
 )
 
+log = logging.getLogger(__name__)
+
 BFLOAT16 = 16  # TensorProto.BFLOAT16 in onnx.proto3
-# ONNX Runtime starts as many as it is told.
+# ONNX Runtime has no limit of its own.
 MAX_THREADS = 1024
-# Of operators and modules in `allow_cpu`.
+# Entries of `allow_cpu`.
 MAX_NAMES = 1024
 
 
@@ -38,17 +42,17 @@ class OnnxRuntimeBackend:
     """Runs modules with ONNX Runtime, on the CPU or through another of its execution providers.
 
     Args:
-        num_threads: threads inside one operator; None means one a core that this process may use.
-        provider: `cpu`, `cuda`, `tensorrt` or `nv_tensorrt_rtx`, or ONNX Runtime's own name of another.
-        provider_options: the provider's own, e.g. `{"enable_cuda_graph": True}`; ONNX Runtime's documentation has them.
-        device: which GPU, from 0.
-        allow_cpu: what may run on the CPU where the provider does not take it: operators by their ONNX type
-            (`"Shape"`), or all of a module by its name. Anything else that it leaves is an error.
-        io_binding: whether inputs and outputs keep their buffers, on the device, from run to run; None means on GPUs.
+        num_threads: threads per operator; None means one per core that this process may use.
+        provider: `cpu`, `cuda`, `tensorrt` or `nv_tensorrt_rtx`, or ONNX Runtime's own name of another provider.
+        provider_options: the provider's options, e.g. `{"enable_cuda_graph": True}`; see ONNX Runtime's documentation.
+        device: index of the GPU.
+        allow_cpu: operators, by ONNX type (`"Shape"`), or whole modules, by name, that may run on the CPU if the
+            provider does not support them. Other operators on the CPU are an error.
+        io_binding: whether inputs and outputs have persistent buffers on the device; None means on GPUs only.
 
     Raises:
-        BackendUnavailable: the provider or the device is not here; says what to install.
-        RequestError: an option is wrong.
+        BackendUnavailable: the provider or the device is missing; the message says what to install.
+        RequestError: an option is invalid.
     """
 
     name = "onnxruntime"
@@ -78,7 +82,7 @@ class OnnxRuntimeBackend:
         self._io_binding = self._provider.on_gpu if io_binding is None else io_binding
 
     def open(self, bundle: Path, manifest: Manifest, check: CheckModule) -> ModulePipeline:
-        """A pipeline over a bundle; modules are loaded on first use."""
+        """Open a bundle: its pipeline, whose modules are loaded on first use."""
         return ModulePipeline(
             lambda name: self.load_module(bundle, manifest, name),
             check,
@@ -89,7 +93,11 @@ class OnnxRuntimeBackend:
     def load_module(
         self, bundle: Path, manifest: Manifest, module: str, changes: Sequence[Change] = ()
     ) -> OnnxRuntimeModule:
-        """Load a module, with other weights of its own or its base's. Raises BundleMismatch where they do not fit."""
+        """Load a module, with LoRAs' changes of its own or its base's weights.
+
+        Raises BundleMismatch if it cannot be loaded, OutOfMemory, or LoraError if a change does not fit.
+        """
+        start = time.perf_counter()
         spec = manifest.module(module)
         if spec.graph is None:
             raise BundleMismatch(
@@ -100,7 +108,7 @@ class OnnxRuntimeBackend:
         _check_external_files(path, set(manifest.module_files(module)) - {spec.graph})
         settings = self._settings()
         try:
-            # Before anything is optimised, so that nothing is folded from the bundle's own numbers.
+            # Set before the graph is optimised, so that constant folding does not use the bundle's own weights.
             changed = spec if spec.base is None else manifest.module(spec.base)
             weights = _values(merged(bundle / changed.weights, changes))
             settings.add_external_initializers(list(weights), list(weights.values()))
@@ -118,6 +126,10 @@ class OnnxRuntimeBackend:
         if self._io_binding:
             place = "cuda" if self._provider.on_gpu else "cpu"
             bound = BoundSession(session, [output.name for output in spec.outputs], place, self._device)
+        seconds = time.perf_counter() - start
+        log.debug(
+            "%s loaded on %s with %d changed tensors in %.3f s", module, self._provider.name, len(weights), seconds
+        )
         return OnnxRuntimeModule(module, spec, session, bound, weights)
 
     def _settings(self) -> ort.SessionOptions:
@@ -129,12 +141,12 @@ class OnnxRuntimeBackend:
 
 
 def probe() -> list[Probe]:
-    """See `Probe`: one entry for each execution provider."""
+    """The availability of every execution provider; see `Probe`."""
     return probe_providers()
 
 
 class OnnxRuntimeModule:
-    """A loaded session; ONNX Runtime's `run` is thread-safe, and so is `BoundSession`'s."""
+    """A loaded session. Thread-safe, as ONNX Runtime's `run` and `BoundSession.run` are."""
 
     def __init__(
         self,
@@ -145,7 +157,7 @@ class OnnxRuntimeModule:
         weights: Mapping[str, ort.OrtValue] | None = None,
     ) -> None:
         self._name, self._spec, self._session, self._bound = name, spec, session, bound
-        self._weights = weights  # the session reads them where they lie
+        self._weights = weights  # the session uses their memory, which must stay alive
         self._outputs = [output.name for output in spec.outputs]
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -170,7 +182,7 @@ class OnnxRuntimeModule:
 
 
 def _check_external_files(graph: Path, named: Set[str]) -> None:
-    """Raise BundleMismatch for a graph that reads other files than the manifest names for it."""
+    """Raise BundleMismatch if a graph reads files that the manifest does not name for it."""
     try:
         strange = external_files(graph.read_bytes()) - named
     except (OSError, ValueError) as error:
@@ -183,9 +195,9 @@ def _check_external_files(graph: Path, named: Set[str]) -> None:
 
 
 def _cores_allowed() -> int | None:
-    """How many cores this process may use, where that is not all of them; None leaves the choice to ONNX Runtime.
+    """The number of cores that this process may use, if that is not all of them; None means ONNX Runtime's default.
 
-    It counts the machine's cores and pins a thread to each, also those that a container or `taskset` keeps from us.
+    By default it pins a thread to each of the machine's cores, even to those that a container or `taskset` excludes.
     """
     if not hasattr(os, "sched_getaffinity"):
         return None
@@ -194,7 +206,7 @@ def _cores_allowed() -> int | None:
 
 
 def _values(weights: Mapping[str, np.ndarray]) -> dict[str, ort.OrtValue]:
-    """Arrays as ONNX Runtime takes them, not copied; uint16 is bf16, which numpy does not have."""
+    """Arrays as OrtValues without copies; uint16 arrays are bf16, which numpy does not have."""
     return {
         name: ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, BFLOAT16)
         if array.dtype == np.uint16
@@ -207,4 +219,4 @@ def _raise_if_out_of_memory(error: Exception, doing: str) -> None:
     text = str(error)
     signs = ("bad_alloc", "Failed to allocate", "out of memory")
     if isinstance(error, MemoryError) or any(sign in text for sign in signs):
-        raise OutOfMemory(f"{doing}: {text}; ask for a smaller picture or batch, or free memory") from error
+        raise OutOfMemory(f"{doing}: {text}; ask for a smaller image or batch, or free memory") from error

@@ -1,4 +1,4 @@
-"""Sessions whose inputs and outputs stay where they are: on the device, at fixed addresses."""
+"""Sessions with IO binding: inputs and outputs have persistent buffers on the device, at fixed addresses."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnxruntime as ort
 
-# Sets of buffers kept: a request needs one for each module, and one more for each other size, batch or prompt length.
+# Sets of buffers kept per session, one per size, batch or length of a prompt.
 MAX_SHAPES = 8
 
-# onnxruntime's run configuration: which captured CUDA graph a run replays; -1 for none.
+# Key of onnxruntime's run configuration: the captured CUDA graph that a run replays; -1 for none.
 GRAPH_ID = "gpu_graph_id"
 
 
 @dataclasses.dataclass
 class _Buffers:
-    """What one set of input shapes runs with."""
+    """The buffers of one set of input shapes."""
 
     graph_id: int
     binding: ort.IOBinding
@@ -27,16 +27,16 @@ class _Buffers:
 
 
 class BoundSession:
-    """Runs a session through an IO binding, with one set of buffers for each set of input shapes.
+    """A session with an IO binding and one set of buffers per set of input shapes.
 
-    Nothing is allocated when shapes come again, and what a CUDA graph needs holds: addresses do not move. Threads take
-    turns, since they share the buffers.
+    Repeated shapes allocate nothing, and addresses do not change, as CUDA graphs require. Concurrent calls run one
+    after another, because they share the buffers.
 
     Args:
-        session: what to run.
+        session: the session.
         outputs: names of the outputs, in the order of the results.
-        device_type: where the buffers lie, `cpu` or `cuda`, as onnxruntime calls it.
-        device: which one.
+        device_type: onnxruntime's name of the buffers' device, `cpu` or `cuda`.
+        device: index of the device.
     """
 
     def __init__(self, session: ort.InferenceSession, outputs: Sequence[str], device_type: str, device: int) -> None:
@@ -47,7 +47,7 @@ class BoundSession:
         self._lock = threading.Lock()
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """The outputs, as new arrays."""
+        """Run the session; returns the outputs as new arrays."""
         with self._lock:
             key = tuple(inputs[name].shape for name in sorted(inputs))
             buffers = self._buffers.get(key)
@@ -62,16 +62,16 @@ class BoundSession:
             return buffers.binding.copy_outputs_to_cpu()
 
     def _allocate(self, inputs: Mapping[str, np.ndarray]) -> _Buffers:
-        """Run once with outputs that onnxruntime allocates, then keep them: only the graph knows their shapes."""
+        """Run once with outputs that onnxruntime allocates, and bind those: only the graph determines their shapes."""
         binding = self._session.io_binding()
         values = {}
         for name, array in inputs.items():
-            # A copy: on the CPU the value would otherwise be the caller's own array, and be written to later.
+            # A copy: on the CPU the value would otherwise share the caller's array, which later runs overwrite.
             values[name] = ort.OrtValue.ortvalue_from_numpy(np.array(array), self._device_type, self._device)
             binding.bind_ortvalue_input(name, values[name])
         for name in self._outputs:
             binding.bind_output(name, self._device_type, self._device)
-        # No graph yet: it would hold on to addresses before they are fixed.
+        # No graph yet: it would capture addresses before they are fixed.
         self._session.run_with_iobinding(binding, _run_options(-1))
         for name, value in zip(self._outputs, binding.get_outputs(), strict=True):
             binding.bind_ortvalue_output(name, value)
@@ -79,10 +79,10 @@ class BoundSession:
         return _Buffers(self._next_graph, binding, values)
 
     def _forget_oldest(self) -> None:
-        """Make room for one more."""
+        """Drop the least recently used buffers until there is room for another set."""
         while len(self._buffers) >= MAX_SHAPES:
             _, oldest = self._buffers.popitem(last=False)
-            # Older versions keep a captured graph as long as the session; it is never replayed again.
+            # Older versions keep a captured graph until the session ends; it is not replayed again.
             if hasattr(self._session, "release_captured_graph"):
                 self._session.release_captured_graph(oldest.graph_id)
 

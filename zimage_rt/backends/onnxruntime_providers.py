@@ -1,4 +1,4 @@
-"""ONNX Runtime's execution providers by name: which of them are here, with which options, and what they took."""
+"""ONNX Runtime's execution providers: their availability, their options, and the operators assigned to them."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ CPU = "CPUExecutionProvider"
 
 @dataclasses.dataclass(frozen=True)
 class Provider:
-    """One way of ONNX Runtime to run a graph.
+    """An execution provider.
 
     Attributes:
-        name: what people write.
-        ort_name: what ONNX Runtime calls it.
-        extra: the pip extra that brings it; empty where there is none.
-        library: the file beside ONNX Runtime's own that holds it, where it is loaded on first use.
-        needs: where the libraries come from that `library` is linked with.
-        plugin: the Python package that brings it as a library to register, where it is not part of ONNX Runtime.
+        name: its name in options.
+        ort_name: ONNX Runtime's name for it.
+        extra: the pip extra that installs it; empty if there is none.
+        library: its file beside ONNX Runtime's own library, if it is loaded on first use.
+        needs: a sentence for messages about the libraries that `library` is linked with.
+        plugin: the Python package with its library, if it is not part of ONNX Runtime.
     """
 
     name: str
@@ -80,7 +80,7 @@ PROVIDERS = {
 
 
 def find_provider(name: str) -> Provider:
-    """A provider by our name for it, or by ONNX Runtime's. Raises RequestError for any other."""
+    """A provider by its name in options, or by ONNX Runtime's. Raises RequestError for any other."""
     if not isinstance(name, str):
         raise RequestError(f"provider: expected one of {', '.join(PROVIDERS)}, got {shown(name)}")
     if name in PROVIDERS:
@@ -96,10 +96,10 @@ def find_provider(name: str) -> Provider:
 
 
 def require(provider: Provider, device: int) -> None:
-    """Raise BackendUnavailable where the provider or its device is not here, RequestError where it has no devices."""
+    """Raise BackendUnavailable if the provider or its device is missing, RequestError if it has no devices."""
     if device != 0 and not provider.on_gpu:
         raise RequestError(f"device: expected 0 with provider {provider.name!r}, got {device}")
-    problem, devices = _look(provider)
+    problem, devices = _availability(provider)
     count = len(plugin_devices(provider)) if provider.plugin else len(devices)
     if problem is None and provider.on_gpu and not 0 <= device < count:
         problem = f"no device {device}: there are {count}"
@@ -108,10 +108,10 @@ def require(provider: Provider, device: int) -> None:
 
 
 def probe_providers() -> list[Probe]:
-    """See `Probe`: every provider of `PROVIDERS`."""
+    """The availability of every provider of `PROVIDERS`; see `Probe`."""
     probes = []
     for provider in PROVIDERS.values():
-        problem, devices = _look(provider)
+        problem, devices = _availability(provider)
         versions = {ort.package_name or "onnxruntime": ort.__version__}
         if provider.plugin and problem is None:
             versions[provider.plugin] = importlib.import_module(provider.plugin).__version__
@@ -119,13 +119,13 @@ def probe_providers() -> list[Probe]:
     return probes
 
 
-def _look(provider: Provider) -> tuple[str | None, Sequence[Device]]:
-    """Why a provider cannot run here, or None; and the GPUs it could run on."""
-    problem = _missing(provider)
+def _availability(provider: Provider) -> tuple[str | None, Sequence[Device]]:
+    """Why a provider cannot run here, or None, and the machine's GPUs if it runs on GPUs."""
+    problem = _load_problem(provider)
     if not provider.on_gpu:
         return problem, ()
     driver = nvidia_driver.query()
-    # Where the driver's library is what cannot be loaded, the driver's own problem says it.
+    # A problem about the driver's library is the driver's own problem, and is not reported twice.
     if problem is not None and (driver.problem is None or nvidia_driver.LIBRARY not in problem):
         return "; ".join(filter(None, (driver.problem, problem))), driver.devices
     if driver.problem is None and provider.plugin and not plugin_devices(provider):
@@ -133,7 +133,7 @@ def _look(provider: Provider) -> tuple[str | None, Sequence[Device]]:
     return driver.problem, driver.devices
 
 
-def _missing(provider: Provider) -> str | None:
+def _load_problem(provider: Provider) -> str | None:
     """Why a provider's code cannot be loaded, or None."""
     if provider.plugin:
         return _register(provider)
@@ -158,14 +158,14 @@ def _install(provider: Provider) -> str:
 
 @functools.cache
 def _preload() -> None:
-    """Load CUDA and cuDNN out of NVIDIA's wheels, where the loader does not look by itself."""
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it misses; loading the provider says it better
+    """Load CUDA and cuDNN from NVIDIA's wheels, which the dynamic loader does not search."""
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints missing libraries; loading the provider reports them
         ort.preload_dlls(directory="")
 
 
 @functools.cache
 def _register(provider: Provider) -> str | None:
-    """Register a plugin's library, once a process: why it cannot be, or None."""
+    """Register a plugin's library, once per process; returns why it cannot be registered, or None."""
     try:
         plugin = importlib.import_module(provider.plugin)
         ort.register_execution_provider_library(provider.ort_name, plugin.get_library_path())
@@ -177,14 +177,14 @@ def _register(provider: Provider) -> str | None:
 
 
 def plugin_devices(provider: Provider) -> list[ort.OrtEpDevice]:
-    """The devices that a registered plugin takes."""
+    """The devices of a registered plugin."""
     return [device for device in ort.get_ep_devices() if device.ep_name == provider.ort_name]
 
 
 def check_options(provider: Provider, options: Mapping[str, Any]) -> dict[str, str]:
-    """The provider's own options as ONNX Runtime wants them. Raises RequestError for what is wrong before it runs.
+    """Convert the provider's options to ONNX Runtime's strings. Raises RequestError for invalid ones.
 
-    Names that other providers do not know are refused by them, when a session is made.
+    Unknown names are checked here only for providers that would ignore them; others refuse them in a new session.
     """
     texts = {}
     for name, value in named(options, "provider_options").items():
@@ -204,12 +204,12 @@ def check_options(provider: Provider, options: Mapping[str, Any]) -> dict[str, s
 
 
 def _known_options(provider: Provider) -> Collection[str] | None:
-    """The names of a provider's options where ONNX Runtime would ignore others in silence; None where it would not."""
+    """The option names of a provider that silently ignores unknown ones; None for providers that refuse them."""
     if provider.ort_name == CPU:
         return ()
     if not provider.plugin:
         return None
-    # A plugin reads the names it knows and ignores the rest. Its wheel holds the C++ header that lists them.
+    # A plugin ignores names that it does not know. Its wheel has a C++ header with the names.
     spec = importlib.util.find_spec(provider.plugin)
     folders = list(spec.submodule_search_locations or ()) if spec is not None else []
     headers = [header for folder in folders for header in Path(folder).glob("*provider_options.h")]
@@ -221,14 +221,14 @@ def _known_options(provider: Provider) -> Collection[str] | None:
 def create_session(
     path: Path, settings: ort.SessionOptions, provider: Provider, options: Mapping[str, str], device: int
 ) -> ort.InferenceSession:
-    """A session whose provider is this one and no other. `settings` are changed.
+    """Create a session with only this provider. `settings` are changed.
 
     Raises:
         RequestError: the provider does not know an option.
-        BackendUnavailable: it did not start.
+        BackendUnavailable: the provider did not start.
     """
     if provider.ort_name != CPU:
-        # ONNX Runtime adds its CPU provider behind every other; `check_assignment` sees what went there.
+        # ONNX Runtime adds its CPU provider after every other; `check_assignment` checks the operators assigned to it.
         settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if provider.plugin:
         settings.add_provider_for_devices([plugin_devices(provider)[device]], options)
@@ -236,10 +236,10 @@ def create_session(
     else:
         providers = [(provider.ort_name, dict(options) | ({"device_id": str(device)} if provider.on_gpu else {}))]
     try:
-        # Its own fallback would start again on the CPU, with a print.
+        # ONNX Runtime's own fallback would print a message and start again on the CPU.
         session = ort.InferenceSession(str(path), settings, providers=providers, enable_fallback=False)
     except Exception as error:  # onnxruntime's own exceptions have no common base
-        # Each provider has its own words: "Unknown provider option: …", "Invalid OpenVINO EP option: …".
+        # Providers word it differently: "Unknown provider option: …", "Invalid OpenVINO EP option: …".
         if re.search(r"(unknown|invalid)[\w ]* option", str(error), re.IGNORECASE):
             raise RequestError(f"provider_options: provider {provider.name!r}: {error}") from error
         raise
@@ -254,7 +254,7 @@ def create_session(
 def check_assignment(
     session: ort.InferenceSession, module: str, provider: Provider, allow_cpu: Collection[str]
 ) -> None:
-    """Raise BundleMismatch where the provider left operators to the CPU that were not allowed there by name."""
+    """Raise BundleMismatch if operators were assigned to the CPU that `allow_cpu` does not allow there."""
     if provider.ort_name == CPU or module in allow_cpu:
         return
     count, left = 0, Counter[str]()

@@ -1,4 +1,4 @@
-"""Backends by name, imported only when asked for: each needs a library of its own."""
+"""The backends by name, imported lazily: each needs a library of its own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..checks import shown
 from ..errors import BackendUnavailable, RequestError
 from .base import Backend, Probe
 
-# Name → (module, class, the pip extra that brings its library).
+# Name → (module, class, pip extra of its library).
 BACKENDS: dict[str, tuple[str, str, str]] = {
     "onnxruntime": ("zimage_rt.backends.onnxruntime", "OnnxRuntimeBackend", "onnxruntime"),
     "cuda": ("zimage_rt.backends.cuda", "CudaBackend", "cuda"),
@@ -21,11 +21,11 @@ BACKENDS: dict[str, tuple[str, str, str]] = {
 
 
 def load_backend(name: str, options: Mapping[str, Any]) -> Backend:
-    """Build the named backend with its options.
+    """Construct the named backend with its options.
 
     Raises:
-        BackendUnavailable: its library is not here; names the extra to install.
-        RequestError: it has no option of a name, or a value is wrong.
+        BackendUnavailable: its library is missing; the message names the extra to install.
+        RequestError: an option is unknown, or its value is invalid.
     """
     if not isinstance(name, str) or name not in BACKENDS:
         raise BackendUnavailable(f"backend: expected one of {', '.join(BACKENDS)}, got {shown(name)}")
@@ -47,7 +47,7 @@ def load_backend(name: str, options: Mapping[str, Any]) -> Backend:
 
 
 def probe_backends() -> list[Probe]:
-    """Ask every backend whether it can run here; never raises for a backend that cannot even be imported."""
+    """Probe every backend on this machine; backends that cannot be imported are reported, not raised."""
     return [probe for name in BACKENDS for probe in _probe(name)]
 
 
@@ -62,5 +62,5 @@ def _probe(name: str) -> Sequence[Probe]:
         return [Probe(name, f"{error}; install it with: pip install 'zimage-rt[{extra}]'")]
     except BackendUnavailable as error:
         return [Probe(name, str(error).removeprefix(f"backend {name!r}: "))]
-    except Exception as error:  # a broken library must not hide what the other backends say
+    except Exception as error:  # a broken library must not hide the other backends
         return [Probe(name, f"{type(error).__name__}: {error}")]

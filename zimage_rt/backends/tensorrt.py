@@ -19,9 +19,9 @@ class TensorRTBackend(TensorRTBackendBase):
     """Runs a bundle's plans with TensorRT on one NVIDIA GPU.
 
     Args:
-        device: which GPU, from 0.
-        cuda_graph: whether to capture a CUDA graph for shapes that come again, and to replay it; each such shape
-            holds an execution context of its own.
+        device: index of the GPU.
+        cuda_graph: whether to capture and replay a CUDA graph per shape that is used repeatedly; each such shape holds
+            an execution context of its own.
 
     Raises:
         BackendUnavailable: there is no such GPU, or no driver.
@@ -34,14 +34,14 @@ class TensorRTBackend(TensorRTBackendBase):
         super().__init__(trt, device)
 
     def create_context(self, part: Part) -> Any:
-        """See the base class."""
+        """Create an execution context without device memory; see the base class."""
         return part.engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
 
     def refit(self, part: Part, bundle: Path, spec: ModuleSpec) -> None:
-        """Fill a stripped plan from the module's graph and its mapped weights: the same bytes the builder parsed.
+        """Refit a stripped plan from the module's graph and its mapped weights, the same bytes as the builder parsed.
 
-        The graph tells the library which initializer feeds which of an engine's weights, and holds the small
-        constants that are no tensor of the checkpoint.
+        The graph maps initializers to the engine's weights, and has the small constants that are no tensor of the
+        checkpoint.
         """
         if spec.graph is None:
             raise BundleMismatch(
@@ -53,7 +53,7 @@ class TensorRTBackend(TensorRTBackendBase):
         parser = trt.OnnxParserRefitter(refitter, self.log.logger)
         graph, weights = (bundle / spec.graph).read_bytes(), map_tensors(bundle / spec.weights)
         done = parser.load_model_proto(graph)
-        # Of a module that was split, the plan takes the weights it has; the parser knows which.
+        # The plan of a split module uses a part of the weights, which the parser selects.
         for name in initializers(graph, weights):
             done = done and parser.load_initializer(name, weights[name].ctypes.data, weights[name].nbytes)
         if not (done and parser.refit_model_proto() and refitter.refit_cuda_engine()):
@@ -69,5 +69,5 @@ class TensorRTBackend(TensorRTBackendBase):
 
 
 def probe() -> list[Probe]:
-    """See `Probe`."""
+    """The availability of TensorRT; see `Probe`."""
     return TensorRTBackend.probe(trt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import mmap
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,32 +18,35 @@ from ._tensorrt_common import Part, TensorRTBackendBase
 from .base import CheckModule, Probe
 from .modules import ModulePipeline
 
+log = logging.getLogger(__name__)
+
 SHAPE_KERNELS = ("lazy", "eager", "none")
 
-# Kernels that are compiled in the background (`lazy`) are in the cache by the end of a request of eight evaluations.
+# Numbers of runs after which the cache is saved: kernels that are compiled in the background (`lazy`) are in it by the
+# end of a request of eight evaluations.
 SAVE_AFTER_RUNS = (1, 8)
 
 
 class TensorRTRTXBackend(TensorRTBackendBase):
     """Runs a bundle's plans with TensorRT-RTX on one GeForce or RTX card.
 
-    The library compiles a plan's kernels for the card when a context is made, and again for shapes it meets; what it
-    compiled is kept in a cache file, so that only the first start waits.
+    The library compiles a plan's kernels for the card when a context is created, and again for new shapes. Compiled
+    kernels are stored in a cache file, so that only the first start waits.
 
     Args:
-        device: which GPU, from 0.
-        cuda_graph: whether the library captures CUDA graphs and replays them.
-        shape_kernels: kernels for the very shapes that come: `lazy` compiles them beside the work, which runs on a
-            general kernel until they are ready; `eager` waits for them; `none` stays with the general ones.
-        cache_dir: where compiled kernels are kept: `beside` the bundle (in the folder `NAME.cache`; where that cannot
-            be written, in `~/.cache/zimage_rt`), a folder, or None for nowhere.
+        device: index of the GPU.
+        cuda_graph: whether the library captures and replays CUDA graphs.
+        shape_kernels: kernels specialised for the shapes of the inputs: `lazy` compiles them in the background, while a
+            general kernel runs; `eager` waits for them; `none` uses general kernels only.
+        cache_dir: the folder of compiled kernels: `beside` for `NAME.cache` beside the bundle (`~/.cache/zimage_rt` if
+            that cannot be written), a folder, or None for no cache.
 
     Raises:
         BackendUnavailable: there is no such GPU, no driver, or the library does not run on it.
     """
 
     name = "tensorrt_rtx"
-    # Hopper: tried on an H200 with 1.7.1; engines do not load, and the builder has no such target.
+    # Hopper: on an H200 with 1.7.1 engines do not load, and the builder has no such target.
     refused = ((9, 0),)
 
     def __init__(
@@ -60,19 +64,19 @@ class TensorRTRTXBackend(TensorRTBackendBase):
         self._kernels = getattr(trt.DynamicShapesKernelSpecializationStrategy, shape_kernels.upper())
         self._cache_dir = cache_dir
         self._cache_folder: Path | None = None
-        # By the plan's hash: the cache, and the size it was last saved with.
+        # By the plan's hash: the cache, and its size in bytes when it was last saved.
         self._caches: dict[str, tuple[trt.IRuntimeCache, int]] = {}
         super().__init__(trt, device)
 
     def open(self, bundle: Path, manifest: Manifest, check: CheckModule) -> ModulePipeline:
-        """A pipeline over a bundle; modules are loaded on first use."""
+        """Open a bundle: its pipeline, whose modules are loaded on first use."""
         self._cache_folder = cache_folder(bundle, self._cache_dir)
         return super().open(bundle, manifest, check)
 
     def check_plan(self, label: str, plan: mmap.mmap) -> None:
-        """Raise BundleMismatch where the library's own check of the header refuses the plan."""
+        """Raise BundleMismatch if the library's check of the plan's header fails."""
         self.log.clear()
-        # To the shared code it is a `tensorrt` object; here it has methods of its own.
+        # The shared code has it as a `tensorrt` object; TensorRT-RTX's has further methods.
         validity, diagnostics = cast(trt.Runtime, self.runtime).get_engine_validity(plan)
         if validity == trt.EngineValidity.INVALID:
             raise BundleMismatch(
@@ -81,7 +85,7 @@ class TensorRTRTXBackend(TensorRTBackendBase):
             )
 
     def create_context(self, part: Part) -> Any:
-        """See the base class; the kernels come from the cache, or are compiled here."""
+        """Create an execution context, with kernels from the cache or compiled now; see the base class."""
         engine = cast(trt.ICudaEngine, part.engine)
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
@@ -92,15 +96,16 @@ class TensorRTRTXBackend(TensorRTBackendBase):
             if part.sha256 not in self._caches:
                 cache = config.create_runtime_cache()
                 data = read_cache(path)
-                # One that another version or driver wrote is no error: it is made anew.
+                # Caches of another version or driver are refused; the kernels are compiled again.
                 if data and not cache.deserialize(data):
+                    log.warning("%s: TensorRT-RTX refused the kernel cache; its kernels are compiled again", path)
                     cache.reset()
                 self._caches[part.sha256] = (cache, len(data))
             config.set_runtime_cache(self._caches[part.sha256][0])
         return engine.create_execution_context(config)
 
     def after_run(self, parts: Sequence[Part], runs: int) -> None:
-        """Save what was compiled for shapes that are new."""
+        """Save kernels that were compiled for new shapes."""
         if runs not in SAVE_AFTER_RUNS:
             return
         for part in parts:
@@ -120,12 +125,12 @@ class TensorRTRTXBackend(TensorRTBackendBase):
 
 
 def probe() -> list[Probe]:
-    """See `Probe`."""
+    """The availability of TensorRT-RTX; see `Probe`."""
     return TensorRTRTXBackend.probe(trt)
 
 
 def diagnosis(diagnostics: int) -> str:
-    """The names in the library's bit mask of reasons."""
+    """The names of the set bits of the library's diagnostics, for messages."""
     members = trt.EngineInvalidityDiagnostics.__members__
     names = [name.lower().replace("_", " ") for name, bit in members.items() if diagnostics & int(bit)]
     return ", ".join(names) or "it gave no reason"

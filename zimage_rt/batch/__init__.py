@@ -1,1 +1,1 @@
-"""Tables of requests, drawn into a folder that a journal describes."""
+"""Batches: tables of requests whose images are written to a folder with a journal."""

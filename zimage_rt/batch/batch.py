@@ -1,14 +1,15 @@
-"""Many requests from a table, one after another; a batch that was killed goes on where it stopped."""
+"""Batches: the requests of a table, one after another; a batch that was killed can be resumed."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..atomic_write import check_folder
-from ..bundle.manifest import hash_file
+from ..bundle.verify import hash_file
 from ..checks import MAX_SHOWN, shown_text
 from ..engine import Engine
 from ..errors import RequestError
@@ -23,24 +24,26 @@ from .plan import DoneRows, plan_rows
 from .rows import RowReader, Template
 from .table import Row, Table
 
-# Of a row's failure, in the journal; longer ones are cut.
+log = logging.getLogger(__name__)
+
+# Characters of a row's error in the journal; longer ones are cut.
 MAX_REASON = 20 * MAX_SHOWN
-# Request fields that have a meaning beside an image alone, which may be a row's own.
+# Request fields that are valid only with an image, which a row may have.
 BESIDE_IMAGE = ("denoise", "strength", "mask")
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchOptions:
-    """What is the same for all rows.
+    """The options of a batch, the same for all rows.
 
     Attributes:
-        template: makes the prompts from columns.
-        defaults: request fields, where a row says nothing.
-        seed: what the seeds of rows without one are made of.
-        sidecar: write each image's record beside it too.
-        name: makes the files' names from columns, e.g. `{sku}.png`; the row's number if None.
-        format: `png`, `jpg` or `webp`; by the ending of `name`, else PNG, if None.
-        quality: 1 to 100, for JPEG and WebP, see `image_formats.encode_image`.
+        template: template of the prompts, with columns in it.
+        defaults: request fields of rows that do not have them.
+        seed: the base of the seeds of rows without one, see `row_seed`.
+        sidecar: also write each image's record beside it.
+        name: template of the file names, e.g. `{sku}.png`; the row's number if None.
+        format: `png`, `jpg` or `webp`; if None, by the ending of `name`, else PNG.
+        quality: 1 to 100 for JPEG and WebP, see `formats.encode_image`.
     """
 
     template: str | None = None
@@ -53,7 +56,7 @@ class BatchOptions:
 
     @property
     def suffix(self) -> str:
-        """The ending of the images' files. Raises RequestError for a format that is not written."""
+        """The suffix of the image files. Raises RequestError for an unsupported format."""
         named = next((suffix for suffix in FORMATS if (self.name or "").casefold().endswith(suffix)), None)
         wanted = None if self.format is None else f".{self.format.removeprefix('.').lower()}"
         if wanted is not None and wanted not in FORMATS:
@@ -65,26 +68,26 @@ class BatchOptions:
 
 
 class Batch:
-    """A table being drawn into a folder.
+    """A table whose rows are drawn into a folder.
 
-    A row that is done stays so as long as it says the same, wherever it stands in the table. It is drawn again if its
-    images are gone or cut off, or if the images that it begins from hold other bytes now: the folder then holds what
-    the table says. An input that is gone leaves what was drawn from it alone.
+    A row that is done stays done while its content is unchanged, even if it moves in the table. It is drawn again if
+    its images are missing or cut off, or if its input images have changed. A missing input does not invalidate the
+    images that were drawn from it.
 
     Args:
-        engine: what draws.
+        engine: the engine that draws the images.
         table: the rows.
-        folder: where the images go; it is made.
+        folder: the folder of the images, which is created.
         options: see `BatchOptions`.
-        restart: draw everything anew.
+        restart: draw all rows again.
 
     Attributes:
-        rows: the table's, with their numbers in the batch; a new row of a table that was begun without it may have a
-            number beyond the table's.
-        notes: what is not as the folder had it, one sentence each.
+        rows: the table's rows with their numbers in the batch; rows that were added later may have numbers beyond the
+            length of the table.
+        notes: differences to the previous run in the folder, one sentence each.
 
     Raises:
-        RequestError: a column or an option is impossible, two rows have one name, or the folder holds another batch.
+        RequestError: a column or an option is invalid, two rows have one name, or the folder has another batch.
     """
 
     def __init__(
@@ -100,8 +103,8 @@ class Batch:
         template = None if options.template is None else Template(options.template)
         name = None if options.name is None else Template(options.name, "name")
         self._reader = RowReader(table, template, options.defaults, options.seed, name)
-        # What no row could make good fails now, not once a row.
-        resolve(GenerateRequest("a prompt", **_checkable(options.defaults)), engine.manifest)
+        # Errors that every row would have are raised now, not once per row.
+        resolve(GenerateRequest("a prompt", **_checkable_defaults(options.defaults)), engine.manifest)
         if name is not None:
             row_stems(table.rows, self._reader, name)
         folder.mkdir(parents=True, exist_ok=True)
@@ -110,40 +113,41 @@ class Batch:
             plan = plan_rows(table.rows, self._reader.content, self.journal.lines)
             self.rows, self._contents = plan.rows, plan.contents
             self._stems = {} if name is None else row_stems(plan.rows, self._reader, name)
-            self._claim()
+            self._claim_names()
             self._done = self._find_done(plan.known)
         except BaseException:
             self.journal.__exit__()
             raise
+        log.info("batch in %s: %d rows, %d of them done", folder, len(self.rows), len(self._done))
         extra = dict.fromkeys(column for content in self._contents.values() for column in content.extra)
         if extra:
             self.notes.append(f"no request fields, and kept in the journal: {', '.join(extra)}")
         if plan.removed:
             self.notes.append(
                 f"{len(plan.removed)} rows of the journal are no longer in the table; their images stay: "
-                f"{', '.join(self.journal.pictures[plan.removed[0]])}{', …' if len(plan.removed) > 1 else ''}"
+                f"{', '.join(self.journal.images[plan.removed[0]])}{', …' if len(plan.removed) > 1 else ''}"
             )
 
     @property
     def remaining(self) -> list[Row]:
-        """The rows that are not done; those that failed are tried again."""
+        """The rows that are not done, including those that failed."""
         return [row for row in self.rows if row.number not in self._done]
 
     @property
     def errors(self) -> dict[int, str]:
-        """Why each of the table's rows failed that did, by its number."""
+        """The errors of the table's failed rows, by number."""
         return {number: error for number, error in self.journal.errors.items() if number in self._contents}
 
     def draw(
         self, row: Row, on_step: Callable[[StepInfo], None] | None = None
     ) -> tuple[GenerateResult, list[Path]] | str:
-        """Draw one of `rows`, save it, and write it into the journal, in that order.
+        """Draw one of `rows`, save its images, then add it to the journal.
 
         Returns:
-            the result and where its images are, or why the row failed.
+            The result and the paths of its images, or the row's error.
 
         Raises:
-            OSError: an image or the journal cannot be written; the batch cannot go on.
+            OSError: an image or the journal cannot be written, so that the batch cannot continue.
         """
         content = self._contents[row.number]
         more: dict[str, Any] = {"key": content.key, "extra": dict(content.extra)}
@@ -156,13 +160,14 @@ class Batch:
                 save_image(path, pixels, record, sidecar=self._options.sidecar, quality=self._options.quality)
                 for path, pixels, record in zip(paths, result.images, result.records, strict=True)
             ]
-        except Exception as error:  # whatever is wrong with a row, or with drawing it, must not cost the others
+        except Exception as error:  # an error of one row must not stop the others
             if drawn and isinstance(error, OSError):
-                raise  # the folder's fault, and so every row's
+                raise  # an error of the folder, and so of every row
             reason = f"{type(error).__name__}: {error}"
             reason = shown_text(reason, MAX_REASON)
             self._done.discard(row.number)
             self.journal.add(row.number, error=reason, line=row.line, **more)
+            log.info("row %d failed: %s", row.number, type(error).__name__)  # the message may quote the prompt
             return reason
         request = result.records[0].request
         before = self.journal.lines.get(row.number, {}).get("pictures", [])
@@ -181,6 +186,7 @@ class Batch:
             old.unlink(missing_ok=True)
             sidecar_path(old).unlink(missing_ok=True)
         self._done.add(row.number)
+        log.info("row %d done: %d images in %.2f s", row.number, len(paths), result.timings["total"])
         return result, paths
 
     def _header(self) -> dict[str, Any]:
@@ -188,7 +194,7 @@ class Batch:
         engine = self._engine
         header: dict[str, Any] = {
             "template": options.template,
-            "options": {name: _recorded(value) for name, value in options.defaults.items()},
+            "options": {name: _option_json(value) for name, value in options.defaults.items()},
             "seed": options.seed,
             "bundle": engine.bundle_id,
             "loras": [
@@ -200,7 +206,7 @@ class Batch:
         return header | {"name": options.name, "format": self._suffix[1:], "quality": options.quality}
 
     def _find_done(self, known: frozenset[int]) -> set[int]:
-        """The rows that need no drawing; notes say why others do that were drawn."""
+        """The numbers of the rows that are done; adds notes about rows that must be drawn again."""
         files = DoneRows(self.journal.folder)
         done: set[int] = set()
         broken, changed = [], []
@@ -219,15 +225,15 @@ class Batch:
                 if extra != line["extra"]:
                     moved.append({**line, "extra": extra})
         if moved:
-            self.journal.add_lines(moved)  # a new price: the image stays
+            self.journal.add_lines(moved)  # only other columns changed, such as a price: the image is still valid
         for numbers, why in ((broken, "images are gone or cut off"), (changed, "input images were changed")):
             if numbers:
                 shown = ", ".join(map(str, numbers[:5])) + (", …" if len(numbers) > 5 else "")
                 self.notes.append(f"{len(numbers)} rows are drawn again, because their {why}: {shown}")
         return done
 
-    def _claim(self) -> None:
-        """Make the names by `name` the batch's own. Raises RequestError where another file has one of them."""
+    def _claim_names(self) -> None:
+        """Record the file names of the batch in the journal. Raises RequestError if another file has one of them."""
         if not self._stems:
             return
         names = [name for row in self.rows if row.number in self._stems for name in self._names(row)]
@@ -250,13 +256,13 @@ class Batch:
         return [f"{stem}-{i:03d}{self._suffix}" for i in range(min(count, 1000))]
 
 
-def _checkable(defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The defaults that can be checked without a row: what belongs to an image waits for one."""
+def _checkable_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults that can be checked without a row, i.e. without its image."""
     return {name: value for name, value in defaults.items() if name not in BESIDE_IMAGE or defaults.get("image")}
 
 
-def _recorded(value: Any) -> Any:
-    """An option as JSON; a file by its path and hash."""
+def _option_json(value: Any) -> Any:
+    """An option as JSON; a file is its path and its hash."""
     if isinstance(value, Path):
         return {"path": str(value), "sha256": hash_file(value).sha256}
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value

@@ -1,4 +1,4 @@
-"""Columns of a table by name: the request field of each, also by the names that people give them."""
+"""Names of a table's columns: the request field of each, by its name or an alias."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..errors import RequestError
 from ..request.codec import DIFFUSERS_NAMES, field_kinds
 from ..request.types import GenerateRequest
 
-# Names beside the fields' own and diffusers'. They are compared without case, and with `_` for spaces and hyphens.
+# Aliases of the fields, diffusers' names included. They are compared without case, and with `_` for spaces and hyphens.
 ALIASES: Mapping[str, str] = {
     **DIFFUSERS_NAMES,
     "steps": "num_inference_steps",
@@ -48,7 +48,7 @@ _OTHER_SCALE = (
     "other programs count it from 1, where 1 is none; guidance_scale is one less, and 0 is none: subtract 1 and call "
     "it guidance_scale"
 )
-# Names that would be understood wrongly by somebody, and what to do about each.
+# Ambiguous names, with advice about each.
 AMBIGUOUS: Mapping[str, str] = {
     "cfg": _OTHER_SCALE,
     "cfg_scale": _OTHER_SCALE,
@@ -56,25 +56,25 @@ AMBIGUOUS: Mapping[str, str] = {
     "scheduler": "call it schedule (the sigmas) or sampler (the steps between them)",
     "数量": "it may be a number of images or of goods: call it 张数 for images, or 库存 for goods",
 }
-# How alike a column's name and a field's are where one is taken for a slip of the other: `stepz`, `promt`.
+# Similarity from which a column's name counts as a misspelt field: `stepz`, `promt`.
 SLIP = 0.8
 
 
 def field_of(column: str) -> str | None:
-    """The request field that a column is, `second_pass.scale` for a part of one; None if it is none."""
+    """The request field of a column, `second_pass.scale` for a part of a field; None for other columns."""
     name = _normalized(column)
     name = ALIASES.get(name, name)
     return name if name in field_kinds() else None
 
 
 def is_own_name(column: str) -> bool:
-    """Whether a column has a field's very name, not another one for it."""
+    """Whether a column has a field's own name, not an alias."""
     return column in field_kinds()
 
 
 @functools.cache
 def check_extra(column: str) -> None:
-    """Raise RequestError for a column that is no request field but looks as if it were meant as one."""
+    """Raise RequestError for a column whose name is ambiguous or looks like a misspelt request field."""
     kinds, name = field_kinds(), _normalized(column)
     if name in AMBIGUOUS:
         raise RequestError(

@@ -1,4 +1,4 @@
-"""Sheets of Excel files as text, cell by cell, as Excel would show the plain values."""
+"""Reader of Excel sheets: the cells as text, formatted as Excel formats plain values."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from typing import Any
 from ..checks import shown
 from ..errors import RequestError
 
-# Unpacked; a table of a million cells is about a tenth of it.
+# Bytes of the unpacked file; a table of a million cells has about a tenth of it.
 MAX_BYTES = 1 << 30
-# Excel keeps 15 digits of a number and puts zeros in place of the others.
+# Excel stores 15 digits of a number and replaces the others by zeros.
 MAX_WHOLE = 10**15
 ERRORS = ("#N/A", "#REF!", "#NAME?", "#VALUE!", "#DIV/0!", "#NULL!", "#NUM!")
 
 
 @dataclasses.dataclass(frozen=True)
 class CellProblem:
-    """In place of a cell that cannot be read: why, and what to do."""
+    """The error of a cell that cannot be read: why, and what to do."""
 
     text: str
 
 
 def read_sheet(content: bytes, path: Path, sheet: str | None) -> Iterator[tuple[int, list[str | CellProblem]]]:
-    """The rows of a sheet, from 1, each with its cells as text; an empty cell is empty text.
+    """Yield the numbers of a sheet's rows, from 1, with their cells as text; an empty cell is an empty text.
 
-    Formulas are read as the values that Excel last computed. A cell that cannot be read is a CellProblem.
+    Formulas have the values that Excel computed last. A cell that cannot be read is a CellProblem.
 
     Args:
-        content: of the .xlsx file.
-        path: its name, for errors.
-        sheet: which one; the first if None.
+        content: the bytes of the .xlsx file.
+        path: its path, for errors.
+        sheet: the sheet's name; the first sheet if None.
 
     Raises:
         RequestError: openpyxl is not installed, the file is damaged or too large, or there is no such sheet.
@@ -53,7 +53,7 @@ def read_sheet(content: bytes, path: Path, sheet: str | None) -> Iterator[tuple[
         unpacked = sum(info.file_size for info in zipfile.ZipFile(io.BytesIO(content)).infolist())
         if unpacked > MAX_BYTES:
             raise RequestError(f"{path}: expected at most {MAX_BYTES >> 20} MiB unpacked, got {unpacked >> 20} MiB")
-        # Values and formulas are two readings of one file: a formula that was never computed has no value.
+        # Values and formulas need two readings of the file: a formula that was never computed has no value.
         values, formulas = (
             openpyxl.load_workbook(io.BytesIO(content), read_only=True, data_only=only) for only in (True, False)
         )
@@ -63,11 +63,11 @@ def read_sheet(content: bytes, path: Path, sheet: str | None) -> Iterator[tuple[
         chosen = names.index(sheet) if sheet is not None else 0
         found = [book.worksheets[chosen] for book in (values, formulas)]
         for worksheet in found:
-            worksheet.reset_dimensions()  # what the file says of its size may be anything
+            worksheet.reset_dimensions()  # the size in the file may be wrong
         yield from _rows(*(worksheet.iter_rows() for worksheet in found))
     except RequestError:
         raise
-    except Exception as error:  # openpyxl has no error of its own for damage: KeyError, ValueError, ParseError, …
+    except Exception as error:  # openpyxl raises various errors for damaged files: KeyError, ValueError, ParseError, …
         reason = shown(str(error)) if str(error) else type(error).__name__
         raise RequestError(f"{damaged}: {reason}; open it in Excel and save it again as .xlsx") from error
 
@@ -94,7 +94,7 @@ def _cell(cell: Any, formula: Any) -> str | CellProblem:
                 "cell text"
             )
         text = f"{value:.15g}" if isinstance(value, float) else str(value)
-        # The format 00000 shows 42 as 00042, which article numbers are kept with.
+        # The number format 00000, common for article numbers, shows 42 as 00042.
         zeros = re.fullmatch(r"0+", str(cell.number_format))
         return text.zfill(len(zeros[0])) if zeros and text.isdecimal() else text
     if isinstance(value, datetime.datetime):

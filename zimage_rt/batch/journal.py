@@ -1,9 +1,10 @@
-"""The journal of a batch: which rows are done. A line is on the disk before the next row is begun."""
+"""The journal of a batch, which records finished rows. A row's line is on the disk before the next row begins."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -17,37 +18,39 @@ from ..checks import shown
 from ..errors import RequestError
 from ..image.formats import FORMATS, sidecar_path
 
+log = logging.getLogger(__name__)
+
 JOURNAL_NAME = "journal.jsonl"
-# What people call the parts of a header.
+# Names of a header's keys in messages.
 LABELS = {"loras": "LoRAs, with the hashes of their files,", "options": "options, with the hashes of their files,"}
-# 2: a row is known by what it is drawn from, and its line holds the sizes of its images and the hashes of its inputs.
+# Since version 2 rows are identified by content, and a line has the sizes of images and the hashes of inputs.
 SCHEMA_VERSION = 2
-# How a file is called while it is written (`files.write_whole`).
+# Names of temporary files (`atomic_write`).
 TEMPORARY = re.compile(r"\.\d+(-\d+)?\.tmp$")
-# Keys of a row's line beside `row`, and what each must be; the first two, or an error, must be there.
+# Keys of a drawn row's line besides `row`, and their types.
 LINE_KEYS: Mapping[str, type] = {"pictures": list, "sizes": list, "key": str, "inputs": dict, "extra": dict}
 
 
 class Journal:
-    """One file, `journal.jsonl`: a header that says what the batch is, then a line a row.
+    """The file `journal.jsonl`: a header that describes the batch, then one line per row.
 
     A row's line is `{"row", "key", "pictures": [file, …], "sizes": [bytes, …], "inputs", "extra"}` or
-    `{"row", "key", "error"}`, with what else there is to say; the last line of a row counts. A line
-    `{"claims": [file, …]}` says which names the batch is going to write. One process at a time may hold the journal.
+    `{"row", "key", "error"}`, possibly with other keys; the last line of a row is valid. A line
+    `{"claims": [file, …]}` reserves names that the batch will write. Only one process can open the journal at a time.
     Use it in a `with` statement.
 
     Args:
-        folder: where the images go; it is there.
-        header: what the batch is; all of it must be as it was for a batch to go on.
-        restart: forget what is done, and remove its images.
+        folder: the folder of the images, which exists.
+        header: the description of the batch, which must be unchanged to resume it.
+        restart: discard finished rows and remove their images.
 
     Attributes:
-        lines: the last line of each row, by its number.
-        claims: names that are the batch's, drawn or not.
+        lines: the last line of each row, by number.
+        claims: file names that belong to the batch, drawn or not.
 
     Raises:
-        RequestError: the folder has a batch that is another one or of an older version, is held by another process, or
-            is damaged.
+        RequestError: the folder's batch is another one or of an older version, its journal is damaged, or another
+            process has it open.
     """
 
     def __init__(self, folder: Path, header: Mapping[str, Any], *, restart: bool = False) -> None:
@@ -70,24 +73,24 @@ class Journal:
         self._lock.close()
 
     @property
-    def pictures(self) -> dict[int, list[str]]:
-        """The images of each row that was drawn."""
+    def images(self) -> dict[int, list[str]]:
+        """The file names of the images of each drawn row, by number."""
         return {row: line["pictures"] for row, line in self.lines.items() if "error" not in line}
 
     @property
     def errors(self) -> dict[int, str]:
-        """Why each row failed that did."""
+        """The errors of failed rows, by number."""
         return {row: line["error"] for row, line in self.lines.items() if "error" in line}
 
     def add(self, row: int, *, error: str | None = None, **more: Any) -> None:
-        """Say that a row is done, or why it failed; on the disk when this returns."""
+        """Add a row that is done, or its error; the line is on the disk when this returns."""
         self.add_lines([{"row": row, **({} if error is None else {"error": error}), **more}])
 
     def add_lines(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Write lines of rows, or of claims, all at once."""
+        """Append lines of rows or claims in one write."""
         encoded = [_encoded(line) for line in lines]
         for line in encoded:
-            self._note(json.loads(line))
+            self._remember(json.loads(line))
         self._append(b"".join(encoded))
 
     def _append(self, content: bytes) -> None:
@@ -98,12 +101,12 @@ class Journal:
                 content = content[os.write(descriptor, content) :]
             os.fsync(descriptor)
         except OSError as error:
-            # A full disk: half a line would spoil the lines after it.
+            # The disk is full: half a line would damage the lines after it.
             with contextlib.suppress(OSError):
                 os.truncate(descriptor, before)
             raise named_error(error, self.path) from error
 
-    def _note(self, line: dict[str, Any]) -> None:
+    def _remember(self, line: dict[str, Any]) -> None:
         if "row" in line:
             self.lines[line["row"]] = line
             self.claims.update(line.get("pictures", ()))
@@ -112,34 +115,34 @@ class Journal:
 
     def _open(self, header: dict[str, Any], restart: bool) -> IO[bytes]:
         if self.path.is_file() and not restart:
-            self._go_on(header)
+            self._resume(header)
         else:
-            self._begin(header, restart)
-        for leftover in self.folder.glob(".*.tmp"):  # of a killed process: ours alone holds the folder now
+            self._create(header, restart)
+        for leftover in self.folder.glob(".*.tmp"):  # from a killed process, as only this one holds the folder's lock
             if TEMPORARY.search(leftover.name):
                 leftover.unlink()
         return self.path.open("ab", buffering=0)
 
-    def _begin(self, header: dict[str, Any], restart: bool) -> None:
+    def _create(self, header: dict[str, Any], restart: bool) -> None:
         old: list[str] = []
         claims: list[str] = []
         if restart and self.path.is_file():
             lines = _lines(self.path)[0][1:]
-            # Names alone: a journal is not to reach outside its folder.
+            # Only file names, so that a journal cannot reach outside its folder.
             old = [Path(name).name for line in lines for name in line.get("pictures", [])]
             claims = [name for line in lines for name in line.get("claims", [])]
         elif any(path.suffix.lower() in FORMATS for path in self.folder.glob("[0-9][0-9][0-9][0-9][0-9]*")):
             raise RequestError(
                 f"{self.folder}: holds images of another batch and no {JOURNAL_NAME}; choose another folder"
             )
-        # A killed process may have left an image under a claimed name: it stays the batch's.
+        # A killed process may have left an image under a claimed name, which still belongs to the batch.
         atomic_write(self.path, _encoded(header) + (_encoded({"claims": claims}) if claims else b""))
         self.claims.update(claims)
         for name in old:
             (self.folder / name).unlink(missing_ok=True)
             sidecar_path(self.folder / name).unlink(missing_ok=True)
 
-    def _go_on(self, header: dict[str, Any]) -> None:
+    def _resume(self, header: dict[str, Any]) -> None:
         lines, whole = _lines(self.path)
         if not lines or "zimage_batch" not in lines[0]:
             raise RequestError(f"{self.path}: expected a batch's journal, got something else; choose another folder")
@@ -161,14 +164,15 @@ class Journal:
                     f"{now!r}; give the same again to go on, {anew}"
                 )
         for line in lines[1:]:
-            self._note(line)
+            self._remember(line)
         if whole < self.path.stat().st_size:
-            # The line that a killed process was writing; its row is drawn again.
+            # A killed process left half a line; its row is drawn again.
+            log.warning("%s: the last line was cut off and is removed", self.path)
             os.truncate(self.path, whole)
 
 
 def _encoded(line: Mapping[str, Any]) -> bytes:
-    """A line of the file. Half a character in it, which UTF-8 cannot hold, is written as JSON's escape."""
+    """Encode a line of the file; lone surrogates, which UTF-8 cannot encode, are JSON escapes."""
     try:
         return json.dumps(line, ensure_ascii=False).encode() + b"\n"
     except UnicodeEncodeError:
@@ -176,7 +180,7 @@ def _encoded(line: Mapping[str, Any]) -> bytes:
 
 
 def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The journal's lines, and how many bytes they are: a last one without its end was cut off and is left out."""
+    """The journal's complete lines, and their size in bytes; a last line that was cut off is left out."""
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
     try:
@@ -194,7 +198,7 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def _check_line(line: Mapping[str, Any], version: Any) -> None:
-    """Raise ValueError unless a line is one of a row or of claims. Version 1 had names alone."""
+    """Raise ValueError unless a line is a valid row or claims. Rows of version 1 had only the names of images."""
     if "claims" in line:
         right = _are_names(line["claims"])
     else:
@@ -214,7 +218,7 @@ def _check_line(line: Mapping[str, Any], version: Any) -> None:
 
 
 def _are_names(value: Any) -> bool:
-    """Whether it is a list of names that a file can have."""
+    """Whether a value is a list of valid file names."""
     return isinstance(value, list) and all(isinstance(item, str) and item and _is_name(item) for item in value)
 
 
@@ -227,13 +231,13 @@ def _is_name(text: str) -> bool:
 
 
 def _lock(folder: Path) -> IO[bytes]:
-    """Hold the folder until the file is closed, or the process ends however it does."""
+    """Lock the folder until the returned file is closed or the process ends."""
     file = (folder / f".{JOURNAL_NAME}.lock").open("wb")
     try:
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # no such lock on this system: two batches in one folder are then the caller's to avoid
+    except ImportError:  # no such locks on this system: the user must avoid two batches in one folder
         pass
     except BlockingIOError:
         file.close()

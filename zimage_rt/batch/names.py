@@ -1,4 +1,4 @@
-"""Names of a batch's files from its table: safe on every system, and no two rows with the same."""
+"""File names of a batch from its table: safe on every system and unique per row."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from ..image.formats import FORMATS
 from .rows import RowReader, Template
 from .table import Row
 
-# What some file system refuses, or reads as a folder.
+# Characters that some file system refuses, or reads as a path separator.
 UNSAFE = frozenset('/\\:*?"<>|')
 RESERVED = {"con", "prn", "aux", "nul", *(f"{name}{n}" for name in ("com", "lpt") for n in range(1, 10))}
-# Bytes: file systems take 255, and a temporary name, a number and an ending are added.
+# Bytes: file systems allow 255, and a temporary suffix, a number and an ending are added.
 MAX_STEM = 180
-# Of a row, at most; more is refused when it is drawn.
+# Images per row whose names are checked; rows with more are refused when they are drawn.
 MAX_IMAGES = 1000
 
 
 def check_stem(stem: str) -> None:
-    """Raise RequestError unless a file may be called so, without its ending, on every system."""
+    """Raise RequestError unless a text is a valid file name, without its ending, on every system."""
     problem = None
     if any(character in UNSAFE or ord(character) < 32 or ord(character) == 127 for character in stem):
         problem = 'without path parts, control characters and any of / \\ : * ? " < > |'
@@ -40,10 +40,10 @@ def check_stem(stem: str) -> None:
 
 
 def row_stems(rows: Sequence[Row], reader: RowReader, name: Template) -> dict[int, str]:
-    """The name of each row's files without ending, by the row's number; rows that cannot be read have none.
+    """The stem of each row's files, by the row's number; rows with a problem have none.
 
     Raises:
-        RequestError: a name is empty or unsafe, or two rows would write one file; it says which rows.
+        RequestError: a name is empty or unsafe, or two rows would write one file; the message names the rows.
     """
     stems: dict[int, str] = {}
     owners: dict[str, Row] = {}
@@ -58,7 +58,7 @@ def row_stems(rows: Sequence[Row], reader: RowReader, name: Template) -> dict[in
         stems[row.number] = stem
         count = reader.count(row)
         for file in [stem, *(f"{stem}-{i:03d}" for i in range(min(count, MAX_IMAGES) if count > 1 else 0))]:
-            # Some file systems take two names that differ in case, or in how an accent is written, for one.
+            # Some file systems identify names that differ in case or in the Unicode form of accents.
             key = unicodedata.normalize("NFC", file).casefold()
             other = owners.setdefault(key, row)
             if other is not row:

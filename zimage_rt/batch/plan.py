@@ -1,4 +1,4 @@
-"""Which rows of a table are those of a journal: by what they say, not by where they stand."""
+"""Matching of a table's rows to a journal's, by content instead of position."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..bundle.manifest import hash_file
+from ..bundle.verify import hash_file
 from ..image.formats import is_whole
 from .rows import RowContent, hash_json
 from .table import Row
@@ -17,13 +17,13 @@ from .table import Row
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A table's rows beside a journal.
+    """A table's rows matched to a journal.
 
     Attributes:
-        rows: of the table, with the numbers that they have in the batch: their names and seeds follow from them.
-        contents: what each row says, by its number.
-        known: numbers of the rows that the journal has.
-        removed: numbers of the journal's drawn rows that the table has no more; their images stay.
+        rows: the table's rows with their numbers in the batch, which determine their names and seeds.
+        contents: the content of each row, by number.
+        known: numbers of the rows that are in the journal.
+        removed: numbers of drawn rows of the journal that are no longer in the table; their images remain.
     """
 
     rows: tuple[Row, ...]
@@ -33,12 +33,11 @@ class Plan:
 
 
 def plan_rows(rows: Sequence[Row], read: Callable[[Row], RowContent], lines: Mapping[int, Mapping[str, Any]]) -> Plan:
-    """Number the rows of a table so that those of the journal keep theirs. Takes time in proportion to both.
+    """Number the rows of a table so that rows of the journal keep their numbers, in linear time.
 
-    A row is one of the journal if it says the same, also when it stands elsewhere now. Of several alike the one with
-    the same other columns is taken, else the first. A row that the journal does not have gets the number of its place
-    in the table where that is free or was a row's that is gone, so that a row that was changed is drawn in its old
-    one's place, else a number that nobody had.
+    A row is in the journal if its content is, at any position. Of several equal rows the one with the same other
+    columns is used, else the first. Any other row gets the number of its position in the table, if that is unused or
+    belonged to a removed row: a changed row replaces its old images. Otherwise it gets a new number.
     """
     contents = [read(row) for row in rows]
     exact: dict[tuple[str, str], deque[int]] = defaultdict(deque)
@@ -75,25 +74,25 @@ def plan_rows(rows: Sequence[Row], read: Callable[[Row], RowContent], lines: Map
 
 
 class DoneRows:
-    """Whether what a journal says was drawn is still so."""
+    """Checks whether the drawn rows of a journal are still valid."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._hashes: dict[Path, str | None] = {}
 
     def are_whole(self, line: Mapping[str, Any]) -> bool:
-        """Whether a row's images are there, and whole."""
+        """Whether a row's images exist and are complete."""
         return all(
             is_whole(self._folder / Path(name).name, size)
             for name, size in zip(line["pictures"], line["sizes"], strict=True)
         )
 
     def has_changed_inputs(self, line: Mapping[str, Any], inputs: Mapping[str, Path]) -> bool:
-        """Whether an image that a row was drawn from holds other bytes now. One that is gone contradicts nothing."""
+        """Whether an input image of a row has changed; missing inputs count as unchanged."""
         return any(self._hash(path) not in (None, line["inputs"].get(field)) for field, path in inputs.items())
 
     def _hash(self, path: Path) -> str | None:
-        """Of a file, read once for all rows that share it; None where it cannot be read."""
+        """The SHA-256 of a file, read once for all rows; None if it cannot be read."""
         if path not in self._hashes:
             try:
                 self._hashes[path] = hash_file(path).sha256

@@ -1,4 +1,4 @@
-"""Rows of a table to requests: columns are request fields, by their own types; templates take the rest."""
+"""Conversion of a table's rows to requests: columns are request fields, other columns are for templates."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from .table import Row, Table
 
 
 class Template:
-    """A text with columns in it: `a {animal} on a {colour} background`; `{{` and `}}` are braces.
+    """A text with columns in braces: `a {animal} on a {colour} background`; `{{` and `}}` are literal braces.
 
     Args:
         text: the template.
         what: its name in errors.
 
     Raises:
-        RequestError: the braces are not whole, or hold more than a column's name.
+        RequestError: braces are unbalanced, or have more than a column's name in them.
     """
 
     def __init__(self, text: str, what: str = "template") -> None:
@@ -44,7 +44,7 @@ class Template:
         self.columns = tuple(name for _, name, _, _ in self._parts if name is not None)
 
     def fill(self, values: Mapping[str, Any]) -> str:
-        """The text of a row. Raises RequestError where the row has nothing to put in."""
+        """Fill in the values of a row. Raises RequestError if the row lacks one."""
         filled = []
         for literal, name, _, _ in self._parts:
             filled.append(literal)
@@ -59,10 +59,10 @@ class Template:
 
 @dataclasses.dataclass(frozen=True)
 class RowContent:
-    """What a row says, sorted by what it is for.
+    """The identity of a row, and its other columns.
 
     Attributes:
-        key: hash of all that it is drawn and named by: two rows of the same key are drawn alike but for their seeds.
+        key: hash of the columns that its images and file names depend on; rows with one key differ only in their seeds.
         extra: the other columns, for the journal.
     """
 
@@ -71,17 +71,17 @@ class RowContent:
 
 
 class RowReader:
-    """Makes requests of a table's rows.
+    """Converts a table's rows to requests.
 
     Args:
         table: the rows.
-        template: makes the prompt, in place of the column `prompt`.
-        defaults: request fields that a row may say otherwise.
-        seed: what the seeds of rows without one are made of.
-        name: makes the names of a row's files; its columns may have any name.
+        template: template of the prompt, in place of the column `prompt`.
+        defaults: request fields that rows can override.
+        seed: the base of the seeds of rows without one, see `row_seed`.
+        name: template of a row's file names; its columns may have any name.
 
     Raises:
-        RequestError: a column looks like a slip of a request field's name, or there is no prompt.
+        RequestError: a column looks like a misspelt request field, or there is no prompt.
     """
 
     def __init__(
@@ -102,10 +102,10 @@ class RowReader:
             self._check([column for column in table.columns if column])
 
     def request(self, row: Row) -> GenerateRequest:
-        """The request of a row. Raises RequestError, with the column that is wrong."""
+        """The request of a row. Raises RequestError, with the invalid column."""
         if row.problem is not None:
             raise RequestError(row.problem)
-        values = _flattened(row.values)
+        values = _flatten_parts(row.values)
         if not self._columns_are_checked:
             self._check(list(values))
         said: dict[str, Any] = {}
@@ -118,13 +118,13 @@ class RowReader:
         fields = self._defaults | {"seed": row_seed(self._seed, row.number)} | read_fields(said, self._folder, labels)
         if self._template is not None:
             fields["prompt"] = self._template.fill(row.values)
-        if not str(fields.setdefault("prompt", "")).strip() and not _has_other_wishes(fields):
+        if not str(fields.setdefault("prompt", "")).strip() and not _may_omit_prompt(fields):
             raise RequestError("prompt: expected what to draw, got nothing")
         return GenerateRequest(**fields)
 
     def content(self, row: Row) -> RowContent:
-        """What identifies a row, whether or not it can be drawn."""
-        values = _flattened(row.values)
+        """The content of a row, even of one that cannot be drawn."""
+        values = _flatten_parts(row.values)
         used: dict[str, Any] = {} if row.problem is None else {"problem": row.problem}
         extra: dict[str, Any] = {}
         for column, value in values.items():
@@ -138,7 +138,7 @@ class RowReader:
         return RowContent(hash_json(used), extra)
 
     def inputs(self, row: Row) -> dict[str, Path]:
-        """The image files that a row names, by field; those that are no path are left out, and fail later."""
+        """The image files that a row names, by field, without invalid paths, which fail later."""
         found: dict[str, Path] = {}
         for column, value in row.values.items():
             name = self._field(column)
@@ -148,7 +148,7 @@ class RowReader:
         return found
 
     def count(self, row: Row) -> int:
-        """How many images a row asks for; 1 where what it says is no number, and it will fail."""
+        """The number of images of a row; 1 if its value is no number, with which the row fails later."""
         for column, value in row.values.items():
             if self._field(column) == "num_images" and value is not None:
                 try:
@@ -158,7 +158,7 @@ class RowReader:
         return self._defaults.get("num_images", 1)
 
     def _field(self, column: str) -> str | None:
-        """A column's request field. One that the template names by another name than the field's is the template's."""
+        """A column's request field, or None. An alias of a field that the template uses is no field."""
         if self._template is not None and column in self._template.columns and not is_own_name(column):
             return None
         return field_of(column)
@@ -187,26 +187,26 @@ class RowReader:
 
 
 def row_seed(base: int, number: int) -> int:
-    """The seed of row `number`: 32 bits of a hash.
+    """The seed of row `number`: 32 bits of a hash of base and number.
 
-    Not base + number: batches of neighbouring seeds would share most of their noise, and so would the images of a row
-    that asks for several and those of the rows after it.
+    With base + number, batches of neighbouring seeds would share most of their noise. So would the images of a row
+    with several and those of the next rows.
     """
     return int.from_bytes(hashlib.sha256(f"{base}:{number}".encode()).digest()[:4])
 
 
 def hash_json(value: Any) -> str:
-    """SHA-256 (hex) of a JSON value, whatever the order of its keys."""
+    """SHA-256 (hex) of a JSON value, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _has_other_wishes(fields: Mapping[str, Any]) -> bool:
-    """Whether a request without text may be meant so: it has an image, or guidance, and is checked later."""
+def _may_omit_prompt(fields: Mapping[str, Any]) -> bool:
+    """Whether a request may be without a prompt: it has an image, or guidance; `resolve` checks the rest."""
     return bool(fields.get("guidance_scale")) or any(fields.get(name) is not None for name in IMAGES)
 
 
-def _flattened(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"second_pass": {"scale": 2}}` to `{"second_pass.scale": 2}`; other objects stay whole."""
+def _flatten_parts(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Flatten `{"second_pass": {"scale": 2}}` to `{"second_pass.scale": 2}`; other objects are unchanged."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict) and value and parts_of(name):

@@ -1,4 +1,4 @@
-"""Tables of requests: CSV as Excel and scripts write it, in English and in Chinese, Excel's own files, JSON lines."""
+"""Readers of tables: CSV as Excel and scripts write it, in English and in Chinese encodings, .xlsx and JSON lines."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from ..errors import RequestError
 from .excel import CellProblem, read_sheet
 
 DELIMITERS = (",", ";", "\t")
-# For a table of one column: a character that no text has, so that a comma in a prompt is a comma.
+# The delimiter of a table of one column: a character that no text has, so that commas in prompts are text.
 NO_DELIMITER = "\x1f"
-# Excel's own way to say what stands between cells, on a line before the header.
+# Excel's declaration of the delimiter, in a line before the header.
 SEPARATOR_LINE = re.compile(r'"?sep=(.)"?[ \t]*(?:\r\n|\r|\n|$)', re.IGNORECASE)
 EXCEL = (".xlsx", ".xlsm")
 JSON_LINES = (".jsonl", ".ndjson")
-# Tables of other programs, which would be read as text of some encoding.
+# Unsupported tables of other programs, which would otherwise be decoded as text.
 OTHER_TABLES = (".xls", ".xlsb", ".ods", ".numbers", ".et", ".parquet")
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One row that is not empty.
+    """A row that is not empty.
 
     Attributes:
-        number: from 1; the header does not count.
-        line: where it begins in the file, from 1.
-        values: by column; text from CSV and Excel, where an empty cell is left out, JSON values from JSON lines.
+        number: its number from 1, without the header.
+        line: the line of the file that it begins in, from 1.
+        values: by column: texts from CSV and Excel, without empty cells, or JSON values from JSON lines.
         problem: why it cannot be read, or None.
     """
 
@@ -48,12 +48,13 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table as it was read.
+    """A table that was read.
 
     Attributes:
         path: its file; relative paths in it begin at its folder.
-        sha256: of the file.
-        columns: of the header; None for JSON lines, where every row has its own.
+        sha256: hex, of the file.
+        columns: the header's columns; None for JSON lines, whose rows have keys of their own.
+        rows: the rows that are not empty.
     """
 
     path: Path
@@ -63,16 +64,16 @@ class Table:
 
 
 def read_table(path: Path, encoding: str | None = None, sheet: str | None = None) -> Table:
-    """Read CSV (`,`, `;` or tab between cells, as its header shows), Excel's .xlsx, or JSON lines (.jsonl, .ndjson).
+    """Read CSV (delimited by `,`, `;` or tab, by its header), Excel's .xlsx, or JSON lines (.jsonl, .ndjson).
 
     Args:
         path: the file.
-        encoding: how its text is written; found out if None: UTF-8, UTF-16 with its mark, else GB18030 (and so GBK).
-        sheet: of an Excel file; its first one if None.
+        encoding: the text's encoding; detected if None: UTF-8, UTF-16 with a BOM, else GB18030 (which includes GBK).
+        sheet: the name of a sheet of an Excel file; the first if None.
 
     Raises:
-        RequestError: it cannot be read, is not a table, or has no rows; or openpyxl is needed and not installed. A row
-            that is not well formed is not an error here: its `problem` says what is wrong with it.
+        RequestError: it cannot be read, is not a table, has no rows, or needs openpyxl, which is not installed. A
+            malformed row is no error here: it has a `problem`.
     """
     suffix = path.suffix.lower()
     if suffix in OTHER_TABLES:
@@ -115,10 +116,10 @@ def _decode(content: bytes, path: Path, encoding: str | None) -> str:
 
 
 def _refuse_ambiguous(text: str, content: bytes, path: Path) -> None:
-    """Raise RequestError where text is UTF-8 by chance: 猫 in GBK is è in UTF-8.
+    """Raise RequestError for GBK text that is valid UTF-8 by chance: 猫 in GBK is è in UTF-8.
 
-    It takes a table with next to no Chinese in it, all of it of certain bytes. Latin letters beyond ASCII are rarely
-    without ASCII ones beside them, which tells the two apart in nearly all texts.
+    This needs a table with very little Chinese, all of certain bytes. Accented Latin letters nearly always have ASCII
+    letters beside them, which distinguishes the two.
     """
     runs = re.findall(r"[^\x00-\x7f]+", text)
     if not runs or re.search(r"[A-Za-z][^\x00-\x7f]|[^\x00-\x7f][A-Za-z]", text):
@@ -134,7 +135,7 @@ def _refuse_ambiguous(text: str, content: bytes, path: Path) -> None:
 
 
 def _sniff_delimiter(text: str) -> str:
-    """What stands between the cells of the first line that is not empty: what gives the most of them."""
+    """The delimiter that splits the first line that is not empty into the most cells."""
     header = next((line for line in text.splitlines() if line.strip()), "")
     counts: dict[str, int] = {}
     for delimiter in DELIMITERS:
@@ -159,7 +160,7 @@ def _csv_rows(text: str, path: Path) -> tuple[tuple[str, ...], tuple[Row, ...]]:
 
 
 def _csv_cells(text: str, path: Path, delimiter: str, line: int) -> Iterator[tuple[int, list[str]]]:
-    """Lines, counted from `line`, and their cells. Raises RequestError where quotes do not end."""
+    """Yield the numbers of lines, from `line`, and their cells. Raises RequestError for unbalanced quotes."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     before = line - 1
     while True:
@@ -168,7 +169,7 @@ def _csv_cells(text: str, path: Path, delimiter: str, line: int) -> Iterator[tup
         except StopIteration:
             return
         except csv.Error as error:
-            # From here on it is not known where rows begin.
+            # The beginnings of later rows are unknown.
             raise RequestError(
                 f"{path}, line {line}: {error}; put text that holds quotes in quotes and double them inside"
             ) from error
@@ -220,13 +221,13 @@ def _row(number: int, line: int, columns: tuple[str, ...], cells: Sequence[str |
 
 def _json_rows(text: str) -> Iterator[Row]:
     number = 0
-    # Not splitlines: JSON text may hold line separators of Unicode as they are.
+    # Not splitlines: JSON strings may have Unicode's line separators in them.
     for line, content in enumerate(text.split("\n"), 1):
         if not content.strip():
             continue
         number += 1
         try:
-            values = parse_json(content.strip(), half_pairs=True)  # the request names the field that holds one
+            values = parse_json(content.strip(), half_pairs=True)  # the request's check names the field with one
         except ValueError as error:
             yield Row(number, line, {}, f"is not JSON: {error}")
             continue

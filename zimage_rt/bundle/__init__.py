@@ -1,1 +1,1 @@
-"""A bundle's folder: its manifest, its files, its tokenizer, and the readers of JSON, safetensors and ONNX."""
+"""A bundle's folder: its manifest, files and tokenizer, and readers of JSON, safetensors and ONNX files."""

@@ -1,8 +1,7 @@
-"""JSON that comes with files: parsed within limits, and read into frozen dataclasses by their types.
+"""JSON of untrusted files: parsed within limits, and converted to frozen dataclasses by their types.
 
-Every file that somebody else may have written is read by this module: manifests, records, journals, tables, and the
-headers and settings inside of safetensors files. What passes has the types, the depth and the finite numbers that the
-code behind it expects.
+It reads manifests, records, journals, tables, and the headers and settings inside safetensors files. Values that pass
+have the types, the depth and the finite numbers that their readers expect.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any, TypeVar
 
 from ..errors import ZImageError
 
-# Lists and objects inside one another. A manifest, the deepest that is written here, has 7.
+# Nested lists and objects. A manifest, the deepest file of this package, has 7 levels.
 MAX_DEPTH = 32
 MAX_DIGITS = 400
 
@@ -25,15 +24,15 @@ T = TypeVar("T")
 
 
 def parse_json(text: str | bytes, *, half_pairs: bool = False) -> Any:
-    """JSON as plain values.
+    """Parse JSON to plain values.
 
     Args:
-        text: what was read.
-        half_pairs: whether texts may hold half a surrogate pair, which the caller refuses by a better name.
+        text: the JSON text.
+        half_pairs: whether strings may have lone surrogates, which the caller then refuses with a better message.
 
     Raises:
-        ValueError: it is not JSON, a key is there twice, a number is not finite, a text holds half a surrogate pair,
-            or it is nested deeper than `MAX_DEPTH`.
+        ValueError: it is not JSON, has a duplicate key, a number that is not finite or a lone surrogate, or is nested
+            deeper than `MAX_DEPTH`.
     """
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant, parse_int=_integer)
@@ -85,7 +84,7 @@ def _check(value: Any, half_pairs: bool) -> None:
 
 
 def _check_text(text: str) -> None:
-    """Raise ValueError for a text with half a surrogate pair, which no file and no terminal takes."""
+    """Raise ValueError for a string with a lone surrogate, which cannot be encoded."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -93,14 +92,14 @@ def _check_text(text: str) -> None:
 
 
 def from_json(kind: type[T], value: Any, where: str, error: type[ZImageError], hint: str = "it was damaged") -> T:
-    """Read a frozen dataclass from plain JSON values, checking every key and type on the way.
+    """Convert plain JSON values to a frozen dataclass, and check every key and type.
 
     Args:
         kind: the dataclass; its `__post_init__` checks ranges.
-        value: what `parse_json` gave.
-        where: what messages call it.
-        error: what is raised.
-        hint: what to do about a key that is missing or unknown.
+        value: a value from `parse_json`.
+        where: its name in messages.
+        error: the class of the error that is raised.
+        hint: advice in messages about a missing or unknown key.
     """
     if not isinstance(value, dict):
         raise error(f"{where}: expected an object, got {_name(value)}")
@@ -124,9 +123,9 @@ def _required(field: dataclasses.Field[Any]) -> bool:
 
 
 def read_value(hint: Any, value: Any, where: str, error: type[ZImageError], todo: str = "it was damaged") -> Any:
-    """A plain JSON value as a type hint wants it: tuples for lists, read-only mappings for objects.
+    """Convert a plain JSON value to a hint's type: tuples for lists, read-only mappings for objects.
 
-    Raises `error`, naming `where`, for a value of another type.
+    Raises `error`, with `where` in its message, for a value of another type.
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
@@ -158,7 +157,7 @@ def read_value(hint: Any, value: Any, where: str, error: type[ZImageError], todo
 
 
 def _fits(hint: Any, value: Any) -> bool:
-    """Whether a value is of the JSON kind that a hint stands for; what is inside of it is not looked at."""
+    """Whether a value has the JSON type of a hint; its items are not checked."""
     if dataclasses.is_dataclass(hint):
         return isinstance(value, dict)
     kind = typing.get_origin(hint) or hint
@@ -176,7 +175,7 @@ def _fits(hint: Any, value: Any) -> bool:
 
 
 def _kind(hint: Any) -> str:
-    """What JSON calls a type."""
+    """The name of a hint's JSON type, for messages."""
     kind = typing.get_origin(hint) or hint
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
     if kind in names:
@@ -185,7 +184,7 @@ def _kind(hint: Any) -> str:
 
 
 def _name(value: Any) -> str:
-    """A value in a message: its kind, and itself if it is short."""
+    """A value for a message: its type and, if short, its text."""
     if value is None:
         return "nothing"
     if isinstance(value, dict):
@@ -198,7 +197,7 @@ def _name(value: Any) -> str:
 
 
 def to_json(value: Any) -> Any:
-    """Dataclasses, mappings and sequences to plain JSON values."""
+    """Convert dataclasses, mappings and sequences to plain JSON values."""
     if dataclasses.is_dataclass(value):
         return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):

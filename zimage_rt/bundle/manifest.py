@@ -1,8 +1,8 @@
-"""The manifest: the one seam between export and serve.
+"""The manifest: the only interface between export and serving.
 
 A bundle is a folder with `manifest.json` and the files it names. The exporter writes the manifest last, and the engine
-reads nothing that the manifest does not name. Every dataclass here is frozen, and every reader rejects unknown keys:
-a typo or a file from a newer version is an error, never a silently ignored setting.
+reads no file that the manifest does not name. Every dataclass here is frozen, and unknown keys are rejected: a typo or
+a file of a newer version is an error, never a silently ignored setting.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +24,26 @@ SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 PRECISIONS = ("fp32", "fp16", "bf16")
 
-# What to do about a manifest that cannot be read.
+# Advice for manifests that cannot be read.
 _AGAIN = "export the bundle again"
 _NEWER = "a newer zimage_rt may have written it: upgrade, or export the bundle again"
-
-# Bytes that are hashed at a time.
-_PIECE = 8 << 20
 
 Dim = int | str
 
 
 def shape_text(dims: tuple[Any, ...]) -> str:
-    """`[batch, 16, 128, 128]`: how shapes are written in every message."""
+    """A shape for messages, such as `[batch, 16, 128, 128]`."""
     return "[" + ", ".join(str(dim) for dim in dims) + "]"
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
-    """One tensor at a module's border.
+    """An input or output of a module.
 
     Attributes:
-        name: the ONNX graph's own name for it.
-        dtype: numpy name, e.g. `float32` or `int64`.
-        dims: fixed sizes as integers, free ones as the names that `ShapeRanges.of` knows.
+        name: its name in the ONNX graph.
+        dtype: its numpy name, e.g. `float32` or `int64`.
+        dims: fixed sizes as integers, dynamic ones as names of `ShapeRanges.of`.
     """
 
     name: str
@@ -56,7 +53,7 @@ class TensorSpec:
 
 @dataclasses.dataclass(frozen=True)
 class ShapeRange:
-    """What one free size may be: `min <= size <= max`, a multiple of `multiple`; `opt` is what to tune for."""
+    """The range of a dynamic size: `min <= size <= max`, a multiple of `multiple`; builders tune for `opt`."""
 
     min: int
     opt: int
@@ -74,7 +71,7 @@ class ShapeRange:
         return isinstance(size, int) and self.min <= size <= self.max and size % self.multiple == 0
 
     def scaled(self, numerator: int, denominator: int = 1) -> ShapeRange:
-        """The range of `size * numerator / denominator` (sizes that divide evenly stay exact)."""
+        """The range of `size * numerator / denominator`, rounded down."""
 
         def scale(value: int) -> int:
             return value * numerator // denominator
@@ -94,7 +91,7 @@ class ShapeRange:
 
 @dataclasses.dataclass(frozen=True)
 class ShapeRanges:
-    """The sizes a bundle serves. Heights and widths are pixels; `prompt_tokens` includes the chat template."""
+    """The sizes that a bundle serves; heights and widths are in pixels, `prompt_tokens` include the chat template."""
 
     batch: ShapeRange
     height: ShapeRange
@@ -102,7 +99,7 @@ class ShapeRanges:
     prompt_tokens: ShapeRange
 
     def of(self, symbol: str, pipeline: PipelineSpec) -> ShapeRange:
-        """The range of a named dim of a `TensorSpec`."""
+        """The range of a named dim of a `TensorSpec`. Raises ManifestError for an unknown name."""
         if symbol in ("batch", "height", "width", "prompt_tokens"):
             return getattr(self, symbol)
         if symbol == "latent_height":
@@ -119,15 +116,15 @@ class ShapeRanges:
 
 @dataclasses.dataclass(frozen=True)
 class PipelineSpec:
-    """What the loop around the modules needs to know of the checkpoint.
+    """The checkpoint's constants for the pipeline around the modules.
 
     Attributes:
         latent_channels, vae_scale_factor: latents are `[batch, latent_channels, height / f, width / f]`.
-        sequence_multiple: caption rows are padded to a multiple of this before the transformer.
+        sequence_multiple: caption tokens are padded to a multiple of this before the transformer.
         size_multiple: heights and widths are multiples of this (vae_scale_factor * patch size).
         shift: the flow-match scheduler's timestep shift.
         prompt_prefix, prompt_suffix: the chat template around a user's prompt.
-        num_inference_steps, guidance_scale: what a request gets if it does not say.
+        num_inference_steps, guidance_scale: defaults of a request.
     """
 
     latent_channels: int
@@ -145,7 +142,7 @@ class PipelineSpec:
 class ParityCase:
     """One comparison of an exported module with its reference implementation.
 
-    `relative_error` is ||out - ref|| / ||ref|| over all outputs; `shapes` are the free sizes used.
+    `relative_error` is ||out - ref|| / ||ref|| over all outputs; `shapes` are the dynamic sizes of the run.
     """
 
     shapes: Mapping[str, int]
@@ -155,7 +152,7 @@ class ParityCase:
 
 @dataclasses.dataclass(frozen=True)
 class Parity:
-    """The evidence that a module computes what its reference computes; `runtime` ran the export."""
+    """The comparisons of a module with its reference; `runtime` ran the exported module."""
 
     reference: str
     runtime: str
@@ -165,7 +162,7 @@ class Parity:
 
 @dataclasses.dataclass(frozen=True)
 class ProfileRange:
-    """What one input of an engine may be under one optimisation profile: whole shapes, as TensorRT has them."""
+    """The shapes of an engine's input under one optimisation profile of TensorRT."""
 
     min: tuple[int, ...]
     opt: tuple[int, ...]
@@ -174,18 +171,18 @@ class ProfileRange:
 
 @dataclasses.dataclass(frozen=True)
 class EngineSpec:
-    """One compiled plan of a module. A module that was split has several, which run in order.
+    """A compiled plan of a module. A module that was split has several, which run in order.
 
     Attributes:
-        file: the plan inside the bundle. A plan is a program: it is loaded only if its hash stands in the manifest.
-        backend: what built it and alone can run it: `tensorrt` or `tensorrt_rtx`.
-        version: the library's, e.g. `1.7.1.116`; plans serve no other.
+        file: the plan's name in the bundle. A plan is a program: it is loaded only if the manifest has its hash.
+        backend: the library that built it and can run it: `tensorrt` or `tensorrt_rtx`.
+        version: the library's version, e.g. `1.7.1.116`; no other version runs the plan.
         compute_capabilities: the GPUs it was built for, e.g. `8.6`.
-        part: from 0; where a module is split, outputs of one part are inputs of the next by name.
-        inputs, outputs: its border, which is the module's own where there is one part.
-        profiles: by input name, one mapping an optimisation profile.
-        stripped: whether the weights are left out and refitted from the module's safetensors file at load.
-        activation_bytes: device memory that one execution needs beside weights, as the builder says; 0 if it does not.
+        part: its number, from 0; in a split module, outputs of a part are inputs of later parts, by name.
+        inputs, outputs: its tensors, which are the module's own if there is one part.
+        profiles: one mapping per optimisation profile, by input name.
+        stripped: whether the plan has no weights and is refitted from the module's safetensors file at load.
+        activation_bytes: device memory per execution beside weights, by the builder; 0 if unknown.
     """
 
     file: str
@@ -202,13 +199,13 @@ class EngineSpec:
 
 @dataclasses.dataclass(frozen=True)
 class LinearPlace:
-    """Where a linear layer of the checkpoint lies in a module's weights.
+    """The location of a linear layer of the checkpoint in a module's weights.
 
     Attributes:
-        tensor: the stored matrix, `[in_features, columns of every layer that it holds]`.
-        first_column, columns: the layer's own columns, its outputs.
-        head_dim: > 0 where the outputs of each head of that width are stored as halves, (0, 2, 4, …, 1, 3, 5, …);
-            0 where they are in the checkpoint's order.
+        tensor: the stored matrix, `[in_features, columns of all packed layers]`.
+        first_column, columns: the layer's columns, which are its outputs.
+        head_dim: > 0 if the outputs of each head of that width are stored as halves, (0, 2, 4, …, 1, 3, 5, …);
+            0 if they are in the checkpoint's order.
     """
 
     tensor: str
@@ -220,18 +217,18 @@ class LinearPlace:
 
 @dataclasses.dataclass(frozen=True)
 class ModuleSpec:
-    """One module of a bundle: its border, its files, the architecture its weights belong to, its parity.
+    """A module of a bundle: its inputs and outputs, files, architecture and parity.
 
     Attributes:
-        precision: `fp32`, `fp16` or `bf16`: what weights are stored and products computed in.
-        graph, weights: file names inside the bundle; the ONNX graph names the safetensors file as its external data.
+        precision: `fp32`, `fp16` or `bf16`, the format of the stored weights and of the products.
+        graph, weights: file names in the bundle; the ONNX graph names the safetensors file as its external data.
             A bundle for the `cuda` backend alone may have no graph.
-        config: architecture numbers from the checkpoint (read by backends that run no ONNX graph).
-        parity: None only where the exporter was told to skip it.
-        engines: compiled plans, none where a backend runs the graph or the weights themselves.
-        linears: the checkpoint's linear layers by its own names (`layers.0.attention.to_q`): what a LoRA changes.
-        base: another module whose weight file it reads too, under that module's names: a `controlnet` is the whole
-            transformer with the ControlNet beside it, and its own file has the ControlNet alone.
+        config: architecture numbers from the checkpoint, for backends that run no ONNX graph.
+        parity: None only if the exporter skipped it on request.
+        engines: compiled plans; empty for backends that run the graph or the weights themselves.
+        linears: the checkpoint's linear layers by its own names (`layers.0.attention.to_q`), which LoRAs change.
+        base: another module whose weight file it reads too: a `controlnet` is the whole transformer and the
+            ControlNet, and its own file has only the ControlNet.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -256,16 +253,16 @@ class FileEntry:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """All a bundle says of itself.
+    """The manifest of a bundle.
 
     Attributes:
-        name: what people call it, e.g. `zimage-nano`.
+        name: the bundle's name, e.g. `zimage-nano`.
         precision: the recipe's precision; a module may differ (see `ModuleSpec.precision`).
-        producer: versions of what wrote it.
-        source: where the weights came from: format, file names and their hashes.
-        modules: by name: text_encoder, context_refiner, transformer, {tiny,full}_vae_{decoder,encoder}; controlnet
-            where there is one.
-        files: every file but the manifest itself.
+        producer: versions of the exporter and its libraries.
+        source: the origin of the weights: format, file names and their hashes.
+        modules: by name: text_encoder, context_refiner, transformer, {tiny,full}_vae_{decoder,encoder}, and controlnet
+            if there is one.
+        files: every file except the manifest itself.
     """
 
     name: str
@@ -281,12 +278,12 @@ class Manifest:
 
     @property
     def bundle_id(self) -> str:
-        """Sixteen hex digits that name this bundle's content: any changed file or setting changes it."""
+        """Sixteen hex digits that identify the bundle's content; any changed file or setting changes them."""
         canonical = json.dumps(to_json(self), sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     def module(self, name: str) -> ModuleSpec:
-        """The named module; raises BundleMismatch with the ones there are."""
+        """The named module. Raises BundleMismatch, with the known names, if there is none."""
         if name not in self.modules:
             raise BundleMismatch(
                 f"module {name!r} is not in this bundle; it has: {', '.join(sorted(self.modules))}. "
@@ -302,7 +299,7 @@ class Manifest:
 
 
 def read_manifest(bundle: Path) -> Manifest:
-    """Read `bundle/manifest.json`. Raises ManifestError."""
+    """Read and check `bundle/manifest.json`. Raises ManifestError."""
     path = bundle / MANIFEST_NAME
     try:
         data = parse_json(path.read_bytes())
@@ -326,7 +323,7 @@ def read_manifest(bundle: Path) -> Manifest:
 
 
 def _problems(manifest: Manifest) -> Iterator[str]:
-    """What of a manifest contradicts itself, or leads out of its folder."""
+    """The contradictions in a manifest, and paths that are outside the bundle's folder, one sentence each."""
     for name, entry in manifest.files.items():
         if not _is_inside(name) or name == MANIFEST_NAME:
             yield f"files: expected names of files inside the bundle, got {name!r}"
@@ -347,7 +344,7 @@ def _problems(manifest: Manifest) -> Iterator[str]:
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a name is that of a file in the bundle's folder or below, on any system."""
+    """Whether a name is of a file in the bundle's folder or its subfolders, on any system."""
     parts = name.split("/")
     return not re.search(r"[\x00-\x1f\\:]", name) and all(part.strip(" .") for part in parts)
 
@@ -388,39 +385,6 @@ def _pipeline_problems(pipeline: PipelineSpec) -> Iterator[str]:
 
 
 def write_manifest(manifest: Manifest, bundle: Path) -> None:
-    """Write `bundle/manifest.json`; the last file of a bundle to be written."""
+    """Write `bundle/manifest.json`, which is the last file of a bundle to be written."""
     text = json.dumps(to_json(manifest), indent=1, ensure_ascii=False)
     (bundle / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
-
-
-def hash_file(path: Path, on_bytes: Callable[[int], object] = lambda count: None) -> FileEntry:
-    """Size and SHA-256 of a file, in pieces, so that 12 GB need no memory; `on_bytes` is told each piece's size."""
-    digest, size, piece = hashlib.sha256(), 0, memoryview(bytearray(_PIECE))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(piece):
-            digest.update(piece[:count])
-            size += count
-            on_bytes(count)
-    return FileEntry(size, digest.hexdigest())
-
-
-def check_file(
-    bundle: Path,
-    name: str,
-    entry: FileEntry,
-    *,
-    content: bool = True,
-    on_bytes: Callable[[int], object] = lambda count: None,
-) -> None:
-    """Raise BundleMismatch unless the file is there, whole, and (with `content`) unchanged."""
-    path = bundle / name
-    again = "copy the bundle again, or export it again"
-    if not path.is_file():
-        raise BundleMismatch(f"{path}: the manifest names it, but it is missing; {again}")
-    size = path.stat().st_size
-    if size != entry.size:
-        raise BundleMismatch(f"{path}: expected {entry.size} bytes, got {size}; {again}")
-    if content and (actual := hash_file(path, on_bytes).sha256) != entry.sha256:
-        raise BundleMismatch(
-            f"{path}: expected sha256 {entry.sha256[:16]}…, got {actual[:16]}…: the file was changed; {again}"
-        )

@@ -1,4 +1,4 @@
-"""The modules of a bundle: one table that says how each kind is fed, when it runs and who changes its weights.
+"""The table of module kinds: their inputs and outputs, how often they run, and whether LoRAs patch them.
 
 A new kind of module is one line here; the exporter, the manifest's check, the engine and the LoRAs read the table.
 """
@@ -20,10 +20,10 @@ class ModuleKind:
     """One kind of module.
 
     Attributes:
-        inputs, outputs: the names of its tensors, which the code around it uses.
-        runs: how often.
+        inputs, outputs: the names of its tensors.
+        runs: how often it runs.
         eager: whether it is loaded with the engine; others are loaded on first use.
-        takes_loras: whether LoRAs change its weights. No two of them have a layer of the same name.
+        takes_loras: whether LoRAs patch its weights. No two such modules have a layer of the same name.
     """
 
     inputs: tuple[str, ...]
@@ -39,7 +39,7 @@ MODULES: Mapping[str, ModuleKind] = {
     "transformer": ModuleKind(
         ("latents", "timestep", "context"), ("noise_pred",), "evaluation", eager=True, takes_loras=True
     ),
-    # The transformer with a ControlNet beside it; it reads the transformer's weights (`ModuleSpec.base`).
+    # The transformer together with a ControlNet; it reads the transformer's weights too (`ModuleSpec.base`).
     "controlnet": ModuleKind(
         ("latents", "timestep", "context", "control_latents", "control_scale"), ("noise_pred",), "evaluation"
     ),
@@ -52,7 +52,7 @@ LORA_MODULES = tuple(name for name, kind in MODULES.items() if kind.takes_loras)
 
 
 def runs(name: str) -> Runs | None:
-    """How often a module runs; None for one that the table does not have."""
+    """How often a module runs; None for a module that is not in the table."""
     return MODULES[name].runs if name in MODULES else None
 
 
@@ -67,5 +67,5 @@ def vae_decoder(vae: str) -> str:
 
 
 def denoiser(control: bool) -> str:
-    """The module that an evaluation of the loop runs, with or without a control image."""
+    """The module that evaluations of the loop run, with or without a control image."""
     return "controlnet" if control else "transformer"

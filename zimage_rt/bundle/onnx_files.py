@@ -1,14 +1,14 @@
-"""The files that an ONNX graph asks its reader to open, found without the onnx package.
+"""The external data files of an ONNX graph, found without the onnx package.
 
-A graph's weights may lie in other files, each named inside of it by a path. ONNX Runtime opens what it names, so a
-bundle's graph is read for these names first. The numbers are the field numbers of onnx.proto.
+A graph may name files that hold its weights, and ONNX Runtime opens whatever it names, so a bundle's graph is scanned
+for these names first. The numbers are the field numbers of onnx.proto.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-# Message → field → the message that the field holds. What is not listed holds no tensor.
+# Message → field → type of the message in the field. Fields that are not listed contain no tensor.
 _MESSAGES: dict[str, dict[int, str]] = {
     "model": {7: "graph", 20: "training", 25: "function"},
     "training": {1: "graph", 2: "graph"},
@@ -19,16 +19,16 @@ _MESSAGES: dict[str, dict[int, str]] = {
     "sparse": {1: "tensor", 2: "tensor"},
     "tensor": {13: "entry"},
 }
-_KEY, _VALUE = 1, 2  # of an entry of `external_data`
-_OP_TYPE = 4  # of a node
-# An operator of ONNX Runtime's that loads a compiled program, from a file too.
+_KEY, _VALUE = 1, 2  # in an entry of `external_data`
+_OP_TYPE = 4  # in a node
+# ONNX Runtime's operator that loads a compiled program, possibly from a file.
 _PROGRAM = b"EPContext"
 
 
 def external_files(graph: bytes | memoryview) -> set[str]:
-    """The paths of a graph's external data, as they are written in it.
+    """The paths of a graph's external data, as written in the graph.
 
-    Raises ValueError: it is no ONNX graph, or it asks for a compiled program, which is not read.
+    Raises ValueError: it is no ONNX graph, or it has an operator that loads a compiled program.
     """
     found: set[str] = set()
     pending: list[tuple[str, memoryview]] = [("model", memoryview(graph))]
@@ -49,7 +49,7 @@ def external_files(graph: bytes | memoryview) -> set[str]:
 
 
 def _fields(content: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """The fields of a protobuf message that have a length; the others hold no message and no text."""
+    """The length-delimited fields of a protobuf message; other fields contain no message and no text."""
     position = 0
     while position < len(content):
         tag, position = _varint(content, position)

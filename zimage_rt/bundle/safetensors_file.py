@@ -1,4 +1,4 @@
-"""Safetensors files read with numpy alone: a JSON header, then the tensors' bytes."""
+"""A reader of safetensors files with numpy alone: a JSON header, then the tensors' bytes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import numpy as np
 from ..checks import shown_text
 from .json_codec import parse_json
 
-# Bytes of a header, as the safetensors library has it.
+# Maximal bytes of a header, as in the safetensors library.
 MAX_HEADER = 100_000_000
 
-# numpy has no bfloat16: such a tensor is held as the upper halves of its fp32 numbers.
+# numpy has no bfloat16: such tensors are uint16, the upper halves of their fp32 numbers.
 _STORED: dict[str, type[np.generic]] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
-# Formats that `read` and `number` take, too, as numpy holds them; an fp8 number is its byte.
+# Further formats of `read` and `number` with their numpy types; fp8 numbers are read as bytes.
 _FLOATS: dict[str, type[np.generic]] = {**_STORED, "F64": np.float64, "F8_E4M3": np.uint8, "F8_E5M2": np.uint8}
 _INTEGERS: dict[str, type[np.generic]] = {"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8}
 _INTEGERS |= {"U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8}
@@ -28,20 +28,20 @@ _SIZES = {name: np.dtype(kind).itemsize for name, kind in {**_FLOATS, **_INTEGER
 
 
 class TensorFile:
-    """A safetensors file, mapped: a tensor's bytes are read when they are looked at.
+    """A memory-mapped safetensors file; a tensor's bytes are read from the disk on access.
 
     Args:
         path: the file.
-        content: its bytes, if they are in memory already; then the file itself is not opened.
+        content: its bytes, if they are in memory already; the file is then not opened.
 
     Attributes:
         tensors: by name, the header's `dtype`, `shape` and `data_offsets`.
-        metadata: the header's own texts.
-        data_start: where `data_offsets` count from, in bytes of the file.
+        metadata: the texts of the header's `__metadata__`.
+        data_start: the offset in the file, in bytes, that `data_offsets` are relative to.
 
     Raises:
         ValueError: it is not a safetensors file, is shorter or longer than its header says, or its header names a
-            tensor twice, gives two tensors the same bytes or leaves some to none.
+            tensor twice, or has tensors that overlap or leave gaps.
         OSError: it cannot be read.
     """
 
@@ -58,7 +58,7 @@ class TensorFile:
                     raise ValueError("it is no object")
                 self.metadata: Mapping[str, str] = _metadata(header.pop("__metadata__", {}))
                 self.tensors: Mapping[str, Any] = header
-                end = _check_places({name: _place(name, entry) for name, entry in header.items()})
+                end = _check_contiguous({name: _tensor_range(name, entry) for name, entry in header.items()})
             except ValueError as error:
                 raise ValueError(f"its header is damaged ({shown_text(str(error))})") from error
         if 8 + length + end != size:
@@ -79,16 +79,16 @@ class TensorFile:
         return tuple(self.tensors[name]["shape"])
 
     def stored(self, name: str) -> np.ndarray:
-        """The tensor as it lies in the file; bf16 as uint16. Raises ValueError for another format than fp32/16/bf16."""
+        """The tensor in its stored format, bf16 as uint16. Raises ValueError for other formats than fp32/16/bf16."""
         dtype = _STORED.get(self.dtype(name))
         if dtype is None:
             raise ValueError(f"{name}: expected F32, F16 or BF16, got {self.dtype(name)}")
         return self._array(name, dtype)
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor of floating-point numbers in fp32, fp64 and fp8 among them.
+        """A floating-point tensor, including fp64 and fp8, converted to fp32.
 
-        Raises ValueError for another format: whole numbers are nothing without the scale that belongs to them.
+        Raises ValueError for integer formats, which mean nothing without their scale.
         """
         format_name = self.dtype(name)
         if format_name not in _FLOATS:
@@ -96,11 +96,11 @@ class TensorFile:
         array = self._array(name, _FLOATS[format_name])
         if format_name in _FP8:
             return _FP8[format_name][array]
-        with np.errstate(over="ignore"):  # a double beyond fp32 becomes inf, which callers refuse
+        with np.errstate(over="ignore"):  # doubles beyond fp32 become inf, which callers refuse
             return widen(array)
 
     def number(self, name: str) -> float:
-        """The one number of a tensor of any shape with one element, whole numbers included. Raises ValueError."""
+        """The number in a tensor of one element of any shape, floating-point or integer. Raises ValueError."""
         format_name = self.dtype(name)
         if self.shape(name).count(1) != len(self.shape(name)):
             raise ValueError(f"{name}: expected one number, got {list(self.shape(name))}")
@@ -110,19 +110,19 @@ class TensorFile:
 
     def _array(self, name: str, dtype: type[np.generic]) -> np.ndarray:
         first, last = self.tensors[name]["data_offsets"]
-        # Not a view of the mapping: offsets need not be aligned.
+        # A copy, not a view of the mapping: offsets need not be aligned.
         return np.frombuffer(self._bytes[first:last].tobytes(), dtype).reshape(self.shape(name))
 
 
 def widen(array: np.ndarray) -> np.ndarray:
-    """fp32, fp16 or (as uint16) bf16 to fp32, exactly; always a copy."""
+    """Convert fp32, fp16 or bf16 (as uint16) to fp32, exactly; always a copy."""
     if array.dtype == np.uint16:
         return (array.astype(np.uint32) << 16).view(np.float32)
     return array.astype(np.float32)
 
 
 def narrow(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """fp32 to fp32, fp16 or (uint16) bf16, rounded to the nearest, ties to even. Too large a number becomes inf."""
+    """Convert fp32 to fp32, fp16 or bf16 (uint16), rounded to nearest even; numbers that are too large become inf."""
     if dtype != np.uint16:
         with np.errstate(over="ignore"):
             return array.astype(dtype, copy=False)
@@ -131,7 +131,7 @@ def narrow(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def _fp8_table(exponent_bits: int) -> np.ndarray:
-    """All 256 numbers of an fp8 format in fp32, by their byte: 4 exponent bits (e4m3fn, no inf) or 5 (e5m2)."""
+    """The 256 numbers of an fp8 format in fp32, by byte: 4 exponent bits (e4m3fn, no inf) or 5 (e5m2)."""
     if exponent_bits == 5:  # the upper half of fp16
         return (np.arange(256, dtype=np.uint16) << 8).view(np.float16).astype(np.float32)
     byte = np.arange(256)
@@ -150,8 +150,8 @@ def _metadata(value: Any) -> Mapping[str, str]:
     return value
 
 
-def _place(name: str, entry: Any) -> tuple[int, int]:
-    """Where a tensor begins and ends, its shape and format checked. Raises ValueError."""
+def _tensor_range(name: str, entry: Any) -> tuple[int, int]:
+    """A tensor's first byte and its end, relative to the data. Raises ValueError unless its header entry is valid."""
     problem = ValueError(f"{name}: expected a dtype, a shape and data_offsets that belong together, got {entry}")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise problem
@@ -166,12 +166,12 @@ def _place(name: str, entry: Any) -> tuple[int, int]:
 
 
 def _are_sizes(values: Any) -> bool:
-    """Whether it is a list of whole numbers from 0."""
+    """Whether the value is a list of non-negative integers below 2^63."""
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
 
 
-def _check_places(places: Mapping[str, tuple[int, int]]) -> int:
-    """Where the last tensor ends. Raises ValueError unless they follow one another, as the format demands."""
+def _check_contiguous(places: Mapping[str, tuple[int, int]]) -> int:
+    """The end of the last tensor. Raises ValueError unless tensors are contiguous, as the format demands."""
     end, before = 0, "the beginning"
     for name, (first, last) in sorted(places.items(), key=lambda item: item[1]):
         if first != end:

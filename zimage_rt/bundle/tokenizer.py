@@ -1,4 +1,4 @@
-"""Prompt to token ids: the checkpoint's chat template around `tokenizers.Tokenizer`."""
+"""Prompts to token ids, with the checkpoint's chat template and `tokenizers.Tokenizer`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .manifest import Manifest
 
 
 class PromptTokenizer:
-    """Puts a prompt into the chat template and tokenizes it."""
+    """Applies the chat template to a prompt and tokenizes it."""
 
     def __init__(self, bundle: Path, manifest: Manifest) -> None:
         self._prefix = manifest.pipeline.prompt_prefix
@@ -31,7 +31,7 @@ class PromptTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._markers = frozenset(self._tokenizer.get_added_tokens_decoder())
-        self._plain: Tokenizer | None = None  # the same without markers, once a prompt needs it
+        self._plain: Tokenizer | None = None  # the same tokenizer without markers, made on first use
         self._lock = threading.Lock()
 
     def __call__(
@@ -39,14 +39,14 @@ class PromptTokenizer:
     ) -> np.ndarray:
         """Token ids `[1, prompt_tokens]`, int64.
 
-        A prompt that is too long is refused, or with `truncate` cut as diffusers does: what is behind the bundle's
-        length goes, the chat template's last tokens among it.
+        A prompt that is too long is refused. With `truncate` it is cut to the bundle's length as in diffusers,
+        including the chat template's last tokens.
 
-        Markers of the chat template in a prompt, such as `<|im_end|>`, act as such, as in diffusers; with `literal`
+        Markers of the chat template in a prompt, such as `<|im_end|>`, act as markers, as in diffusers; with `literal`
         they are text.
 
         Raises:
-            RequestError: it is too long, or no text; `name` is the request's field.
+            RequestError: the prompt is too long, or not encodable; `name` is the request's field.
         """
         ids = self._ids(prompt, name, truncate, literal)
         return np.asarray(ids[: self._max_tokens], dtype=np.int64)[None]
@@ -54,17 +54,17 @@ class PromptTokenizer:
     def count(
         self, prompt: str, name: str = "prompt", *, truncate: bool = False, literal: bool = False
     ) -> tuple[int, int]:
-        """How many tokens a prompt is cut to, and how many it has; they are the same unless it is cut.
+        """Numbers of tokens that are used and that the prompt has, which are equal unless it is cut.
 
-        Of a prompt that is very much too long the second is a lower bound. Raises RequestError as a call does.
+        The second number is a lower bound for prompts that are far too long. Raises RequestError as `__call__` does.
         """
         tokens = len(self._ids(prompt, name, truncate, literal))
         return min(tokens, self._max_tokens), tokens
 
     def _ids(self, prompt: str, name: str, truncate: bool, literal: bool) -> list[int]:
         check_text(prompt, name)
-        # A token is at most a few dozen bytes, so this bound costs no valid prompt and saves
-        # tokenizing megabytes only to refuse or cut them.
+        # A token is at most a few dozen bytes, so that no valid prompt exceeds this bound; it avoids tokenizing
+        # megabytes only to refuse or cut them.
         bound = 64 * self._max_tokens
         hint = "shorten it, or let truncate_prompt cut it"
         if len(prompt) > bound:
@@ -95,10 +95,10 @@ class PromptTokenizer:
         return sum(token in self._markers for token in ids)
 
     def _literal_ids(self, prompt: str) -> list[int]:
-        """The template's markers around a text in which there are none.
+        """Token ids with the template's markers, and without any markers in the prompt.
 
-        What lies between the template's last marker before the prompt and its first one behind is one text with the
-        prompt, as it is in the whole: `user`, a line break, and the prompt may share tokens.
+        The template's text next to the prompt, up to the nearest marker on each side, is tokenized together with it:
+        `user`, a line break and the prompt may share tokens.
         """
         with self._lock:
             if self._plain is None:
@@ -114,16 +114,16 @@ class PromptTokenizer:
         ]
 
     def _marker_ends(self, text: str) -> list[tuple[int, int]]:
-        """Where the markers in a part of the template begin and end."""
+        """Begin and end, in characters, of the markers in a part of the template."""
         encoded = self._tokenizer.encode(text, add_special_tokens=False)
         return [ends for token, ends in zip(encoded.ids, encoded.offsets, strict=True) if token in self._markers]
 
 
 def check_prompt(text: Any, name: str, max_tokens: int) -> str:
-    """A prompt of a request.
+    """Check a prompt of a request and return it as str.
 
-    Raises RequestError for another type, for more characters than are cut on request, and for what is no text: a NUL,
-    or half of a surrogate pair.
+    Raises RequestError for another type, for more characters than `MAX_PROMPT_CHARACTERS`, and for a NUL or a lone
+    surrogate.
     """
     if not isinstance(text, str):
         raise RequestError(f"{name}: expected text, got {shown(text)}")
@@ -142,7 +142,7 @@ def check_prompt(text: Any, name: str, max_tokens: int) -> str:
 
 
 def check_text(text: str, name: str) -> None:
-    """Raise RequestError for a string that is no text: one half of a surrogate pair, as cut UTF-16 leaves it."""
+    """Raise RequestError for a string with a lone surrogate, as in UTF-16 text that was cut."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -116,7 +116,7 @@ def _draw(work: Batch, done: int) -> None:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=stderr,
-        # On one terminal lines go above the bar; elsewhere they must stay on standard output.
+        # On a terminal lines are printed above the bar; otherwise they must go to standard output.
         redirect_stdout=sys.stdout.isatty(),
     ) as progress:
         task = progress.add_task(work.table.path.name, total=len(work.table.rows), completed=done)

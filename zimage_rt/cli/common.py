@@ -1,4 +1,4 @@
-"""What several commands share."""
+"""Shared functions of the commands: messages, loading of engines and LoRAs, JSON output."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ stderr = Console(stderr=True)
 
 
 def printable(text: str) -> str:
-    """Text for a terminal: control characters, which can come from records and prompts, as escapes."""
+    """Text for a terminal: control characters, which records and prompts may have, become escapes."""
     return "".join(
         character
         if character == "\n" or unicodedata.category(character) not in ("Cc", "Cf") or character == "\u200d"
@@ -36,23 +36,23 @@ def printable(text: str) -> str:
 
 
 def warn(text: str) -> None:
-    """One line on standard error."""
+    """Print a warning on standard error, in one line."""
     stderr.print(f"warning: {printable(text)}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def fail(text: str) -> None:
-    """One line on standard error, of something that went wrong."""
+    """Print an error on standard error, in one line."""
     stderr.print(printable(text), style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 def is_given(ctx: typer.Context, option: str) -> bool:
-    """Whether an option stands on the command line."""
+    """Whether an option was given on the command line."""
     source = ctx.get_parameter_source(option)
     return source is not None and source.name == "COMMANDLINE"
 
 
 def given_fields(ctx: typer.Context) -> dict[str, Any]:
-    """The request fields among the options that stand on the command line; what is not there is left to defaults."""
+    """The request fields among the options that were given on the command line, without defaults."""
     known = {field.name for field in dataclasses.fields(GenerateRequest)}
     named = {FIELD_OF_OPTION.get(option, option): option for option in ctx.params}
     return {name: ctx.params[option] for name, option in named.items() if name in known and is_given(ctx, option)}
@@ -66,7 +66,7 @@ def open_engine(ctx: typer.Context, bundle: Path) -> Engine:
 
 
 def load_engine(bundle: Path, backend: str, options: dict[str, Any]) -> Engine:
-    """Load a bundle; on a terminal a bar shows how much of it is hashed and loaded."""
+    """Load a bundle; on a terminal a bar shows the progress of hashing and loading."""
     with Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -84,7 +84,7 @@ def load_engine(bundle: Path, backend: str, options: dict[str, Any]) -> Engine:
 
 
 def backend_options(texts: list[str]) -> dict[str, Any]:
-    """`name=value` by name; a value that is JSON is read as such, any other is text. Raises RequestError."""
+    """Parse `name=value` options; values are JSON, or text if they are no JSON. Raises RequestError."""
     options: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
@@ -98,18 +98,18 @@ def backend_options(texts: list[str]) -> dict[str, Any]:
 
 
 def load_loras(engine: Engine, texts: list[str], partly: bool = False) -> None:
-    """Put LoRAs on: `FILE`, or `FILE=WEIGHT`. Raises RequestError and LoraError as `Engine.load_lora` does."""
+    """Load LoRAs from `FILE` or `FILE=WEIGHT`. Raises RequestError and LoraError as `Engine.load_lora` does."""
     for text in texts:
         path, _, number = text.rpartition("=")
         try:
             weight = float(number)
-        except ValueError:  # no weight: a "=" belongs to the name
+        except ValueError:  # no weight: the "=", if any, is a part of the path
             path, weight = text, 1.0
         load_lora(engine, path or text, weight if path else 1.0, _free_name(engine, Path(path or text)), partly)
 
 
 def _free_name(engine: Engine, path: Path) -> str | None:
-    """A name for a LoRA whose file has the name of one that is on: diffusers calls them all the same."""
+    """A free name for a LoRA whose file name is in use, as diffusers gives all files one name; None if it is free."""
     own = path.name if path.is_dir() else path.stem
     if own not in engine.loras:
         return None
@@ -117,7 +117,7 @@ def _free_name(engine: Engine, path: Path) -> str | None:
 
 
 def load_lora(engine: Engine, path: str | Path, weight: float, name: str | None = None, partly: bool = False) -> None:
-    """Put one LoRA on, and say on standard error what its file leaves in doubt."""
+    """Load a LoRA, and print its warnings on standard error."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         engine.load_lora(path, weight, name, strict=not partly)
@@ -126,26 +126,26 @@ def load_lora(engine: Engine, path: str | Path, weight: float, name: str | None 
 
 
 def image_line(path: Path, prompt: str, seed: int, timings: dict[str, float], bundle_id: str, **more: Any) -> str:
-    """The JSON line that says of a picture where it is and how it came."""
+    """The JSON line of an image: its file, prompt, seed, bundle and timings."""
     return json_line(
         {"file": str(path), "prompt": prompt, "seed": seed, "bundle": bundle_id, "timings": timings, **more}
     )
 
 
 def json_line(value: Any, indent: int | None = None) -> str:
-    """JSON for standard output: characters as they are where it can hold all of them, which GBK cannot."""
+    """JSON for standard output, with escapes unless its encoding is UTF-8; GBK, for one, lacks characters."""
     holds_all = (sys.stdout.encoding or "ascii").lower().replace("-", "") == "utf8"
     text = json.dumps(value, ensure_ascii=not holds_all, indent=indent)
     try:
         text.encode()
-    except UnicodeEncodeError:  # half a character, which JSON can escape
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can escape
         return json.dumps(value, indent=indent)
-    # JSON escapes the control characters below a space; these are commands to some terminals, too.
+    # JSON escapes only control characters below the space; these control some terminals too.
     return re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def version_option(program: str) -> Any:
-    """What `--version` is: prints the program's name and version, and ends it."""
+    """The option `--version`, which prints the program's name and version and exits."""
 
     def show(asked: bool) -> None:
         if asked:

@@ -1,4 +1,4 @@
-"""What `zimage doctor` prints: every backend, whether it runs on this machine, and why not where it does not."""
+"""The output of `zimage doctor`: every backend, whether it runs on this machine, and why not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .common import json_line
 
 
 def as_json(probes: Sequence[Probe]) -> str:
-    """One object: the versions of this package and of Python, and the backends in the order they were asked."""
+    """The report as one JSON object: the versions of this package and of Python, and the backends in order."""
     report = {
         "version": __version__,
         "python": platform.python_version(),
@@ -40,7 +40,7 @@ def as_json(probes: Sequence[Probe]) -> str:
 
 
 def print_table(probes: Sequence[Probe]) -> None:
-    """The same for people. Reasons stand below the table, in whole lines: they hold commands to copy."""
+    """Print the report as a table, with the problems below it in unwrapped lines, which have commands to copy."""
     console = Console(highlight=False, markup=False)
     console.print(f"zimage_rt {__version__}, Python {platform.python_version()}, {platform.platform()}")
     table = Table("backend", "runs here", "on", "versions")

@@ -13,7 +13,7 @@ from ..errors import RequestError
 from ..explain import explain as draw_explanation
 from ..metadata.save import check_output
 from .common import given_fields, json_line, open_engine, printable, stderr
-from .options import BACKEND, LORAS, REQUEST, AsJson, Bundle, Shared, some, with_options
+from .options import BACKEND, LORAS, REQUEST, AsJson, Bundle, Shared, select_options, with_options
 
 SHEET = {
     "cell": Shared(
@@ -33,7 +33,7 @@ TAKEN = ("negative_prompt", "height", "width", "sampler", "schedule", "shift")
 Number = TypeVar("Number", int, float)
 
 
-@with_options(some(REQUEST, *TAKEN), SHEET, LORAS, BACKEND)
+@with_options(select_options(REQUEST, *TAKEN), SHEET, LORAS, BACKEND)
 def explain(
     ctx: typer.Context,
     bundle: Bundle,
@@ -85,7 +85,7 @@ def explain(
     if as_json:
         print(json_line({"file": str(path), **sheet.data}))
     else:
-        print(printable(f"{path}  {prompt}  ({len(sheet.data['cells'])} pictures, seed {seed})"))
+        print(printable(f"{path}  {prompt}  ({len(sheet.data['cells'])} images, seed {seed})"))
 
 
 def _numbers(text: str, option: str, kind: Callable[[str], Number]) -> list[Number]:

@@ -1,7 +1,7 @@
-"""Ctrl-C that is never lost.
+"""A handler of Ctrl-C that loses no interrupt.
 
-Python drops a KeyboardInterrupt that is raised inside a destructor or a weak reference's callback, as the end of a
-thread pool has one. Loops therefore ask after each item whether there was one.
+Python drops a KeyboardInterrupt that is raised inside a destructor or a callback of a weak reference, for example at
+the end of a thread pool. Loops therefore call `check` after each item.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ _interrupted = threading.Event()
 
 
 def install() -> None:
-    """Remember every Ctrl-C, beside raising KeyboardInterrupt for it."""
+    """Install a handler that records Ctrl-C and raises KeyboardInterrupt."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, _remember)
 
 
 def check() -> None:
-    """Raise KeyboardInterrupt if there was a Ctrl-C."""
+    """Raise KeyboardInterrupt if Ctrl-C was pressed since `install`."""
     if _interrupted.is_set():
         raise KeyboardInterrupt
 

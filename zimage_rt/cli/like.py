@@ -1,4 +1,4 @@
-"""`zimage generate --like picture.png`: the request a picture holds, with the command line's word over it."""
+"""`zimage generate --like image.png`: the recorded request of an image, with options of the command line over it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ..request.types import GenerateRequest
 from ..result import GenerateResult
 from .common import backend_options, is_given, load_engine, load_lora, load_loras, stderr, warn
 
-# Options of backends that are numbers, switches or a word of our own, and those words (docs/backends.md). Those that
-# name paths (cache_dir), libraries (plugins, a provider by a name that is not ours) or options of theirs are not here.
+# Options of backends that are numbers, booleans or words of this package, and those words (docs/backends.md). Options
+# with paths (cache_dir), libraries (plugins, providers by ONNX Runtime's names) or their options are excluded.
 PLAIN_OPTIONS = (
     "cuda_graph",
     "cudnn",
@@ -38,21 +38,21 @@ PLAIN_WORDS = ("cpu", "cuda", "host", "lazy", "eager", "none", "nv_tensorrt_rtx"
 def requests_of(
     prompts: list[str], fields: dict[str, Any], record: ImageRecord | None, like: Path | None
 ) -> list[GenerateRequest]:
-    """What `zimage generate` is to draw: a request for each prompt, or the one that a picture holds.
+    """The requests of `zimage generate`: one per prompt, or the recorded one of an image.
 
     Args:
-        prompts: of the command line.
-        fields: the others of the command line; a seed is the first picture's, and the others count up.
-        record, like: what the picture says, and where it is.
+        prompts: the prompts of the command line.
+        fields: the other fields of the command line; a seed is the first image's, and later ones count up.
+        record, like: the image's record and path.
 
     Raises:
-        RequestError: there is nothing to draw.
-        MetadataError: an input of the picture is gone or changed.
+        RequestError: there is no prompt and no record.
+        MetadataError: an input of the recorded image is missing or was changed.
     """
     if record is not None and like is not None and not prompts and not fields:
         return [request_like(record, like, {})]
     if record is None and not prompts:
-        raise RequestError("prompt: expected what to draw; give it with -p, or a picture with --like")
+        raise RequestError("prompt: expected what to draw; give it with -p, or an image with --like")
     requests = []
     for number, text in enumerate(prompts or [None]):
         own = dict(fields)
@@ -67,27 +67,27 @@ def requests_of(
     return requests
 
 
-def request_like(record: ImageRecord, picture: Path, overrides: dict[str, Any]) -> GenerateRequest:
+def request_like(record: ImageRecord, image: Path, overrides: dict[str, Any]) -> GenerateRequest:
     """The recorded request with fields of the command line in place of its own. Raises MetadataError."""
     overrides = dict(overrides)
     if overrides.keys() & {"num_inference_steps", "schedule", "denoise"}:
-        overrides.setdefault("sigmas", None)  # what is asked for now would contradict them
+        overrides.setdefault("sigmas", None)  # the recorded ones would contradict the options
     if "strength" in overrides:
-        overrides.setdefault("denoise", None)  # which would go before it
+        overrides.setdefault("denoise", None)  # a recorded one would override the option
     if "image" in overrides:
         overrides |= {name: None for name in ("latents", "image_latents") if name in record.request}
-    return record.to_request(picture.parent, **overrides)
+    return record.to_request(image.parent, **overrides)
 
 
 def open_engine_like(
     ctx: typer.Context, bundle: Path, record: ImageRecord, image: Path, *, take_backend: bool
 ) -> Engine:
-    """Load a bundle to draw a recorded image again: with its LoRAs, and on request with its backend.
+    """Load a bundle to draw a recorded image again, with its LoRAs, and with its backend if `take_backend`.
 
-    What the command line says comes first. Standard error says what is not as it was.
+    Options of the command line override the record. Differences are printed on standard error.
 
     Raises:
-        MetadataError: a LoRA of the image is gone or was changed.
+        MetadataError: a LoRA of the image is missing or was changed.
     """
     backend, options = ctx.params["backend"], backend_options(ctx.params["backend_option"] or [])
     if not options and not is_given(ctx, "backend"):
@@ -104,10 +104,10 @@ def open_engine_like(
 
 
 def recorded_backend(record: ImageRecord, backend: str, *, take: bool) -> tuple[str, dict[str, Any]]:
-    """The backend and options to use beside `--like`: the command's, or, with `take`, what of the record is harmless.
+    """The backend and its options for `--like`: the command's, or, with `take`, the harmless options of the record.
 
-    An image may come from anyone, and options can name libraries to load and folders to write: those are never taken.
-    Standard error says what was recorded and is not used.
+    Images are untrusted, and options can name libraries to load and folders to write, which are never used. Recorded
+    options that are not used are printed on standard error.
     """
     if not take:
         if (record.backend, dict(record.backend_options)) != (backend, {}):
@@ -132,14 +132,14 @@ def _options_text(options: Mapping[str, Any]) -> str:
 
 
 def _is_harmless(name: str, value: Any) -> bool:
-    """Whether an option is known to choose among our own ways: neither a path nor a library, nor more options."""
+    """Whether a recorded option is in `PLAIN_OPTIONS` with a plain value: no path, library or further options."""
     if name not in PLAIN_OPTIONS:
         return False
     return value is None or isinstance(value, (bool, int, float)) or value in PLAIN_WORDS
 
 
 def warn_of_differences(record: ImageRecord, engine: Engine) -> None:
-    """Say on standard error what is not as it was when the picture was drawn, so that it may come out otherwise."""
+    """Warn on standard error about differences to the record with which the image may differ."""
     there = f"{record.bundle_name} {record.precision}, bundle {record.bundle_id}"
     here = f"{engine.manifest.name} {engine.manifest.precision}, bundle {engine.bundle_id}"
     differences = [
@@ -153,15 +153,15 @@ def warn_of_differences(record: ImageRecord, engine: Engine) -> None:
     ]
     for recorded, now, differs in differences:
         if differs:
-            warn(f"the picture was drawn by {recorded}; this is {now}: it may come out otherwise")
+            warn(f"the image was drawn by {recorded}; this is {now}: it may come out otherwise")
 
 
 def select_and_compare(result: GenerateResult, record: ImageRecord) -> tuple[GenerateResult, bool]:
-    """Of a batch that was drawn again, the picture of the record; and whether it is the same to the byte."""
+    """The recorded image of a batch that was drawn again, and whether it is equal to the byte."""
     result = result[0 if record.batch is None else record.batch["index"]]
     same = pixels_sha256(result.images[0]) == record.pixels_sha256
     if same:
-        stderr.print("the same picture to the byte", highlight=False)
+        stderr.print("the same image to the byte", highlight=False)
     else:
-        warn("the picture is not the recorded one to the byte; another machine or library may round otherwise")
+        warn("the image is not the recorded one to the byte; another machine or library may round otherwise")
     return result, same

@@ -16,7 +16,8 @@ from rich.table import Table
 from .._version import __version__
 from ..backends.registry import probe_backends
 from ..bundle.folders import find_leftovers
-from ..bundle.manifest import Manifest, check_file, read_manifest
+from ..bundle.manifest import Manifest, read_manifest
+from ..bundle.verify import check_file
 from ..engine import Engine
 from ..errors import RequestError, RequestWarning, ZImageError
 from ..metadata.image_file import read_record
@@ -43,7 +44,7 @@ from .options import BACKEND, LORAS, REQUEST, SAVING, AsJson, Bundle, Shared, wi
 from .serve import serve
 from .start import INTERRUPTED, show_every_character
 
-# Plain help: it cuts no option's name, however narrow the terminal, and any console can show it.
+# Plain help: it cuts no option's name on narrow terminals and works on any console.
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command()(batch)
 app.command()(explain)
@@ -51,9 +52,9 @@ app.command()(serve)
 
 
 def main() -> None:
-    """The entry point: errors raised on purpose, and those of files, become one line and exit status 1.
+    """The entry point: ZImageError and OSError are printed in one line, with exit status 1.
 
-    So do warnings about requests, without the exit status.
+    Warnings about requests are printed in one line too.
     """
     show_every_character()
     interrupt.install()
@@ -64,7 +65,7 @@ def main() -> None:
     try:
         app()
     except SystemExit as error:
-        if error.code == INTERRUPTED:  # what becomes of Ctrl-C in a command
+        if error.code == INTERRUPTED:  # Typer's exit code for Ctrl-C in a command
             fail("zimage: stopped")
         raise
     except (ZImageError, OSError) as error:
@@ -125,7 +126,7 @@ def generate(
     if like_backend and record is None:
         raise RequestError("--like-backend: expected --like beside it, with the image whose backend to take")
     fields = given_fields(ctx)
-    fields.pop("prompt", None)  # each has a request of its own
+    fields.pop("prompt", None)  # each prompt is a request of its own
     requests = requests_of(prompt or [], fields, record, like)
     if record is None or like is None:
         engine = open_engine(ctx, bundle)
@@ -151,7 +152,7 @@ def generate(
 
 
 def _draw(engine: Engine, request: GenerateRequest, *, quiet: bool) -> GenerateResult:
-    """Draw with a bar of the steps on standard error."""
+    """Run a request, with a progress bar of its steps on standard error."""
     with Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -168,7 +169,7 @@ def _draw(engine: Engine, request: GenerateRequest, *, quiet: bool) -> GenerateR
 
 
 def _show_stage(progress: Progress, task: TaskID, text: str, stage: str, done: int, total: int) -> None:
-    """Count the steps on the bar; of the other stages the name is enough."""
+    """Show the steps on the bar, and other stages by their name."""
     if stage == "denoise":
         progress.update(task, description=text, total=total, completed=done)
     else:

@@ -1,7 +1,7 @@
-"""Options that several commands share, with their units, ranges and defaults, and the decorator that adds them.
+"""Shared options of the commands, with their units, ranges and defaults, and the decorator that adds them.
 
-A command's function has its own options as parameters; shared ones are added by `with_options` and read from the
-context. The defaults of a request's options are those of `GenerateRequest`.
+A command's function has its own options as parameters; `with_options` adds the shared ones, which are read from the
+context. Options of request fields have the defaults of `GenerateRequest`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from ..request.types import GenerateRequest
 from ..sampling.samplers import SAMPLERS
 from ..sampling.schedules import SCHEDULES
 
-# Options whose name is not the request field's.
+# Options with another name than their request field.
 FIELD_OF_OPTION = {"steps": "num_inference_steps"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Shared:
-    """One shared option: its type with Typer's description, and its default."""
+    """A shared option: its type annotated with Typer's option, and its default."""
 
     annotation: Any
     default: Any
@@ -43,7 +43,7 @@ SIZE = "Pixels, a multiple of what the bundle serves (16 in most). By default th
 Bundle = Annotated[Path, typer.Argument(help="A folder that zimage-export wrote.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print a JSON line for each image.")]
 
-# What to draw and how. Options for the fields of a request, by the option's name.
+# Options of a request's fields, by the option's name.
 REQUEST: Mapping[str, Shared] = {
     FIELD: _request(annotation, FIELD_OF_OPTION.get(FIELD, FIELD))
     for FIELD, annotation in {
@@ -96,7 +96,7 @@ REQUEST: Mapping[str, Shared] = {
                 "the layout. By default the bundle's own; 3 for Turbo."
             ),
         ],
-        # Parsed as they are read: the commands take options for the request's fields.
+        # Parsed by Typer, so that commands have the values of the request's fields.
         "sigmas": Annotated[
             Any,
             typer.Option(
@@ -236,13 +236,13 @@ BACKEND: Mapping[str, Shared] = {
 }
 
 
-def some(group: Mapping[str, Shared], *names: str) -> dict[str, Shared]:
-    """A part of a group."""
+def select_options(group: Mapping[str, Shared], *names: str) -> dict[str, Shared]:
+    """The named options of a group."""
     return {name: group[name] for name in names}
 
 
 def with_options(*groups: Mapping[str, Shared]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add shared options to a Typer command, behind its own; its function reads them from `ctx.params`."""
+    """Add shared options to a Typer command, after its own; its function reads them from `ctx.params`."""
 
     def add(command: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(command, eval_str=True)
@@ -259,7 +259,7 @@ def with_options(*groups: Mapping[str, Shared]) -> Callable[[Callable[..., None]
             command(**{name: given[name] for name in own.parameters})
 
         run.__signature__ = own.replace(parameters=[*own.parameters.values(), *added])  # type: ignore[attr-defined]
-        # typing.get_type_hints follows the wrapped function, whose annotations are its own alone.
+        # typing.get_type_hints follows `__wrapped__`, whose annotations lack the shared options.
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own.parameters.values(), *added)}
         return run
 

@@ -1,11 +1,11 @@
-"""The entry points of `zimage` and `zimage-export`: what can go wrong before their own code runs is one line, too."""
+"""The entry points of `zimage` and `zimage-export`, which report errors before their own code in one line."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 
-# What each command's extra brings, as modules; any other that is missing is a fault of the installation, and is shown.
+# Modules of each command's extra; any other missing module is an error of the installation and is raised.
 EXTRAS = {
     "cli": ("typer", "rich"),
     "export": ("torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "onnxruntime", "typer", "rich"),
@@ -42,7 +42,7 @@ def _run(program: str, module: str, extra: str) -> None:
 
 
 def show_every_character() -> None:
-    """Print what the console cannot show as escapes: a prompt in Chinese must not end a command that has drawn it."""
+    """Print characters that the console cannot encode as escapes, so that a Chinese prompt does not end a command."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a test's or a notebook's own stream may not have it
+        if hasattr(stream, "reconfigure"):  # streams of tests and notebooks may not have it
             stream.reconfigure(errors="backslashreplace")

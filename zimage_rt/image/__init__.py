@@ -1,1 +1,1 @@
-"""Arrays and images: pixel formats, sizes, tiles, sheets."""
+"""Images: pixel formats, conversion to arrays, resizing, tiled decoding, contact sheets and file formats."""

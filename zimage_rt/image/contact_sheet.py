@@ -1,4 +1,4 @@
-"""SheetImages with labels on one sheet."""
+"""Contact sheets: labelled images in rows, under headings."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ GAP = 6
 LABEL_SIZE = 13
 HEADING_SIZE = 15
 TITLE_SIZE = 18
-LINE = 1.35  # line height of text, in its size
-# Under this a picture shows nothing, and its label does not fit.
+LINE = 1.35  # line height of text, as a multiple of its size
+# Below this size an image shows too little, and its label does not fit.
 MIN_CELL = 88
 INK, FAINT, PAPER = "#202020", "#606060", "#ffffff"
 
 
 @dataclasses.dataclass(frozen=True)
 class SheetImage:
-    """A picture, uint8 `[height, width, 3]`, and what stands under it."""
+    """An image, uint8 `[height, width, 3]`, and the label under it."""
 
     pixels: np.ndarray
     label: str
@@ -37,14 +37,14 @@ class SheetImage:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """Rows of pictures under a title.
+    """Rows of images under a title.
 
     Attributes:
-        title: above it.
-        columns: a heading for each column, or None.
-        rows: a label, on the left, and the pictures of each row; as many in each.
-        cell: the longer side of a picture on the sheet, in pixels.
-        shrink: whether the pictures may be smaller, so that the section is no wider than those before it.
+        title: the title above the rows.
+        columns: one heading per column, or None.
+        rows: per row, the label on the left and the images; all rows have the same number of images.
+        cell: the longer side of an image on the sheet, in pixels.
+        shrink: whether images may be smaller, so that the section is no wider than those before it.
     """
 
     title: str
@@ -58,15 +58,15 @@ def draw_sheet(titles: Sequence[str], sections: Sequence[Section], font: str | P
     """Draw a sheet.
 
     Args:
-        titles: lines above all; the first is larger.
-        sections: from top to bottom.
-        font: a TrueType file; Pillow's own font if None, or one of this system's, if that has more of the characters.
+        titles: the lines at the top; the first is larger.
+        sections: the sections from top to bottom.
+        font: a TrueType file; if None, Pillow's own font, or a system font if that has more of the characters.
 
     Raises:
         RequestError: the font cannot be read.
 
     Warns:
-        RequestWarning: the font lacks characters of the titles, which are then drawn as `_`.
+        RequestWarning: the font lacks characters of the titles, which are drawn as `_`.
     """
     from PIL import Image, ImageDraw
 
@@ -118,10 +118,10 @@ def draw_sheet(titles: Sequence[str], sections: Sequence[Section], font: str | P
         for label, row in section.rows:
             tall = _row_height(row, cell)
             pen.text(MARGIN, y + (tall - label_height) // 2, label, LABEL_SIZE, INK)
-            for column, picture in enumerate(row):
+            for column, image in enumerate(row):
                 x = MARGIN + left + column * (cell + GAP)
-                sheet.paste(_scaled(picture, cell), (x, y))
-                pen.label(x, y + tall, picture.label, cell, FAINT)
+                sheet.paste(_scaled(image, cell), (x, y))
+                pen.label(x, y + tall, image.label, cell, FAINT)
             y += tall + label_height + GAP
     return sheet
 
@@ -132,25 +132,25 @@ def _cell_size(section: Section, room: int) -> int:
     return max(min(section.cell, room // len(section.rows[0][1]) - GAP), min(section.cell, MIN_CELL))
 
 
-def _size(picture: SheetImage, cell: int) -> tuple[int, int]:
-    """Width and height on the sheet."""
-    height, width = picture.pixels.shape[:2]
+def _size(image: SheetImage, cell: int) -> tuple[int, int]:
+    """Width and height of an image on the sheet."""
+    height, width = image.pixels.shape[:2]
     longer = max(height, width)
     return max(1, round(width * cell / longer)), max(1, round(height * cell / longer))
 
 
-def _scaled(picture: SheetImage, cell: int) -> Image:
+def _scaled(image: SheetImage, cell: int) -> Image:
     from PIL import Image
 
-    return Image.fromarray(picture.pixels).resize(_size(picture, cell), Image.Resampling.LANCZOS)
+    return Image.fromarray(image.pixels).resize(_size(image, cell), Image.Resampling.LANCZOS)
 
 
 def _row_height(row: Sequence[SheetImage], cell: int) -> int:
-    return max(_size(picture, cell)[1] for picture in row)
+    return max(_size(image, cell)[1] for image in row)
 
 
 class _Pen:
-    """Text in one font, with `_` in place of characters that the font does not have."""
+    """Draws text in one font, with `_` in place of characters that the font lacks."""
 
     draw: Any
 
@@ -161,22 +161,22 @@ class _Pen:
         return self._font.at(size)
 
     def width(self, text: str, size: int = LABEL_SIZE) -> int:
-        """In pixels, rounded up."""
+        """The width of a text in pixels, rounded up."""
         return -int(-self._at(size).getlength(text) // 1)
 
     def label(self, x: int, y: int, text: str, width: int, colour: str) -> None:
-        """Write one line no wider than `width`: smaller, and at last cut, where it would be."""
+        """Draw one line no wider than `width`: in a smaller size if needed, then cut."""
         size = next((size for size in range(LABEL_SIZE, 8, -1) if self.width(text, size) <= width), 8)
         while text and self.width(text, size) > width:
             text = text[:-1]
         self.text(x, y, text, size, colour)
 
     def text(self, x: int, y: int, text: str, size: int, colour: str) -> None:
-        """Write one line, its top left corner at x, y."""
+        """Draw one line with its top left corner at x, y."""
         self.draw.text((x, y), text, fill=colour, font=self._at(size))
 
     def wrapped(self, text: str, width: int, size: int) -> list[str]:
-        """Lines no wider than `width`, broken at spaces where there are some."""
+        """Wrap a text to lines no wider than `width`, at spaces if possible."""
         lines: list[str] = []
         rest = self._drawable(" ".join(text.split()))
         while rest:
@@ -193,5 +193,5 @@ class _Pen:
         if not missing:
             return text
         kept = "".join("_" if character in missing else character for character in text)
-        # The text itself is in the file, whole.
+        # The sheet's file holds the complete text.
         return f"{kept}   (_: not in this font; give --font, or read the file's own text)"

@@ -1,4 +1,4 @@
-"""Arrays to pictures, and the pictures and masks of requests to arrays."""
+"""Conversion between images and arrays: decoder outputs, input images and masks."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from .modes import from_array, to_8_bits
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# How a picture of another shape becomes height x width: cut to it, framed by it, or pulled to it.
+# Fitting an image of another aspect ratio: crop it, pad it with black, or stretch it.
 FITS = ("crop", "pad", "stretch")
-# The formats of input files, as Pillow calls them: what others there are is old, rare, or runs another program.
+# Pillow's names of the formats of input files. Its other formats are old, rare, or run another program.
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
-# EXIF's orientation, and what undoes it. Pillow's own `exif_transpose` cannot turn 16-bit modes.
+# The tag of EXIF's orientation, and Pillow's transposition that undoes each. Pillow's own `exif_transpose` does not
+# support 16-bit modes.
 ORIENTATION = 0x0112
 TRANSPOSES = {
     2: "FLIP_LEFT_RIGHT",
@@ -37,25 +38,25 @@ TRANSPOSES = {
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
-    """Decoder output `[batch, 3, height, width]` in [-1, 1] to uint8 `[batch, height, width, 3]`.
+    """Convert decoder output `[batch, 3, height, width]` in [-1, 1] to uint8 `[batch, height, width, 3]`.
 
-    Rounds to the nearest value, as diffusers' VaeImageProcessor does.
+    Rounds to nearest, as diffusers' VaeImageProcessor does.
     """
     scaled = np.clip(images * np.float32(0.5) + np.float32(0.5), 0, 1) * np.float32(255)
     return np.ascontiguousarray(np.rint(scaled).astype(np.uint8).transpose(0, 2, 3, 1))
 
 
 def read_image(value: Any, name: str, notes: list[str] | None = None) -> Image:
-    """An image of mode L, LA, RGB or RGBA; turned as its EXIF data says.
+    """Read an image as mode L, LA, RGB or RGBA, upright by its EXIF orientation.
 
     Args:
-        value: a `PIL.Image` of any mode with a known range, a path to a file of `FORMATS`, or an array as
-            `image_modes.from_array` takes it.
+        value: a `PIL.Image` of any mode with a known range, a path to a file of `FORMATS`, or an array for
+            `modes.from_array`.
         name: the request's field.
-        notes: gets a sentence where not all of the file is used: more frames or pages than the first.
+        notes: gets a sentence if the file has more frames or pages than the first, which alone is used.
 
     Raises:
-        RequestError: it is none of them, is too large or damaged, or cannot be read.
+        RequestError: it is none of these, is too large or damaged, or cannot be read.
     """
     from PIL import Image
 
@@ -63,34 +64,34 @@ def read_image(value: Any, name: str, notes: list[str] | None = None) -> Image:
         _check_size(value.shape[:2][::-1], name)
         return from_array(value, name)
     if isinstance(value, Image.Image):
-        return _decoded(value, name, name)
+        return _decode(value, name, name)
     if not isinstance(value, (str, os.PathLike)):
         raise RequestError(f"{name}: expected a PIL image, an array or a path, got {type(value).__name__}")
     path = checks.path(value, name)
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would block
             raise OSError("it is no file")
         image = _open(path)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise RequestError(f"{name}: {path}: expected at most {limits.MAX_INPUT_PIXELS} pixels: {error}") from error
     except FileNotFoundError as error:
-        raise RequestError(f"{name}: {path} cannot be read as a picture: there is no such file") from error
-    except Exception as error:  # Pillow has no error of its own for damaged files
-        reason = getattr(error, "strerror", None) or error  # an OSError's text has the path in it once more
+        raise RequestError(f"{name}: {path} cannot be read as an image: there is no such file") from error
+    except Exception as error:  # Pillow has no error class for damaged files
+        reason = getattr(error, "strerror", None) or error  # the text of an OSError repeats the path
         raise RequestError(
-            f"{name}: {path} cannot be read as a picture: {reason}; expected an undamaged file of {', '.join(FORMATS)}"
+            f"{name}: {path} cannot be read as an image: {reason}; expected an undamaged file of {', '.join(FORMATS)}"
         ) from error
     with image:
         _check_size(image.size, name)
-        read = _decoded(image, name, f"{name}: {path}")
-        # A JPEG's further images (MPO) belong to the first: its depth, or the other eye's.
+        read = _decode(image, name, f"{name}: {path}")
+        # Further images of a JPEG (MPO) are parts of the first, such as its depth or the other eye's view.
         if notes is not None and image.format != "MPO" and getattr(image, "is_animated", False):
             notes.append(f"{name}: {path.name} has several frames or pages; the first one is used")
         return read
 
 
 def _open(path: Path) -> Image:
-    """The header alone: the pixels are decoded once their number is known. A PNG's checksums are all compared."""
+    """Open a file and read its header; pixels are decoded after the size check. All checksums of a PNG are compared."""
     from PIL import Image
 
     with warnings.catch_warnings():
@@ -98,7 +99,7 @@ def _open(path: Path) -> Image:
         image = Image.open(path, formats=FORMATS)
         if image.format == "PNG":
             with image:
-                image.verify()  # which Pillow does not do when it decodes, and which uses the image up
+                image.verify()  # not done by decoding; the image cannot be used afterwards
             image = Image.open(path, formats=FORMATS)
     return image
 
@@ -110,8 +111,8 @@ def _check_size(size: tuple[int, ...], name: str) -> None:
         )
 
 
-def _decoded(image: Image, name: str, what: str) -> Image:
-    """The first frame, or what a caller's image shows, at eight bits and turned upright."""
+def _decode(image: Image, name: str, what: str) -> Image:
+    """Decode the first frame, or a caller's image, to eight bits per channel, upright by its EXIF orientation."""
     from PIL import Image
 
     try:
@@ -123,16 +124,16 @@ def _decoded(image: Image, name: str, what: str) -> Image:
         raise
     except MemoryError as error:
         raise OutOfMemory(f"{what}: its {image.width}x{image.height} pixels do not fit; scale it down") from error
-    except Exception as error:  # cut off, damaged, or closed: Pillow has no error of its own for it
-        raise RequestError(f"{what} cannot be read as a picture: {error}; it is damaged, cut off or closed") from error
+    except Exception as error:  # cut off, damaged, or closed: Pillow has no error class for these
+        raise RequestError(f"{what} cannot be read as an image: {error}; it is damaged, cut off or closed") from error
     if 0 in eight.size:
         raise RequestError(f"{name}: expected an image with pixels, got {eight.width}x{eight.height}")
-    turn = TRANSPOSES.get(orientation)
-    return eight if turn is None else eight.transpose(Image.Transpose[turn])
+    transposition = TRANSPOSES.get(orientation)
+    return eight if transposition is None else eight.transpose(Image.Transpose[transposition])
 
 
 def flatten(image: Image, background: str = "white") -> Image:
-    """RGB; what is transparent shows the background."""
+    """Convert an image to RGB; transparent pixels are blended with the background."""
     from PIL import Image
 
     if image.mode in ("RGBA", "LA"):
@@ -142,7 +143,7 @@ def flatten(image: Image, background: str = "white") -> Image:
 
 
 def fit_image(image: Image, width: int, height: int, fit: str) -> Image:
-    """A picture of exactly width x height; `pad` fills with black, which in a mask means to keep."""
+    """Fit an image to width x height by one of `FITS`; `pad` adds black, which in a mask marks pixels to preserve."""
     from PIL import Image, ImageOps
 
     if image.size == (width, height):
@@ -157,23 +158,23 @@ def fit_image(image: Image, width: int, height: int, fit: str) -> Image:
 def read_mask(
     image: Image, image_size: tuple[int, int], width: int, height: int, fit: str, feather: float
 ) -> np.ndarray:
-    """uint8 `[height, width]`: 255 to draw, 0 to keep.
+    """The mask as uint8 `[height, width]`: 255 to draw, 0 to preserve.
 
-    A mask belongs to its image as that is seen, turned by its EXIF data. At another size it is scaled to the image's,
-    and then fitted as the image is, so that both stay on one another.
+    A mask matches its image after EXIF orientation. At another size it is scaled to the image's, then fitted as the
+    image is, so that they stay aligned.
 
-    Without feathering a mask is black or white, split at the middle grey, as diffusers splits it; with it, its edge
-    becomes a slope of about `feather` pixels (a Gaussian of that radius).
+    The mask is thresholded at middle grey, as in diffusers; feathering blurs its edge with a Gaussian of radius
+    `feather`.
 
     Args:
         image: the mask, from `read_image`.
-        image_size: width and height of the image that it belongs to, before that is fitted.
-        width, height: what image and mask are fitted to.
+        image_size: width and height of its image before fitting.
+        width, height: the size that image and mask are fitted to.
         fit: one of `FITS`.
         feather: pixels.
 
     Raises:
-        RequestError: it has another shape than its image.
+        RequestError: its aspect ratio is not that of its image.
     """
     from PIL import Image, ImageFilter
 
@@ -196,9 +197,9 @@ def _grey(mask: Image) -> Image:
 
 
 def _same_shape(size: tuple[int, int], other: tuple[int, int]) -> bool:
-    """Whether one size is the other one scaled, with each side rounded up or down to whole pixels."""
+    """Whether two sizes have one aspect ratio, with each side rounded up or down to whole pixels."""
     (width, height), (other_width, other_height) = sorted((size, other))
-    # The scale lies between (side - 1) / other_side and (side + 1) / other_side, for both sides.
+    # The scale is between (side - 1) / other_side and (side + 1) / other_side, for both sides.
     return (width - 1) * other_height < (height + 1) * other_width and (height - 1) * other_width < (
         width + 1
     ) * other_height
@@ -207,7 +208,7 @@ def _same_shape(size: tuple[int, int], other: tuple[int, int]) -> bool:
 def latent_mask(mask: np.ndarray, factor: int) -> np.ndarray:
     """A mask at the latents' size, float32 from 0 to 1.
 
-    Hard ones by their nearest pixel, as diffusers does, soft ones by their mean.
+    Hard masks are sampled at the nearest pixel, as in diffusers; soft masks are averaged.
     """
     height, width = mask.shape
     if ((mask == 0) | (mask == 255)).all():
@@ -217,7 +218,7 @@ def latent_mask(mask: np.ndarray, factor: int) -> np.ndarray:
 
 
 def to_signed(images: np.ndarray) -> np.ndarray:
-    """uint8 `[batch, height, width, 3]` to what a VAE encoder takes: float32 `[batch, 3, height, width]` in [-1, 1]."""
+    """Convert uint8 `[batch, height, width, 3]` to a VAE encoder's float32 `[batch, 3, height, width]` in [-1, 1]."""
     signed = np.ascontiguousarray(images.transpose(0, 3, 1, 2), np.float32)
     signed /= np.float32(127.5)
     signed -= np.float32(1)
@@ -225,7 +226,7 @@ def to_signed(images: np.ndarray) -> np.ndarray:
 
 
 def resize_images(images: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 `[batch, h, w, 3]` to another size (Lanczos)."""
+    """Resize images uint8 `[batch, h, w, 3]` (Lanczos)."""
     from PIL import Image
 
     resized = [Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS) for image in images]
@@ -233,7 +234,7 @@ def resize_images(images: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def resize_latents(latents: np.ndarray, height: int, width: int) -> np.ndarray:
-    """float32 `[batch, channels, h, w]` to another size (bicubic), each channel as a picture of its own."""
+    """Resize latents float32 `[batch, channels, h, w]` (bicubic), each channel as a separate image."""
     from PIL import Image
 
     flat = latents.reshape(-1, *latents.shape[2:])
@@ -242,5 +243,5 @@ def resize_latents(latents: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def paste(drawn: np.ndarray, original: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Drawn pictures uint8 `[batch, height, width, 3]` over the original: where the mask is 0, its very bytes."""
+    """Blend drawn images uint8 `[batch, height, width, 3]` over the original, whose bytes stay where the mask is 0."""
     return core_paste(drawn, original, mask)

@@ -1,4 +1,4 @@
-"""A font of this system that has the characters of a text."""
+"""Finds a system font that has the characters of a text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import RequestError
 
-# Files where systems keep them, and the face inside that has the forms of simplified Chinese.
+# Font files of several systems, with the index of the face for simplified Chinese.
 PLACES: Sequence[tuple[str, int]] = (
     ("/usr/share/fonts/opentype/noto/NotoSansCJK-Regular.ttc", 2),  # Debian's fonts-noto-cjk
     ("/usr/share/fonts/google-noto-sans-cjk-fonts/NotoSansCJK-Regular.ttc", 2),
@@ -29,7 +29,7 @@ PLACES: Sequence[tuple[str, int]] = (
     ("C:/Windows/Fonts/simsun.ttc", 0),
     ("/usr/share/fonts/truetype/dejavu/DejaVuSans.ttf", 0),  # no Chinese, but Greek, Cyrillic and more
 )
-# What to install where there is none, by Debian's and Ubuntu's name.
+# The package to install if there is no font, by its name in Debian and Ubuntu.
 PACKAGE = "fonts-noto-cjk"
 
 
@@ -66,7 +66,7 @@ class Font:
         return self._sizes[size]
 
     def has(self, character: str) -> bool:
-        """Whether a character would not be drawn as a box."""
+        """Whether the font has a glyph for a character."""
         if character not in self._known:
             self._known[character] = self._has(character)
         return self._known[character]
@@ -76,20 +76,20 @@ class Font:
         try:
             drawn, box = font.getmask(character), font.getmask("\U0010fffd")  # a private character: no font has it
         except (UnicodeEncodeError, OSError):
-            return False  # Pillow without FreeType has a font of Latin letters alone
+            return False  # without FreeType, Pillow has only a font of Latin letters
         return character.isspace() or (drawn.size, bytes(drawn)) != (box.size, bytes(box))
 
     def missing(self, text: Iterable[str]) -> list[str]:
-        """The characters that it does not have, each once, in order."""
+        """The characters without a glyph, sorted, without duplicates."""
         return [character for character in sorted(set(text)) if not self.has(character)]
 
 
 def find_font(text: str, places: Sequence[tuple[str, int]] | None = None) -> Font:
-    """The first font that has all characters of a text: Pillow's own, or one of this system; else that with the most.
+    """The first font with all characters of a text, Pillow's own or a system font; else the font with the most.
 
     Args:
-        text: what is to be drawn.
-        places: files and faces to look at; PLACES if None.
+        text: the text to draw.
+        places: font files and indices of faces to try; PLACES if None.
     """
     best = Font()
     missing = best.missing(text)
@@ -101,7 +101,7 @@ def find_font(text: str, places: Sequence[tuple[str, int]] | None = None) -> Fon
         try:
             font = Font(path, index)
         except RequestError:
-            continue  # damaged, or of a kind that this Pillow does not read
+            continue  # damaged, or in a format that this Pillow does not support
         left = font.missing(text)
         if len(left) < len(missing):
             best, missing = font, left

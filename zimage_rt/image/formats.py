@@ -1,4 +1,4 @@
-"""Image files: PNG, JPEG and WebP with what they say of themselves, and whether a file is whole."""
+"""Image files: encoding of PNG, JPEG and WebP with their texts, and the check whether a file is complete."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 
 from ..errors import RequestError
 
-# Pillow's names by a file's ending.
+# Pillow's name of the format, by the file's suffix.
 FORMATS: Mapping[str, str] = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 JPEG_QUALITY = 95
-# EXIF: the folder of tags with UserComment, and that tag.
+# EXIF: the directory with UserComment, and its tag.
 EXIF_FOLDER, USER_COMMENT = 0x8769, 0x9286
-# A JPEG's EXIF data is one segment of 64 KiB; longer text is in the sidecar alone.
+# EXIF data of a JPEG is one segment of 64 KiB; a longer text is only in the sidecar.
 MAX_COMMENT = 60_000
-# Beginning and end of a whole file. A WebP file says its length.
+# First and last bytes of a complete file; the header of a WebP file has its length instead.
 MARKS: Mapping[str, tuple[bytes, bytes]] = {
     "PNG": (b"\x89PNG\r\n\x1a\n", b"\x00\x00\x00\x00IEND\xaeB`\x82"),
     "JPEG": (b"\xff\xd8\xff", b"\xff\xd9"),
@@ -27,7 +27,7 @@ MARKS: Mapping[str, tuple[bytes, bytes]] = {
 
 
 def check_quality(suffix: str, quality: int | None) -> None:
-    """Raise RequestError unless a format takes a quality, from 1 to 100."""
+    """Raise RequestError unless `quality` is None, or 1 to 100 for a format that has one."""
     if quality is None:
         return
     if isinstance(quality, bool) or not isinstance(quality, int) or not 1 <= quality <= 100:
@@ -39,14 +39,14 @@ def check_quality(suffix: str, quality: int | None) -> None:
 def encode_image(
     pixels: np.ndarray, suffix: str, texts: Mapping[str, str], comment: str, quality: int | None = None
 ) -> bytes:
-    """Encode uint8 `[height, width, 3]` in the format of a file's ending.
+    """Encode uint8 `[height, width, 3]` in the format of a suffix.
 
     Args:
         pixels: the image.
         suffix: a key of FORMATS.
-        texts: by keyword; a PNG holds them.
-        comment: in JPEG and WebP, as EXIF's UserComment, where AUTOMATIC1111 keeps its parameters.
-        quality: 1 to 100, of JPEG (95 if None) and WebP (every pixel is kept if None).
+        texts: the texts of a PNG, by keyword.
+        comment: EXIF's UserComment of JPEG and WebP, which holds AUTOMATIC1111's parameters.
+        quality: 1 to 100 for JPEG (95 if None) and WebP (lossless if None).
 
     Raises:
         RequestError: this Pillow cannot write the format, or it cannot hold so many pixels.
@@ -60,7 +60,7 @@ def encode_image(
         info = PngInfo()
         for key, text in texts.items():
             info.add_text(key, text)
-        # ComfyUI's level: half the time of Pillow's own for a few per cent more bytes.
+        # ComfyUI's level takes half the time of Pillow's default for a few per cent more bytes.
         options = {"pnginfo": info, "compress_level": 4}
     else:
         exif = Image.Exif()
@@ -69,7 +69,7 @@ def encode_image(
             exif.get_ifd(EXIF_FOLDER)[USER_COMMENT] = encoded_comment
         options = {"exif": exif}
         if kind == "JPEG":
-            # Colours at full resolution: red writing on green would be smeared otherwise.
+            # No chroma subsampling, which smears red text on green.
             options |= {"quality": JPEG_QUALITY if quality is None else quality, "subsampling": 0, "optimize": True}
         else:
             options |= {"lossless": True} if quality is None else {"quality": quality}
@@ -82,16 +82,15 @@ def encode_image(
 
 
 def sidecar_path(path: Path) -> Path:
-    """Where an image's record is beside it: `panda.json` of `panda.png`, `panda.jpg.json` of `panda.jpg`.
+    """The path of an image's sidecar: `panda.json` for `panda.png`, `panda.jpg.json` for `panda.jpg`.
 
-    A PNG holds its record itself; another format's is there alone, and must not be replaced by that of a PNG of the
-    same name.
+    For JPEG and WebP the sidecar is the only copy of the record, so that a PNG of the same stem must not replace it.
     """
     return path.with_suffix(".json") if path.suffix.lower() == ".png" else path.with_name(f"{path.name}.json")
 
 
 def is_whole(path: Path, size: int) -> bool:
-    """Whether a file of `size` bytes as it was written is there whole, or an image that somebody changed since."""
+    """Whether an image file is complete: it has the `size` of when it was written, or it was changed and decodes."""
     kind = FORMATS.get(path.suffix.lower())
     try:
         actual = path.stat().st_size
@@ -116,6 +115,6 @@ def _decodes(path: Path) -> bool:
     try:
         with Image.open(path) as image:
             image.load()
-    except Exception:  # Pillow raises whatever its readers meet in damaged files
+    except Exception:  # Pillow's readers raise errors of any class for damaged files
         return False
     return True

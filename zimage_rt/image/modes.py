@@ -1,7 +1,7 @@
-"""Pixel formats of input images to eight bits, each read by its range; what has no known range is refused.
+"""Conversion of input images to eight bits per channel by the range of their format; unknown ranges are refused.
 
-diffusers' VaeImageProcessor divides whatever a PIL image holds by 255, and ComfyUI clips or wraps what is more than
-eight bits. Both turn a 16-bit depth map white, so neither is followed here.
+diffusers' VaeImageProcessor divides any PIL image by 255, and ComfyUI clips or wraps values of more than eight bits.
+Both make a 16-bit depth map white, so neither is followed here.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from ..errors import RequestError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# TIFF's tags: bits per sample; 0 where the smallest number is white; 1 for unsigned numbers.
+# Tags of TIFF: bits per sample; photometric interpretation, 0 if 0 is white; sample format, 1 if unsigned.
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 _UNSIGNED = 1
 
 
 def from_array(array: np.ndarray, name: str) -> Image:
-    """An array `[height, width]`, or with 1, 3 or 4 channels behind, as an image of eight bits.
+    """Convert an array `[height, width]` or `[height, width, 1, 3 or 4]` to an image of eight bits per channel.
 
-    uint8 is taken as it is, uint16 from 0 to 65535, floats from 0 to 1 as diffusers takes them, bool as black and
-    white. Raises RequestError for any other type or shape, and for floats that are not finite or beyond 0 to 1.
+    The range is 0 to 255 for uint8, 0 to 65535 for uint16, 0 to 1 for floats, as in diffusers, and black and white for
+    bool. Raises RequestError for any other type or shape, and for floats that are not finite or outside 0 to 1.
     """
     from PIL import Image
 
@@ -36,12 +36,12 @@ def from_array(array: np.ndarray, name: str) -> Image:
             f"channels behind, got {kind} {list(array.shape)}"
         )
     if kind == np.uint16:
-        array = _from_white(array, 65535)
+        array = _scale_to_8_bits(array, 65535)
     elif kind == np.bool_:
         array = array.astype(np.uint8) * np.uint8(255)
     elif kind != np.uint8:
         low, high = float(array.min()), float(array.max())
-        if not (low >= 0 and high <= 1):  # NaN, too
+        if not (low >= 0 and high <= 1):  # also for NaN
             raise RequestError(
                 f"{name}: expected floats from 0 to 1, got {low:g} to {high:g}; give uint8 for 0 to 255, or "
                 "(array + 1) / 2 for -1 to 1"
@@ -52,27 +52,27 @@ def from_array(array: np.ndarray, name: str) -> Image:
 
 
 def to_8_bits(image: Image, name: str) -> Image:
-    """An image of any of Pillow's modes as `L`, `LA`, `RGB` or `RGBA`, with what is transparent kept.
+    """Convert an image of any of Pillow's modes to `L`, `LA`, `RGB` or `RGBA`; transparency is preserved.
 
-    Raises RequestError for a mode whose range is not known: `F`, and `I` that is not from a file of 16 bits.
+    Raises RequestError for modes without a known range: `F`, and `I` that is not from a file of 16 bits.
     """
     from PIL import Image
 
     mode = image.mode
     if mode == "I" or mode.startswith("I;16"):
-        return _from_sixteen_bits(image, name)
+        return _from_16_bits(image, name)
     if mode == "F":
         raise RequestError(
             f"{name}: expected an image with a known range, got mode F, floats of any range; give an array of floats "
             "from 0 to 1, or uint8"
         )
-    if mode in ("La", "RGBa"):  # colours that were multiplied with their alpha
+    if mode in ("La", "RGBa"):  # premultiplied alpha
         return image.convert({"La": "LA", "RGBa": "RGBA"}[mode])
     transparent = "transparency" in image.info
     if mode == "1" or mode == "L":
         return image.convert("RGBA") if transparent else image.convert("L")
     if mode in ("P", "PA", "RGB"):
-        # A palette has colours and perhaps alpha, which its entries or `transparency` hold.
+        # A palette may have alpha, in its entries or in `transparency`.
         opaque = mode == "RGB" or (mode == "P" and image.getpalette("RGB") is not None and not _alpha_in_palette(image))
         if opaque and not transparent:
             return image if mode == "RGB" else image.convert("RGB")
@@ -89,27 +89,27 @@ def _alpha_in_palette(image: Image) -> bool:
     return image.palette is not None and "A" in image.palette.mode
 
 
-def _from_white(values: np.ndarray, white: int) -> np.ndarray:
-    """uint8: 0 stays 0, `white` becomes 255, rounded to the nearest."""
+def _scale_to_8_bits(values: np.ndarray, white: int) -> np.ndarray:
+    """Scale values from 0 to `white` to uint8 from 0 to 255, rounded to nearest."""
     scaled = values.astype(np.float32) * np.float32(255 / white)
     return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
 
 
-def _from_sixteen_bits(image: Image, name: str) -> Image:
-    """Modes I;16… and I. `transparency` is the grey that is transparent."""
+def _from_16_bits(image: Image, name: str) -> Image:
+    """Convert modes I;16… and I; `transparency` is the grey value of transparent pixels."""
     from PIL import Image
 
-    white, inverted = _white(image, name)
+    white, inverted = _white_level(image, name)
     values = np.asarray(image).astype(np.int32)
-    grey = _from_white(white - values if inverted else values, white)
+    grey = _scale_to_8_bits(white - values if inverted else values, white)
     see_through = image.info.get("transparency")
     if isinstance(see_through, int):
         return Image.fromarray(np.stack([grey, np.where(values == see_through, 0, 255).astype(np.uint8)], axis=-1))
     return Image.fromarray(grey)
 
 
-def _white(image: Image, name: str) -> tuple[int, bool]:
-    """The number that is white, and whether the numbers are the other way round: white is 0."""
+def _white_level(image: Image, name: str) -> tuple[int, bool]:
+    """The largest value, which is white, and whether the image is inverted: 0 is white."""
     tags = getattr(image, "tag_v2", None)
     if tags is not None:
         bits, sign = tags.get(_BITS, (1,)), tags.get(_SAMPLE_FORMAT, (_UNSIGNED,))

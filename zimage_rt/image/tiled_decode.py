@@ -1,4 +1,4 @@
-"""Decoding in tiles, for sizes whose activations do not fit: overlapping squares, blended along straight ramps."""
+"""Tiled decoding, for sizes whose activations do not fit: overlapping squares, blended by linear ramps."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-# How much of a tile its neighbours cover too: diffusers' AutoencoderKL blends a quarter.
+# The part of a tile that its neighbours cover too; diffusers' AutoencoderKL blends a quarter.
 OVERLAP = 0.25
 
 
 def _starts(size: int, tile: int) -> list[int]:
-    """Where tiles begin so that they cover `size` evenly, overlapping by a quarter or more."""
+    """The starts of tiles that cover `size` evenly and overlap by a quarter or more."""
     if size <= tile:
         return [0]
     step = max(1, int(tile * (1 - OVERLAP)))
@@ -20,7 +20,7 @@ def _starts(size: int, tile: int) -> list[int]:
 
 
 def _ramp(first: int, length: int, size: int, overlap: int) -> np.ndarray:
-    """Weights of one tile along one axis, in pixels: rising where a neighbour ends, falling where one begins."""
+    """Weights of a tile's pixels along one axis, rising over the overlap before it and falling over that after it."""
     weight = np.ones(length, np.float32)
     rise = (np.arange(overlap, dtype=np.float32) + 0.5) / overlap
     if first > 0:
@@ -40,14 +40,14 @@ def decode_tiled(
     """Decode `latents` tile by tile.
 
     Args:
-        decode: latents to uint8 pictures `[batch, height, width, 3]`.
+        decode: converts latents to uint8 images `[batch, height, width, 3]`.
         latents: `[batch, channels, latent_height, latent_width]`.
         tile: pixels of a tile's side.
         factor: pixels per latent.
-        on_tile: told before the first tile and after each how many are done, and of how many.
+        on_tile: called with (done, total) before the first tile and after each.
 
     Returns:
-        uint8 pictures, as `decode` would give them but for what lies beyond a tile's reach.
+        uint8 images, equal to those of `decode` up to the effect of pixels outside of each tile.
     """
     batch, _, height, width = latents.shape
     side = tile // factor

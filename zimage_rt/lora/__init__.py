@@ -1,1 +1,1 @@
-"""LoRAs: layouts of files, places of layers, and the set that an engine has on."""
+"""LoRAs: reading their files, matching their layers to a bundle's, and applying them to an engine."""

@@ -1,8 +1,8 @@
-"""LoRA files: what tools write for Z-Image, read into one form.
+"""Reader of LoRA files in the layouts that tools write for Z-Image.
 
-A LoRA changes a linear layer's weight `[out, in]`, mostly by `scale * up @ down`, `down [rank, in]` and
-`up [out, rank]`. Files differ in how they name the layer and what belongs to it, and in where the scale stands;
-`docs/formats.md` has every layout that is read. In short:
+A LoRA changes a linear layer's weight `[out, in]`, mostly by `scale * up @ down` with `down [rank, in]` and
+`up [out, rank]`. Layouts differ in the names of layers and tensors and in the place of the scale; `docs/formats.md`
+has all of them. In short:
 
 | layout | a layer's tensors | scale |
 | --- | --- | --- |
@@ -33,10 +33,10 @@ from .kinds import file_kind, other_adapter, remedy
 from .layers import Factors, Layer, LoraLayer, VectorChange, WholeLayer, loha, lokr
 from .settings import Scales, read_scales
 
-# The file of a folder that holds one: PEFT's, then diffusers'.
+# The weights of a folder: PEFT's file, then diffusers'.
 _FOLDER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 
-# What follows a layer's name; PEFT writes an adapter's name before `.weight`.
+# The suffixes after a layer's name, by role; PEFT writes an adapter's name before `.weight`.
 _ROLES = (
     ("down", re.compile(r"\.(lora_A(\.[^.]+)?\.weight|lora_down\.weight|lora\.down\.weight|lora_A)$")),
     ("up", re.compile(r"\.(lora_B(\.[^.]+)?\.weight|lora_up\.weight|lora\.up\.weight|lora_B)$")),
@@ -50,21 +50,21 @@ _ROLES = (
     *((f"hada_{part}", re.compile(rf"\.hada_{part}$")) for part in ("w1_a", "w1_b", "w2_a", "w2_b")),
 )
 _PARTNER = {"lora_A": "lora_B", "lora_down": "lora_up", "lora.down": "lora.up"}
-# The roles that change a matrix; a layer has those of one kind.
+# The roles that change a matrix, by kind; a layer has roles of one kind.
 _KINDS = {"LoRA": ("down", "up"), "LoKr": "lokr_", "LoHa": "hada_", "a difference": ("diff",), "a weight": ("set",)}
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraFile:
-    """What a file holds.
+    """The content of a LoRA file.
 
     Attributes:
         path: the .safetensors file.
         layers: its layers.
-        problems, bad_keys: what is wrong with it, one line each, and the keys that are meant.
-        sha256: hex, of the very bytes that the layers were read from; empty if nothing was read.
+        problems, bad_keys: its errors, one line each, and the keys that they are about.
+        sha256: hex, of the bytes that the layers were read from; empty if nothing was read.
         settings_sha256: hex, of the adapter_config.json that its scales are from; empty if there is none.
-        notes: what to tell of it, though it can be used.
+        notes: warnings about a file that can be used.
     """
 
     path: Path
@@ -81,7 +81,7 @@ class _LayerError(ValueError):
 
 
 def weights_file(path: Path) -> Path:
-    """The weights of a LoRA that is a file, or a folder as PEFT and diffusers write it."""
+    """The weights file of a LoRA's path, which is a file or a folder of PEFT or diffusers."""
     if not is_folder(path):
         return path
     try:
@@ -91,7 +91,7 @@ def weights_file(path: Path) -> Path:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether it is a folder; a place that may not be looked at is none, and whoever reads it is told why."""
+    """Whether a path is a folder; False without permission to look, which reading then reports."""
     try:
         return path.is_dir()
     except PermissionError:
@@ -99,16 +99,14 @@ def is_folder(path: Path) -> bool:
 
 
 def read_lora(path: Path) -> LoraFile:
-    """Read a LoRA file, or a folder of PEFT or diffusers; half a layer is among the problems.
+    """Read a LoRA file, or a folder of PEFT or diffusers; incomplete layers are among its problems.
 
-    The file is read once, and hashed as it was read: what happens to it afterwards changes neither.
-
-    Raises LoraError if it cannot be read.
+    The hash is of the bytes that were read, even if the file changes later. Raises LoraError if it cannot be read.
     """
     path = weights_file(path)
     try:
         file, sha256 = TensorFile(path), ""
-        if _sort(file.tensors)[0]:  # not a checkpoint of many GB, which its header gives away
+        if _group_by_layer(file.tensors)[0]:  # by its header no checkpoint of many GB
             content = path.read_bytes()
             file, sha256 = TensorFile(path, content), hashlib.sha256(content).hexdigest()
     except FileNotFoundError:
@@ -127,8 +125,8 @@ def read_lora(path: Path) -> LoraFile:
         kind = file_kind(path)
         what = f"it seems to be {kind}" if kind else str(error)
         raise LoraError(f"{path}: {what}; expected a LoRA's .safetensors file: {remedy(kind)}") from error
-    parts, unknown = _sort(file.tensors)
-    problems, bad = [_unknown(key) for key in unknown], list(unknown)
+    parts, unknown = _group_by_layer(file.tensors)
+    problems, bad = [_unknown_key(key) for key in unknown], list(unknown)
     scales = read_scales(path, file, any("alpha" in roles for roles in parts.values()))
     layers: list[Layer] = []
     for name, roles in parts.items():
@@ -142,8 +140,8 @@ def read_lora(path: Path) -> LoraFile:
     return LoraFile(path, layers, problems, bad, sha256, [scales.note] if scales.note else [], scales.sha256)
 
 
-def _sort(keys: Mapping[str, Any]) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Layer name → role → key, and the keys that have no role."""
+def _group_by_layer(keys: Mapping[str, Any]) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Group keys by layer name and role; returns also the keys without a role."""
     parts: dict[str, dict[str, str]] = {}
     unknown = []
     for key in keys:
@@ -159,7 +157,7 @@ def _sort(keys: Mapping[str, Any]) -> tuple[dict[str, dict[str, str]], list[str]
     return parts, unknown
 
 
-def _unknown(key: str) -> str:
+def _unknown_key(key: str) -> str:
     kind = other_adapter(key)
     if kind is not None:
         return (
@@ -170,7 +168,7 @@ def _unknown(key: str) -> str:
 
 
 def _read_layer(file: TensorFile, name: str, roles: Mapping[str, str], scales: Scales) -> list[Layer]:
-    """A layer's changes in fp32: of its matrix, of its bias, or of both. Raises ValueError."""
+    """Read a layer's changes in fp32: of its matrix, its bias, or both. Raises ValueError."""
     kinds = [
         kind
         for kind, wanted in _KINDS.items()
@@ -213,7 +211,7 @@ def _read_change(
 ) -> Layer:
     keys = tuple(roles[role] for role in roles if role not in ("up_bias", "bias"))
     if kind == "LoRA":
-        down, up = _halves(file, roles)
+        down, up = _low_rank_pair(file, roles)
         return LoraLayer(name, down, up * np.float32(scale_of(len(down))), keys)
     if kind == "LoKr":
         w1, w2 = _factors(file, roles, "lokr_w1"), _factors(file, roles, "lokr_w2", roles.get("lokr_t2"))
@@ -228,12 +226,12 @@ def _read_change(
     if values.ndim == 1:
         return VectorChange(name, "weight", values, (roles[role],), replaces=role == "set")
     rows, columns = _matrix(file, roles[role]).shape
-    # Read again when it is added: the differences of a whole model are as large as the model.
+    # Read again when it is applied: the differences of a whole model are as large as the model.
     return WholeLayer(name, (rows, columns), partial(_matrix, file, roles[role]), keys, replaces=role == "set")
 
 
 def _with_magnitude(file: TensorFile, layer: Layer, roles: Mapping[str, str]) -> Layer:
-    """A layer with DoRA's magnitude, where the file has one."""
+    """The layer with DoRA's magnitude, if the file has one."""
     if "magnitude" not in roles:
         return layer
     key = roles["magnitude"]
@@ -249,19 +247,19 @@ def _with_magnitude(file: TensorFile, layer: Layer, roles: Mapping[str, str]) ->
     return dataclasses.replace(layer, magnitude=values)
 
 
-def _halves(file: TensorFile, roles: Mapping[str, str]) -> tuple[np.ndarray, np.ndarray]:
+def _low_rank_pair(file: TensorFile, roles: Mapping[str, str]) -> tuple[np.ndarray, np.ndarray]:
     """A plain LoRA's `down` and `up`."""
     if "down" not in roles or "up" not in roles:
         key = roles["down" if "down" in roles else "up"]
-        raise _LayerError(f"{key}: expected {_partner(key)} beside it")
-    down, up = (_without_ones(file.shape(roles[role])) for role in ("down", "up"))
+        raise _LayerError(f"{key}: expected {_counterpart(key)} beside it")
+    down, up = (_squeeze_kernel(file.shape(roles[role])) for role in ("down", "up"))
     if len(down) != 2 or len(up) != 2 or down[0] != up[1] or 0 in (*down, *up):
         expected = "expected [rank, in] and [out, rank]"
         raise _LayerError(f"{roles['down']}, {roles['up']}: {expected}, got {list(down)} and {list(up)}")
     return _matrix(file, roles["down"]), _matrix(file, roles["up"])
 
 
-def _partner(key: str) -> str:
+def _counterpart(key: str) -> str:
     for first, second in _PARTNER.items():
         for one, other in ((first, second), (second, first)):
             if f".{one}" in key:
@@ -270,7 +268,7 @@ def _partner(key: str) -> str:
 
 
 def _factors(file: TensorFile, roles: Mapping[str, str], role: str, core: str | None = None) -> Factors:
-    """`….w1`, or `….w1_a` and `….w1_b`; with a `core` `[rank, rank, 1, 1]` between them, `a` is transposed."""
+    """Read `….w1`, or `….w1_a` and `….w1_b`; with a Tucker `core` `[rank, rank, 1, 1]`, `a` is transposed."""
     if role in roles:
         return Factors(_matrix(file, roles[role]))
     halves = [roles.get(f"{role}_{half}") for half in "ab"]
@@ -306,14 +304,14 @@ def _vector(file: TensorFile, key: str) -> np.ndarray:
 
 
 def _matrix(file: TensorFile, key: str) -> np.ndarray:
-    """A matrix, or the kernel of a 1x1 convolution, which is one."""
+    """Read a matrix, or the kernel of a 1x1 convolution as a matrix."""
     values = _floats(file, key)
-    values = values.reshape(_without_ones(values.shape))
+    values = values.reshape(_squeeze_kernel(values.shape))
     if values.ndim != 2:
         raise _LayerError(f"{key}: expected a matrix, got {list(values.shape)}")
     return values
 
 
-def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A kernel's shape without its size, if that is 1."""
+def _squeeze_kernel(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A kernel's shape without its trailing dimensions, if all of them are 1."""
     return shape[:2] if math.prod(shape[2:]) == 1 else shape

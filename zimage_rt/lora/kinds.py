@@ -1,4 +1,4 @@
-"""What a file seems to be that is no LoRA for a bundle: for messages."""
+"""Guesses, for messages, about files that are no LoRA for a bundle."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-# Ways to change a model that are not read, by what their keys hold.
+# Unsupported adapters, by patterns of their keys.
 _OTHER_ADAPTERS = (
     (re.compile(r"\.b?oft_"), "OFT"),
     (re.compile(r"\.lora_mid\.|\.hada_t[12]$"), "a convolution's Tucker core"),
@@ -17,7 +17,7 @@ _OTHER_ADAPTERS = (
     (re.compile(r"(\.weight_scale|\.scale_weight|\.input_scale|\.comfy_quant|(^|\.)scaled_fp8)$"), "a quantised layer"),
 )
 
-# Whole models, by keys that only they have.
+# Checkpoints, by keys that only they have.
 _CHECKPOINTS = (
     (re.compile(r"(^|\.)control_layers\.|control_all_x_embedder"), "a ControlNet's checkpoint"),
     (re.compile(r"layers\.\d+\.attention\.(qkv|to_q)\.weight$"), "a checkpoint of Z-Image's transformer"),
@@ -27,7 +27,7 @@ _CHECKPOINTS = (
     (re.compile(r"(input_blocks|output_blocks|down_blocks|up_blocks)\.\d+\."), "a checkpoint of Stable Diffusion"),
 )
 
-# LoRAs of other models, by their layers' names.
+# LoRAs of other models, by names of their layers.
 _MODELS = (
     (re.compile(r"(double_blocks|single_blocks|single_transformer_blocks)[._]\d+"), "Flux"),
     (re.compile(r"transformer_blocks[._]\d+[._](attn[._]add_|img_mlp|txt_mlp|img_mod|txt_mod)"), "Qwen-Image"),
@@ -39,7 +39,7 @@ _MODELS = (
     (re.compile(r"(joint_blocks|joint_transformer_blocks)[._]"), "Stable Diffusion 3"),
 )
 
-# A file's first bytes, where it is no safetensors file.
+# First bytes of files that are no safetensors files.
 _MAGIC = (
     (b"GGUF", "a GGUF file, which holds a whole model"),
     (b"PK\x03\x04", "a pickle or an archive (.pt, .ckpt, .zip)"),
@@ -49,7 +49,7 @@ _MAGIC = (
 )
 
 
-# What to do about such a file, by the first word of these that its kind has.
+# Advice about such files; the first word here that occurs in the kind decides.
 _REMEDIES = (
     ("pickle", "convert it to safetensors; a pickle is not read, because reading one runs what is in it"),
     ("GGUF", "GGUF is only read by zimage-export, as a transformer or a text encoder"),
@@ -57,14 +57,14 @@ _REMEDIES = (
 
 
 def other_adapter(key: str) -> str | None:
-    """The way to change a model that a key belongs to, where it is one that is not read."""
+    """The unsupported adapter that a key belongs to; None for other keys."""
     return next((kind for pattern, kind in _OTHER_ADAPTERS if pattern.search(key)), None)
 
 
 def seems_to_be(keys: Collection[str], has_layers: bool) -> str | None:
-    """What a file whose keys have no place in a bundle seems to be; None where nothing is known.
+    """A guess about a file whose keys match no layer of a bundle; None if there is none.
 
-    `has_layers` is whether it has layers as LoRAs have them.
+    `has_layers` is whether some of its keys are a LoRA's.
     """
     for pattern, kind in _MODELS if has_layers else _CHECKPOINTS:
         if any(pattern.search(key) for key in keys):
@@ -77,7 +77,7 @@ def seems_to_be(keys: Collection[str], has_layers: bool) -> str | None:
 
 
 def file_kind(path: Path) -> str | None:
-    """What a file seems to be that is not safetensors, by its first bytes."""
+    """A guess about a file that is not safetensors, by its first bytes; None if there is none."""
     try:
         with path.open("rb") as file:
             start = file.read(24)
@@ -87,5 +87,5 @@ def file_kind(path: Path) -> str | None:
 
 
 def remedy(kind: str | None) -> str:
-    """What to do about a file that is not safetensors, by what `file_kind` says of it."""
+    """Advice about a file that is not safetensors; `kind` is from `file_kind`."""
     return next((what for word, what in _REMEDIES if word in (kind or "")), "fetch it again")

@@ -1,4 +1,4 @@
-"""What a LoRA file's layers do to a model's weights: products of thin matrices, LoKr, LoHa, DoRA, whole differences."""
+"""The changes of weights in LoRA files: low-rank products, LoKr, LoHa, DoRA and full differences."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Callable
 
 import numpy as np
 
-# A LoKr or LoHa of a rank up to this is kept as the product of two thin matrices, which every backend adds as cheaply
-# as a plain LoRA; a larger one is kept as its file has it, and made whole, layer by layer, when it is added.
+# A LoKr or LoHa up to this rank is stored as a low-rank product, which every backend adds as cheaply as a plain LoRA; a
+# larger one is stored as in its file and expanded, layer by layer, when it is applied.
 MAX_FACTOR_RANK = 128
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoraLayer:
-    """One layer of a file, under the file's own name for it.
+    """A layer whose change is a low-rank product.
 
     Attributes:
-        name: what stood before `.lora_A.weight`.
+        name: the file's name for the layer, which precedes `.lora_A.weight`.
         down: float32 `[rank, in]`.
-        up: float32 `[out, rank]`, the scale in it.
-        keys: the file's own, for messages.
-        magnitude: DoRA's, float32: `[out, 1]` are the norms of the changed weight's rows, `[1, in]` of its columns.
+        up: float32 `[out, rank]`, multiplied by the scale.
+        keys: the file's keys, for messages.
+        magnitude: DoRA's, float32: norms of the changed weight's rows, `[out, 1]`, or of its columns, `[1, in]`.
     """
 
     name: str
@@ -42,13 +42,13 @@ class LoraLayer:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class WholeLayer:
-    """A layer whose change is no product of two thin matrices.
+    """A layer whose change is a full matrix.
 
     Attributes:
         name, keys, magnitude: as in `LoraLayer`.
         shape: `(out, in)`.
-        delta: makes the change, float32 `[out, in]`.
-        replaces: whether `delta` makes the new weight instead of its change.
+        delta: computes the change, float32 `[out, in]`.
+        replaces: whether `delta` computes the new weight instead of its change.
     """
 
     name: str
@@ -81,7 +81,7 @@ Layer = LoraLayer | WholeLayer | VectorChange
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Factors:
-    """A matrix as a file has it: `a @ b`, or `whole`.
+    """A matrix as stored in a file: `a @ b`, or `whole`.
 
     Attributes:
         whole: float32 `[rows, columns]`, or None.
@@ -94,7 +94,7 @@ class Factors:
 
     @property
     def rank(self) -> int | None:
-        """The product's rank as its writer chose it; None of a whole matrix."""
+        """The rank of the product; None for a whole matrix."""
         return None if self.b is None else len(self.b)
 
     @property
@@ -104,7 +104,7 @@ class Factors:
         return len(a), b.shape[1]
 
     def pair(self) -> tuple[np.ndarray, np.ndarray]:
-        """Two factors of it; a whole matrix is itself times an identity, on its longer side."""
+        """Two factors of the matrix; for a whole matrix one of them is the identity of its shorter side."""
         if self.a is not None and self.b is not None:
             return self.a, self.b
         assert self.whole is not None
@@ -122,9 +122,9 @@ class Factors:
 
 
 def lokr(name: str, w1: Factors, w2: Factors, scale: float, keys: tuple[str, ...]) -> LoraLayer | WholeLayer:
-    """LoKr: the change is `scale * kron(w1, w2)` (LyCORIS, `lycoris/modules/lokr.py`).
+    """The layer of a LoKr: the change is `scale * kron(w1, w2)` (LyCORIS, `lycoris/modules/lokr.py`).
 
-    A Kronecker product of products is the product of Kronecker products, so its rank is the product of the ranks.
+    The Kronecker product of two products is the product of two Kronecker products, so its rank is the ranks' product.
     """
     (a1, b1), (a2, b2) = w1.pair(), w2.pair()
     shape = (len(a1) * len(a2), b1.shape[1] * b2.shape[1])
@@ -134,9 +134,9 @@ def lokr(name: str, w1: Factors, w2: Factors, scale: float, keys: tuple[str, ...
 
 
 def loha(name: str, w1: Factors, w2: Factors, scale: float, keys: tuple[str, ...]) -> LoraLayer | WholeLayer:
-    """LoHa: the change is `scale * w1 * w2`, element by element (LyCORIS, `lycoris/modules/loha.py`).
+    """The layer of a LoHa: the change is `scale * w1 * w2`, elementwise (LyCORIS, `lycoris/modules/loha.py`).
 
-    Its rank is at most the product of the ranks: columns times columns, and rows times rows.
+    Its rank is at most the product of the ranks: its factors are the products of all pairs of columns and of rows.
     """
     (a1, b1), (a2, b2) = w1.pair(), w2.pair()
     shape = (len(a1), b1.shape[1])
@@ -152,9 +152,9 @@ def _is_thin(rank: int, shape: tuple[int, int]) -> bool:
 
 
 def same_product(one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray], tolerance: float) -> bool:
-    """Whether `down.T @ up` of both are equal within `tolerance` of the first one's Frobenius norm.
+    """Whether both `down.T @ up` are equal within `tolerance` times the first one's Frobenius norm.
 
-    The products are not made: their scalar products are sums over the ranks alone.
+    The products are not computed: their scalar products are sums over the ranks.
     """
 
     def dot(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> float:

@@ -1,7 +1,7 @@
-"""LoRAs on a live engine: several at once with weights, per engine or per request, taken off again.
+"""The LoRAs of a loaded engine: loading, unloading, and their weights per engine or per request.
 
-The modules' weights are always the bundle's plus the sum of the LoRAs that are on, made anew from the bundle's file at
-every change: nothing is subtracted, so that without LoRAs they are the bundle's own bytes.
+The modules' weights are the bundle's plus the sum of the active LoRAs. Every change recomputes them from the bundle's
+file; nothing is subtracted, so that without LoRAs they are the bundle's own bytes.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ log = logging.getLogger(__name__)
 
 
 def combine(loras: Iterable[tuple[MatchedLora, float]], module: str) -> list[Change]:
-    """What several LoRAs add to a module's weights together: their ranks side by side, the weights in `up`.
+    """The changes of a module's tensors by several LoRAs: concatenated ranks, with the LoRAs' weights in `up`.
 
-    Where one of them is no product of thin matrices, their sum is made whole.
+    If the change of one of them is a full matrix, their sum is one too.
     """
     parts: dict[tuple[str, int], list[tuple[Part, float]]] = {}
     for lora, weight in loras:
@@ -48,7 +48,7 @@ def _sum(tensor: str, first: int, found: Sequence[tuple[Part, float]]) -> Change
         )
 
     def make() -> np.ndarray:
-        # Not sum(), which begins with a 0.
+        # Not sum(), which would begin with an integer 0.
         total = whole(found[0][0]) * np.float32(found[0][1])
         for part, weight in found[1:]:
             total += whole(part) * np.float32(weight)
@@ -59,14 +59,14 @@ def _sum(tensor: str, first: int, found: Sequence[tuple[Part, float]]) -> Change
 
 @dataclasses.dataclass(frozen=True)
 class ActiveLora:
-    """A LoRA that is on.
+    """An active LoRA, whose weight is not 0.
 
     Attributes:
-        name, weight: as `Engine.load_lora` and `Engine.set_loras` know them.
+        name, weight: as in `Engine.load_lora` and `Engine.set_loras`.
         path: the file, or PEFT's folder.
-        sha256: hex, of the bytes that were loaded; the file may hold others by now.
+        sha256: hex, of the bytes that were loaded; the file may have changed since.
         settings_sha256: hex, of PEFT's adapter_config.json beside them; empty if there was none.
-        strict: whether all of it fits; False if a part was left out.
+        strict: whether all of its layers fit; False if some were left out.
     """
 
     name: str
@@ -77,18 +77,18 @@ class ActiveLora:
     strict: bool = True
 
     def to_json(self) -> dict[str, Any]:
-        """The LoRA as an image's record holds it."""
+        """The LoRA as JSON for an image's record."""
         return {**vars(self), "path": str(self.path)}
 
 
 class LoraSet:
-    """The LoRAs that an engine has loaded, with its own weights for them and those of the requests that run.
+    """The loaded LoRAs of an engine, with the engine's weights for them and those of the running requests.
 
     Args:
         manifest, pipeline: the engine's.
-        weights_lock: requests read under it, in the state of the weights that they want.
-        changed: called with the modules that have new weights, before any request runs on them.
-        bundle: the bundle's folder; without, DoRA, whole weights, biases and norms are refused.
+        weights_lock: held by requests as readers, with their LoRAs' weights as the state.
+        changed: called with the patched modules, before any request runs on them.
+        bundle: the bundle's folder; without it DoRA, full weights, biases and norms are refused.
     """
 
     def __init__(
@@ -104,18 +104,18 @@ class LoraSet:
         self._loaded: dict[str, MatchedLora] = {}
         self._paths: dict[str, Path] = {}
         self._weights: dict[str, float] = {}  # the engine's
-        self._applied: dict[str, float] = {}  # what the modules have now; without those that are off
+        self._applied: dict[str, float] = {}  # the weights in the modules, without zeros
         self._applying = threading.Lock()
         self._closed = False
 
     @property
     def weights(self) -> dict[str, float]:
-        """The engine's weight of every loaded LoRA; 0 is off."""
+        """The engine's weight of every loaded LoRA; 0 means inactive."""
         return dict(self._weights)
 
     @property
     def active(self) -> list[ActiveLora]:
-        """Those that the engine has on, in the order in which they are summed."""
+        """The engine's active LoRAs, in the order of their sum."""
         return self._active(self._weights)
 
     def _active(self, weights: Mapping[str, float]) -> list[ActiveLora]:
@@ -127,9 +127,9 @@ class LoraSet:
 
     @contextmanager
     def use(self, weights: Mapping[str, float] | None = None) -> Iterator[list[ActiveLora]]:
-        """Run with these weights, or with the engine's: beside others that want the same, after those that do not.
+        """Hold the weights lock with these LoRAs applied, or the engine's; requests with other weights wait.
 
-        Yields the LoRAs that are on. A thread that runs with some already goes on with them.
+        Yields the active LoRAs. A thread that holds the lock already continues with the LoRAs that it has.
 
         Raises:
             RequestError: a name is not loaded.
@@ -164,7 +164,7 @@ class LoraSet:
             self._paths[name] = path
         log.info("LoRA %r loaded from %s, weight %g", name, path, weight)
         for note in lora.notes:
-            # At whoever called `Engine.load_lora`.
+            # At the caller of `Engine.load_lora`.
             warnings.warn(LoraWarning(f"{path}: {note}", lora.left_out), stacklevel=3)
         return name
 
@@ -188,7 +188,7 @@ class LoraSet:
         log.info("LoRA %r unloaded", name)
 
     def close(self) -> None:
-        """Forget all LoRAs; loading one is refused from now on. Called under the weights lock."""
+        """Drop all LoRAs; loading one is then refused. Called under the weights lock."""
         self._closed = True
         self._loaded, self._weights, self._applied = {}, {}, {}
 
@@ -198,20 +198,23 @@ class LoraSet:
             raise RequestError(f"{field}: no LoRA named {name!r} is loaded; there are: {known}")
 
     def _apply(self, loaded: dict[str, MatchedLora], weights: Mapping[str, float]) -> None:
-        """Give the modules the weights of some LoRAs, or leave everything as it is and raise."""
+        """Patch the modules with LoRAs; if that fails, restore the patches before and raise."""
         applied = {name: weights[name] for name in loaded if weights.get(name, 0.0) != 0}
         modules = [
             module
             for module in LORA_MODULES
-            if _on(loaded, applied, module) != _on(self._loaded, self._applied, module)
+            if _loras_of(loaded, applied, module) != _loras_of(self._loaded, self._applied, module)
         ]
         if modules:
             if self._closed:
                 raise EngineClosed("the engine was closed; load the bundle again")
             try:
-                self._pipeline.patch({module: combine(_on(loaded, applied, module), module) for module in modules})
-            except BaseException:
-                before = {module: combine(_on(self._loaded, self._applied, module), module) for module in modules}
+                self._pipeline.patch(
+                    {module: combine(_loras_of(loaded, applied, module), module) for module in modules}
+                )
+            except BaseException as error:
+                log.warning("patching %s failed (%s): back to the weights before", modules, type(error).__name__)
+                before = {module: combine(_loras_of(self._loaded, self._applied, module), module) for module in modules}
                 self._pipeline.patch(before)
                 raise
         self._loaded, self._applied = loaded, applied
@@ -220,8 +223,8 @@ class LoraSet:
             self._changed(modules)
 
 
-def _on(
+def _loras_of(
     loaded: Mapping[str, MatchedLora], weights: Mapping[str, float], module: str
 ) -> list[tuple[MatchedLora, float]]:
-    """The LoRAs that change a module, in the order of their loading."""
+    """The LoRAs that change a module, with their weights, in the order of `weights`."""
     return [(loaded[name], weight) for name, weight in weights.items() if loaded[name].modules.get(module)]

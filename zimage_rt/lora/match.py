@@ -18,26 +18,26 @@ from .kinds import seems_to_be
 from .layers import Layer, LoraLayer, VectorChange, WholeLayer, same_product
 from .names import LayerNames, VectorNames, half_split
 
-# Two writings of the same update differ by their roundings: bf16 has 8 bits.
+# Two copies of one update under different names differ by rounding: bf16 has 8 bits.
 _SAME = 0.01
-# Lines of a message about a file, beside its first and its last.
+# Lines of a message about a file, without its first and its last.
 _MAX_LINES = 8
 
-# What a layer does to some columns of a stored tensor, in the stored order of the columns: `down` float32
-# `[rank, in_features]` and `up` float32 `[rank, columns]`, or what makes the whole change, float32
+# The change of some columns of a stored tensor, in the stored order of the columns: `down` float32
+# `[rank, in_features]` and `up` float32 `[rank, columns]`, or a function that computes the full change, float32
 # `[in_features, columns]`.
 Part = tuple[np.ndarray, np.ndarray] | Callable[[], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MatchedLora:
-    """A file's layers as the modules hold them: by module, then by (tensor, first column).
+    """A LoRA file whose layers are matched to the stored tensors of a bundle.
 
     Attributes:
-        modules: see `Part`.
-        sha256, settings_sha256: of the file's bytes, as they were read; see `LoraFile`.
-        notes: what to tell of it.
-        left_out: the keys that have no place in the bundle, where that was allowed.
+        modules: the changes by module, then by (tensor, first column); see `Part`.
+        sha256, settings_sha256: hashes of the bytes that were read; see `LoraFile`.
+        notes: warnings for the user.
+        left_out: the keys that match no layer of the bundle, if that was allowed.
     """
 
     modules: Mapping[str, Mapping[tuple[str, int], Part]]
@@ -48,7 +48,7 @@ class MatchedLora:
 
 
 class BaseWeights:
-    """The bundle's own weights in fp32, as they are stored: what DoRA and whole weights are changes of."""
+    """The bundle's stored weights in fp32, which DoRA, full weights, biases and norms are changes of."""
 
     def __init__(self, bundle: Path | None, manifest: Manifest) -> None:
         self._bundle, self._manifest = bundle, manifest
@@ -56,17 +56,17 @@ class BaseWeights:
         self._vectors: VectorNames | None = None
 
     def columns(self, module: str, tensor: str, first: int, count: int) -> np.ndarray:
-        """float32 `[rows, count]`; a vector has one row."""
+        """Columns of a tensor, float32 `[rows, count]`; a vector has one row."""
         stored = self._file(module).stored(tensor)
         return widen((stored[None] if stored.ndim == 1 else stored)[:, first : first + count])
 
     def size(self, module: str, tensor: str) -> int:
-        """Numbers of a vector."""
+        """The length of a vector."""
         return self._file(module).shape(tensor)[0]
 
     @property
     def vectors(self) -> VectorNames:
-        """The names of biases and norms."""
+        """The names of the bundle's biases and norms."""
         if self._vectors is None:
             self._vectors = VectorNames(self._manifest, {module: self._file(module) for module in LORA_MODULES})
         return self._vectors
@@ -80,15 +80,15 @@ class BaseWeights:
 
 
 def match_layers(file: LoraFile, manifest: Manifest, bundle: Path | None = None, *, strict: bool = True) -> MatchedLora:
-    """Find each layer's place.
+    """Match each layer of a file to a stored tensor.
 
     Args:
-        file: what was read.
-        manifest, bundle: the bundle's; its folder is needed for DoRA, whole weights, biases and norms.
-        strict: whether every layer must have one; without, one is enough, and the others are left out.
+        file: the LoRA's file.
+        manifest, bundle: the bundle's; its folder is needed for DoRA, full weights, biases and norms.
+        strict: whether every layer must match; if False, one is enough, and the others are left out.
 
     Raises:
-        LoraError: in ten lines at most, why the file does not fit; `keys` are all that have no place.
+        LoraError: the file does not fit, with the reasons in at most ten lines; `keys` are those that match no layer.
     """
     matcher = _Matcher(manifest, bundle)
     problems, bad = list(file.problems), list(file.bad_keys)
@@ -100,17 +100,17 @@ def match_layers(file: LoraFile, manifest: Manifest, bundle: Path | None = None,
         if matcher.names.is_idle(layer.name):
             idle += layer.keys
         else:
-            problems.append(f"{_some(layer.keys)}: {problem}")
+            problems.append(f"{_key_list(layer.keys)}: {problem}")
             bad += layer.keys
     used = any(matcher.modules.values())
     if not problems and not used:
-        problems.append(f"{_some(idle)}: these layers never run, so it changes nothing")
+        problems.append(f"{_key_list(idle)}: these layers never run, so it changes nothing")
         bad += idle
     if problems and (strict or not used):
         raise LoraError(_refusal(file, manifest, matcher, problems, bad), bad)
     notes = list(file.notes)
     if idle:
-        notes.append(f"{len(idle)} tensors belong to layers that never run, and change nothing: {_some(idle)}")
+        notes.append(f"{len(idle)} tensors belong to layers that never run, and change nothing: {_key_list(idle)}")
     if problems:
         what = f"used {matcher.matched} of {len(file.layers) + len(file.problems)} layers; left out:"
         notes.append("\n  ".join([what, *_lines(problems, _MAX_LINES)]))
@@ -124,41 +124,42 @@ def _refusal(file: LoraFile, manifest: Manifest, matcher: _Matcher, problems: Se
         head += f": it seems to be {kind}"
     elif matcher.matched:
         head += f", though {matcher.matched} of its layers fit (strict=False or --lora-partial uses those)"
-    last = [f"the bundle's layers: {matcher.names.summary()}"] if matcher.lost else []
+    last = [f"the bundle's layers: {matcher.names.summary()}"] if matcher.has_unknown_names else []
     return "\n  ".join([f"{head}:", *_lines(problems, _MAX_LINES - len(last)), *last])
 
 
 def _lines(problems: Sequence[str], limit: int) -> list[str]:
-    """At most `limit` problems and how many more there are; the first of each sort come first."""
+    """At most `limit` problems and the number of the others; one of each sort is listed first."""
     if len(problems) <= limit + 1:
         return list(problems)
+    # Problems that differ only in words with digits are of one sort.
     sorts = {re.sub(r"\S*\d\S*", "", problem): problem for problem in reversed(problems)}
     first = [problem for problem in problems if problem in sorts.values()]
     others = [problem for problem in problems if problem not in sorts.values()]
     return [*[*first, *others][:limit], f"… and {len(problems) - limit} more"]
 
 
-def _some(keys: Sequence[str]) -> str:
+def _key_list(keys: Sequence[str]) -> str:
     return ", ".join(keys if len(keys) < 5 else [*keys[:3], f"… and {len(keys) - 3} more"])
 
 
 class _Matcher:
-    """Puts a file's layers into a bundle's modules, one after the other.
+    """Matches a file's layers to a bundle's tensors, one after another.
 
     Attributes:
-        modules: what has a place so far.
-        matched: how many layers have one.
-        lost: whether one has a name that the bundle does not know.
+        modules: the changes that were matched so far.
+        matched: the number of matched layers.
+        has_unknown_names: whether a layer has a name that is not in the bundle.
     """
 
     def __init__(self, manifest: Manifest, bundle: Path | None) -> None:
         self.names = LayerNames(manifest)
         self.modules: dict[str, dict[tuple[str, int], Part]] = {}
-        self.matched, self.lost = 0, False
+        self.matched, self.has_unknown_names = 0, False
         self._base = BaseWeights(bundle, manifest)
 
     def match(self, layer: Layer) -> str | None:
-        """Give a layer its place, or say why it has none; then nothing has changed."""
+        """Match a layer; returns the problem if it does not match, and then changes nothing."""
         problem = self._vector(layer) if isinstance(layer, VectorChange) else self._matrix(layer)
         self.matched += problem is None
         return problem
@@ -166,7 +167,7 @@ class _Matcher:
     def _matrix(self, layer: LoraLayer | WholeLayer) -> str | None:
         found = self.names.find(layer.name)
         if not found:
-            self.lost = self.lost or not self.names.is_idle(layer.name)
+            self.has_unknown_names = self.has_unknown_names or not self.names.is_idle(layer.name)
             return "no such layer in this bundle"
         places = [self.names.places[name] for name in found]
         wanted = sum(where.columns for _, where in places)
@@ -178,7 +179,7 @@ class _Matcher:
             else:
                 expected, got = f"a change of [{wanted}, {inputs}]", f"{list(layer.shape)}"
             return f"expected {expected}, got {got}: it is of a model of another size"
-        return self._put(
+        return self._add(
             [(module, where.tensor, where.first_column) for module, where in places], self._parts(layer, places)
         )
 
@@ -187,7 +188,7 @@ class _Matcher:
         if found is None:
             if self.names.find(layer.name):
                 return f"this layer has no {layer.part} in this model"
-            self.lost = self.lost or not self.names.is_idle(layer.name)
+            self.has_unknown_names = self.has_unknown_names or not self.names.is_idle(layer.name)
             return "no such layer in this bundle"
         module, tensor, head_dim = found
         size = self._base.size(module, tensor)
@@ -196,53 +197,53 @@ class _Matcher:
         values = half_split(layer.values, head_dim)[None]
         if layer.replaces:
             values = values - self._base.columns(module, tensor, 0, size)
-        return self._put([(module, tensor, 0)], [lambda: values])
+        return self._add([(module, tensor, 0)], [lambda: values])
 
-    def _put(self, keys: list[tuple[str, str, int]], parts: list[Part]) -> str | None:
-        again = [
+    def _add(self, keys: list[tuple[str, str, int]], parts: list[Part]) -> str | None:
+        duplicates = [
             (key, part)
             for key, part in zip(keys, parts, strict=True)
             if (key[1], key[2]) in self.modules.get(key[0], {})
         ]
-        for (module, tensor, first), part in again:
-            if not _same(self.modules[module][tensor, first], part):
+        for (module, tensor, first), part in duplicates:
+            if not _is_same_update(self.modules[module][tensor, first], part):
                 return "expected each layer once, got it a second time under another name, and not the same"
         for (module, tensor, first), part in zip(keys, parts, strict=True):
             self.modules.setdefault(module, {}).setdefault((tensor, first), part)
         return None
 
     def _parts(self, layer: LoraLayer | WholeLayer, places: list[tuple[str, LinearPlace]]) -> list[Part]:
-        """A layer's change of each of its places."""
+        """A layer's change of each tensor that holds a part of it."""
         parts: list[Part] = []
         rows = 0
         for _, where in places:
             parts.append(_part(layer, rows, where))
             rows += where.columns
         if isinstance(layer, WholeLayer) and layer.replaces:
-            return [self._less_base(part, *at) for part, at in zip(parts, places, strict=True)]
+            return [self._minus_base(part, *at) for part, at in zip(parts, places, strict=True)]
         if layer.magnitude is not None:
-            return self._decomposed(layer.magnitude, parts, places)
+            return self._with_magnitude(layer.magnitude, parts, places)
         return parts
 
-    def _less_base(self, part: Part, module: str, where: LinearPlace) -> Part:
+    def _minus_base(self, part: Part, module: str, where: LinearPlace) -> Part:
         return lambda: whole(part) - self._columns(module, where)
 
     def _columns(self, module: str, where: LinearPlace) -> np.ndarray:
         return self._base.columns(module, where.tensor, where.first_column, where.columns)
 
-    def _decomposed(
+    def _with_magnitude(
         self, magnitude: np.ndarray, parts: Sequence[Part], places: Sequence[tuple[str, LinearPlace]]
     ) -> list[Part]:
-        """DoRA: the changed weight, its rows (or columns) scaled to the magnitudes; stored, it is transposed.
+        """The changes by DoRA, which scales the rows (or columns) of the changed weight to the magnitudes.
 
-        Z-Image's fp16 scales lie in activations, so the stored weights are the checkpoint's.
+        Stored weights are transposed. They are the checkpoint's even in fp16, whose scales apply to activations.
         """
         merged = [
             self._columns(module, where) + whole(part) for part, (module, where) in zip(parts, places, strict=True)
         ]
         tiny = np.finfo(np.float32).tiny
         by_input = magnitude.shape[1] > 1 or len(magnitude) == 1
-        if by_input:  # [1, in]: a norm over all outputs of the layer, packed ones together
+        if by_input:  # [1, in]: norms over all outputs of the layer, including those of packed layers
             squares = sum(np.square(matrix, dtype=np.float64).sum(1) for matrix in merged)
             factor = (magnitude[0] / np.maximum(np.sqrt(squares), tiny)).astype(np.float32)[:, None]
             factors = [factor] * len(places)
@@ -271,15 +272,15 @@ def whole(part: Part) -> np.ndarray:
 
 
 def _part(layer: LoraLayer | WholeLayer, first: int, where: LinearPlace) -> Part:
-    """A layer's rows from `first` on, as a place stores them."""
+    """A layer's rows from `first` on, in the stored layout."""
     rows = slice(first, first + where.columns)
     if isinstance(layer, LoraLayer):
         return layer.down, np.ascontiguousarray(half_split(layer.up[rows], where.head_dim).T)
     return lambda: np.ascontiguousarray(half_split(layer.delta()[rows], where.head_dim).T)
 
 
-def _same(one: Part, other: Part) -> bool:
-    """Whether two writings of an update mean the same."""
+def _is_same_update(one: Part, other: Part) -> bool:
+    """Whether two changes are equal up to rounding."""
     if isinstance(one, tuple) and isinstance(other, tuple):
         return same_product(one, other, _SAME)
     first, second = whole(one), whole(other)

@@ -1,4 +1,4 @@
-"""The names that LoRA files give to a bundle's layers."""
+"""Names of a bundle's layers in LoRA files."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from ..bundle.modules import LORA_MODULES
 from ..bundle.safetensors_file import TensorFile
 from ..errors import LoraError
 
-# What tools write before a layer's name, any number of them; then it is the checkpoint's.
+# Prefixes that tools write before the checkpoint's name of a layer, any number of them.
 _PREFIXES = re.compile(
     r"^(base_model\.model\.|default\.|transformer\.|model\.diffusion_model\.|diffusion_model\.|unet\.|text_encoder\."
     r"|text_encoders\.[^.]+\.(transformer\.)?|lora_unet__?|lora_transformer_|lora_te\d?_|lycoris_)*"
     r"(model[._])?"
 )
 
-# The checkpoint's names as the original code, ComfyUI and trainers have them; export/single_file.py has the way back.
+# Parts of the checkpoint's names, and their spelling in the original code, ComfyUI and trainers, which
+# export/checkpoint/single_file.py converts back.
 _ALIASES = (
     (".attention.to_out.0", ".attention.out"),
     (".attention.to_out.0", ".attention.to_out"),
@@ -33,12 +34,12 @@ _ALIASES = (
 
 
 def strip_prefixes(name: str) -> str:
-    """A layer's name without what tools write before it."""
+    """A layer's name without the prefixes of tools."""
     return _PREFIXES.sub("", name)
 
 
 class LayerNames:
-    """A bundle's linear layers under all their names."""
+    """A bundle's linear layers by all their names."""
 
     def __init__(self, manifest: Manifest) -> None:
         self.places: dict[str, tuple[str, LinearPlace]] = {}
@@ -50,7 +51,7 @@ class LayerNames:
                 f"bundle {manifest.name!r} does not say where the checkpoint's layers lie in its weights; "
                 "an older zimage-export made it: export it again to use LoRAs"
             )
-        # What a file may write → the layers that are meant; a packed qkv is three of them, one after the other.
+        # Name in a file → the layers it stands for; a packed qkv stands for three.
         self._aliases: dict[str, tuple[str, ...]] = {}
         for name in self.places:
             meant: dict[str, tuple[str, ...]] = dict.fromkeys(_all_names(name), (name,))
@@ -63,15 +64,15 @@ class LayerNames:
         self._idle = _idle_layers(manifest)
 
     def find(self, name: str) -> tuple[str, ...]:
-        """The layers that a file's name means; none where the bundle has no such layer."""
+        """The layers that a file's name stands for; empty if the bundle has no such layer."""
         return self._aliases.get(strip_prefixes(name)) or self._aliases.get(name, ())
 
     def is_idle(self, name: str) -> bool:
-        """Whether the checkpoint has such a layer, but no image depends on it."""
+        """Whether the checkpoint has such a layer but never runs it for an image."""
         return self._idle.match(strip_prefixes(name)) is not None
 
     def summary(self) -> str:
-        """`layers.0…29.attention.to_q, …`: every layer once, with the numbers there are."""
+        """The layers' names with ranges of their numbers: `layers.0…29.attention.to_q, …`."""
         numbers: dict[tuple[str, str], list[int]] = {}
         for name in self.places:
             match = re.match(r"(.*?layers|.*?refiner)\.(\d+)\.(.*)", name)
@@ -84,10 +85,10 @@ class LayerNames:
 
 
 class VectorNames:
-    """A bundle's biases and norm weights under all their names, as its weight files have them."""
+    """A bundle's biases and norm weights by all their names, from its weight files."""
 
     def __init__(self, manifest: Manifest, files: Mapping[str, TensorFile]) -> None:
-        # Name and part → module, tensor, the width of a head whose numbers are stored as halves (0 for none).
+        # (name, part) → (module, tensor, width of a head that is stored half-split, or 0).
         self._places: dict[tuple[str, str], tuple[str, str, int]] = {}
         for module, file in files.items():
             split = manifest.module(module).config.get("rope_layout") == "half_split"
@@ -101,12 +102,12 @@ class VectorNames:
                     self._places[alias.replace(".", "_"), part] = (module, tensor, head_dim)
 
     def find(self, name: str, part: str) -> tuple[str, str, int] | None:
-        """Module, tensor and head width of a layer's `weight` or `bias`; None where the bundle has none."""
+        """Module, tensor and head width of a layer's `weight` or `bias`; None if the bundle has none."""
         return self._places.get((strip_prefixes(name), part)) or self._places.get((name, part))
 
 
 def half_split(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """The checkpoint's order of rows to the stored one; see `LinearPlace.head_dim`. Any shape after the rows."""
+    """Reorder rows from the checkpoint's order to the stored one; see `LinearPlace.head_dim`. Shape `[rows, …]`."""
     if head_dim == 0:
         return rows
     return rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
@@ -117,8 +118,10 @@ def _all_names(name: str) -> list[str]:
 
 
 def _idle_layers(manifest: Manifest) -> re.Pattern[str]:
-    """Matches the encoder's last block and what follows it (Z-Image reads the hidden states before it), its vision
-    tower, and a norm that the transformer's checkpoint has and nothing reads."""
+    """A pattern of layers that never run: the text encoder's last block and later layers, SigLIP's, and a norm.
+
+    Z-Image reads the hidden states before that block; `norm_final` of the transformer's checkpoint is unused.
+    """
     last = manifest.module("text_encoder").config.get("num_hidden_layers", 0) - 1
     parts = "self_attn|mlp|input_layernorm|post_attention_layernorm"
     return re.compile(rf"(layers[._]{last}[._]({parts})([._]|$)|siglip_|lm_head$|norm$|norm_final$)")

@@ -1,4 +1,4 @@
-"""The scale of a LoRA's layers where their file does not write it beside them: PEFT's settings, and loose metadata."""
+"""Scales of a LoRA's layers from PEFT's settings or the file's metadata, for files without a scale per layer."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from ..bundle.json_codec import parse_json
 from ..bundle.safetensors_file import TensorFile
 from ..errors import LoraError
 
-# diffusers' `save_lora_weights` puts PEFT's settings here, each under its component's name: `transformer.lora_alpha`.
+# diffusers' `save_lora_weights` writes PEFT's settings here, prefixed by the component: `transformer.lora_alpha`.
 _METADATA_KEY = "lora_adapter_metadata"
-# PEFT's settings, beside its own weights.
+# PEFT's settings, in the folder of its weights.
 SETTINGS_FILE = "adapter_config.json"
-# What PEFT and its wrappers write before a layer's name inside its component.
+# Prefixes that PEFT and its wrappers write before a layer's name in its component.
 _WRAPPERS = ("base_model.model.", "default.")
-# Loose metadata of whoever saves PEFT's matrices as they are: PEFT multiplies them by alpha / rank.
+# Metadata of tools that save PEFT's matrices unscaled: PEFT multiplies them by alpha / rank.
 _PEFT_ALPHAS = ("lora_alpha", "alpha")
-# kohya's. Its trainers write an alpha beside every layer; files with this and no alpha come from converters, which
+# kohya's metadata. Its trainers write an alpha per layer; files with this and no alpha are from converters, which
 # multiply the scale into the matrices and copy the metadata.
 _KOHYA_ALPHA = "ss_network_alpha"
 
 
 @dataclasses.dataclass(frozen=True)
 class Scales:
-    """Where the layers' scales stand, other than beside them.
+    """The scales of a file's layers from its settings and metadata.
 
     Attributes:
         path: the file, for messages.
-        components: PEFT's settings by component, `transformer`; `` for all of the file.
-        alpha: of the file's loose metadata, or None.
-        rslora: whether that is divided by the rank's root.
-        note: what to tell of a scale that the file does not make certain; empty if there is no doubt.
-        sha256: hex, of the adapter_config.json that says so; empty if none was read.
+        components: PEFT's settings by component, `transformer`; the empty name is for the whole file.
+        alpha: the alpha of the file's metadata, or None.
+        rslora: whether that alpha is divided by the square root of the rank.
+        note: a warning about a scale that the file does not state for certain; else empty.
+        sha256: hex, of the adapter_config.json that was read; empty if none was.
     """
 
     path: Path
@@ -52,11 +52,11 @@ class Scales:
 
         Args:
             name: the file's name for the layer.
-            rank: of its matrices; None for a LoKr of whole matrices, which has none.
-            alpha: what the file has beside the layer, or None.
+            rank: the rank of its matrices; None for a LoKr of whole matrices, which has none.
+            alpha: the alpha of the layer in the file, or None.
         """
         settings, own = self._settings(name)
-        if rank is None:  # LyCORIS writes an alpha of about 1e10 beside such layers, which means nothing
+        if rank is None:  # LyCORIS writes a meaningless alpha of about 1e10 for such layers
             rank, alpha = settings.get("r"), None
             if not isinstance(rank, int) or rank < 1:
                 return 1.0
@@ -75,7 +75,7 @@ class Scales:
         return bool(self._settings(name)[0].get("use_dora"))
 
     def _settings(self, name: str) -> tuple[Mapping[str, Any], str]:
-        """A layer's settings, and its name inside its component, which PEFT's patterns mean."""
+        """A layer's settings, and its name in its component, which PEFT's patterns match."""
         if not self.components:
             return {}, name
         before = ""
@@ -85,17 +85,17 @@ class Scales:
                 name = name.removeprefix(prefix)
             for component in self.components:
                 if component and name.startswith(f"{component}."):
-                    return self.components[component], _inside(name, component)
+                    return self.components[component], _strip_component(name, component)
         for component in ("", "transformer"):
             if component in self.components:
-                return self.components[component], _inside(name, "transformer")
+                return self.components[component], _strip_component(name, "transformer")
         return {}, name
 
 
 def read_scales(path: Path, file: TensorFile, has_alphas: bool) -> Scales:
-    """What a file's metadata, or the adapter_config.json beside PEFT's own files, say of its scales.
+    """Read a file's scales from its metadata, or from the adapter_config.json beside PEFT's own files.
 
-    `has_alphas` is whether it has an alpha beside its layers. Raises LoraError for settings that cannot be read.
+    `has_alphas` is whether the file has an alpha per layer. Raises LoraError for settings that cannot be read.
     """
     config, sha256 = path.parent / SETTINGS_FILE, ""
     try:
@@ -108,9 +108,9 @@ def read_scales(path: Path, file: TensorFile, has_alphas: bool) -> Scales:
             content = config.read_bytes()
             components, sha256 = {"": _object(parse_json(content))}, hashlib.sha256(content).hexdigest()
         else:
-            return Scales(path, {}) if has_alphas else _loose(path, file.metadata)
+            return Scales(path, {}) if has_alphas else _metadata_scales(path, file.metadata)
         scales = Scales(path, components, sha256=sha256)
-        for component, settings in components.items():  # so that what cannot be understood is refused once, by name
+        for component, settings in components.items():  # invalid settings are refused here, once
             _check(settings)
             for pattern in settings.get("alpha_pattern") or {}:
                 _matches(path, pattern, component)
@@ -130,7 +130,7 @@ def _object(value: Any) -> dict[str, Any]:
 
 
 def _check(settings: Mapping[str, Any]) -> None:
-    """Raises ValueError for a setting that is used and has another type than PEFT writes."""
+    """Raise ValueError for a used setting whose type is not PEFT's."""
     _number(settings.get("lora_alpha", settings.get("alpha")))
     rank = settings.get("r")
     if rank is not None and (type(rank) is not int or rank < 1):
@@ -142,7 +142,7 @@ def _check(settings: Mapping[str, Any]) -> None:
         _number(value)
 
 
-def _loose(path: Path, metadata: Mapping[str, str]) -> Scales:
+def _metadata_scales(path: Path, metadata: Mapping[str, str]) -> Scales:
     for key in _PEFT_ALPHAS:
         alpha = _text_number(metadata.get(key))
         if alpha is not None:
@@ -174,7 +174,7 @@ def _text_number(text: str | None) -> float | None:
 
 
 def _number(value: Any) -> float | None:
-    """PEFT's alpha. Raises ValueError if it is no finite number; None is none."""
+    """An alpha of PEFT's settings as float; None stays None. Raises ValueError unless it is a finite number."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
@@ -182,8 +182,8 @@ def _number(value: Any) -> float | None:
     return float(value)
 
 
-def _inside(name: str, component: str) -> str:
-    """A name without its component, and what stands before it inside of that."""
+def _strip_component(name: str, component: str) -> str:
+    """A name without its component and the wrappers' prefixes after it."""
     name = name.removeprefix("diffusion_model.").removeprefix(f"{component}.")
     for prefix in _WRAPPERS:
         name = name.removeprefix(prefix)
@@ -193,18 +193,18 @@ def _inside(name: str, component: str) -> str:
 def _matches(path: Path, pattern: str, name: str) -> bool:
     """Whether PEFT's `get_pattern_key` finds the pattern in a name: `re.match(rf"(.*\\.)?({pattern})$", name)`.
 
-    Patterns come with files, and a regular expression can take for ever. Those that are names are read, as diffusers
-    and PEFT write them: `^` in front means the whole name, otherwise its end is enough; `.` is any character. Raises
-    LoraError for others.
+    Patterns are from untrusted files, and a regular expression can take exponential time. Only names, which diffusers
+    and PEFT write, are supported: `^` anchors them at the beginning, otherwise they match the end; `.` is any
+    character. Raises LoraError for other patterns.
     """
     whole = pattern.startswith("^")
     body = pattern.removeprefix("^").removesuffix("$")
-    characters: list[str | None] = []  # None is any
+    characters: list[str | None] = []  # None matches any character
     escaped = False
     for character in body:
         if escaped:
             if character.isalnum():
-                raise _no_name(path, pattern)
+                raise _unsupported_pattern(path, pattern)
             characters.append(character)
             escaped = False
         elif character == "\\":
@@ -214,16 +214,16 @@ def _matches(path: Path, pattern: str, name: str) -> bool:
         elif character == ".":
             characters.append(None)
         else:
-            raise _no_name(path, pattern)
+            raise _unsupported_pattern(path, pattern)
     if escaped or not characters:
-        raise _no_name(path, pattern)
+        raise _unsupported_pattern(path, pattern)
     end = len(name) - len(characters)
     if end < 0 or any(want not in (None, got) for want, got in zip(characters, name[end:], strict=True)):
         return False
     return end == 0 or (not whole and name[end - 1] == ".")
 
 
-def _no_name(path: Path, pattern: str) -> LoraError:
+def _unsupported_pattern(path: Path, pattern: str) -> LoraError:
     return LoraError(
         f"{path}: alpha_pattern {pattern!r}: expected a layer's name or the end of one, such as "
         "'^layers.0.attention.to_k'; other regular expressions are not read: save it with the layers' names"

@@ -1,1 +1,1 @@
-"""Records of images, and the files that hold them."""
+"""Records of how images were made, and the image files and sidecars that hold them."""

@@ -1,4 +1,4 @@
-"""The line of parameters that AUTOMATIC1111 writes into images, which Civitai and many viewers read."""
+"""The text of parameters that AUTOMATIC1111 writes into images, which Civitai and many viewers read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .record import ImageRecord
 
 
 def parameters_text(record: ImageRecord) -> str:
-    """The request as AUTOMATIC1111 writes it into `parameters`, which Civitai and many viewers read."""
+    """The `parameters` of a record in AUTOMATIC1111's format."""
     request = record.request
     lines = [" ".join([request["prompt"], *(f"<lora:{lora['name']}:{lora['weight']:g}>" for lora in record.loras)])]
     if request["negative_prompt"]:
@@ -20,7 +20,7 @@ def parameters_text(record: ImageRecord) -> str:
         "Steps": request["num_inference_steps"],
         "Sampler": SAMPLERS[request["sampler"]].label,
         "Schedule type": SCHEDULES[request["schedule"]].label,
-        # Theirs is negative + scale * (positive - negative), where 1 is none; ours is diffusers', where 0 is none.
+        # AUTOMATIC1111's is negative + scale * (positive - negative), 1 for none; diffusers' and ours is 0 for none.
         "CFG scale": f"{1 + request['guidance_scale']:g}",
         "Seed": request["seed"],
         "Size": f"{request['width']}x{request['height']}",
@@ -40,5 +40,5 @@ def parameters_text(record: ImageRecord) -> str:
 
 
 def _strength(part: Mapping[str, Any]) -> Any:
-    """Of a request or its second pass; ComfyUI's measure goes before diffusers'."""
+    """The strength of a request or its second pass; `denoise` overrides `strength`."""
     return part["strength"] if part.get("denoise") is None else part["denoise"]

@@ -1,6 +1,6 @@
-"""Images with their records: a PNG holds its record as text, and a sidecar `<name>.json` holds it beside any image.
+"""Image files with records: a PNG has the record as text, and a sidecar `<name>.json` has it beside any image.
 
-A PNG has two texts: `zimage_rt`, JSON that `read_record` reads back, and `parameters`, the lines of AUTOMATIC1111.
+A PNG has two texts: `zimage_rt`, JSON that `read_record` reads back, and `parameters` in AUTOMATIC1111's format.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .references import pixels_sha256
 from .schema import MAX_BYTES, check_parts
 
 KEY = "zimage_rt"
-# The fields that records of an older schema lack, with their meaning: the first had no `warnings`.
+# Fields that records of older schemas lack, with their default: schema 1 had no `warnings`.
 ADDED_FIELDS: Mapping[str, Any] = {"warnings": []}
 
 
@@ -38,18 +38,18 @@ def save_image(
     replace: bool = True,
     quality: int | None = None,
 ) -> int:
-    """Write uint8 `[height, width, 3]` in the format of its name, and its record.
+    """Write uint8 `[height, width, 3]` in the format of the path's suffix, with its record.
 
-    A PNG holds the record; JPEG and WebP hold the parameters alone, as AUTOMATIC1111 writes them. The record is also
-    beside it, see `sidecar_path`. Each file is written whole under a temporary name and renamed, the image last: where
-    an image is, its sidecar is. `quality` is for JPEG and WebP, see `encode_image`. Returns the image's bytes.
+    A PNG has the record; JPEG and WebP have only AUTOMATIC1111's parameters. The sidecar has the record too, see
+    `sidecar_path`. The files are written atomically, the image last, so that an image always has its sidecar.
+    `quality` is for JPEG and WebP, see `encode_image`. Returns the size of the image file in bytes.
 
     Raises:
         RequestError: a file that is no record has the sidecar's name.
         FileExistsError: one of the names is taken, and `replace` is False; nothing was written.
-        OSError: the folder is missing, cannot be written, or is full; what was there is as it was.
+        OSError: the folder is missing, cannot be written, or is full; existing files are unchanged.
     """
-    # Here, not when it is drawn: who does not save does not pay for it.
+    # The hash is computed here, so that images that are not saved cost nothing.
     record = dataclasses.replace(record, pixels_sha256=pixels_sha256(pixels))
     encoded, text = encode_with_record(pixels, record, path.suffix, quality), record.to_json()
     contents = {path: encoded}
@@ -70,7 +70,7 @@ def encode_with_record(pixels: np.ndarray, record: ImageRecord, suffix: str, qua
 
 
 def check_sidecar(path: Path) -> None:
-    """Raise RequestError if a file that is no record has the name of an image's sidecar: it is somebody's own."""
+    """Raise RequestError if the path of an image's sidecar is a file that is no record and must not be replaced."""
     beside = sidecar_path(path)
     if not beside.exists():
         return
@@ -84,10 +84,10 @@ def check_sidecar(path: Path) -> None:
 
 
 def read_record(path: str | Path) -> ImageRecord:
-    """Read how a picture was made, from the PNG, from the sidecar beside it, or from a sidecar that is named itself.
+    """Read an image's record from a PNG, from the sidecar beside an image, or from the path of a sidecar.
 
     Raises:
-        MetadataError: there is no such file, it is no PNG, is cut off or damaged, or holds no record.
+        MetadataError: the file is missing, is no PNG, is cut off or damaged, or has no record.
     """
     path = Path(path)
     is_sidecar = path.suffix == ".json"
@@ -118,7 +118,7 @@ def read_record(path: str | Path) -> ImageRecord:
 
 
 def _png_text(path: Path) -> str | None:
-    """The text of our key, None if there is none. The whole file is checked, so that half a picture is not taken."""
+    """The PNG's text `zimage_rt`, or None. The whole file is checked, so that an incomplete image is refused."""
     from PIL import Image
 
     with path.open("rb") as file:
@@ -129,11 +129,11 @@ def _png_text(path: Path) -> str | None:
         )
     try:
         with Image.open(path, formats=["PNG"]) as image:
-            image.verify()  # checksums to the end; it uses the file up
+            image.verify()  # compares all checksums; the image cannot be used afterwards
         with Image.open(path, formats=["PNG"]) as image:
-            image.load()  # text may stand behind the pixels
+            image.load()  # text chunks may follow the pixels
             return image.info.get(KEY)
-    # What Pillow raises for damage: it has no error of its own for it.
+    # The errors that Pillow raises for damaged files, for which it has no class of its own.
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise MetadataError(f"{path}: this PNG is cut off or damaged ({error}); copy it again, whole") from error
 
@@ -157,9 +157,10 @@ def _parse(text: str | bytes, path: Path) -> ImageRecord:
 
 
 def _with_todays_names(request: Mapping[str, Any]) -> dict[str, Any]:
-    """A recorded request whose sampler and schedule have the names that they have now.
+    """A recorded request with the current names of its sampler and schedule.
 
-    0.1 called diffusers' ways by ComfyUI's names. Its requests have no `shift`, which all later ones have.
+    Version 0.1 used ComfyUI's names for diffusers' samplers and schedules. Its requests have no `shift`; all later
+    ones have.
     """
     if "shift" in request:
         return dict(request)

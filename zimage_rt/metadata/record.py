@@ -1,4 +1,4 @@
-"""The record of an image: its whole request, the bundle, the backend and the version."""
+"""The record of an image: its complete request, the bundle, the backend and the version."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SCHEMA_VERSION = 2
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-    """What all images of an engine have in common; see `ImageRecord`. The engine makes it once, when it is loaded."""
+    """The fields of `ImageRecord` that all images of an engine have in common; made once per engine."""
 
     version: str
     backend: str
@@ -32,21 +32,21 @@ class Provenance:
 
 @dataclasses.dataclass(frozen=True)
 class ImageRecord:
-    """How one picture was made.
+    """The record of how an image was made.
 
     Attributes:
-        version: of zimage_rt.
-        backend, backend_options: what ran the bundle.
-        bundle_id, bundle_name, precision: which bundle, as its manifest says.
-        request: the fields of the GenerateRequest that draws this picture alone, defaults filled in. A picture among
-            them is `{"path", "sha256"}`, of the file, or `{"sha256", …}`, of the pixels, if it came without a path.
-        batch: what it was drawn together with, or None: `index`, `prompts`, `negative_prompts`, `seeds`. A picture
-            drawn alone may differ from the same one of a batch by a grey level (see `ModuleDenoiser`).
-        loras: those that were on, in their order: `name`, `weight`, `path`, `sha256` of what was loaded,
-            `settings_sha256` of PEFT's settings, and `strict`, which is false if only a part of it was used.
+        version: the version of zimage_rt.
+        backend, backend_options: the backend's name and options.
+        bundle_id, bundle_name, precision: the bundle, from its manifest.
+        request: the fields of the GenerateRequest that draws this image alone, with defaults filled in. Input images
+            are `{"path", "sha256"}` of the file, or `{"sha256", …}` of the pixels if they came without a path.
+        batch: the batch that it was drawn in, or None: `index`, `prompts`, `negative_prompts`, `seeds`. An image drawn
+            alone may differ from that of a batch by a grey level (see `ModuleDenoiser`).
+        loras: the active LoRAs in order: `name`, `weight`, `path`, `sha256` of the loaded bytes, `settings_sha256` of
+            PEFT's settings, and `strict`, which is false if only a part of it was used.
         timings: seconds by stage, of the whole batch.
-        warnings: what of the request had no effect, one sentence each.
-        pixels_sha256: of the picture's bytes, uint8 `[height, width, 3]`, once it is saved.
+        warnings: one sentence per field of the request that had no effect.
+        pixels_sha256: hash of the image's bytes, uint8 `[height, width, 3]`; empty until it is saved.
     """
 
     version: str
@@ -64,16 +64,15 @@ class ImageRecord:
     schema_version: int = SCHEMA_VERSION
 
     def to_request(self, folder: Path | None = None, **overrides: Any) -> GenerateRequest:
-        """The request again.
+        """The request that draws the image again.
 
         Args:
-            folder: where else to look for input pictures of which the recorded path leads nowhere.
-            **overrides: fields to take instead of the recorded ones; without any, a picture of a batch is asked for
-                with all that it was drawn with (`batch["index"]` says which one it is). So it is with some, if its
-                noise is a part of the batch's (`batch_noise`).
+            folder: a folder to search for input images whose recorded path does not exist.
+            **overrides: values in place of the recorded fields. Without any, the request of a batch's image is the
+                whole batch (`batch["index"]` is its number in it); also with some, if `batch_noise` was `comfyui`.
 
         Raises:
-            MetadataError: an input is gone, was changed, or came without a path; give it in `overrides`.
+            MetadataError: an input is missing, was changed, or came without a path; give it in `overrides`.
         """
         hints = typing.get_type_hints(GenerateRequest)
         recorded = dict(self.request)
@@ -88,9 +87,9 @@ class ImageRecord:
         return make_request(**fields, **overrides)
 
     def find_loras(self, folder: Path | None = None) -> list[tuple[str, float, Path]]:
-        """Name, weight and file of the LoRAs that were on, for `Engine.load_lora`.
+        """Name, weight and file of the LoRAs that were active, for `Engine.load_lora`.
 
-        Raises MetadataError where a file is gone or was changed; `folder` as in `to_request`.
+        Raises MetadataError if a file is missing or was changed; `folder` as in `to_request`.
         """
         return [
             (str(lora["name"]), float(lora["weight"]), find_file(lora, f"LoRA {lora['name']!r}", folder))
@@ -98,13 +97,13 @@ class ImageRecord:
         ]
 
     def to_json(self) -> str:
-        """The text of the sidecar; `read_record` reads it."""
+        """The record as JSON, the text of the sidecar, which `read_record` reads."""
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=1, allow_nan=False)
 
 
 def recorded_fields(request: GenerateRequest, resolved: ResolvedRequest, manifest: Manifest) -> dict[str, Any]:
-    """The fields of a request as its records hold them; its images are hashed, which takes a while."""
-    # The LoRAs of a record name the files, which the request's names do not.
+    """The fields of a request as JSON values for its records; input images are hashed, which takes time."""
+    # A record has the LoRAs with their files in a field of its own.
     fields = {
         field.name: getattr(request, field.name) for field in dataclasses.fields(request) if field.name != "loras"
     }
@@ -116,7 +115,7 @@ def recorded_fields(request: GenerateRequest, resolved: ResolvedRequest, manifes
 
 
 def make_provenance(manifest: Manifest, backend: str, backend_options: Mapping[str, Any]) -> Provenance:
-    """The provenance of the images that a bundle draws on a backend, by the manifest as it was loaded."""
+    """The provenance of the images of a bundle on a backend, from the manifest as it was loaded."""
     return Provenance(
         version=__version__,
         backend=backend,
@@ -134,7 +133,7 @@ def make_records(
     resolved: ResolvedRequest,
     timings: Mapping[str, float],
 ) -> tuple[ImageRecord, ...]:
-    """One record for each image of a request, with its `recorded_fields` and the LoRAs it was drawn with."""
+    """One record per image of a request, from its `recorded_fields` and the active LoRAs."""
     together = {
         "prompts": list(resolved.prompts),
         "negative_prompts": list(resolved.negative_prompts),

@@ -1,4 +1,4 @@
-"""Values of a request as a record holds them, and back: files and arrays by their hashes."""
+"""Conversion of a request's values to a record's JSON and back; files and arrays are replaced by their hashes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle.manifest import hash_file
+from ..bundle.verify import hash_file
 from ..errors import MetadataError
 from ..image.convert import read_image
 from ..lora.file import weights_file
@@ -21,17 +21,17 @@ from ..request.codec import IMAGES, members
 
 
 def pixels_sha256(pixels: np.ndarray) -> str:
-    """SHA-256 (hex) of an image's bytes, or of any array's."""
+    """SHA-256 (hex) of the bytes of an image or any other array."""
     return hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest()
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a value is JSON as it is."""
+    """Whether a value is a JSON scalar."""
     return value is None or isinstance(value, (bool, int, float, str))
 
 
 def to_reference(name: str, value: Any) -> Any:
-    """A value of a request as JSON."""
+    """Convert a value of a request to JSON; files, images and arrays become references with their SHA-256."""
     from PIL import Image
 
     if isinstance(value, os.PathLike) or (name in IMAGES and isinstance(value, str)):
@@ -53,19 +53,19 @@ def to_reference(name: str, value: Any) -> Any:
         return {str(key): to_reference(str(key), item) for key, item in value.items()}
     if isinstance(value, Sequence):
         return [to_reference(name, item) for item in value]
-    # Nothing that a record cannot hold may cost the picture; asking for it again says what is missing.
+    # A value that a record cannot hold must not lose the image; drawing it again reports the missing value.
     return {"sha256": "", "type": type(value).__name__}
 
 
 def _image_reference(value: Any, name: str) -> dict[str, Any]:
     image = read_image(value, name)
-    # An array's bytes are its picture's; PIL would copy them twice.
+    # The array's own bytes are hashed: those of the PIL image would be copied twice.
     digest = pixels_sha256(value) if isinstance(value, np.ndarray) else hashlib.sha256(image.tobytes()).hexdigest()
     return {"sha256": digest, "mode": image.mode, "size": list(image.size)}
 
 
 def from_reference(hint: Any, value: Any, name: str, folder: Path | None) -> Any:
-    """A recorded value as the request wants it: files found and checked, dataclasses built."""
+    """Convert a recorded value to the request's: files are found and checked, dataclasses are built."""
     if isinstance(value, dict) and "sha256" in value:
         return find_file(value, name, folder)
     if isinstance(value, list):
@@ -85,15 +85,15 @@ def from_reference(hint: Any, value: Any, name: str, folder: Path | None) -> Any
 
 
 def find_file(reference: Mapping[str, Any], name: str, folder: Path | None) -> Path:
-    """The recorded file, with the recorded content.
+    """Find a recorded file, and check that its content is unchanged.
 
     Args:
-        reference: `path` and `sha256`, as `to_reference` makes them, or a record's LoRA.
-        name: of the field, for errors.
-        folder: where else to look if the path leads nowhere.
+        reference: `path` and `sha256`, from `to_reference`, or a record's LoRA.
+        name: the field's name, for errors.
+        folder: a folder to search if the path does not exist.
 
     Raises:
-        MetadataError: the file is gone, was changed, or came without a path.
+        MetadataError: the file is missing, was changed, or came without a path.
     """
     if "path" not in reference:
         raise MetadataError(f"{name}: came without a path, so that only its hash is recorded; give it again")
@@ -101,7 +101,7 @@ def find_file(reference: Mapping[str, Any], name: str, folder: Path | None) -> P
     places = [path] if folder is None else [path, folder / path, folder / path.name]
     found = next((place for place in places if weights_file(place).is_file()), None)
     if found is None:
-        raise MetadataError(f"{name}: expected {path}, which the picture was made from, but it is gone; give it again")
+        raise MetadataError(f"{name}: expected {path}, which the image was made from, but it is gone; give it again")
     actual = hash_file(weights_file(found)).sha256
     if actual != reference["sha256"]:
         raise MetadataError(
@@ -115,7 +115,7 @@ def find_file(reference: Mapping[str, Any], name: str, folder: Path | None) -> P
 
 
 def _check_settings(path: Path, sha256: str, name: str) -> None:
-    """Raises MetadataError unless PEFT's settings are those that a LoRA was loaded with."""
+    """Raise MetadataError unless PEFT's settings are those that the LoRA was loaded with."""
     if not path.is_file():
         raise MetadataError(f"{name}: expected {path}, which it was loaded with, but it is gone; give it again")
     if hash_file(path).sha256 != sha256:

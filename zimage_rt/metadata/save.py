@@ -1,7 +1,8 @@
-"""Images and records to files: names that replace nothing by accident."""
+"""Saving of images with their records, under names that replace no other files."""
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,15 +15,17 @@ from ..image.formats import FORMATS, check_quality
 from .image_file import check_sidecar, save_image
 from .record import ImageRecord
 
-# A name with an ending like a file's that is not there is rather a slip than a folder.
+log = logging.getLogger(__name__)
+
+# A path that does not exist and has a suffix like a file's is more likely a mistake than a folder.
 ENDING = re.compile(r"\.[A-Za-z][A-Za-z0-9]{1,4}")
 
 
 def names_file(where: Path) -> bool:
-    """Whether a name means an image's file; otherwise it means a folder.
+    """Whether a path is of an image file; otherwise it is of a folder.
 
     Raises:
-        RequestError: it ends as the file of a format that is not written, or there is a folder of the name.
+        RequestError: its suffix is of an unsupported format, or it is an existing folder with an image's suffix.
     """
     suffix = where.suffix.lower()
     if where.is_dir():
@@ -40,7 +43,7 @@ def names_file(where: Path) -> bool:
 
 
 def check_output(where: Path, *, quality: int | None = None, sidecar: bool = False) -> None:
-    """Raise RequestError unless images can be written there; before they are drawn. Leaves nothing behind."""
+    """Raise RequestError unless images can be written to the path; for use before drawing. Leaves no files."""
     check_path(where)
     if names_file(where):
         check_quality(where.suffix, quality)
@@ -61,33 +64,34 @@ def save_images(
     quality: int | None = None,
 ) -> list[Path]:
     """Write images `[batch, height, width, 3]` with their records; see `GenerateResult.save`."""
-    pictures = list(zip(images, records, strict=True))
+    pairs = list(zip(images, records, strict=True))
     if names_file(where):
         check_quality(where.suffix, quality)
         paths = [where]
-        if len(pictures) > 1:
-            paths = [where.with_name(f"{where.stem}-{i:03d}{where.suffix}") for i in range(len(pictures))]
+        if len(pairs) > 1:
+            paths = [where.with_name(f"{where.stem}-{i:03d}{where.suffix}") for i in range(len(pairs))]
         where.parent.mkdir(parents=True, exist_ok=True)
-        for path, (pixels, record) in zip(paths, pictures, strict=True):
+        for path, (pixels, record) in zip(paths, pairs, strict=True):
             save_image(path, pixels, record, sidecar=sidecar, quality=quality)
         return paths
     check_quality(".png", quality)
     where.mkdir(parents=True, exist_ok=True)
-    return _save_all(where, pictures, sidecar)
+    return _save_numbered(where, pairs, sidecar)
 
 
-def _save_all(folder: Path, pictures: list[tuple[np.ndarray, ImageRecord]], sidecar: bool) -> list[Path]:
-    """Save under the next numbers. Others may be doing the same: who finds a name taken takes the one after."""
+def _save_numbered(folder: Path, pairs: list[tuple[np.ndarray, ImageRecord]], sidecar: bool) -> list[Path]:
+    """Save under the next numbers; a name that another process has taken meanwhile is skipped."""
     numbers = [int(match[1]) for path in folder.glob("*.png") if (match := re.match(r"(\d+)-", path.name))]
     number = max(numbers, default=-1) + 1
     paths: list[Path] = []
-    for pixels, record in pictures:
+    for pixels, record in pairs:
         while True:
             path = folder / f"{number:03d}-{record.request['seed']}.png"
             number += 1
             try:
                 save_image(path, pixels, record, sidecar=sidecar, replace=False)
             except FileExistsError:
+                log.debug("%s was taken by another process; trying the next number", path)
                 continue
             paths.append(path)
             break

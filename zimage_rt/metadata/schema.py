@@ -1,4 +1,4 @@
-"""What an image's record may hold: every field has its type before anything is made of it."""
+"""The schema of image records: types of every field, checked before a record is used."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..bundle.json_codec import from_json, read_value
 from ..errors import MetadataError
 from ..request.types import GenerateRequest
 
-# A record with the prompts of a large batch has some hundred kilobytes.
+# A record with the prompts of a large batch is a few hundred kilobytes.
 MAX_BYTES = 16 << 20
 
 _DAMAGED = "its record was damaged"
@@ -21,7 +21,7 @@ _DAMAGED = "its record was damaged"
 
 @dataclasses.dataclass(frozen=True)
 class LoraReference:
-    """A LoRA of a record; see `ActiveLora`."""
+    """A LoRA in a record; see `ActiveLora`."""
 
     name: str
     weight: float
@@ -33,7 +33,7 @@ class LoraReference:
 
 @dataclasses.dataclass(frozen=True)
 class BatchReference:
-    """What an image was drawn together with; see `ImageRecord.batch`."""
+    """The batch of an image; see `ImageRecord.batch`."""
 
     index: int
     prompts: tuple[str, ...]
@@ -47,7 +47,7 @@ class BatchReference:
 
 @dataclasses.dataclass(frozen=True)
 class InputReference:
-    """An input image or array: its hash, and its path if it came from a file; what it was if it did not."""
+    """An input image or array: its hash, and its path if it came from a file, else its type and shape."""
 
     sha256: str
     path: str | None = None
@@ -62,13 +62,13 @@ def check_parts(data: Mapping[str, Any], version: str, path: Path, inputs: Seque
     """Check a record's request, batch and LoRAs.
 
     Args:
-        data: the record, with all its fields of their types.
-        version: of this package.
-        path: of the file, for messages.
+        data: the record, whose top-level fields have the right types.
+        version: the version of this package.
+        path: the record's file, for messages.
         inputs: the request fields that are images.
 
     Raises:
-        MetadataError: naming the part that is wrong.
+        MetadataError: a part is invalid; the message names it.
     """
     for i, lora in enumerate(data["loras"]):
         from_json(LoraReference, lora, f"{path}: loras[{i}]", MetadataError, _DAMAGED)

@@ -1,1 +1,1 @@
-"""What is asked for, checked against the bundle."""
+"""Requests: their fields, the codec of texts and JSON, and the check against a bundle."""

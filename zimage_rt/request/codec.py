@@ -1,7 +1,7 @@
-"""The one codec of requests: keyword arguments, JSON objects, table cells and options to a `GenerateRequest`.
+"""The codec of requests: keyword arguments, JSON objects, table cells and options to a `GenerateRequest`.
 
-Every front end names the request's fields through this module: Python's keyword arguments, the command line, tables,
-recorded images and services.
+Every front end reads the request's fields through this module: Python's keyword arguments, the command line, tables,
+images' records and services.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from .values import FILE, FLAG, NUMBER, NUMBERS, TEXT, WEIGHTS, WHOLE, read_valu
 # Fields that are images.
 IMAGES = ("image", "mask", "control_image")
 
-# diffusers' names of arguments that have another name here (ZImagePipeline and its image, inpainting and ControlNet
-# kin, 0.42). A request may use either.
+# diffusers' names of arguments that have another name here (ZImagePipeline and its image-to-image, inpainting and
+# ControlNet pipelines, 0.42). A request may use either.
 DIFFUSERS_NAMES: Mapping[str, str] = {
     "num_images_per_prompt": "num_images",
     "mask_image": "mask",
@@ -31,9 +31,9 @@ DIFFUSERS_NAMES: Mapping[str, str] = {
 
 
 def make_request(**fields: Any) -> GenerateRequest:
-    """A request from its fields by name, diffusers' names among them.
+    """A request from its fields by name; diffusers' names are accepted too.
 
-    Raises RequestError for a name that there is not, with those that there are, and for a field given twice.
+    Raises RequestError for an unknown name, with the known ones, for a field given twice, and without a prompt.
     """
     renamed: dict[str, Any] = {}
     for name, value in fields.items():
@@ -53,12 +53,12 @@ def make_request(**fields: Any) -> GenerateRequest:
 def read_fields(
     values: Mapping[str, Any], folder: Path = Path(), labels: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """Texts and JSON values by field name, as the fields' own values.
+    """Convert texts and JSON values, by field name, to the values of the fields.
 
     Args:
-        values: by the names of `field_kinds`; `second_pass.scale` names a part.
-        folder: the folder of relative paths.
-        labels: the names that messages use, by field name, for tables with column names of their own.
+        values: by the names of `field_kinds`; `second_pass.scale` is a part of `second_pass`.
+        folder: the folder that relative paths begin at.
+        labels: the names for messages, by field name, for tables whose columns have other names.
 
     Raises:
         RequestError: a value is not of its field's kind.
@@ -77,7 +77,7 @@ def read_fields(
 
 
 def read_parts(name: str, text: str) -> Any:
-    """`scale=2,strength=0.4` for a field that has parts, e.g. `second_pass`. Raises RequestError."""
+    """Parse `scale=2,strength=0.4` for a field that has parts, e.g. `second_pass`. Raises RequestError."""
     known = parts_of(name)
     found: dict[str, Any] = {}
     for item in filter(None, text.split(",")):
@@ -89,13 +89,13 @@ def read_parts(name: str, text: str) -> Any:
 
 
 def read_numbers(name: str, text: str) -> tuple[float, ...]:
-    """`1.0,0.6,0.3` for a field of numbers. Raises RequestError."""
+    """Parse `1.0,0.6,0.3` for a field of numbers. Raises RequestError."""
     return read_value(name, NUMBERS, text)
 
 
 @functools.cache
 def field_kinds() -> Mapping[str, str]:
-    """The kind of every field that text or JSON can say, by name; `second_pass.scale` is a part of `second_pass`."""
+    """The kind of every field that text or JSON can express, by name; `second_pass.scale` is a part of a field."""
     kinds: dict[str, str] = {}
     for name, hint in typing.get_type_hints(GenerateRequest).items():
         if name in IMAGES:
@@ -113,7 +113,7 @@ def field_kinds() -> Mapping[str, str]:
 
 @functools.cache
 def parts_of(field: str) -> Collection[str]:
-    """The parts of a field that has some, e.g. `scale` of `second_pass`."""
+    """The names of a field's parts, e.g. `scale` of `second_pass`; empty for other fields."""
     return tuple(name.partition(".")[2] for name in field_kinds() if name.startswith(f"{field}."))
 
 
@@ -125,7 +125,7 @@ def part_type(field: str) -> Any:
 
 
 def members(hint: Any) -> tuple[Any, ...]:
-    """The types of a union, or the one type."""
+    """The member types of a union; a type that is no union is its only member."""
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 

@@ -1,4 +1,4 @@
-"""Checks a request against a bundle before any work is done: every default filled in, every field in its range."""
+"""Checks a request against a bundle before any work is done, and fills in its defaults."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..errors import RequestError
 from ..image.convert import read_image
 from ..sampling.noise import MAX_SEED
 from ..sampling.samplers import SAMPLERS
-from .images import fitted, image_and_mask, read_control_image, side
+from .images import fit_pixels, image_and_mask, read_control_image, side
 from .schedule import ScheduleFields, resolve_sigmas
 from .types import BATCH_NOISE, SECOND_PASS_METHODS, GenerateRequest, ResolvedRequest, ResolvedSecondPass, SecondPass
 from .warnings_of import without_effect
@@ -28,52 +28,46 @@ if TYPE_CHECKING:
 _LATENTS = "float32 [batch, 16, height / 8, width / 8]"
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Inputs:
+    """The images and latents of a request as they were given, before they are fitted to its size.
+
+    Attributes:
+        latents, image_latents: arrays whose shapes are not checked yet, or None.
+        image, control_image: decoded images at their own size, or None.
+    """
+
+    latents: np.ndarray | None
+    image_latents: np.ndarray | None
+    image: Image | None
+    control_image: Image | None
+
+    @property
+    def has_start(self) -> bool:
+        """Whether there is an image or latents to begin from."""
+        return self.image is not None or self.latents is not None or self.image_latents is not None
+
+
 def resolve(request: GenerateRequest, manifest: Manifest) -> ResolvedRequest:
-    """Check a request against what the bundle serves. Raises RequestError."""
+    """Check a request against what the bundle serves, and fill in the defaults. Raises RequestError."""
     if not isinstance(request, GenerateRequest):
         raise RequestError(f"request: expected a GenerateRequest, got {type(request).__name__}")
-    defaults = manifest.pipeline
     prompts, negatives, num_images = _prompts(request, manifest)
-    batch = len(prompts) * num_images
     notes: list[str] = []
-    guidance = defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
-    guidance = checks.number(guidance, "guidance_scale", limits.MAX_GUIDANCE)
+    guidance = _guidance_scale(request, manifest)
     vae = resolve_vae(request.vae, manifest)
-    latents = None if request.latents is None else checks.array(request.latents, "latents", _LATENTS)
-    image_latents = None
-    if request.image_latents is not None:
-        image_latents = checks.array(request.image_latents, "image_latents", _LATENTS)
-    picture = None if request.image is None else read_image(request.image, "image", notes)
-    control = read_control_image(request, manifest, notes)
-    begins = picture is not None or latents is not None or image_latents is not None
-    # Beside guidance or an image, no text means no wish of its own, as in diffusers and ComfyUI.
-    if not (begins or control is not None or guidance > 0) and not all(prompt.strip() for prompt in prompts):
-        raise RequestError(
-            "prompt: expected some text, got an empty one; say what to draw, or give an image or a guidance_scale of "
-            "more than 0, with which an empty prompt has a meaning"
-        )
-    shown = picture if begins else control
-    height, width = (side(request, manifest, name, shown, image_latents) for name in ("height", "width"))
-    if height * width > limits.MAX_PIXELS:
-        raise RequestError(
-            f"height and width: expected at most {limits.MAX_PIXELS} pixels, got {height * width}", field="height"
-        )
-    if image_latents is not None:
-        if picture is not None or latents is not None:
-            raise RequestError(
-                "image_latents: expected it without `image` and `latents`; all three say what to begin with"
-            )
-        if request.mask is not None:
-            raise RequestError("mask: expected an image, whose pixels are kept; give `image`, not `image_latents`")
-    image, mask = image_and_mask(request, picture, height, width, notes)
+    inputs = _read_inputs(request, manifest, notes)
+    _check_not_empty(prompts, inputs, guidance)
+    height, width = _size(request, manifest, inputs)
+    _check_image_latents(request, inputs)
+    image, mask = image_and_mask(request, inputs.image, height, width, notes)
     shift = _shift(request, manifest)
-    again = _second_pass(request, manifest, shift, height, width, control)
-    encodes = image is not None or (again is not None and again.method == "pixel")
-    if (encodes or control is not None) and vae_encoder(vae) not in manifest.modules:
-        name = "image" if encodes else "control_image"
-        raise RequestError(f'{name}: this bundle has no {vae} VAE encoder; export it again with vae = ["{vae}"]')
-    factor = defaults.vae_scale_factor
-    shape = (batch, defaults.latent_channels, height // factor, width // factor)
+    second_pass = _second_pass(request, manifest, shift, height, width, inputs.control_image)
+    encodes_image = image is not None or (second_pass is not None and second_pass.method == "pixel")
+    _check_vae_encoder(manifest, vae, encodes_image, inputs.control_image is not None)
+    batch = len(prompts) * num_images
+    factor = manifest.pipeline.vae_scale_factor
+    shape = (batch, manifest.pipeline.latent_channels, height // factor, width // factor)
     batch_noise = checks.choice(request.batch_noise, "batch_noise", BATCH_NOISE)
     resolved = ResolvedRequest(
         prompts=tuple(prompt for prompt in prompts for _ in range(num_images)),
@@ -82,31 +76,19 @@ def resolve(request: GenerateRequest, manifest: Manifest) -> ResolvedRequest:
         height=height,
         width=width,
         sampler=checks.choice(request.sampler, "sampler", SAMPLERS),
-        sigmas=resolve_sigmas(
-            ScheduleFields(
-                schedule=request.schedule,
-                sampler=request.sampler,
-                sigmas=request.sigmas,
-                num_inference_steps=request.num_inference_steps,
-                strength=request.strength,
-                denoise=request.denoise,
-            ),
-            default_steps=defaults.num_inference_steps,
-            shift=shift,
-            begins=image is not None or image_latents is not None,
-        ),
+        sigmas=_sigmas(request, manifest, shift, begins=image is not None or inputs.image_latents is not None),
         guidance_scale=guidance,
         cfg_truncation=checks.number(request.cfg_truncation, "cfg_truncation"),
         cfg_normalization=checks.number(request.cfg_normalization, "cfg_normalization", limits.MAX_GUIDANCE),
         dynamic_cfg=checks.number(request.dynamic_cfg, "dynamic_cfg", 1.0),
         vae=vae,
-        latents=None if latents is None else _latents(latents, shape, "latents"),
+        latents=_latents(inputs.latents, shape, "latents"),
         image=image,
-        image_latents=None if image_latents is None else _latents(image_latents, shape, "image_latents"),
+        image_latents=_latents(inputs.image_latents, shape, "image_latents"),
         mask=mask,
-        control_image=None if control is None else fitted(control, width, height, request.fit),
+        control_image=_control_image(inputs.control_image, width, height, request.fit),
         control_scale=checks.number(request.control_scale, "control_scale", limits.MAX_CONTROL_SCALE),
-        second_pass=again,
+        second_pass=second_pass,
         vae_tile=resolve_tile(request.vae_tile, manifest),
         shift=shift,
         batch_noise=batch_noise,
@@ -118,8 +100,79 @@ def resolve(request: GenerateRequest, manifest: Manifest) -> ResolvedRequest:
     return dataclasses.replace(resolved, warnings=(*notes, *without_effect(request, resolved)))
 
 
+def _guidance_scale(request: GenerateRequest, manifest: Manifest) -> float:
+    """The request's guidance scale, or the bundle's own."""
+    value = manifest.pipeline.guidance_scale if request.guidance_scale is None else request.guidance_scale
+    return checks.number(value, "guidance_scale", limits.MAX_GUIDANCE)
+
+
+def _read_inputs(request: GenerateRequest, manifest: Manifest, notes: list[str]) -> _Inputs:
+    """Read the images and latents of a request; `notes` gets a sentence per image file that is not used whole."""
+    latents = None if request.latents is None else checks.array(request.latents, "latents", _LATENTS)
+    image_latents = None
+    if request.image_latents is not None:
+        image_latents = checks.array(request.image_latents, "image_latents", _LATENTS)
+    image = None if request.image is None else read_image(request.image, "image", notes)
+    return _Inputs(latents, image_latents, image, read_control_image(request, manifest, notes))
+
+
+def _check_not_empty(prompts: Sequence[str], inputs: _Inputs, guidance: float) -> None:
+    """Raise RequestError for an empty prompt with nothing else to draw from.
+
+    With guidance or an image an empty prompt has a meaning, as in diffusers and ComfyUI: the image is drawn freely.
+    """
+    if inputs.has_start or inputs.control_image is not None or guidance > 0:
+        return
+    if not all(prompt.strip() for prompt in prompts):
+        raise RequestError(
+            "prompt: expected some text, got an empty one; say what to draw, or give an image or a guidance_scale of "
+            "more than 0, with which an empty prompt has a meaning"
+        )
+
+
+def _size(request: GenerateRequest, manifest: Manifest, inputs: _Inputs) -> tuple[int, int]:
+    """Height and width in pixels; the control image gives them if nothing else does."""
+    image = inputs.image if inputs.has_start else inputs.control_image
+    height, width = (side(request, manifest, name, image, inputs.image_latents) for name in ("height", "width"))
+    if height * width > limits.MAX_PIXELS:
+        raise RequestError(
+            f"height and width: expected at most {limits.MAX_PIXELS} pixels, got {height * width}", field="height"
+        )
+    return height, width
+
+
+def _check_image_latents(request: GenerateRequest, inputs: _Inputs) -> None:
+    """Raise RequestError for `image_latents` beside another start, or with a mask."""
+    if inputs.image_latents is None:
+        return
+    if inputs.image is not None or inputs.latents is not None:
+        raise RequestError("image_latents: expected it without `image` and `latents`; all three say what to begin with")
+    if request.mask is not None:
+        raise RequestError("mask: expected an image, whose pixels are kept; give `image`, not `image_latents`")
+
+
+def _check_vae_encoder(manifest: Manifest, vae: str, encodes_image: bool, encodes_control: bool) -> None:
+    """Raise RequestError if an image has to be encoded and the bundle has no encoder of that VAE."""
+    if (encodes_image or encodes_control) and vae_encoder(vae) not in manifest.modules:
+        name = "image" if encodes_image else "control_image"
+        raise RequestError(f'{name}: this bundle has no {vae} VAE encoder; export it again with vae = ["{vae}"]')
+
+
+def _sigmas(request: GenerateRequest, manifest: Manifest, shift: float, *, begins: bool) -> np.ndarray:
+    """The sigmas of the first pass, float32 `[steps + 1]`; `begins` is whether it begins from an image."""
+    fields = ScheduleFields(
+        schedule=request.schedule,
+        sampler=request.sampler,
+        sigmas=request.sigmas,
+        num_inference_steps=request.num_inference_steps,
+        strength=request.strength,
+        denoise=request.denoise,
+    )
+    return resolve_sigmas(fields, default_steps=manifest.pipeline.num_inference_steps, shift=shift, begins=begins)
+
+
 def _prompts(request: GenerateRequest, manifest: Manifest) -> tuple[tuple[str, ...], tuple[str, ...], int]:
-    """Prompts, as many negative prompts, and images for each; no more together than one batch holds."""
+    """The prompts, as many negative prompts, and the number of images per prompt, which all fit into one batch."""
     allowed = manifest.shapes.batch
     most, tokens = min(allowed.max, limits.MAX_BATCH), manifest.shapes.prompt_tokens.max
     prompts = _texts(request.prompt, "prompt", most, tokens)
@@ -140,7 +193,7 @@ def _prompts(request: GenerateRequest, manifest: Manifest) -> tuple[tuple[str, .
 
 
 def resolve_vae(vae: Any, manifest: Manifest) -> str:
-    """The VAE of that name, or for None the first that the bundle has. Raises RequestError where it has none."""
+    """The VAE of that name, or for None the bundle's first. Raises RequestError if the bundle does not have it."""
     if vae is None:
         vae = next((v for v in VAES if vae_decoder(v) in manifest.modules), "tiny")
     if not isinstance(vae, str) or vae not in VAES:
@@ -163,7 +216,7 @@ def _shift(request: GenerateRequest, manifest: Manifest) -> float:
 
 
 def resolve_tile(value: Any, manifest: Manifest) -> int | None:
-    """A tile's side in pixels; None for none. Raises RequestError."""
+    """The side of a tile in pixels; None stays None. Raises RequestError."""
     if value is None:
         return None
     multiple = manifest.pipeline.size_multiple
@@ -176,16 +229,17 @@ def resolve_tile(value: Any, manifest: Manifest) -> int | None:
 def _second_pass(
     request: GenerateRequest, manifest: Manifest, shift: float, height: int, width: int, control: Image | None
 ) -> ResolvedSecondPass | None:
-    again = request.second_pass
-    if again is None:
+    """The second pass, checked: its size, its sigmas and the control image at its size; None if there is none."""
+    second = request.second_pass
+    if second is None:
         return None
-    if not isinstance(again, SecondPass):
-        raise RequestError(f"second_pass: expected a SecondPass, got {type(again).__name__}")
+    if not isinstance(second, SecondPass):
+        raise RequestError(f"second_pass: expected a SecondPass, got {type(second).__name__}")
     if request.mask is not None:
         raise RequestError(
             "second_pass and mask: expected one of them; draw again over the result in a second request", field="mask"
         )
-    scale = checks.number(again.scale, "second_pass.scale", limits.MAX_UPSCALE)
+    scale = checks.number(second.scale, "second_pass.scale", limits.MAX_UPSCALE)
     sizes = []
     for name, size in (("height", height), ("width", width)):
         allowed = getattr(manifest.shapes, name)
@@ -196,25 +250,30 @@ def _second_pass(
                 f"{allowed.max}: choose another scale or size"
             )
         sizes.append(larger)
-    own = again.num_inference_steps is not None
+    own = second.num_inference_steps is not None
     sigmas = resolve_sigmas(
         ScheduleFields(
             schedule=request.schedule,
             sampler=request.sampler,
             sigmas=None if own else request.sigmas,
-            num_inference_steps=again.num_inference_steps if own else request.num_inference_steps,
-            strength=again.strength,
-            denoise=again.denoise,
+            num_inference_steps=second.num_inference_steps if own else request.num_inference_steps,
+            strength=second.strength,
+            denoise=second.denoise,
         ),
         default_steps=manifest.pipeline.num_inference_steps,
         shift=shift,
         begins=True,  # with the first pass's image
         prefix="second_pass.",
     )
-    method = checks.choice(again.method, "second_pass.method", SECOND_PASS_METHODS)
-    # From the picture itself: it may be larger than the first pass.
-    control_image = None if control is None else fitted(control, sizes[1], sizes[0], request.fit)
+    method = checks.choice(second.method, "second_pass.method", SECOND_PASS_METHODS)
+    # From the image as it was given, which may be larger than the first pass.
+    control_image = _control_image(control, sizes[1], sizes[0], request.fit)
     return ResolvedSecondPass(sizes[0], sizes[1], method, sigmas, control_image)
+
+
+def _control_image(image: Image | None, width: int, height: int, fit: str) -> np.ndarray | None:
+    """The control image at a pass's size, uint8 `[height, width, 3]`."""
+    return None if image is None else fit_pixels(image, width, height, fit)
 
 
 def _loras(value: Any) -> dict[str, float] | None:
@@ -234,7 +293,7 @@ def _texts(value: Any, name: str, most: int, max_tokens: int) -> tuple[str, ...]
 
 def _seeds(seed: Any, batch: int, *, joint: bool) -> tuple[int, ...]:
     if seed is None:
-        # 32 bits: what people can copy by hand, and all of a seed that the generator uses.
+        # 32 bits are easy to copy by hand, and the generator uses no more of a seed.
         seed = secrets.randbits(32)
     if isinstance(seed, str) or not isinstance(seed, (Sequence, np.ndarray)):
         first = checks.integer(seed, "seed", 0, MAX_SEED)
@@ -248,7 +307,10 @@ def _seeds(seed: Any, batch: int, *, joint: bool) -> tuple[int, ...]:
     return seeds
 
 
-def _latents(array: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarray:
+def _latents(array: np.ndarray | None, shape: tuple[int, ...], name: str) -> np.ndarray | None:
+    """The latents, if they are finite float32 of that shape; None stays None. Raises RequestError."""
+    if array is None:
+        return None
     if array.shape != shape:
         raise RequestError(f"{name}: expected {list(shape)}, got {list(array.shape)}")
     if array.dtype != np.float32:
@@ -259,7 +321,7 @@ def _latents(array: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarray
 
 
 def check_latents(latents: Any, manifest: Manifest) -> None:
-    """Raise RequestError unless these are latents of a size that the bundle decodes, in a batch of any size."""
+    """Raise RequestError unless these are latents of a size that the bundle decodes; the batch may have any size."""
     pipeline, shapes = manifest.pipeline, manifest.shapes
     shape: tuple[int, ...] = latents.shape if isinstance(latents, np.ndarray) else ()
     heights, widths = (sizes.scaled(1, pipeline.vae_scale_factor) for sizes in (shapes.height, shapes.width))

@@ -1,4 +1,4 @@
-"""The sigmas that a request runs: the whole schedule, or its end where an image is the beginning."""
+"""The sigmas of a request: the whole schedule, or its end if the request begins from an image."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SIGMAS = "numbers that fall, from at most 1 to more than 0; the last 0 is added
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleFields:
-    """The fields of a request, or of its second pass, that decide its sigmas; not checked yet."""
+    """The unchecked fields of a request, or of its second pass, that determine its sigmas."""
 
     schedule: Any
     sampler: Any
@@ -31,21 +31,21 @@ class ScheduleFields:
 def resolve_sigmas(
     fields: ScheduleFields, *, default_steps: int, shift: float, begins: bool, prefix: str = ""
 ) -> np.ndarray:
-    """Sigmas as the samplers take them, float32 `[steps + 1]`.
+    """The sigmas for the sampler, float32 `[steps + 1]`.
 
     Args:
-        fields: what the request says.
-        default_steps: the steps if it does not say.
+        fields: the request's fields.
+        default_steps: the number of steps if the request has none.
         shift: the timestep shift.
-        begins: whether there is an image, so that strength and denoise say how far to go from it.
-        prefix: of the fields' names in messages: `second_pass.` for the second pass.
+        begins: whether the request begins from an image, so that strength and denoise apply.
+        prefix: the prefix of field names in messages: `second_pass.` for the second pass.
 
     Raises:
-        RequestError: a field is impossible.
+        RequestError: a field is invalid.
     """
     name = choice(fields.schedule, "schedule", SCHEDULES)
     spare = SAMPLERS[choice(fields.sampler, "sampler", SAMPLERS)].spare_step
-    part = _denoise(fields.denoise, begins, prefix)
+    part = _check_denoise(fields.denoise, begins, prefix)
     sigmas, num_inference_steps = fields.sigmas, fields.num_inference_steps
     if sigmas is None:
         steps = default_steps if num_inference_steps is None else num_inference_steps
@@ -63,7 +63,7 @@ def resolve_sigmas(
             raise RequestError(
                 f"{prefix}denoise: expected none beside `sigmas`, which are run whole; give those to run"
             )
-        whole = custom_sigmas(_given(sigmas), shift)
+        whole = custom_sigmas(_check_sigmas(sigmas), shift)
         count = len(whole) - 1
         if num_inference_steps is not None and integer(num_inference_steps, "num_inference_steps", 1, 1 << 62) != count:
             raise RequestError(
@@ -75,21 +75,21 @@ def resolve_sigmas(
     share = number(fields.strength, f"{prefix}strength", 1.0)
     if share == 0:
         raise RequestError(f"{prefix}strength: expected more than 0, which would change nothing, and at most 1")
-    # At least one step, also of a share so small that it rounds to none.
+    # At least one step, even if the strength rounds to none.
     return whole[min(first_step(len(whole) - 1, share), len(whole) - 2) :]
 
 
-def _given(sigmas: Any) -> np.ndarray:
-    """A request's own sigmas, float64 `[steps]`."""
+def _check_sigmas(sigmas: Any) -> np.ndarray:
+    """The sigmas that a request gives itself, checked, float64 `[steps]`."""
     values = np.array([number(item, "sigmas", np.inf, -np.inf) for item in items(sigmas, "sigmas", _SIGMAS, MAX_STEPS)])
-    # As they will be run, in float32: two that round to one number are a step of length 0.
+    # Compared in float32, as the loop has them: two that round to one number would be a step of length 0.
     falling = len(values) > 0 and bool((np.diff(values.astype(np.float32)) < 0).all())
     if not falling or not (np.float32(values[-1]) > 0 and values[0] <= 1):
         raise RequestError(f"sigmas: expected {_SIGMAS}")
     return values
 
 
-def _denoise(value: Any, begins: bool, prefix: str) -> float | None:
+def _check_denoise(value: Any, begins: bool, prefix: str) -> float | None:
     if value is None:
         return None
     denoise = number(value, f"{prefix}denoise", 1.0)

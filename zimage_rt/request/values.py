@@ -1,4 +1,4 @@
-"""Texts and JSON values to the values of a request's fields, strictly by the kind of the field."""
+"""Conversion of texts and JSON values to the values of a request's fields, strictly by the field's kind."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from typing import Any
 from ..checks import shown
 from ..errors import RequestError
 
-# The kinds, as messages call them.
+# The kinds, worded as in messages.
 TEXT, WHOLE, NUMBER, NUMBERS, FILE = "text", "a whole number", "a number", "numbers", "a path"
 FLAG = "true or false"
 WEIGHTS = "names with weights, such as style=0.8"
 FLAGS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-# What Python's int() and float() take beyond this (1_000, nan, other scripts' digits) is rather a slip than a number.
+# Python's int() and float() accept more (1_000, nan, digits of other scripts), which is more likely a mistake.
 NUMERAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 FULL_WIDTH = str.maketrans("０１２３４５６７８９．－＋", "0123456789.-+")
 LARGEST_EXACT = 2**53
 
 
 def read_value(name: str, kind: str, value: Any, folder: Path = Path()) -> Any:
-    """A text, or a JSON value, converted to a kind of value.
+    """Convert a text, or a JSON value, to a kind of value.
 
     Args:
         name: the field's or column's name, for errors.
         kind: one of the kinds above.
-        value: text is read for every kind; other JSON values must be of the kind.
-        folder: the folder of relative paths.
+        value: a text, which is parsed, or a JSON value of the kind.
+        folder: the folder that relative paths begin at.
 
     Raises:
         RequestError: the value is not of that kind.
@@ -50,7 +50,7 @@ def _file(value: Any, folder: Path) -> Path:
     name = _text(value, folder).strip()
     if not name or "\0" in name:
         raise ValueError
-    name.encode()  # half a surrogate pair is a ValueError
+    name.encode()  # raises ValueError for a lone surrogate
     return folder / name
 
 
@@ -78,7 +78,7 @@ def _whole(value: Any, folder: Path) -> int:
 
 def _numbers(value: Any, folder: Path) -> tuple[float, ...]:
     if isinstance(value, str):
-        # A place with nothing in it, as in 1,,0.5, is a forgotten number: _number refuses it.
+        # An empty entry, as in 1,,0.5, is a missing number: _number refuses it.
         return tuple(_number(item, folder) for item in re.split(r"\s*[,;，；]\s*|\s+", value.strip()))
     if not isinstance(value, list):
         raise TypeError

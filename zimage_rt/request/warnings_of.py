@@ -1,4 +1,4 @@
-"""What of a request has no effect, one sentence each: said as RequestWarning and kept in the records."""
+"""Warnings about fields of a request that have no effect; they are raised as RequestWarning and recorded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from .types import GenerateRequest, ResolvedRequest, SecondPass
 
-# Fields that only something else gives an effect, and what; they are warned of where they are not at their defaults.
+# Fields that have an effect only together with something else, and what. The warning is for values off the default.
 GUIDANCE = "guidance; ask for a guidance_scale of more than 0"
 NEEDS = {
     "cfg_truncation": GUIDANCE,
@@ -23,7 +23,7 @@ NEEDS = {
 
 
 def without_effect(request: GenerateRequest, resolved: ResolvedRequest) -> Iterator[str]:
-    """The sentences for one request."""
+    """One sentence per field of a request that has no effect."""
     guided = resolved.guidance_scale > 0
     if not guided and any(text.strip() for text in resolved.negative_prompts):
         yield f"negative_prompt: it does nothing without {GUIDANCE}"
@@ -50,7 +50,7 @@ def without_effect(request: GenerateRequest, resolved: ResolvedRequest) -> Itera
 
 
 def _strength(prefix: str, what: str, part: GenerateRequest | SecondPass, sigmas: np.ndarray) -> Iterator[str]:
-    """Says that a strength or a denoise of less than 1 begins from noise alone: at the first sigma, if that is 1."""
+    """Warn that a strength or a denoise below 1 begins from noise alone, which it does if the first sigma is 1."""
     steps, strength = len(sigmas) - 1, part.strength
     if (strength if part.denoise is None else part.denoise) >= 1 or sigmas[0] < 1:
         return

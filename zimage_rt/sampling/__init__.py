@@ -1,1 +1,1 @@
-"""Noise levels, samplers, guidance and noise: what the loop is given."""
+"""Noise schedules, samplers, guidance scales and noise: the inputs of the sampler loop."""

@@ -1,4 +1,4 @@
-"""The symmetric beta distribution's quantiles, for one noise schedule; SciPy would be 100 MB for this one number."""
+"""Quantiles of the symmetric beta distribution, for the beta schedules; SciPy would add 100 MB for this function."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def _cumulative(x: float, a: float) -> float:
 
 
 def beta_quantile(probability: float, a: float) -> float:
-    """The x with P(X <= x) = probability for X of Beta(a, a), to about 1e-14."""
+    """The x with P(X <= x) = probability for X ~ Beta(a, a), to about 1e-14."""
     if probability <= 0.0 or probability >= 1.0:
         return min(max(probability, 0.0), 1.0)
     if probability > 0.5:
         return 1.0 - beta_quantile(1.0 - probability, a)
     low, high = 0.0, 0.5
-    for _ in range(60):  # bisection: 2^-60 is below a double's last place
+    for _ in range(60):  # bisection: 2^-60 is below the last place of a double
         middle = (low + high) / 2
         low, high = (middle, high) if _cumulative(middle, a) < probability else (low, middle)
     return (low + high) / 2

@@ -1,7 +1,7 @@
-"""Classifier-free guidance: its scale for every evaluation and sample, and the formula that the C++ loop is held to.
+"""Classifier-free guidance: the scale of every evaluation and sample, and the reference formula of the C++ loop.
 
-The formulas are those of diffusers' ZImagePipeline: guidance is on where `scale > 0`, and
-`pred = positive + scale * (positive - negative)`. Dynamic guidance is ours.
+The formulas are those of diffusers' ZImagePipeline: guidance applies if `scale > 0`, with
+`pred = positive + scale * (positive - negative)`. Dynamic guidance is an addition of this package.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ LONG_PROMPT = 128
 def guidance_scales(
     sigmas: np.ndarray, scale: float, truncation: float, dynamic: float, prompt_tokens: Sequence[int]
 ) -> np.ndarray:
-    """The scale of each evaluation and sample, float32 `[len(sigmas), len(prompt_tokens)]`; 0 is none.
+    """The scale of each evaluation and sample, float32 `[len(sigmas), len(prompt_tokens)]`; 0 means no guidance.
 
-    `truncation` ends guidance late in the run: at an evaluation whose timestep, 1 - sigma, exceeds it. With d =
-    `dynamic` > 0 a sample of n tokens gets at sigma
+    Evaluations whose timestep, 1 - sigma, exceeds `truncation` are not guided. With d = `dynamic` > 0 the scale of a
+    sample of n tokens at sigma is
 
         scale * (1 + d * (min(n / 128, 1) - 1/2)) * (1 - d * (1 - sigma)),
 
-    so that a prompt that says much steers more than one that says little, and steering eases off as the picture
-    settles: what it exaggerates at the end, colours and edges, is left alone.
+    so that a long prompt is guided more than a short one, and guidance weakens towards the end, when it exaggerates
+    colours and edges.
 
     Args:
-        sigmas: of the evaluations.
+        sigmas: the sigmas of the evaluations.
         scale: `guidance_scale`.
-        truncation: `cfg_truncation`; above 1 means never.
-        dynamic: 0 for the same scale throughout, 1 for the most.
+        truncation: `cfg_truncation`; values above 1 disable it.
+        dynamic: 0 for a constant scale, up to 1.
         prompt_tokens: the lengths of the samples' prompts.
     """
     timesteps = (np.float32(1) - np.asarray(sigmas, np.float32)).astype(np.float64)
@@ -45,7 +45,7 @@ def guidance_scales(
 def apply_guidance(positive: np.ndarray, negative: np.ndarray, scale: float, normalization: float = 0.0) -> np.ndarray:
     """Combine predictions `[batch, ...]`, sample by sample.
 
-    `normalization` > 0 keeps the guided norm at or under that multiple of the positive norm.
+    `normalization` > 0 limits the guided norm to that multiple of the positive norm.
     """
     if scale <= 0:
         return positive

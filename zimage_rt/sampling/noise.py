@@ -1,6 +1,6 @@
-"""Seed to noise: the numbers `torch.randn` gives on the CPU for that seed, to a few units in the last place.
+"""Noise from seeds: the numbers of `torch.randn` on the CPU for the seed, to a few units in the last place.
 
-As torch does, the generator takes the low 32 bits of a seed alone; the Brownian paths of some samplers take all 64.
+As in torch, the generator uses only the low 32 bits of a seed; the Brownian paths of some samplers use all 64.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ MAX_SEED = 2**64 - 1
 
 
 def prepare_noise(seeds: tuple[int, ...], sample_shape: tuple[int, ...], *, joint: bool = False) -> np.ndarray:
-    """Noise for a batch: one generator an image, so that each can be repeated alone.
+    """The noise of a batch, with one generator per image, so that each image can be repeated alone.
 
-    With `joint` it is one generator's for the whole batch, the first seed's, as ComfyUI draws it.
+    With `joint` the whole batch is drawn from one generator of the first seed, as in ComfyUI.
 
     Returns:
         float32 `[len(seeds), *sample_shape]`; row i is

@@ -1,10 +1,10 @@
-"""Samplers as tables: each is a list of function evaluations with a linear update behind them.
+"""Samplers as tables: each is a list of function evaluations, with a linear update after each.
 
-The loop that runs a table is one and in C++ (`csrc/runtime/sampler.cc`); `sample_reference` is what it is held to.
-`SAMPLERS` is the one list of them; their rows are in `sampling/tables.py`.
+One C++ loop runs every table (`csrc/cpu/sampler.cc`); `sample_reference` is its reference in numpy.
+`SAMPLERS` is the one list of them; their rows are in `deterministic.py` and `stochastic.py`.
 
-Plain names are ComfyUI's and give its numbers (0.33.0, commit 783545f6); those that begin with `diffusers_` are
-diffusers'.
+Plain names are ComfyUI's and give its numbers (0.33.0, commit 783545f6); names that begin with `diffusers_` give
+diffusers' numbers.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from .._core import brownian_noise, stream_noise
-from . import tables as sampler_tables
+from . import deterministic, stochastic
 from .guidance import apply_guidance
 from .schedules import add_noise
 from .tables import HISTORY, SamplerStep
 
-# Where a sampler's noise between steps comes from: nowhere, a generator of seed + 1, or a Brownian path of the seed.
+# The source of a sampler's noise between steps: none, a generator of seed + 1, or a Brownian path of the seed.
 NONE, STREAM, BROWNIAN = "none", "stream", "brownian"
 
 
@@ -29,13 +29,13 @@ class Sampler:
     """A sampler.
 
     Attributes:
-        name: what requests say.
-        label: what other programs call it.
-        source: whose numbers it has: `ComfyUI`, `diffusers`, or both.
-        help: one line for people who choose.
-        rows: `(sigmas, shift)` to its evaluations; sigmas float32, falling to 0.
+        name: its name in requests.
+        label: its name in other programs.
+        source: the program whose numbers it gives: `ComfyUI`, `diffusers`, or `both`.
+        help: one line of help.
+        rows: maps `(sigmas, shift)` to its rows; sigmas are float32 and fall to 0.
         noise: `none`, `stream` or `brownian`.
-        spare_step: schedules are made for it with one step more, and lose the last sigma before 0.
+        spare_step: whether its schedules are made with one more step and lose the last sigma before 0.
     """
 
     name: str
@@ -47,33 +47,33 @@ class Sampler:
     spare_step: bool = False
 
 
-# Every sampler: requests, records, the command line's help and docs/samplers.md have them from here.
+# Every sampler; requests, records, the command line's help and docs/samplers.md use this table.
 SAMPLERS: dict[str, Sampler] = {
     sampler.name: sampler
     for sampler in (
-        Sampler("euler", "Euler", "both", "The default: one evaluation a step.", sampler_tables.euler),
-        Sampler("heun", "Heun", "both", "Two evaluations a step, second order.", sampler_tables.heun),
+        Sampler("euler", "Euler", "both", "The default: one evaluation a step.", deterministic.euler),
+        Sampler("heun", "Heun", "both", "Two evaluations a step, second order.", deterministic.heun),
         Sampler(
             "diffusers_dpmpp_2m",
             "DPM++ 2M",
             "diffusers",
             "DPMSolverMultistepScheduler's: second order, in lambda.",
-            sampler_tables.diffusers_dpmpp_2m,
+            deterministic.diffusers_dpmpp_2m,
         ),
-        Sampler("dpmpp_2m", "DPM++ 2M", "ComfyUI", "Second order, in ln sigma.", sampler_tables.dpmpp_2m),
+        Sampler("dpmpp_2m", "DPM++ 2M", "ComfyUI", "Second order, in ln sigma.", deterministic.dpmpp_2m),
         Sampler(
             "res_multistep",
             "RES Multistep",
             "ComfyUI",
             "What the Z-Image templates use: second order, exponential.",
-            sampler_tables.res_multistep,
+            deterministic.res_multistep,
         ),
         Sampler(
             "dpm_2",
             "DPM2",
             "ComfyUI",
             "Two evaluations a step, the second in the middle.",
-            sampler_tables.dpm_2,
+            deterministic.dpm_2,
             spare_step=True,
         ),
         Sampler(
@@ -81,14 +81,14 @@ SAMPLERS: dict[str, Sampler] = {
             "Gradient Estimation",
             "ComfyUI",
             "Euler with twice the slope less the one before.",
-            sampler_tables.gradient_estimation,
+            deterministic.gradient_estimation,
         ),
         Sampler(
             "uni_pc",
             "UniPC",
             "ComfyUI",
             "Predictor and corrector of third order.",
-            sampler_tables.uni_pc,
+            deterministic.uni_pc,
             spare_step=True,
         ),
         Sampler(
@@ -96,16 +96,16 @@ SAMPLERS: dict[str, Sampler] = {
             "UniPC BH2",
             "ComfyUI",
             "The same with the other weighting.",
-            sampler_tables.uni_pc_bh2,
+            deterministic.uni_pc_bh2,
             spare_step=True,
         ),
-        Sampler("ddim", "DDIM", "ComfyUI", "Euler by another name.", sampler_tables.euler),
+        Sampler("ddim", "DDIM", "ComfyUI", "Euler by another name.", deterministic.euler),
         Sampler(
             "euler_ancestral",
             "Euler a",
             "ComfyUI",
             "Euler with new noise in every step.",
-            sampler_tables.euler_ancestral,
+            stochastic.euler_ancestral,
             STREAM,
         ),
         Sampler(
@@ -113,17 +113,17 @@ SAMPLERS: dict[str, Sampler] = {
             "RES Multistep a",
             "ComfyUI",
             "RES with new noise in every step.",
-            sampler_tables.res_multistep_ancestral,
+            stochastic.res_multistep_ancestral,
             STREAM,
         ),
-        Sampler("lcm", "LCM", "ComfyUI", "The clean image under new noise, for few steps.", sampler_tables.lcm, STREAM),
-        Sampler("er_sde", "ER SDE", "ComfyUI", "Third order, with noise.", sampler_tables.er_sde, STREAM),
+        Sampler("lcm", "LCM", "ComfyUI", "The clean image under new noise, for few steps.", stochastic.lcm, STREAM),
+        Sampler("er_sde", "ER SDE", "ComfyUI", "Third order, with noise.", stochastic.er_sde, STREAM),
         Sampler(
             "dpmpp_sde",
             "DPM++ SDE",
             "ComfyUI",
             "Two evaluations a step, with Brownian noise.",
-            sampler_tables.dpmpp_sde,
+            stochastic.dpmpp_sde,
             BROWNIAN,
         ),
         Sampler(
@@ -131,7 +131,7 @@ SAMPLERS: dict[str, Sampler] = {
             "DPM++ 2M SDE",
             "ComfyUI",
             "Second order, with Brownian noise.",
-            sampler_tables.dpmpp_2m_sde,
+            stochastic.dpmpp_2m_sde,
             BROWNIAN,
         ),
         Sampler(
@@ -139,14 +139,14 @@ SAMPLERS: dict[str, Sampler] = {
             "DPM++ 3M SDE",
             "ComfyUI",
             "Third order, with Brownian noise.",
-            sampler_tables.dpmpp_3m_sde,
+            stochastic.dpmpp_3m_sde,
             BROWNIAN,
         ),
     )
 }
 DEFAULT_SAMPLER = "euler"
 
-# What 0.1.x called its ways, which were diffusers': records and journals without the new names mean these.
+# Names in 0.1.x, which gave diffusers' numbers, and their names now: for records and journals of that version.
 FORMER_SAMPLERS = {"dpmpp_2m": "diffusers_dpmpp_2m"}
 FORMER_SCHEDULES = {
     "simple": "diffusers_simple",
@@ -158,18 +158,18 @@ FORMER_SCHEDULES = {
 
 
 def sampler_table(sampler: str, sigmas: np.ndarray, shift: float) -> np.ndarray:
-    """The rows of a sampler over a schedule, float32 `[evaluations, 12]`: the loop's argument."""
+    """The rows of a sampler over a schedule, float32 `[evaluations, 12]`, the input of the loop."""
     return np.array([step.numbers() for step in SAMPLERS[sampler].rows(sigmas, shift)], np.float32)
 
 
 def step_noise(
     sampler: str, sigmas: np.ndarray, shift: float, seeds: Sequence[int], sample_shape: tuple[int, ...], *, joint: bool
 ) -> np.ndarray | None:
-    """The noise that a sampler's rows take, float32 `[draws, len(seeds), *sample_shape]`; None if they take none.
+    """The noise of a sampler's rows, float32 `[draws, len(seeds), *sample_shape]`; None if they use none.
 
-    A sample's noise comes from its own seed, so that it can be drawn alone; or, `joint`, the batch's from the first
-    seed as from one array, as ComfyUI draws it. A stream is that of seed + 1; a Brownian path takes all 64 bits of the
-    seed, over the range of the sigmas.
+    Each sample's noise is from its own seed, so that the sample can be repeated alone. With `joint` the batch's noise
+    is one array of the first seed, as in ComfyUI. A stream uses seed + 1; a Brownian path uses all 64 bits of the seed
+    over the range of the sigmas.
     """
     rows = [step for step in SAMPLERS[sampler].rows(sigmas, shift) if step.noise]
     if not rows:
@@ -188,7 +188,7 @@ def step_noise(
 def blend_kept(
     latents: np.ndarray, mask: np.ndarray, image: np.ndarray, noise: np.ndarray, sigma: np.float32
 ) -> np.ndarray:
-    """Keep the picture where the mask is 0: its latents at the noise level that the others have reached."""
+    """The latents with the image's own, at noise level `sigma`, where the mask is 0."""
     return (np.float32(1) - mask) * add_noise(image, noise, sigma) + mask * latents
 
 
@@ -201,10 +201,10 @@ def sample_reference(
     inpaint: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
     step_noise: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The C++ loop's reference, in numpy: the arguments of `_core.sample` without a callback.
+    """The reference of the C++ loop in numpy, with the arguments of `_core.sample` but no callback.
 
     `predict(latents, timestep, guided, noise_pred)` fills `noise_pred`, `[batch, ...]`, or `[2 * batch, ...]`
-    (positive, then negative) where `guided`; `inpaint` is (mask, image, noise).
+    (positive, then negative) if `guided`; `inpaint` is (mask, image, noise).
     """
     latents = np.array(latents, dtype=np.float32)
     kept = np.zeros((HISTORY, *latents.shape), np.float32)

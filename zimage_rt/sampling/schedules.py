@@ -1,9 +1,9 @@
-"""Noise schedules as pure functions: how sigma goes from 1 to 0.
+"""Noise schedules as pure functions: the sigmas from 1 to 0.
 
-The shift is the checkpoint's or the request's: `shift * s / (1 + (shift - 1) * s)`, 3.0 for Z-Image-Turbo.
+The checkpoint's or the request's shift maps s to `shift * s / (1 + (shift - 1) * s)`; it is 3.0 for Z-Image-Turbo.
 
-Plain names are ComfyUI's and give its numbers (0.33.0, commit 783545f6); those that begin with `diffusers_` are
-diffusers' (FlowMatchEulerDiscreteScheduler as ZImagePipeline drives it). `SCHEDULES` is the one list of them.
+Plain names are ComfyUI's and give its numbers (0.33.0, commit 783545f6); names that begin with `diffusers_` give
+diffusers' (FlowMatchEulerDiscreteScheduler as used by ZImagePipeline). `SCHEDULES` is the one list of them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from .beta import beta_quantile
 
 
 def flow_match_sigmas(num_inference_steps: int, shift: float) -> np.ndarray:
-    """Sigmas of flow-match Euler, 1 → 0: what `_core.flow_match_sigmas` is held to.
+    """Sigmas of flow-match Euler from 1 to 0: `linspace(1, 1/N, N)`, shifted, then 0.
 
-    `linspace(1, 1/N, N)`, shifted, then 0 (diffusers' FlowMatchEulerDiscreteScheduler, as ZImagePipeline drives it).
+    The source is diffusers' FlowMatchEulerDiscreteScheduler as used by ZImagePipeline.
 
     Args:
         num_inference_steps: N, the number of steps; at least 1.
@@ -38,15 +38,15 @@ def flow_match_sigmas(num_inference_steps: int, shift: float) -> np.ndarray:
 
 
 def custom_sigmas(sigmas: Sequence[float] | np.ndarray, shift: float) -> np.ndarray:
-    """Given sigmas, before the shift and without the last 0, as diffusers' `sigmas` argument has them."""
+    """The schedule of given sigmas, which are before the shift and without the last 0, as diffusers' `sigmas`."""
     values = np.asarray(sigmas, np.float64).astype(np.float32)
-    # In float32, as diffusers computes it: the sigmas are then its own to the last place or so.
+    # In float32, as in diffusers, so that the sigmas equal its own to about the last place.
     shifted = np.float32(shift) * values / (np.float32(1) + np.float32(shift - 1) * values)
     return np.append(shifted, np.float32(0))
 
 
-def _between(sigmas: np.ndarray, spread: Callable[[float, float, int], np.ndarray]) -> np.ndarray:
-    """The first and the last sigma stay; those between them are spread anew."""
+def _respace(sigmas: np.ndarray, spread: Callable[[float, float, int], np.ndarray]) -> np.ndarray:
+    """The schedule with the sigmas between the first and the last above 0 replaced by those of `spread`."""
     if len(sigmas) < 3:
         return sigmas
     values = spread(float(sigmas[-2]), float(sigmas[0]), len(sigmas) - 1)
@@ -69,23 +69,23 @@ def _beta(low: float, high: float, count: int) -> np.ndarray:
 
 
 def _table(shift: float) -> np.ndarray:
-    """ComfyUI's thousand sigmas, rising, float32: what its schedulers look up or take their ends from."""
+    """ComfyUI's table of 1000 sigmas, rising, float32, in which its schedulers look up sigmas or their ends."""
     return custom_sigmas(np.arange(1, 1001) / 1000, shift)[:-1]
 
 
-def _ended(sigmas: Sequence[float] | np.ndarray) -> np.ndarray:
+def _append_zero(sigmas: Sequence[float] | np.ndarray) -> np.ndarray:
     return np.append(np.asarray(sigmas, np.float64), 0.0).astype(np.float32)
 
 
 def _comfyui_simple(num_inference_steps: int, shift: float) -> np.ndarray:
     table = _table(shift)
-    return _ended([table[999 - int(i * 1000 / num_inference_steps)] for i in range(num_inference_steps)])
+    return _append_zero([table[999 - int(i * 1000 / num_inference_steps)] for i in range(num_inference_steps)])
 
 
-def _even(first: float, last: float, count: int) -> np.ndarray:
-    """Even steps as torch.linspace has them: counted from the nearer end, in float32, with one rounding.
+def _linspace(first: float, last: float, count: int) -> np.ndarray:
+    """Even steps as in torch.linspace: counted from the nearer end, in float32, with one rounding.
 
-    To the bit, because a Brownian path's noise is another for a sigma that rounds otherwise in its sixth decimal.
+    Equal to the bit, because sigmas that differ in the sixth decimal get other noise of a Brownian path.
     """
     start, end = np.float32(first), np.float32(last)
     if count == 1:
@@ -96,62 +96,62 @@ def _even(first: float, last: float, count: int) -> np.ndarray:
 
 
 def _comfyui_normal(num_inference_steps: int, shift: float) -> np.ndarray:
-    """Even steps down to the smallest of the table, which is a shifted sigma already, then shifted."""
-    return custom_sigmas(_even(1.0, float(_table(shift)[0]), num_inference_steps), shift)
+    """Even steps down to the smallest sigma of the table, then shifted; that sigma is shifted twice, as in ComfyUI."""
+    return custom_sigmas(_linspace(1.0, float(_table(shift)[0]), num_inference_steps), shift)
 
 
 def _former_normal(num_inference_steps: int, shift: float) -> np.ndarray:
-    """What 0.1 called `normal`: the same in float64."""
+    """`normal` as in 0.1: computed in float64."""
     smallest = shift * 1e-3 / (1 + (shift - 1) * 1e-3)
     return custom_sigmas(np.linspace(1.0, smallest, num_inference_steps), shift)
 
 
 def _comfyui_sgm_uniform(num_inference_steps: int, shift: float) -> np.ndarray:
-    return custom_sigmas(_even(1.0, float(_table(shift)[0]), num_inference_steps + 1)[:-1], shift)
+    return custom_sigmas(_linspace(1.0, float(_table(shift)[0]), num_inference_steps + 1)[:-1], shift)
 
 
 def _comfyui_karras(num_inference_steps: int, shift: float) -> np.ndarray:
     low, high = (float(end) ** (1 / 7) for end in _table(shift)[[0, -1]])
-    roots = np.float32(high) + _even(0.0, 1.0, num_inference_steps) * np.float32(low - high)
-    return _ended(roots.astype(np.float64) ** 7)
+    roots = np.float32(high) + _linspace(0.0, 1.0, num_inference_steps) * np.float32(low - high)
+    return _append_zero(roots.astype(np.float64) ** 7)
 
 
 def _comfyui_exponential(num_inference_steps: int, shift: float) -> np.ndarray:
     low, high = (math.log(float(end)) for end in _table(shift)[[0, -1]])
-    return _ended(np.exp(_even(high, low, num_inference_steps).astype(np.float64)))
+    return _append_zero(np.exp(_linspace(high, low, num_inference_steps).astype(np.float64)))
 
 
 def _comfyui_ddim_uniform(num_inference_steps: int, shift: float) -> np.ndarray:
-    return _ended(_table(shift)[1 :: max(1000 // num_inference_steps, 1)][::-1])
+    return _append_zero(_table(shift)[1 :: max(1000 // num_inference_steps, 1)][::-1])
 
 
 def _comfyui_beta(num_inference_steps: int, shift: float) -> np.ndarray:
     table = _table(shift)
     shares = 1 - np.arange(num_inference_steps) / num_inference_steps
     indices = np.rint([beta_quantile(float(share), 0.6) * 999 for share in shares]).astype(int)
-    return _ended(table[[index for i, index in enumerate(indices) if i == 0 or index != indices[i - 1]]])
+    return _append_zero(table[[index for i, index in enumerate(indices) if i == 0 or index != indices[i - 1]]])
 
 
 def _comfyui_linear_quadratic(num_inference_steps: int, shift: float) -> np.ndarray:
-    """Mochi's (Genmo 2024): half of the steps go down to 0.975 evenly, the others quadratically."""
+    """Mochi's schedule (Genmo 2024): half of the steps fall evenly to 0.975, the others quadratically."""
     del shift
     n, knee = num_inference_steps, 0.025
     if n == 1:
-        return _ended([1.0])
+        return _append_zero([1.0])
     linear = n // 2
     quadratic = n - linear
     bend = (linear - knee * n) / (linear * quadratic**2)
     slope = knee / linear - 2 * (linear - knee * n) / quadratic**2
     way = [i * knee / linear if i < linear else bend * (i * i + linear * linear) + slope * i for i in range(n)]
-    return _ended(1 - np.array(way))
+    return _append_zero(1 - np.array(way))
 
 
 def _comfyui_kl_optimal(num_inference_steps: int, shift: float) -> np.ndarray:
-    """Even angles ("Align Your Steps", Sabour et al. 2024, appendix). ComfyUI has no number for one step."""
+    """Even angles ("Align Your Steps", Sabour et al. 2024, appendix). ComfyUI's formula fails for one step."""
     low, high = (np.float32(math.atan(float(end))) for end in _table(shift)[[0, -1]])
     way = np.arange(num_inference_steps, dtype=np.float32) / np.float32(max(num_inference_steps - 1, 1))
     angles = way * low + (np.float32(1) - way) * high
-    return _ended(np.tan(angles.astype(np.float64)))
+    return _append_zero(np.tan(angles.astype(np.float64)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,12 +159,12 @@ class Schedule:
     """A noise schedule.
 
     Attributes:
-        name: what requests say.
-        label: what other programs call it.
-        source: whose numbers it has: `ComfyUI`, `diffusers`, or `zimage_rt 0.1` for what is kept for old records.
-        help: one line for people who choose.
-        sigmas: `(num_inference_steps, shift)` to the falling sigmas with a 0 at the end, float32 `[steps + 1]`; a
-            schedule may have a step less or more than it was asked for, where its help says so.
+        name: its name in requests.
+        label: its name in other programs.
+        source: the program whose numbers it gives: `ComfyUI`, `diffusers`, or `zimage_rt 0.1`, for old records.
+        help: one line of help.
+        sigmas: maps `(num_inference_steps, shift)` to the falling sigmas with a last 0, float32 `[steps + 1]`; some
+            schedules have a step less or more than requested, as their help says.
     """
 
     name: str
@@ -174,7 +174,7 @@ class Schedule:
     sigmas: Callable[[int, float], np.ndarray]
 
 
-# Every schedule: requests, records, the command line's help and docs/samplers.md have them from here.
+# Every schedule; requests, records, the command line's help and docs/samplers.md use this table.
 SCHEDULES: dict[str, Schedule] = {
     schedule.name: schedule
     for schedule in (
@@ -190,21 +190,21 @@ SCHEDULES: dict[str, Schedule] = {
             "Karras",
             "diffusers",
             "`use_karras_sigmas`: Karras' spacing between the first and the last sigma of diffusers_simple.",
-            lambda n, shift: _between(flow_match_sigmas(n, shift), _karras),
+            lambda n, shift: _respace(flow_match_sigmas(n, shift), _karras),
         ),
         Schedule(
             "diffusers_exponential",
             "Exponential",
             "diffusers",
             "`use_exponential_sigmas`: even in the logarithm between the same two.",
-            lambda n, shift: _between(flow_match_sigmas(n, shift), _exponential),
+            lambda n, shift: _respace(flow_match_sigmas(n, shift), _exponential),
         ),
         Schedule(
             "diffusers_beta",
             "Beta",
             "diffusers",
             "`use_beta_sigmas`: Beta(0.6, 0.6) between the same two.",
-            lambda n, shift: _between(flow_match_sigmas(n, shift), _beta),
+            lambda n, shift: _respace(flow_match_sigmas(n, shift), _beta),
         ),
         Schedule(
             "former_normal",
@@ -282,9 +282,9 @@ DEFAULT_SCHEDULE = "diffusers_simple"
 
 
 def schedule_sigmas(name: str, num_inference_steps: int, shift: float, *, spare_step: bool = False) -> np.ndarray:
-    """A schedule's sigmas. With `spare_step` it is made with one step more, and the last sigma before 0 is dropped.
+    """A schedule's sigmas; with `spare_step`, those of one more step without the last sigma before 0.
 
-    ComfyUI does the latter for the samplers that would waste an evaluation there (`Sampler.spare_step`).
+    ComfyUI does so for the samplers that would waste an evaluation there (`Sampler.spare_step`).
     """
     sigmas = SCHEDULES[name].sigmas(num_inference_steps + spare_step, shift)
     return np.append(sigmas[:-2], sigmas[-1:]) if spare_step else sigmas
@@ -293,7 +293,7 @@ def schedule_sigmas(name: str, num_inference_steps: int, shift: float, *, spare_
 def denoise_sigmas(
     name: str, num_inference_steps: int, shift: float, denoise: float, *, spare_step: bool = False
 ) -> np.ndarray:
-    """ComfyUI's denoise: of the schedule of int(steps / denoise) steps the last `steps` are run.
+    """ComfyUI's denoise: the last `num_inference_steps` of a schedule of int(steps / denoise) steps.
 
     Above 0.9999 it is the whole schedule.
     """
@@ -304,13 +304,13 @@ def denoise_sigmas(
 
 
 def first_step(num_inference_steps: int, strength: float) -> int:
-    """Which step image-to-image begins with: of N steps the last `strength * N` are run.
+    """The first step of image-to-image, which runs the last `strength * N` of N steps.
 
-    As `get_timesteps` of diffusers' ZImageImg2ImgPipeline, rounding included.
+    Rounds as `get_timesteps` of diffusers' ZImageImg2ImgPipeline does.
     """
     return int(max(num_inference_steps - min(num_inference_steps * strength, num_inference_steps), 0))
 
 
 def add_noise(image: np.ndarray, noise: np.ndarray, sigma: np.float32) -> np.ndarray:
-    """Latents of a picture at a noise level: `sigma * noise + (1 - sigma) * image`, float32."""
+    """Latents of an image at a noise level: `sigma * noise + (1 - sigma) * image`, float32."""
     return sigma * noise + (np.float32(1) - sigma) * image

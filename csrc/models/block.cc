@@ -1,0 +1,137 @@
+#include "models/block.h"
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "device/arena.h"
+#include "device/dtype.h"
+#include "kernels/norm.h"
+#include "ops/attention.h"
+#include "ops/linear.h"
+
+namespace zimage_rt {
+namespace {
+
+const std::byte* at(const void* data, std::size_t elements, DType type) {
+  return static_cast<const std::byte*>(data) + elements * size_of(type);
+}
+
+void attend(const BlockShape& shape, const BlockWeights& weights, const Sequences& sequences,
+            const BlockBuffers& buffers, const Ops& ops) {
+  const int width = shape.qkv_width(), out_width = shape.heads * shape.head_dim;
+  linear_qk_norm_rope({.x = buffers.normed,
+                       .weight = weights.qkv,
+                       .qkv = buffers.wide,
+                       .rows = sequences.rows,
+                       .q_norm = weights.q_norm,
+                       .k_norm = weights.k_norm,
+                       .cos = sequences.rope.cos,
+                       .sin = sequences.rope.sin,
+                       .heads = shape.heads,
+                       .kv_heads = shape.kv_heads,
+                       .head_dim = shape.head_dim,
+                       .eps = shape.qk_norm_eps},
+                      ops);
+
+  for (const SequenceGroup& group : sequences.groups) {
+    const std::size_t first = static_cast<std::size_t>(group.first_row);
+    const std::byte* const q = at(buffers.wide, first * width, shape.type);
+    const std::byte* const k = at(q, static_cast<std::size_t>(out_width), shape.type);
+    attention({.q = q,
+               .k = k,
+               .v = at(k, static_cast<std::size_t>(shape.kv_heads) * shape.head_dim, shape.type),
+               .out = const_cast<std::byte*>(at(buffers.normed, first * out_width, shape.type)),
+               .type = shape.type,
+               .batch = group.sequences,
+               .tokens = group.tokens,
+               .heads = shape.heads,
+               .kv_heads = shape.kv_heads,
+               .head_dim = shape.head_dim,
+               .token_stride = width,
+               .batch_stride = static_cast<std::int64_t>(group.tokens) * width,
+               .out_token_stride = out_width,
+               .out_batch_stride = static_cast<std::int64_t>(group.tokens) * out_width,
+               .causal = shape.causal},
+              ops);
+  }
+
+  // The scale is applied to the fp32 sums, so that the branch fits the format.
+  linear({.x = buffers.normed,
+          .weight = weights.out,
+          .out = buffers.branch,
+          .out_type = shape.type,
+          .rows = sequences.rows,
+          .alpha = shape.attention_scale},
+         ops);
+}
+
+void feed_forward(const BlockShape& shape, const BlockWeights& weights, int rows,
+                  const BlockBuffers& buffers, const Ops& ops) {
+  linear_swiglu({.x = buffers.normed,
+                 .weight = weights.gate_up,
+                 .gate_up = buffers.wide,
+                 .out = buffers.hidden,
+                 .rows = rows,
+                 .gate_scale = shape.gate_scale,
+                 .up_scale = shape.up_scale},
+                ops);
+  linear({.x = buffers.hidden,
+          .weight = weights.down,
+          .out = buffers.branch,
+          .out_type = shape.type,
+          .rows = rows},
+         ops);
+}
+
+}  // namespace
+
+BlockBuffers::BlockBuffers(const BlockShape& shape, std::size_t rows, Arena& arena) {
+  const std::size_t row = rows * size_of(shape.type);
+  const int attended = shape.heads * shape.head_dim;
+  normed = arena.take(row * std::max(shape.dim, attended));
+  wide = arena.take(row * std::max(shape.qkv_width(), 2 * shape.hidden));
+  hidden = arena.take(row * shape.hidden);
+  branch = arena.take(row * shape.dim);
+}
+
+void run_blocks(const BlockShape& shape, const std::vector<BlockWeights>& blocks,
+                const std::vector<BlockModulation>& modulations, float* x,
+                const Sequences& sequences, const BlockBuffers& buffers, const Ops& ops) {
+  if (blocks.empty()) return;
+  const int rows = sequences.rows;
+  // Ends a branch and begins the next one. A scaled branch is normed with a scaled eps or, without
+  // a norm, unscaled as it is added.
+  const auto join = [&](float scale, const float* post, const float* pre) {
+    residual_norm({.x = x,
+                   .branch = buffers.branch,
+                   .post = post,
+                   .post_eps = shape.norm_eps * scale * scale,
+                   .branch_scale = 1.0f / scale,
+                   .pre = pre,
+                   .pre_eps = shape.norm_eps,
+                   .out = buffers.normed,
+                   .type = shape.type,
+                   .rows = rows,
+                   .dim = shape.dim},
+                  ops.stream);
+  };
+  rms_norm({.x = x,
+            .weight = modulations[0].pre_attention,
+            .out = buffers.normed,
+            .type = shape.type,
+            .rows = rows,
+            .dim = shape.dim,
+            .eps = shape.norm_eps},
+           ops.stream);
+  for (std::size_t i = 0; i < blocks.size(); ++i) {
+    attend(shape, blocks[i], sequences, buffers, ops);
+    join(shape.attention_scale, modulations[i].post_attention, modulations[i].pre_ffn);
+    feed_forward(shape, blocks[i], rows, buffers, ops);
+    join(shape.gate_scale * shape.up_scale, modulations[i].post_ffn,
+         i + 1 < blocks.size() ? modulations[i + 1].pre_attention : nullptr);
+  }
+}
+
+}  // namespace zimage_rt

@@ -1,0 +1,118 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "device/device.h"
+#include "kernels/conv3x3.h"
+#include "weights/weights.h"
+
+namespace zimage_rt {
+
+// The config of TAEF1's decoder or encoder in the manifest (export/modeling/vae.py).
+struct TinyVaeConfig {
+  std::vector<int> widths;  // of each stage; the kernels compute 64 only
+  std::vector<int> blocks;  // of each stage
+  int latent_channels = 16;
+  int image_channels = 3;  // out_channels of a decoder, in_channels of an encoder
+  // From the transformer's latents to this model's: x = latents / scaling_factor + shift_factor.
+  float scaling_factor = 1.0f;
+  float shift_factor = 0.0f;
+};
+
+// The output of a decoder is not finite; the message is the name of the module.
+struct NotFiniteError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// The layers of a decoder or an encoder in order, with their weights packed for conv3x3 in one
+// buffer.
+class TinyVaeLayers {
+ public:
+  struct Layer {
+    enum class Kind { kConv, kBlock };  // a block is three convolutions with a skip
+    Kind kind = Kind::kConv;
+    int in_channels = 64, out_channels = 64;
+    bool relu = false, upsample = false;
+    int stride = 1;
+    std::vector<std::string> names;  // of its convolutions, e.g. "decoder.layers.2.conv.0"
+    std::vector<bool> bias;
+    std::vector<std::size_t> packed;  // offsets in the buffer
+  };
+
+  // Checks and packs. Throws WeightError naming the tensor.
+  TinyVaeLayers(std::vector<Layer> layers, const Weights& weights);
+
+  // Runs all layers on one image of `height` x `width` in buffer 1, NHWC with 16 channels; buffers
+  // 0 to 2 are `buffer_bytes` apart. `last` has the output, kind, scale and shift of the last
+  // layer.
+  void run(std::byte* buffers, std::size_t buffer_bytes, int height, int width, const Conv3x3& last,
+           cudaStream_t stream) const;
+  DType storage() const { return storage_; }
+
+ private:
+  std::vector<Layer> layers_;
+  DType storage_;
+  DeviceBuffer packed_;
+};
+
+// Latents to images. The images of a batch are decoded one by one, in the memory of one.
+class TinyVaeDecoder {
+ public:
+  // Reads uploaded weights ("decoder.layers...") and keeps a packed copy. Throws WeightError for
+  // tensors, std::invalid_argument for sizes that no kernel computes.
+  TinyVaeDecoder(const TinyVaeConfig& config, const Weights& weights);
+
+  // Pixels per latent, in each direction.
+  int factor() const { return 1 << (config_.widths.size() - 1); }
+  std::size_t workspace_bytes(int batch, int latent_height, int latent_width) const;
+
+  // latents fp32 [batch, latent_channels, latent_height, latent_width]
+  // -> pixels [batch, height, width, 3]; sets `not_finite` [1] to whether a value was NaN or
+  // infinite. `workspace` is 16-byte aligned.
+  void decode_uint8(const float* latents, std::uint8_t* pixels, int* not_finite, int batch,
+                    int latent_height, int latent_width, std::byte* workspace,
+                    cudaStream_t stream) const;
+  // -> image fp32 [batch, 3, height, width] in about [-1, 1].
+  void decode(const float* latents, float* image, int batch, int latent_height, int latent_width,
+              std::byte* workspace, cudaStream_t stream) const;
+
+ private:
+  void decode_to(const float* latents, const Conv3x3& last, int batch, int latent_height,
+                 int latent_width, std::byte* workspace, cudaStream_t stream) const;
+  TinyVaeConfig config_;
+  TinyVaeLayers layers_;
+};
+
+// Images to latents.
+class TinyVaeEncoder {
+ public:
+  // See TinyVaeDecoder; "encoder.layers...".
+  TinyVaeEncoder(const TinyVaeConfig& config, const Weights& weights);
+
+  int factor() const { return 1 << (config_.widths.size() - 1); }
+  std::size_t workspace_bytes(int batch, int latent_height, int latent_width) const;
+
+  // image fp32 [batch, 3, height, width] in [-1, 1], both sizes multiples of factor()
+  // -> latents fp32 [batch, latent_channels, height / factor, width / factor].
+  void encode(const float* image, float* latents, int batch, int height, int width,
+              std::byte* workspace, cudaStream_t stream) const;
+  // The same from pixels uint8 [batch, height, width, 3].
+  void encode_uint8(const std::uint8_t* pixels, float* latents, int batch, int height, int width,
+                    std::byte* workspace, cudaStream_t stream) const;
+
+ private:
+  // `read` writes the i-th image as the input of the first convolution.
+  template <typename Read>
+  void encode_with(Read&& read, float* latents, int batch, int height, int width,
+                   std::byte* workspace, cudaStream_t stream) const;
+  TinyVaeConfig config_;
+  TinyVaeLayers layers_;
+};
+
+}  // namespace zimage_rt

@@ -1,0 +1,18 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+namespace zimage_rt {
+
+class CublasLtGemm;
+class CudnnAttention;
+
+// The context of every operation: libraries, the stream, and shared workspace.
+struct Ops {
+  CublasLtGemm& gemm;
+  CudnnAttention* cudnn;  // null: our own kernel alone
+  cudaStream_t stream;
+  void* fused_workspace;  // of kernels/fused_gemm.h; null: cuBLASLt alone
+};
+
+}  // namespace zimage_rt

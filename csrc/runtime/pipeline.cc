@@ -1,0 +1,303 @@
+#include "runtime/pipeline.h"
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "device/arena.h"
+#include "device/check.h"
+#include "kernels/fused_gemm.h"
+#include "kernels/patchify.h"
+#include "models/reference.h"
+#include "runtime/pipeline_detail.h"
+
+namespace zimage_rt {
+std::unique_ptr<Pipeline> Pipeline::make(const PipelineOptions& options) {
+  const DeviceGuard guard(options.device);
+  return std::unique_ptr<Pipeline>(new Pipeline(options));
+}
+
+Pipeline::Pipeline(const PipelineOptions& options)
+    : options_(options),
+      gemm_(options.cublaslt, options.cache_file),
+      cudnn_(CudnnAttention::open(options.cudnn)) {
+  if (!options.fused_gemm || !fused_gemm_runs_here()) return;
+  fused_workspace_ = DeviceBuffer(fused_gemm_workspace_bytes(), "matrix products");
+  ZRT_CUDA(cudaMemset(fused_workspace_.data(), 0, fused_workspace_.bytes()));
+}
+
+Pipeline::~Pipeline() = default;
+
+void Pipeline::check_limit(std::size_t more, const std::string& purpose) {
+  if (options_.memory_limit == 0) return;
+  const MemoryUse use = memory();
+  const std::size_t used = use.weights + use.workspace + use.graphs;
+  if (used + more > options_.memory_limit)
+    throw OutOfMemoryError(purpose + " (memory_limit)", more,
+                           options_.memory_limit - std::min(used, options_.memory_limit));
+}
+
+// An arena over a buffer, which grows to `bytes` if it is smaller. Growing loses its contents, and
+// the graphs that hold its addresses.
+Arena Pipeline::arena(DeviceBuffer& buffer, std::size_t bytes, const char* purpose) {
+  if (&buffer == &loop_memory_ && sampling_)
+    throw std::invalid_argument(std::string(purpose) +
+                                ": not from the callback of a request, which uses the memory; "
+                                "begin it when the callback has returned");
+  if (buffer.bytes() < bytes) {
+    stream_.synchronize();
+    if (&buffer == &loop_memory_) graphs_.clear();
+    buffer.release();
+    check_limit(bytes, purpose);
+    buffer = DeviceBuffer(bytes, purpose);
+  }
+  return Arena(buffer.data());
+}
+
+void Pipeline::read_back(void* target, const void* source, std::size_t bytes,
+                         const Stream& stream) {
+  if (staging_.bytes() < bytes) staging_ = PinnedBuffer(bytes);
+  ZRT_CUDA(cudaMemcpyAsync(staging_.data(), source, bytes, cudaMemcpyDeviceToHost, stream.get()));
+  stream.synchronize();
+  std::memcpy(target, staging_.data(), bytes);
+}
+
+// Runs `work` with the text encoder's weights on the device. Unless they are kept, they are
+// uploaded before and released after it.
+void Pipeline::with_text_encoder(const std::function<void()>& work) {
+  if (options_.keep_text_encoder) return work();
+  Weights& weights = *weights_.at("text_encoder");
+  check_limit(weights.bytes(), kTextEncoderWeights);
+  weights.upload(kTextEncoderWeights);
+  try {
+    work();
+    stream_.synchronize();
+  } catch (...) {
+    cudaStreamSynchronize(stream_.get());
+    weights.release();
+    throw;
+  }
+  weights.release();
+}
+
+void Pipeline::encode(const std::int64_t* input_ids, int tokens, float* prompt_embeds) {
+  const PipelineLock lock(mutex_, options_.device);
+  TextEncoder& encoder = need(text_encoder_, "text_encoder");
+  Arena size(nullptr);
+  encoder.plan(tokens, size);
+  Arena memory = arena(side_memory_, size.used(), "encoding a prompt");
+  const TextEncoder::Buffers at = encoder.plan(tokens, memory);
+  const StreamDrain drain(stream_);
+  with_text_encoder([&] { encoder.run(input_ids, tokens, at, ops()); });
+  read_back(prompt_embeds, at.x, sizeof(float) * tokens * encoder.hidden_size(), stream_);
+  gemm_.save_cache();
+}
+
+void Pipeline::refine(const float* prompt_embeds, int tokens, float* context) {
+  const PipelineLock lock(mutex_, options_.device);
+  const ContextRefiner& refiner = need(context_refiner_, "context_refiner");
+  const std::size_t count = static_cast<std::size_t>(tokens) * refiner.embed_dim();
+  Arena size(nullptr);
+  size.take<float>(count);
+  refiner.plan(tokens, size);
+  Arena memory = arena(side_memory_, size.used(), "refining a prompt");
+  float* const embeds = memory.take<float>(count);
+  const ContextRefiner::Buffers at = refiner.plan(tokens, memory);
+  const StreamDrain drain(stream_);
+  upload_to(embeds, prompt_embeds, count, stream_.get());
+  refiner.run(embeds, tokens, at, ops());
+  read_back(context, at.context, sizeof(float) * padded_tokens(tokens) * refiner.dim(), stream_);
+  gemm_.save_cache();
+}
+
+void Pipeline::context(const std::int64_t* input_ids, int tokens, float* context) {
+  const PipelineLock lock(mutex_, options_.device);
+  TextEncoder& encoder = need(text_encoder_, "text_encoder");
+  const ContextRefiner& refiner = need(context_refiner_, "context_refiner");
+  Arena size(nullptr);
+  encoder.plan(tokens, size);
+  refiner.plan(tokens, size);
+  Arena memory = arena(side_memory_, size.used(), "encoding a prompt");
+  const TextEncoder::Buffers text = encoder.plan(tokens, memory);
+  const ContextRefiner::Buffers at = refiner.plan(tokens, memory);
+  const StreamDrain drain(stream_);
+  with_text_encoder([&] { encoder.run(input_ids, tokens, text, ops()); });
+  refiner.run(text.x, tokens, at, ops());
+  read_back(context, at.context, sizeof(float) * padded_tokens(tokens) * refiner.dim(), stream_);
+  gemm_.save_cache();
+}
+
+void Pipeline::evaluate(const float* latents, int latent_height, int latent_width, float timestep,
+                        const float* contexts, const std::vector<int>& context_tokens,
+                        const std::optional<Control>& control, float* noise_pred) {
+  const PipelineLock lock(mutex_, options_.device);
+  const Transformer& transformer = need(transformer_, "transformer");
+  const bool controlled = control.has_value();
+  if (controlled) need(controlnet_, "controlnet");
+  const auto samples = static_cast<int>(context_tokens.size());
+  const SampleShape shape{.latent_samples = samples,
+                          .latent_height = latent_height,
+                          .latent_width = latent_width,
+                          .context_tokens = context_tokens};
+  const PatchGrid grid = transformer.grid(shape);
+  const std::size_t count = static_cast<std::size_t>(samples) * grid.values();
+  float *in = nullptr, *out = nullptr;
+  Transformer::StepTable table{};
+  ControlNet::Buffers control_buffers{};
+  const auto plan = [&](Arena& memory) {
+    in = memory.take<float>(count);
+    out = memory.take<float>(count);
+    table = transformer.plan_steps(1, memory);
+    Transformer::Buffers buffers = transformer.plan(shape, memory);
+    // The only step is the current one.
+    buffers.vectors = table.vectors, buffers.scales = table.scales;
+    if (controlled) control_buffers = controlnet_->plan(shape, memory);
+    return buffers;
+  };
+  Arena size(nullptr);
+  plan(size);
+  Arena memory = arena(loop_memory_, size.used(), "one evaluation");
+  const Transformer::Buffers at = plan(memory);
+  upload_to(in, latents, count, stream_.get());
+  upload_to(table.timesteps, &timestep, 1, stream_.get());
+  upload_to(at.contexts, contexts,
+            static_cast<std::size_t>(
+                std::accumulate(context_tokens.begin(), context_tokens.end(), std::int64_t{0})) *
+                transformer.dim(),
+            stream_.get());
+  const Ops run = ops();
+  transformer.prepare_steps(table, 1, run);
+  transformer.prepare(shape, at, run);
+  if (controlled) {
+    upload_to(control_buffers.latents, control->latents, controlnet_->latent_values(shape),
+              stream_.get());
+    upload_to(control_buffers.scale, &control->scale, 1, stream_.get());
+    controlnet_->prepare_steps(table, 1, control_buffers.vectors, run);
+    controlnet_->evaluate({.shape = shape, .samples = samples, .buffers = at, .ops = run}, in,
+                          control_buffers);
+  } else {
+    transformer.evaluate({.shape = shape, .samples = samples, .buffers = at, .ops = run}, in);
+  }
+  unpatchify(at.predicted, grid, out, samples, stream_.get());
+  read_back(noise_pred, out, count * sizeof(float), stream_);
+  gemm_.save_cache();
+}
+
+// Decodes to values of T. `run` takes the latents, the output, the flag for values that are not
+// finite and a workspace, all on the device, and works on the side stream.
+template <typename T, typename Run>
+void Pipeline::decode_to(const float* latents, int batch, int latent_height, int latent_width,
+                         T* target, Run&& run) {
+  const TinyVaeDecoder& decoder = need(vae_decoder_, "tiny_vae_decoder");
+  const std::size_t size = static_cast<std::size_t>(batch) * latent_height * latent_width;
+  const std::size_t in = size * latent_channels_, out = size * 3 * area(decoder);
+  const std::size_t work = decoder.workspace_bytes(batch, latent_height, latent_width);
+  Arena measure(nullptr);
+  measure.take<float>(in), measure.take<T>(out), measure.take<int>(1), measure.take(work);
+  Arena memory = arena(side_memory_, measure.used(), "decoding");
+  float* const in_at = memory.take<float>(in);
+  T* const out_at = memory.take<T>(out);
+  int* const not_finite = memory.take<int>(1);
+  const StreamDrain drain(side_stream_);
+  ZRT_CUDA(cudaMemsetAsync(not_finite, 0, sizeof(int), side_stream_.get()));
+  upload_to(in_at, latents, in, side_stream_.get());
+  run(decoder, in_at, out_at, not_finite, memory.take(work));
+  read_back(target, out_at, out * sizeof(T), side_stream_);
+  if (read_flag(not_finite, side_stream_)) throw NotFiniteError("tiny_vae_decoder");
+}
+
+void Pipeline::decode(const float* latents, int batch, int latent_height, int latent_width,
+                      float* image) {
+  const PipelineLock lock(mutex_, options_.device);
+  decode_to(latents, batch, latent_height, latent_width, image,
+            [&](const TinyVaeDecoder& decoder, const float* in, float* out, int*, std::byte* work) {
+              decoder.decode(in, out, batch, latent_height, latent_width, work, side_stream_.get());
+            });
+}
+
+void Pipeline::decode_pixels(const float* latents, int batch, int latent_height, int latent_width,
+                             std::uint8_t* pixels) {
+  const PipelineLock lock(mutex_, options_.device);
+  decode_to(latents, batch, latent_height, latent_width, pixels,
+            [&](const TinyVaeDecoder& decoder, const float* in, std::uint8_t* out, int* not_finite,
+                std::byte* work) {
+              decoder.decode_uint8(in, out, not_finite, batch, latent_height, latent_width, work,
+                                   side_stream_.get());
+            });
+}
+
+// Encodes values of T. `run` takes the image, the latents and a workspace, all on the device, and
+// works on the side stream.
+template <typename T, typename Run>
+void Pipeline::encode_from(const T* source, int batch, int height, int width, float* latents,
+                           Run&& run) {
+  const TinyVaeEncoder& encoder = need(vae_encoder_, "tiny_vae_encoder");
+  const std::size_t in = static_cast<std::size_t>(batch) * 3 * height * width;
+  const std::size_t out =
+      static_cast<std::size_t>(batch) * latent_channels_ * height * width / area(encoder);
+  const std::size_t work = encoder.workspace_bytes(batch, height, width);
+  Arena measure(nullptr);
+  measure.take<T>(in), measure.take<float>(out), measure.take(work);
+  Arena memory = arena(side_memory_, measure.used(), "encoding an image");
+  T* const in_at = memory.take<T>(in);
+  float* const out_at = memory.take<float>(out);
+  const StreamDrain drain(side_stream_);
+  upload_to(in_at, source, in, side_stream_.get());
+  run(encoder, in_at, out_at, memory.take(work));
+  read_back(latents, out_at, out * sizeof(float), side_stream_);
+}
+
+void Pipeline::encode_image(const float* image, int batch, int height, int width, float* latents) {
+  const PipelineLock lock(mutex_, options_.device);
+  encode_from(image, batch, height, width, latents,
+              [&](const TinyVaeEncoder& encoder, const float* in, float* out, std::byte* work) {
+                encoder.encode(in, out, batch, height, width, work, side_stream_.get());
+              });
+}
+
+void Pipeline::encode_pixels(const std::uint8_t* pixels, int batch, int height, int width,
+                             float* latents) {
+  const PipelineLock lock(mutex_, options_.device);
+  encode_from(
+      pixels, batch, height, width, latents,
+      [&](const TinyVaeEncoder& encoder, const std::uint8_t* in, float* out, std::byte* work) {
+        encoder.encode_uint8(in, out, batch, height, width, work, side_stream_.get());
+      });
+}
+
+MemoryUse Pipeline::memory() {
+  const PipelineLock lock(mutex_, options_.device);
+  MemoryUse use{};
+  for (const auto& [module, weights] : weights_)
+    if (weights->uploaded()) use.weights += weights->bytes();
+  use.workspace = loop_memory_.bytes() + table_memory_.bytes() + side_memory_.bytes() +
+                  gemm_.workspace_bytes() + fused_workspace_.bytes();
+  use.graphs = graphs_.bytes();
+  ZRT_CUDA(cudaMemGetInfo(&use.free, &use.total));
+  return use;
+}
+
+int Pipeline::vae_factor() const {
+  if (vae_decoder_) return vae_decoder_->factor();
+  if (vae_encoder_) return vae_encoder_->factor();
+  throw std::runtime_error("no VAE was loaded");
+}
+
+int Pipeline::control_channels() const {
+  if (!controlnet_) throw std::runtime_error("controlnet was not loaded");
+  return controlnet_->channels();
+}
+
+int Pipeline::dim() const { return transformer_ ? transformer_->dim() : context_refiner_->dim(); }
+
+}  // namespace zimage_rt

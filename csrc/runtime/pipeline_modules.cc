@@ -1,0 +1,128 @@
+// The modules of a pipeline: how each is loaded, and patches of its weights.
+
+#include <map>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "models/controlnet.h"
+#include "models/text_encoder.h"
+#include "models/tiny_vae.h"
+#include "models/transformer.h"
+#include "runtime/pipeline_detail.h"
+#include "weights/weights.h"
+
+namespace zimage_rt {
+
+// The steps of loading a module.
+struct Pipeline::ModuleKind {
+  const char* weights;                                    // their name in errors
+  bool patchable;                                         // see Pipeline::patch
+  void (*prepare)(Pipeline& pipeline, Weights& weights);  // before the upload; may be null
+  // Constructs the model, which refers to the weights; after an error there is none.
+  void (*construct)(Pipeline& pipeline, Weights& weights, const ModuleConfig& config);
+
+  static void prepare_blocks(Pipeline&, Weights& weights) { transpose_block_matrices(weights); }
+
+  template <auto kModel, typename Config>
+  static void emplace(Pipeline& self, Weights& weights, const ModuleConfig& config) {
+    (self.*kModel).emplace(std::get<Config>(config), weights);
+  }
+
+  template <auto kModel>
+  static void emplace_vae(Pipeline& self, Weights& weights, const ModuleConfig& config) {
+    emplace<kModel, TinyVaeConfig>(self, weights, config);
+    self.latent_channels_ = std::get<TinyVaeConfig>(config).latent_channels;
+  }
+
+  static void prepare_text_encoder(Pipeline& self, Weights& weights) {
+    if (!self.options_.keep_text_encoder) TextEncoder::stream(weights);
+  }
+
+  static void emplace_text_encoder(Pipeline& self, Weights& weights, const ModuleConfig& config) {
+    emplace<&Pipeline::text_encoder_, TextEncoderConfig>(self, weights, config);
+    if (!self.options_.keep_text_encoder) weights.release();
+  }
+
+  static void prepare_controlnet(Pipeline& self, Weights& weights) {
+    need(self.transformer_, "transformer");
+    transpose_block_matrices(weights);
+  }
+
+  static void emplace_controlnet(Pipeline& self, Weights& weights, const ModuleConfig& config) {
+    self.controlnet_.emplace(std::get<ControlNetConfig>(config), weights, *self.transformer_);
+  }
+};
+
+const std::map<std::string, Pipeline::ModuleKind>& Pipeline::module_kinds() {
+  using Kind = ModuleKind;
+  static const std::map<std::string, ModuleKind> kinds = {
+      {"text_encoder",
+       {.weights = kTextEncoderWeights,
+        .patchable = true,
+        .prepare = Kind::prepare_text_encoder,
+        .construct = Kind::emplace_text_encoder}},
+      {"context_refiner",
+       {.weights = "the context refiner's weights",
+        .patchable = true,
+        .prepare = Kind::prepare_blocks,
+        .construct = Kind::emplace<&Pipeline::context_refiner_, TransformerConfig>}},
+      {"transformer",
+       {.weights = "the transformer's weights",
+        .patchable = true,
+        .prepare = Kind::prepare_blocks,
+        .construct = Kind::emplace<&Pipeline::transformer_, TransformerConfig>}},
+      {"controlnet",
+       {.weights = "the ControlNet's weights",
+        .patchable = false,
+        .prepare = Kind::prepare_controlnet,
+        .construct = Kind::emplace_controlnet}},
+      {"tiny_vae_decoder",
+       {.weights = "the decoder's weights",
+        .patchable = false,
+        .prepare = nullptr,
+        .construct = Kind::emplace_vae<&Pipeline::vae_decoder_>}},
+      {"tiny_vae_encoder",
+       {.weights = "the encoder's weights",
+        .patchable = false,
+        .prepare = nullptr,
+        .construct = Kind::emplace_vae<&Pipeline::vae_encoder_>}},
+  };
+  return kinds;
+}
+
+void Pipeline::load(const std::string& module, std::unique_ptr<Weights> weights,
+                    const ModuleConfig& config) {
+  const PipelineLock lock(mutex_, options_.device);
+  const auto found = module_kinds().find(module);
+  if (found == module_kinds().end())
+    throw std::invalid_argument("no program runs the module " + module);
+  if (weights_.count(module) != 0)
+    throw std::invalid_argument(module + " is loaded already; open a new pipeline to replace it");
+  const ModuleKind& kind = found->second;
+  if (kind.prepare != nullptr) kind.prepare(*this, *weights);
+  check_limit(weights->bytes() + weights->staging_bytes(), kind.weights);
+  weights->upload(kind.weights);
+  // The map's node is allocated before the model and merged after it, so that no error leaves half
+  // a module.
+  std::map<std::string, std::unique_ptr<Weights>> loaded;
+  Weights& uploaded = *loaded.emplace(module, std::move(weights)).first->second;
+  kind.construct(*this, uploaded, config);
+  weights_.merge(loaded);
+}
+
+void Pipeline::patch(const std::string& module, const std::vector<WeightPatch>& patches, bool add) {
+  const PipelineLock lock(mutex_, options_.device);
+  const auto found = weights_.find(module);
+  if (found == weights_.end() || !module_kinds().at(module).patchable)
+    throw std::invalid_argument("module: expected a loaded one with matrices, got " + module);
+  Weights& weights = *found->second;
+  stream_.synchronize();
+  if (weights.streams()) check_limit(weights.bytes_with(patches, add), kTextEncoderWeights);
+  weights.patch(patches, stream_.get(), add);
+}
+
+}  // namespace zimage_rt

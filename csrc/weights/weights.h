@@ -1,0 +1,158 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <initializer_list>
+#include <map>
+#include <memory>
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "device/device.h"
+#include "device/dtype.h"
+#include "device/matrix.h"
+#include "device/tensor_view.h"
+#include "weights/uploader.h"
+
+namespace zimage_rt {
+
+// One tensor of a bundle's safetensors file.
+struct WeightEntry {
+  std::string name;
+  DType dtype;
+  std::vector<std::int64_t> shape;
+  std::size_t offset;  // from the start of the file
+  bool host = false;   // stays in the mapped file: a table of which few rows are read
+};
+
+// A change of some columns of a stored matrix [rows, …], or of a vector, which has one row. Adds
+// downᵀ @ up or, if `down` is null, `up` itself. Host memory.
+struct WeightPatch {
+  std::string tensor;
+  std::int64_t first_column;
+  int rank;
+  int rows;
+  int columns;
+  const float* down;  // [rank, rows], or null
+  const float* up;    // [rank, columns], or [rows, columns]
+};
+
+// A patched weight does not fit into the format of the weights.
+struct RangeError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// A module's weights: the mapped file, and its tensors on the device. Either all tensors are
+// resident, or they are streamed: one group of tensors is resident at a time, in one shared slot.
+class Weights {
+ public:
+  // Throws WeightError if the file is shorter than an entry says, or if its 16-bit tensors are not
+  // all fp16 or all bf16; std::runtime_error if it cannot be mapped.
+  Weights(const std::string& path, std::vector<WeightEntry> entries);
+  Weights(const Weights&) = delete;
+  Weights& operator=(const Weights&) = delete;
+  ~Weights();
+
+  // Switches to streaming. `group_of` gives the group of each tensor; tensors of a negative group
+  // are always resident. Call it before the first upload.
+  void stream(const std::function<int(const std::string&)>& group_of);
+  bool streams() const { return !groups_.empty(); }
+  // Stores the selected matrices, [in, out] in the file, as [out, in] on the device: products of
+  // that layout are faster at the power limit (benchmarks/LOG.md). Call it before the first upload;
+  // not for streamed weights.
+  void transpose_on_upload(const std::function<bool(const std::string&)>& selects);
+  // Loads a group with its patches, in stream order. Until the next group is loaded, get() is valid
+  // for its tensors and for no other group's. Uploaded weights only.
+  void load_group(int group, cudaStream_t stream);
+
+  // Allocates device memory and copies the tensors to it; of streamed weights, only those of no
+  // group. Throws OutOfMemoryError. Addresses change with every upload.
+  void upload(const std::string& purpose);
+  // Sets the device's tensors to the file's plus these patches, in place. Tensors of earlier
+  // patches that are not among these are restored to the byte; with `add`, earlier patches stay,
+  // and the new ones share no columns with them. No two patches share columns. No kernel may be
+  // running. Throws WeightError and OutOfMemoryError before anything changes, RangeError after it:
+  // the caller then patches again with the previous patches. Streamed weights store the patches
+  // until their groups are loaded, and need no upload before. All patches are tried at once in
+  // separate memory, so after any error nothing has changed.
+  void patch(const std::vector<WeightPatch>& patches, cudaStream_t stream, bool add = false);
+  void release() { device_.release(); }
+  bool uploaded() const { return device_.data() != nullptr; }
+  // Device memory while uploaded.
+  std::size_t bytes() const { return bytes_; }
+  // Device memory that upload() and patch() need in addition while they run, for transpositions.
+  std::size_t staging_bytes() const;
+  // bytes() of streamed weights with these patches instead of the current ones, or, with `add`, in
+  // addition to them. Throws WeightError.
+  std::size_t bytes_with(const std::vector<WeightPatch>& patches, bool add = false) const;
+
+  // The current address of a tensor: device memory, or the mapped file for host entries. `shape` is
+  // the file's, even if the device stores the transpose. Throws WeightError if the tensor is
+  // missing or has another shape or dtype.
+  TensorView get(const std::string& name, std::initializer_list<std::int64_t> shape,
+                 DType dtype) const;
+  // A matrix in the format and layout that it has on the device. Throws WeightError.
+  Matrix matrix(const std::string& name, int in, int out) const;
+  // An fp32 vector. Throws WeightError.
+  const float* vector(const std::string& name, std::int64_t size) const;
+  // The size of one axis of a tensor of `rank` axes. Throws WeightError.
+  int axis(const std::string& name, std::size_t rank, std::size_t index) const;
+  // The format of all matrices: fp16 or bf16.
+  DType storage() const { return storage_; }
+
+ private:
+  struct Place {
+    WeightEntry entry;
+    std::size_t bytes;
+    std::size_t device_offset;
+    int group = -1;  // none
+    Layout layout = Layout::kInOut;
+  };
+  // Tensors of streamed weights that are resident together, followed by the factors of their
+  // patches.
+  struct Group {
+    std::vector<const Place*> places;
+    std::size_t bytes = 0;
+  };
+  // A patch of streamed weights, which owns its factors.
+  struct DeferredPatch {
+    const Place* place;
+    WeightPatch patch;  // without its factors
+    std::vector<float> down;
+    std::vector<float> up;
+  };
+
+  void check_storage(const WeightEntry& entry);
+  const Place& find(const std::string& name, const std::string& shape) const;
+  const Place& place_of(const WeightPatch& patch) const;
+  Uploader::Part part(const Place& place, std::byte* device) const;
+  void copy(const std::vector<const Place*>& places, std::byte* device) const;
+  void apply(const Place& place, const WeightPatch& patch, const float* down, const float* up,
+             std::byte* device, int* overflow, cudaStream_t stream) const;
+  void check_range(const int* overflow, cudaStream_t stream) const;
+  void defer_patches(const std::vector<WeightPatch>& patches, cudaStream_t stream, bool add);
+  void load_group(int group, const std::vector<const Place*>& places,
+                  const std::vector<DeferredPatch>& patches, std::byte* device,
+                  cudaStream_t stream) const;
+
+  std::string path_;
+  std::unordered_map<std::string, Place> entries_;
+  const std::byte* map_ = nullptr;
+  std::size_t map_bytes_ = 0;
+  std::size_t bytes_ = 0;
+  DType storage_ = DType::kFloat32;  // until the first 16-bit tensor
+  std::string storage_from_;         // the name of that tensor
+  DeviceBuffer device_;
+  std::set<std::string> patched_;  // since the last upload
+
+  std::map<int, Group> groups_;   // empty unless streamed
+  std::size_t shared_bytes_ = 0;  // in front of every group
+  std::vector<DeferredPatch> deferred_;
+  std::unique_ptr<Uploader> uploader_;
+};
+
+}  // namespace zimage_rt

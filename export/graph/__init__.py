@@ -1,0 +1,1 @@
+"""ONNX graphs without weights: tracing, the cache of traced graphs, and rewriting."""

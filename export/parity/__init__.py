@@ -1,0 +1,1 @@
+"""Compares exported modules with diffusers' and transformers' own models."""
