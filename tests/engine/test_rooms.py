@@ -24,6 +24,7 @@ ORDER = (
     ("generation",),
     ("engine",),
     ("session", "explain", "batch"),
+    ("server",),
     ("cli",),
 )
 LEVEL = levels_of(ORDER)
