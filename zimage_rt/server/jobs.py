@@ -243,6 +243,10 @@ class FairQueue:
             min(len(self._owners[owner]), place + (index < own)) for index, owner in enumerate(owners) if index != own
         )
 
+    def waiting(self, owner: str) -> int:
+        """How many jobs of an owner wait."""
+        return len(self._owners.get(owner, ()))
+
     def timed(self, seconds: float) -> None:
         """Note how long a job took."""
         self._durations.append(seconds)

@@ -15,6 +15,7 @@ import uvicorn
 from ..errors import RequestError
 from .app import create_app
 from .config import ModelConfig, QueueConfig, ServiceConfig, read_config
+from .keys import has_key
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +48,10 @@ def service_config(
 
 def run(config: ServiceConfig, tell: Callable[[str], None]) -> None:
     """Serve until SIGTERM or Ctrl-C. Raises RequestError for an address that strangers reach without keys."""
-    if not config.is_local and not config.open:
+    if not config.is_local and not config.open and not has_key(Path(config.data)):
         raise RequestError(
-            f"host: {config.host} can be reached by others, and there are no API keys; add one with `zimage keys add`, "
-            "or serve everybody with `open = true` in the configuration"
+            f"host: {config.host} can be reached by others, and {config.data} has no API keys; add one with "
+            "`zimage keys add`, or serve everybody with `open = true` in the configuration"
         )
     server = Server(
         uvicorn.Config(

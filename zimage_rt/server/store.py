@@ -18,6 +18,7 @@ import shutil
 import sqlite3
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+DATABASE = "service.sqlite"
 SCHEMA_VERSION = 1
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
@@ -45,6 +47,9 @@ CREATE TABLE IF NOT EXISTS jobs (
     prompt TEXT, prompt_sha256 TEXT NOT NULL, fields TEXT NOT NULL, output TEXT NOT NULL,
     timings TEXT NOT NULL DEFAULT '{}', error TEXT, warnings TEXT NOT NULL DEFAULT '[]', safety TEXT,
     images TEXT NOT NULL DEFAULT '[]'
+);
+CREATE TABLE IF NOT EXISTS keys (
+    name TEXT PRIMARY KEY, sha256 TEXT NOT NULL, created REAL NOT NULL, revoked REAL, limits TEXT NOT NULL
 );
 CREATE INDEX IF NOT EXISTS jobs_created ON jobs (created);
 CREATE INDEX IF NOT EXISTS jobs_state ON jobs (state) WHERE state IN ('queued', 'running');
@@ -341,7 +346,7 @@ class Store:
 
 def connect(folder: Path) -> sqlite3.Connection:
     """The database of a service's folder, made if it is missing. Raises ConfigError for one of a newer version."""
-    database = sqlite3.connect(folder / "service.sqlite", timeout=30.0, check_same_thread=False)
+    database = sqlite3.connect(folder / DATABASE, timeout=30.0, check_same_thread=False)
     database.row_factory = sqlite3.Row
     database.execute("PRAGMA journal_mode = WAL")
     # With NORMAL, losing power could undo commits whose answers were sent.
@@ -352,6 +357,14 @@ def connect(folder: Path) -> sqlite3.Connection:
     database.executescript(SCHEMA)
     database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
     database.commit()
+    return database
+
+
+def open_reader(folder: Path) -> sqlite3.Connection:
+    """A connection that only reads the database of a folder, which is there. Raises sqlite3.Error."""
+    path = urllib.parse.quote(str((folder / DATABASE).absolute()))
+    database = sqlite3.connect(f"file:{path}?mode=ro", timeout=5.0, uri=True)
+    database.row_factory = sqlite3.Row
     return database
 
 
