@@ -82,7 +82,9 @@ class Caller:
             size = f"{last.width}x{last.height}"
             raise Forbidden(f"size: {self.title} may draw {limits.max_pixels} pixels (max_pixels), got {size}")
         if limits.max_steps is not None and steps > limits.max_steps:
-            raise Forbidden(f"num_inference_steps: {self.title} may ask for {limits.max_steps} (max_steps), got {steps}")
+            raise Forbidden(
+                f"num_inference_steps: {self.title} may ask for {limits.max_steps} (max_steps), got {steps}"
+            )
         self._check_jobs()
         self._spend_megapixel_steps(request)
 
@@ -115,8 +117,9 @@ class Caller:
 
 def megapixel_steps(request: ResolvedRequest) -> float:
     """Megapixels times steps of a request, over its passes and images."""
-    parts = [request] if request.second_pass is None else [request, request.second_pass]
-    steps = sum(part.height * part.width * (len(part.sigmas) - 1) for part in parts)
+    second = request.second_pass
+    steps = request.height * request.width * (len(request.sigmas) - 1)
+    steps += 0 if second is None else second.height * second.width * (len(second.sigmas) - 1)
     return steps * len(request.seeds) / 1e6
 
 

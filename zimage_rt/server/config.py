@@ -149,6 +149,11 @@ class SafetyConfig:
             raise ConfigError("safety: expected both `prompt`, a policy, and `words`, a file; or neither")
 
     @property
+    def is_on(self) -> bool:
+        """Whether anything is looked at."""
+        return self.image != "off" or self.prompt != "off"
+
+    @property
     def hides_images(self) -> bool:
         """Whether an image may be withheld or blurred, so that its previews must not be sent."""
         return self.image in ("block", "blur") or self.prompt == "blur"

@@ -173,7 +173,7 @@ class Job:
             "images": len(self.images) or len(self.stored),
             "timings": dict(self.timings),
             "error": self.error,
-        }
+        } | ({} if self.safety is None else {"safety": self.safety["action"]})
 
 
 class FairQueue:

@@ -167,7 +167,9 @@ async def _recorded(service: Service, who: Caller, job_id: str) -> dict[str, Any
     if row is None or not who.may_see(row["owner"]):
         raise NotFound(f"jobs: there is no job {job_id[:64]!r}, or it has expired")
     kept = ("id", "state", "model", "created", "started", "finished", "timings", "error")
-    return {name: row[name] for name in kept} | {"images": len(row["images"]), "files": row["images"], "position": None}
+    more = {} if row["safety"] is None else {"safety": row["safety"]["action"]}
+    images = {"images": len(row["images"]), "files": row["images"], "position": None}
+    return {name: row[name] for name in kept} | images | more
 
 
 async def _stream(job: Job, since: int) -> AsyncIterator[bytes]:

@@ -14,8 +14,6 @@ from .service import Service
 # Seconds: from a small image on a GPU to a large one on a CPU behind a queue.
 JOB_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 HTTP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60)
-# A prompt that took less was in the cache: a text encoder takes milliseconds on the fastest device.
-CACHED_SECONDS = 2e-4
 # Methods by name in a label; others, which a client makes up, are one.
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
@@ -25,9 +23,7 @@ class Metrics:
 
     def __init__(self, service: Service) -> None:
         self._registry = CollectorRegistry()
-        self._jobs = Counter(
-            "zimage_jobs", "Jobs that ended.", ("model", "state", "code"), registry=self._registry
-        )
+        self._jobs = Counter("zimage_jobs", "Jobs that ended.", ("model", "state", "code"), registry=self._registry)
         self._images = Counter("zimage_images", "Images that were drawn.", ("model",), registry=self._registry)
         self._seconds = Histogram(
             "zimage_stage_seconds",
@@ -36,10 +32,6 @@ class Metrics:
             buckets=JOB_BUCKETS,
             registry=self._registry,
         )
-        self._prompts = Counter(
-            "zimage_prompt_cache", "Finished jobs by whether all prompts were encoded already.",
-            ("model", "result"), registry=self._registry,
-        )  # fmt: skip
         self._flagged = Counter(
             "zimage_safety_flagged", "Jobs that the safety filter found unsafe.", ("model", "action"),
             registry=self._registry,
@@ -65,9 +57,6 @@ class Metrics:
         self._seconds.labels(job.model, "queue").observe((job.started or job.created) - job.created)
         for stage, seconds in job.timings.items():
             self._seconds.labels(job.model, stage).observe(seconds)
-        if "encode_prompt" in job.timings:
-            hit = job.timings["encode_prompt"] < CACHED_SECONDS
-            self._prompts.labels(job.model, "hit" if hit else "miss").inc()
 
     def answered(self, method: str, route: str, status: int, seconds: float) -> None:
         """Count a request that was answered; see `logs.OnAnswer`."""
@@ -97,6 +86,7 @@ class Live(Collector):
         deaths = CounterMetricFamily("zimage_worker_deaths", "Deaths of workers.", labels=["device"])
         models = GaugeMetricFamily("zimage_model_loaded", "1 per model that a worker has.", labels=["device", "model"])
         memory = GaugeMetricFamily("zimage_device_memory_bytes", "Device memory by use.", labels=["device", "use"])
+        caches = CounterMetricFamily("zimage_cache", "Uses of a worker's caches.", labels=["device", "cache", "result"])
         for worker in service.workers:
             device = "none" if worker.device is None else str(worker.device)
             alive.add_metric([device], int(worker.is_ready))
@@ -105,4 +95,6 @@ class Live(Collector):
                 models.add_metric([device, model], 1)
             for use, size in worker.memory.items():
                 memory.add_metric([device, use], size)
-        yield from (alive, deaths, models, memory)
+            for (cache, result), count in worker.caches.items():
+                caches.add_metric([device, cache, result], count)
+        yield from (alive, deaths, models, memory, caches)

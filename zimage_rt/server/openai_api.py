@@ -209,8 +209,9 @@ async def _answer(
             data.append({"url": f"{request.base_url}v1/jobs/{job.id}/images/{number}"})
         else:
             data.append({"b64_json": base64.b64encode(await service.image(job, number)).decode()})
+    safety = {} if job.safety is None else {"safety": job.safety["action"]}
     return JSONResponse(
-        {"created": int(job.created), "data": data, **described, "usage": await service.usage(job)},
+        {"created": int(job.created), "data": data, **described, **safety, "usage": await service.usage(job)},
         headers={"X-Zimage-Job": job.id},
     )
 

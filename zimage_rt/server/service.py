@@ -22,6 +22,7 @@ from .keys import Keyring
 from .messages import Finished, Ready, Step
 from .pool import WorkerProcess
 from .rate import Rates
+from .safety import SafetyFilter
 from .store import Store
 from .worker import lora_names
 
@@ -60,6 +61,7 @@ class Service:
         self.manifests: dict[str, Manifest] = {
             name: read_manifest(Path(model.bundle)) for name, model in config.models.items()
         }
+        SafetyFilter(config.safety)  # so that the service does not start without what its workers need
         self.store = Store(Path(config.data), config)
         self.store.bundle_ids = {name: manifest.bundle_id for name, manifest in self.manifests.items()}
         self.keyring, self.rates = Keyring(self.store.folder), Rates()
@@ -295,6 +297,7 @@ class Service:
             job.tell("step", **data)
             return
         del worker.running[job.id]
+        job.safety = message.safety
         if message.error is None:
             job.images, job.timings, job.warnings = message.images, message.timings, message.warnings
             job.sizes = [(image.width, image.height) for image in message.images]

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 import warnings
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
@@ -29,13 +29,17 @@ from ..request.codec import IMAGES, make_request
 from ..request.types import GenerateRequest, StepInfo
 from .config import ModelConfig, ServiceConfig
 from .jobs import Image
+from .logs import configure
 from .messages import Cancel, Finished, Loaded, Ready, Run, Step, Stop
+from .safety import Blocked, SafetyFilter
 
 log = logging.getLogger(__name__)
 
 # Pixels of a preview's longer side: enough to see the image come, and a tenth of the bytes.
 PREVIEW_SIDE = 384
 PREVIEW_QUALITY = 80
+# Seconds between two looks at the device's memory, which cost a call of its driver each.
+MEMORY_SECONDS = 2.0
 
 
 class Engines:
@@ -45,7 +49,7 @@ class Engines:
         models: by name.
         device: the GPU's number, or None for the backend's own.
         max_loaded: engines at once.
-        changed: called with the names of those that are loaded.
+        changed: called when one was loaded or closed.
     """
 
     def __init__(
@@ -53,11 +57,12 @@ class Engines:
         models: Mapping[str, ModelConfig],
         device: int | None,
         max_loaded: int,
-        changed: Callable[[Sequence[str]], None] = lambda names: None,
+        changed: Callable[[], None] = lambda: None,
     ) -> None:
         self._models, self._device, self._max = models, device, max_loaded
         self._changed = changed
         self._loaded: OrderedDict[str, Engine] = OrderedDict()
+        self._closed_counts = (0, 0)  # of the prompt caches of engines that were closed
         self._loading = threading.Lock()
 
     def get(self, name: str) -> Engine:
@@ -77,7 +82,7 @@ class Engines:
                     self._close_oldest()
                     continue
                 self._loaded[name] = engine
-                self._changed(list(self._loaded))
+                self._changed()
                 return engine
 
     def make_room(self, name: str) -> bool:
@@ -94,6 +99,15 @@ class Engines:
         with self._loading:
             while self._loaded:
                 self._close_oldest()
+
+    @property
+    def names(self) -> list[str]:
+        """The models that are loaded."""
+        return list(self._loaded)
+
+    def prompt_cache_counts(self) -> tuple[int, int]:
+        """See `Engine.prompt_cache_counts`; of all engines so far."""
+        return _sum([self._closed_counts, *(engine.prompt_cache_counts for engine in list(self._loaded.values()))])
 
     def memory(self) -> dict[str, int]:
         """Bytes of device memory, from an engine whose backend knows; empty otherwise."""
@@ -117,8 +131,10 @@ class Engines:
 
     def _close(self, name: str) -> None:
         # The engine waits for the requests that run on it.
-        self._loaded.pop(name).close()
-        self._changed(list(self._loaded))
+        engine = self._loaded.pop(name)
+        engine.close()
+        self._closed_counts = _sum([self._closed_counts, engine.prompt_cache_counts])
+        self._changed()
 
 
 class Worker:
@@ -126,14 +142,18 @@ class Worker:
 
     def __init__(self, config: ServiceConfig, device: int | None, send: Callable[[object], None]) -> None:
         self._config, self._send = config, send
-        self.engines = Engines(config.models, device, config.max_loaded, self._tell_loaded)
+        self.engines = Engines(config.models, device, config.max_loaded, lambda: self._tell(fresh=True))
         self._jobs = ThreadPoolExecutor(config.slots, "zimage-job")
         self._cancelled: set[str] = set()
         self._loras = threading.Lock()
+        self._safety = SafetyFilter(config.safety)
+        self._lora_counts: Counter[str] = Counter()
+        self._memory: tuple[float, Mapping[str, int]] = (-MEMORY_SECONDS, {})
 
     def warm_up(self) -> None:
         """Load the models that are to be ready, and draw their sizes once; then say so."""
         problems: dict[str, str] = {}
+        self._safety.load()
         for name, model in self._config.models.items():
             if not model.load:
                 continue
@@ -164,16 +184,19 @@ class Worker:
             finished = self._draw(message)
         except BaseException as error:
             if not isinstance(error, ZImageError):
-                log.exception("job %s failed", message.job)
-            finished = Finished(message.job, message.attempt, error=error_json(error))
+                log.exception("job %s failed", message.job, extra={"job": message.job, "model": message.model})
+            safety = error.safety if isinstance(error, Blocked) else None
+            finished = Finished(message.job, message.attempt, safety=safety, error=error_json(error))
         finally:
             self._cancelled.discard(message.job)
         self._send(finished)
+        self._tell(fresh=False)
 
     def _draw(self, message: Run) -> Finished:
         if message.job in self._cancelled:
             raise Cancelled("the job was cancelled; no image was made")
         request = make_request(**message.fields)
+        words = self._safety.check_prompt(request.prompt)
         while True:
             engine = self.engines.get(message.model)
             try:
@@ -186,19 +209,26 @@ class Worker:
                 if not self.engines.make_room(message.model):
                     raise
         suffix = message.output.suffix
+        decision = self._safety.check_images(list(result.images), words)
         images = []
-        for pixels, drawn in zip(result.images, result.records, strict=True):
+        for pixels, drawn in zip(decision.images, result.records, strict=True):
             record = dataclasses.replace(scrubbed(drawn), pixels_sha256=pixels_sha256(pixels))
             content = encode_with_record(pixels, record, suffix, message.output.quality)
             height, width = pixels.shape[:2]
             kind = f"image/{FORMATS[suffix].lower()}"
             images.append(Image(content, kind, width, height, dataclasses.asdict(record)))
         return Finished(
-            message.job, message.attempt, images, result.timings, result.seeds, list(result.records[0].warnings)
+            message.job,
+            message.attempt,
+            images,
+            result.timings,
+            result.seeds,
+            list(result.records[0].warnings),
+            decision.safety if self._config.safety.is_on else None,
         )
 
     def _callback(self, message: Run) -> Callable[[StepInfo], bool]:
-        every = message.output.previews
+        every = 0 if self._config.safety.hides_images else message.output.previews
 
         def on_step(info: StepInfo) -> bool:
             if message.job in self._cancelled:
@@ -218,11 +248,23 @@ class Worker:
         folder = self._config.models[model].loras
         with self._loras:
             for name in request.loras or ():
+                self._lora_counts["hit" if name in engine.loras else "miss"] += 1
                 if name not in engine.loras:
                     engine.load_lora(lora_file(folder, name), 0.0, name, strict=False)
 
-    def _tell_loaded(self, names: Sequence[str]) -> None:
-        self._send(Loaded(names, self.engines.memory()))
+    def _tell(self, *, fresh: bool) -> None:
+        """Tell which engines there are and what they use; the device's memory is looked at if it may have changed."""
+        now = time.monotonic()
+        if fresh or now - self._memory[0] >= MEMORY_SECONDS:
+            self._memory = (now, self.engines.memory())
+        hits, misses = self.engines.prompt_cache_counts()
+        caches = {("prompt", "hit"): hits, ("prompt", "miss"): misses}
+        caches |= {("lora", result): self._lora_counts[result] for result in ("hit", "miss")}
+        self._send(Loaded(self.engines.names, self._memory[1], caches))
+
+
+def _sum(counts: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    return sum(hits for hits, _ in counts), sum(misses for _, misses in counts)
 
 
 def lora_names(folder: str | None) -> dict[str, Path]:
@@ -279,6 +321,7 @@ def main(config: ServiceConfig, device: int | None, connection: Connection) -> N
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the service's to handle
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     warnings.simplefilter("ignore", RequestWarning)
+    configure(config.log_format)
     sending = threading.Lock()
 
     def send(message: object) -> None:
