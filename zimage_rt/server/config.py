@@ -12,6 +12,8 @@ from ..bundle.json_codec import from_json
 from ..errors import ZImageError
 
 ROLES = ("turbo", "base", "edit")
+# The folder of the record if none is named.
+DATA = "zimage-data"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 LOG_FORMATS = ("text", "json")
 # Decisions of the safety filter: nothing is looked at, refused, blurred, or only told.
@@ -190,7 +192,7 @@ class ServiceConfig:
     host: str = "127.0.0.1"
     port: int = 8188
     open: bool = False
-    data: str = "zimage-data"
+    data: str = DATA
     devices: Sequence[int] = ()
     slots: int = 2
     max_loaded: int = 4

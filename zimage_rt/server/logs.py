@@ -6,11 +6,12 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
-
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from typing import TYPE_CHECKING, Any
 
 from .jobs import Job
+
+if TYPE_CHECKING:  # workers and commands log without the server's packages
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = logging.getLogger("zimage_rt.server.jobs")
 access_log = logging.getLogger("zimage_rt.server.access")
@@ -18,7 +19,7 @@ access_log = logging.getLogger("zimage_rt.server.access")
 TEXT_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 # What a record of `logging` has of its own; all else was given as `extra`.
 OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
-# Routes that are asked every few seconds, and told with --log-level debug alone.
+# Routes that are asked every few seconds and are told at level DEBUG.
 QUIET_ROUTES = ("/healthz", "/readyz", "/metrics")
 # The route of a path that none has.
 NO_ROUTE = "none"

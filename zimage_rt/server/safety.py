@@ -49,7 +49,8 @@ class Decision:
     Attributes:
         images: uint8 `[height, width, 3]` each, blurred if so decided.
         safety: JSON for the record: `action` is `none`, `marked`, `blurred` or `blocked`; `words` are those of the list
-            that the prompt has; per image `score`, `flagged` and `drawn_sha256`, of its pixels before a blur.
+            that the prompt has; per image `drawn_sha256`, of its pixels before a blur, and `score` and `flagged` if
+            images are looked at.
     """
 
     images: Sequence[np.ndarray]
@@ -94,11 +95,11 @@ class SafetyFilter:
             images: uint8 `[height, width, 3]` each.
             words: of `check_prompt`.
         """
-        looked = [self._look(image) for image in images] if self._config.image != "off" else []
+        looked = [self._look(image) for image in images] if self._config.is_on else []
         of_prompt = self._config.prompt if words else "off"
         kept, severest = [], of_prompt
         for number, image in enumerate(images):
-            of_image = self._config.image if looked and looked[number]["flagged"] else "off"
+            of_image = self._config.image if looked and looked[number].get("flagged") else "off"
             policy = max(of_prompt, of_image, key=SEVERITY.index)
             severest = max(severest, policy, key=SEVERITY.index)
             kept.append(blurred(image) if policy == "blur" else image)
@@ -108,13 +109,12 @@ class SafetyFilter:
         return Decision(kept, safety)
 
     def _look(self, image: np.ndarray) -> dict[str, Any]:
-        self.load()
-        score = float(self._classifier.classify(image).nsfw)
-        return {
-            "score": round(score, 4),
-            "flagged": score >= self._config.threshold,
-            "drawn_sha256": pixels_sha256(image),
-        }
+        found: dict[str, Any] = {"drawn_sha256": pixels_sha256(image)}
+        if self._config.image != "off":
+            self.load()
+            score = float(self._classifier.classify(image).nsfw)
+            found |= {"score": round(score, 4), "flagged": score >= self._config.threshold}
+        return found
 
 
 def _decision(policy: str, words: Sequence[str], images: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

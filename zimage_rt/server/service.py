@@ -332,7 +332,8 @@ class Service:
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
             self.forget_expired()
-            await self.store.prune()
+            unfinished = (value for job in self._unfinished() for value in job.fields.values())
+            await self.store.prune({value.name for value in unfinished if isinstance(value, Path)})
 
     def forget_expired(self) -> None:
         """Forget finished jobs that are too old or too many; their records and files are still in the store."""

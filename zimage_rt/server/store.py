@@ -19,7 +19,7 @@ import sqlite3
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,6 +56,9 @@ CREATE INDEX IF NOT EXISTS jobs_state ON jobs (state) WHERE state IN ('queued', 
 """
 # Seconds before the next try while the disk is full, and how long an answer waits for its record.
 RETRY_SECONDS, ANSWER_SECONDS = 1.0, 5.0
+# Seconds between two looks for inputs that no record names, and how old such an input is at least: its request may not
+# have been checked yet.
+INPUTS_SECONDS, INPUTS_GRACE = 3600.0, 600.0
 # Bytes of images that may wait to be written; beyond, new jobs are refused.
 MAX_PENDING = 512 << 20
 
@@ -88,6 +91,8 @@ class Store:
         self._settled: dict[str, asyncio.Future[None]] = {}
         self._tasks: set[asyncio.Future[None]] = set()
         self._pending = 0
+        self._inputs = threading.Lock()
+        self._inputs_looked_at = time.monotonic()
         self._loop: asyncio.AbstractEventLoop | None = None
         self.is_disk_full = False
 
@@ -123,9 +128,12 @@ class Store:
         path = self.folder / "inputs" / hashlib.sha256(content).hexdigest()
 
         def keep() -> Path:
-            if not path.exists():
+            with self._inputs:
                 try:
-                    atomic_write(path, content)
+                    if path.exists():
+                        os.utime(path)  # so that it is not removed for its age
+                    else:
+                        atomic_write(path, content)
                 except OSError as error:
                     raise StorageFull(f"an uploaded image cannot be kept: {error.strerror or error}") from error
             return path
@@ -206,8 +214,12 @@ class Store:
         """Remove a job's images; its record stays."""
         self._do_later(lambda database: shutil.rmtree(self.folder / "images" / job_id, ignore_errors=True))
 
-    async def prune(self) -> None:
-        """Remove the records beyond `retain_days` and `retain_rows`, expired images, and inputs of no record."""
+    async def prune(self, inputs_in_use: Collection[str] = ()) -> None:
+        """Remove the records beyond `retain_days` and `retain_rows`, expired images, and inputs of no record.
+
+        Args:
+            inputs_in_use: names of inputs of jobs that have not ended, which stay.
+        """
         config = self._config.queue
 
         def remove(database: sqlite3.Connection) -> None:
@@ -220,6 +232,31 @@ class Store:
 
         await self._do(remove)
         await asyncio.to_thread(self._expire_images)
+        if time.monotonic() - self._inputs_looked_at >= INPUTS_SECONDS:
+            self._inputs_looked_at = time.monotonic()
+            await asyncio.to_thread(self.expire_inputs, inputs_in_use)
+
+    def expire_inputs(self, in_use: Collection[str]) -> None:
+        """Remove inputs that no record names, and the oldest beyond `retain_input_bytes`. Reads the whole record."""
+        with contextlib.closing(open_reader(self.folder)) as database:
+            rows = database.execute("""SELECT fields FROM jobs WHERE fields LIKE '%"input"%'""")
+            named = {name for row in rows for name in inputs_of(json.loads(row["fields"]))}
+        found = []
+        for path in (self.folder / "inputs").iterdir():
+            with contextlib.suppress(OSError):
+                status = path.stat()
+                found.append((status.st_mtime, status.st_size, path))
+        kept = 0
+        for modified, size, path in sorted(found, reverse=True):
+            kept += size
+            is_young = time.time() - modified < INPUTS_GRACE
+            is_kept = path.name in named and kept <= self._config.queue.retain_input_bytes
+            if path.name in in_use or is_young or is_kept:
+                continue
+            with self._inputs, contextlib.suppress(OSError):
+                if path.stat().st_mtime == modified:
+                    path.unlink()
+            kept -= size
 
     def _expire_images(self) -> None:
         """Remove the folders of images that are too old, and the oldest beyond `keep_bytes`."""
@@ -351,9 +388,7 @@ def connect(folder: Path) -> sqlite3.Connection:
     database.execute("PRAGMA journal_mode = WAL")
     # With NORMAL, losing power could undo commits whose answers were sent.
     database.execute("PRAGMA synchronous = FULL")
-    version = database.execute("PRAGMA user_version").fetchone()[0]
-    if version > SCHEMA_VERSION:
-        raise ConfigError(f"{folder}: written by a newer zimage_rt; expected version {SCHEMA_VERSION}, got {version}")
+    _check_version(database, folder)
     database.executescript(SCHEMA)
     database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
     database.commit()
@@ -361,11 +396,18 @@ def connect(folder: Path) -> sqlite3.Connection:
 
 
 def open_reader(folder: Path) -> sqlite3.Connection:
-    """A connection that only reads the database of a folder, which is there. Raises sqlite3.Error."""
+    """A connection that only reads the database of a folder, which is there. Raises sqlite3.Error, ConfigError."""
     path = urllib.parse.quote(str((folder / DATABASE).absolute()))
     database = sqlite3.connect(f"file:{path}?mode=ro", timeout=5.0, uri=True)
     database.row_factory = sqlite3.Row
+    _check_version(database, folder)
     return database
+
+
+def _check_version(database: sqlite3.Connection, folder: Path) -> None:
+    version = database.execute("PRAGMA user_version").fetchone()[0]
+    if version > SCHEMA_VERSION:
+        raise ConfigError(f"{folder}: written by a newer zimage_rt; expected version {SCHEMA_VERSION}, got {version}")
 
 
 def insert(database: sqlite3.Connection, row: Mapping[str, Any]) -> None:
@@ -420,6 +462,11 @@ def fields_to_json(fields: Mapping[str, Any], *, with_prompts: bool = True) -> d
         elif with_prompts or name not in ("prompt", "negative_prompt"):
             found[name] = to_reference(name, value)
     return found
+
+
+def inputs_of(fields: Mapping[str, Any]) -> list[str]:
+    """The names of the inputs in a record's fields."""
+    return [value["input"] for value in fields.values() if isinstance(value, dict) and "input" in value]
 
 
 def fields_from_json(fields: Mapping[str, Any], inputs: Path) -> dict[str, Any]:

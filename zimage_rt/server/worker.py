@@ -249,8 +249,7 @@ class Worker:
         with self._loras:
             for name in request.loras or ():
                 self._lora_counts["hit" if name in engine.loras else "miss"] += 1
-                if name not in engine.loras:
-                    engine.load_lora(lora_file(folder, name), 0.0, name, strict=False)
+            load_loras(engine, folder, request)
 
     def _tell(self, *, fresh: bool) -> None:
         """Tell which engines there are and what they use; the device's memory is looked at if it may have changed."""
@@ -285,6 +284,13 @@ def lora_file(folder: str | None, name: str) -> Path:
     if name not in known:
         raise RequestError(f"loras: no LoRA named {name!r} here; there are: {', '.join(known) or 'none'}")
     return known[name]
+
+
+def load_loras(engine: Engine, folder: str | None, request: GenerateRequest) -> None:
+    """Load the LoRAs that a request names and the engine has not, from a folder, switched off. Raises RequestError."""
+    for name in request.loras or ():
+        if name not in engine.loras:
+            engine.load_lora(lora_file(folder, name), 0.0, name, strict=False)
 
 
 def scrubbed(record: ImageRecord) -> ImageRecord:
