@@ -58,9 +58,7 @@ def server(bundle: Path, owners: tuple[Path, dict[str, str]]) -> Iterator[Server
 
 @pytest.fixture(scope="module")
 def clients(server: Server, owners: tuple[Path, dict[str, str]]) -> dict[str, httpx.Client]:
-    return {
-        name: httpx.Client(base_url=server.url, headers=bearer(key), timeout=60) for name, key in owners[1].items()
-    }
+    return {name: httpx.Client(base_url=server.url, headers=bearer(key), timeout=60) for name, key in owners[1].items()}
 
 
 def test_a_key_is_shown_once_and_kept_as_its_hash(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from . import jobs_api, openai_api
 from .access import KeyGuard
 from .config import ServiceConfig
 from .errors import answer_to, error_body
-from .guard import HostGuard
+from .guard import BodyGuard, HostGuard
 from .logs import AccessLog, log_job
 from .metrics import Metrics
 from .service import Service
@@ -48,12 +48,12 @@ def create_app(config: ServiceConfig) -> FastAPI:
         version=__version__,
         description=DESCRIPTION,
         lifespan=life,
-        max_body_size=config.limits.max_body_bytes,
     )
     app.state.service = service = Service(config)
     app.state.metrics = metrics = Metrics(service)
     service.on_end += [metrics.job_ended, log_job]
     # The last one comes first: what is refused is logged, and a page that may call can read why it has no key.
+    app.add_middleware(BodyGuard, max_bytes=config.limits.max_body_bytes)
     app.add_middleware(KeyGuard, service=service)
     if config.origins:
         app.add_middleware(

@@ -45,6 +45,12 @@ class Gone(ZImageError):
     code = "gone"
 
 
+class TooLarge(ZImageError):
+    """A request's body has more bytes than the service takes."""
+
+    code = "too_large"
+
+
 class Unauthorized(ZImageError):
     """A key is missing, unknown or revoked."""
 
