@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -145,9 +146,14 @@ def test_the_board_asks_for_metrics_and_labels_that_there_are(server: Server) ->
 def test_logs_are_json_with_the_jobs_ids_and_no_prompt(server: Server) -> None:
     job = server.draw(**{**SMALL, "prompt": "a secret prompt"})["id"]
     server.client.get("/v1/jobs/" + "%0a" * 300)
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(b"\0\1\2 nonsense\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 400")
     lines = [json.loads(line) for line in server.log.splitlines()]
     (ended,) = (line for line in lines if line["logger"] == "zimage_rt.server.jobs" and line["job"] == job)
     assert (ended["model"], ended["code"], ended["key"], ended["level"]) == ("nano", "ok", "", "info")
+    assert any(line["logger"] == "uvicorn.error" for line in lines)
     access = [line for line in lines if line["logger"] == "zimage_rt.server.access"]
     asked = next(line for line in access if line["method"] == "POST")
     assert (asked["route"], asked["status"]) == ("/v1/jobs", 202) and 0 < asked["seconds"] < 60

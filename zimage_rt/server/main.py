@@ -59,6 +59,7 @@ def run(config: ServiceConfig, tell: Callable[[str], None]) -> None:
             host=config.host,
             port=config.port,
             log_level="warning",
+            log_config=None,  # its warnings go where ours go, in their format
             access_log=False,
             # Clients that wait get their answers; what they do not wait for drains after that.
             timeout_graceful_shutdown=max(1, config.queue.drain_seconds),
