@@ -24,6 +24,7 @@ ORDER = (
     ("generation",),
     ("engine",),
     ("session", "explain", "batch"),
+    ("server",),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

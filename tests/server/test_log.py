@@ -32,7 +32,8 @@ from zimage_rt.errors import RequestError
 from zimage_rt.server.config import ModelConfig, QueueConfig, ServiceConfig
 from zimage_rt.server.jobs import Image, Job
 from zimage_rt.server.log_queries import read_since
-from zimage_rt.server.store import INPUTS_GRACE, Store, connect
+from zimage_rt.server.retention import INPUTS_GRACE
+from zimage_rt.server.store import Store, connect
 
 SMALL: dict[str, Any] = {"prompt": "a panda", "height": 64, "width": 64, "num_inference_steps": 2, "seed": 3}
 LORAS = ROOT / "checkpoints" / "zimage-nano-cyanotype"
@@ -148,7 +149,7 @@ def test_a_difference_is_said_by_the_exit_status(drawn: tuple[Path, dict[str, st
         log("repeat", jobs["two"], "--data", str(data))
     inputs = sorted((data / "inputs").iterdir())
     moved = [path.rename(config.parent / path.name) for path in inputs]
-    with pytest.raises(RequestError, match="which .* was made from, is there no longer"):
+    with pytest.raises(RequestError, match=r"which .* was made from, is there no longer"):
         log("repeat", jobs["edit"], "--config", str(config))
     for path in moved:
         path.rename(data / "inputs" / path.name)
@@ -239,7 +240,10 @@ def test_inputs_are_kept_as_long_as_a_record_names_them(tmp_path: Path) -> None:
             await keep(store, finished(image=paths[name]))
         for age, name in enumerate(("waits", "named", "older", "nobody")):
             os.utime(paths[name], (time.time() - INPUTS_GRACE - 100 - age,) * 2)
-        store.expire_inputs({paths["waits"].name})
+        await store.prune({paths["waits"].name})
+        assert paths["nobody"].exists()  # it was looked at a moment ago
+        store.look_at_inputs()
+        await store.prune({paths["waits"].name})
         return {name: path.exists() for name, path in paths.items()}
 
     kept = {"named": True, "older": True, "waits": True, "nobody": False, "young": True}

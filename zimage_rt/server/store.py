@@ -32,6 +32,7 @@ from ..request.codec import IMAGES
 from ..request.types import SecondPass
 from .config import ConfigError, ServiceConfig
 from .jobs import Image, Job, Output, State
+from .retention import remove_images, remove_inputs, remove_records
 
 log = logging.getLogger(__name__)
 
@@ -56,9 +57,8 @@ CREATE INDEX IF NOT EXISTS jobs_state ON jobs (state) WHERE state IN ('queued', 
 """
 # Seconds before the next try while the disk is full, and how long an answer waits for its record.
 RETRY_SECONDS, ANSWER_SECONDS = 1.0, 5.0
-# Seconds between two looks for inputs that no record names, and how old such an input is at least: its request may not
-# have been checked yet.
-INPUTS_SECONDS, INPUTS_GRACE = 3600.0, 600.0
+# Seconds between two looks for inputs that no record names.
+INPUTS_SECONDS = 3600.0
 # Bytes of images that may wait to be written; beyond, new jobs are refused.
 MAX_PENDING = 512 << 20
 
@@ -92,7 +92,7 @@ class Store:
         self._tasks: set[asyncio.Future[None]] = set()
         self._pending = 0
         self._inputs = threading.Lock()
-        self._inputs_looked_at = time.monotonic()
+        self._next_look = time.monotonic() + INPUTS_SECONDS
         self._loop: asyncio.AbstractEventLoop | None = None
         self.is_disk_full = False
 
@@ -221,55 +221,22 @@ class Store:
             inputs_in_use: names of inputs of jobs that have not ended, which stay.
         """
         config = self._config.queue
+        await self._do(lambda database: remove_records(database, config))
+        await asyncio.to_thread(remove_images, self.folder / "images", config)
+        if time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + INPUTS_SECONDS
+            await asyncio.to_thread(self._remove_inputs, inputs_in_use)
 
-        def remove(database: sqlite3.Connection) -> None:
-            finished = "state NOT IN ('queued', 'running')"
-            if config.retain_days:
-                oldest = time.time() - 86400 * config.retain_days
-                database.execute(f"DELETE FROM jobs WHERE {finished} AND created < ?", (oldest,))
-            beyond = f"SELECT id FROM jobs WHERE {finished} ORDER BY created DESC LIMIT -1 OFFSET ?"
-            database.execute(f"DELETE FROM jobs WHERE id IN ({beyond})", (config.retain_rows,))
+    def look_at_inputs(self) -> None:
+        """Let the next `prune` look at the inputs, too, which it does once an hour: it reads the whole record."""
+        self._next_look = time.monotonic()
 
-        await self._do(remove)
-        await asyncio.to_thread(self._expire_images)
-        if time.monotonic() - self._inputs_looked_at >= INPUTS_SECONDS:
-            self._inputs_looked_at = time.monotonic()
-            await asyncio.to_thread(self.expire_inputs, inputs_in_use)
-
-    def expire_inputs(self, in_use: Collection[str]) -> None:
-        """Remove inputs that no record names, and the oldest beyond `retain_input_bytes`. Reads the whole record."""
+    def _remove_inputs(self, in_use: Collection[str]) -> None:
         with contextlib.closing(open_reader(self.folder)) as database:
             rows = database.execute("""SELECT fields FROM jobs WHERE fields LIKE '%"input"%'""")
             named = {name for row in rows for name in inputs_of(json.loads(row["fields"]))}
-        found = []
-        for path in (self.folder / "inputs").iterdir():
-            with contextlib.suppress(OSError):
-                status = path.stat()
-                found.append((status.st_mtime, status.st_size, path))
-        kept = 0
-        for modified, size, path in sorted(found, reverse=True):
-            kept += size
-            is_young = time.time() - modified < INPUTS_GRACE
-            is_kept = path.name in named and kept <= self._config.queue.retain_input_bytes
-            if path.name in in_use or is_young or is_kept:
-                continue
-            with self._inputs, contextlib.suppress(OSError):
-                if path.stat().st_mtime == modified:
-                    path.unlink()
-            kept -= size
-
-    def _expire_images(self) -> None:
-        """Remove the folders of images that are too old, and the oldest beyond `keep_bytes`."""
-        config, kept = self._config.queue, 0
-        folders = []
-        for folder in (self.folder / "images").iterdir():
-            with contextlib.suppress(OSError):
-                folders.append((folder.stat().st_mtime, folder))
-        for modified, folder in sorted(folders, reverse=True):
-            with contextlib.suppress(OSError):
-                kept += sum(file.stat().st_size for file in folder.iterdir())
-            if time.time() - modified > config.keep_seconds or kept > config.keep_bytes:
-                shutil.rmtree(folder, ignore_errors=True)
+        keep = self._config.queue.retain_input_bytes
+        remove_inputs(self.folder / "inputs", keep, named=named, in_use=in_use, lock=self._inputs)
 
     # --- rows -----------------------------------------------------------------------------------------------------
 
