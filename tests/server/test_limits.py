@@ -24,7 +24,7 @@ pytest.importorskip("fastapi", reason="the extra `server` is not installed")
 from services import Server
 
 from zimage_rt.errors import RequestError
-from zimage_rt.server.bounds import MAX_DEPTH, MAX_STRUCTURE, check_pixels, parse_json
+from zimage_rt.server.bounds import MAX_DEPTH, MAX_FIELD_BYTES, MAX_STRUCTURE, check_pixels, parse_json
 from zimage_rt.server.keys import add_key
 from zimage_rt.server.rate import Rates, seconds_until
 from zimage_rt.server.store import connect
@@ -40,7 +40,7 @@ KEYS: dict[str, dict[str, Any]] = {
     "bounded": {"max_pixels": 64 * 64, "max_steps": 4, "models": ["nano"]},
     "other": {"models": ["second"]},
 }
-MAX_BODY, MAX_PIXELS = 1 << 20, 1_000_000
+MAX_BODY, MAX_PIXELS = 2 << 20, 1_000_000
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +224,10 @@ def test_forms_have_few_parts_and_short_texts(server: Server) -> None:
         files = [("image", ("a.png", b"", "image/png"))]
         refused(server.client.post(path, data={"prompt": "a", **many}, files=files), 400, "invalid_request")
         refused(server.client.post(path, data={"prompt": "a"}, files=files * 18), 400, "invalid_request")
+        long = {"prompt": "a" * (MAX_FIELD_BYTES + 1)}
+        assert "exceeded maximum size" in refused(
+            server.client.post(path, data=long, files=files), 400, "invalid_request"
+        )
         refused(
             server.client.post(path, content=b"--x", headers={"Content-Type": "multipart/form-data"}),
             400,
