@@ -165,7 +165,7 @@ def finished(prompt: str = "a panda", **fields: Any) -> Job:
 
 
 def with_store(config: ServiceConfig, work: Callable[[Store], Any]) -> Any:
-    """What a coroutine function returns with an open store."""
+    """The result of a coroutine function that is given an open store."""
 
     async def run() -> Any:
         store = Store(Path(config.data), config)

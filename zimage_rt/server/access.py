@@ -1,4 +1,4 @@
-"""Who calls: the key of a request, the owner of a job, and what a key may do."""
+"""Access: the key of a request, the owner of a job, and what a key may do."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ class QueueConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LimitsConfig:
-    """What one request may be, whoever sends it; a key's own limits come on top.
+    """Limits of one request, whoever sends it; a key's own limits come on top.
 
     Attributes:
         max_body_bytes: of a request's body.
@@ -103,7 +103,7 @@ class LimitsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class KeyLimits:
-    """What one key may do; None is no limit. Callers without a key share the limits of the configuration.
+    """Limits of one key; None is no limit. Callers without a key share those of the configuration.
 
     Attributes:
         requests_per_minute: requests that ask for work (POST), whether they are drawn or refused.

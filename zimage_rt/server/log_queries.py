@@ -21,7 +21,7 @@ UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """Which records; None is any.
+    """A search of the record; None is any value.
 
     Attributes:
         since: created at this Unix time or later.

@@ -1,4 +1,4 @@
-"""What the service tells Prometheus: counted as it happens, or read from the service when it is asked."""
+"""Metrics for Prometheus: counted as things happen, or read from the service when it is asked."""
 
 from __future__ import annotations
 

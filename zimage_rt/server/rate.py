@@ -14,7 +14,7 @@ UNITS = 1000
 
 
 class Rates:
-    """What each key has used in the last minute, in memory; used from the event loop's thread alone."""
+    """Counts per key over the last minute, in memory. Used by the event loop's thread alone."""
 
     def __init__(self) -> None:
         self._storage = MemoryStorage()

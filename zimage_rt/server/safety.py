@@ -44,7 +44,7 @@ class Blocked(ZImageError):
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """What the filter decided about a request.
+    """A decision about a request that was drawn.
 
     Attributes:
         images: uint8 `[height, width, 3]` each, blurred if so decided.

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 # Pixels of a preview's longer side: enough to see the image come, and a tenth of the bytes.
 PREVIEW_SIDE = 384
 PREVIEW_QUALITY = 80
-# Seconds between two looks at the device's memory, which cost a call of its driver each.
+# Seconds between two readings of the device's memory, which cost a call of its driver each.
 MEMORY_SECONDS = 2.0
 
 
@@ -62,6 +62,7 @@ class Engines:
         self._models, self._device, self._max = models, device, max_loaded
         self._changed = changed
         self._loaded: OrderedDict[str, Engine] = OrderedDict()
+        self._memory: dict[str, dict[str, int]] = {}  # by model
         self._closed_counts = (0, 0)  # of the prompt caches of engines that were closed
         self._loading = threading.Lock()
 
@@ -81,6 +82,7 @@ class Engines:
                         raise
                     self._close_oldest()
                     continue
+                self.read_memory(name, engine)
                 self._loaded[name] = engine
                 self._changed()
                 return engine
@@ -110,15 +112,27 @@ class Engines:
         return _sum([self._closed_counts, *(engine.prompt_cache_counts for engine in list(self._loaded.values()))])
 
     def memory(self) -> dict[str, int]:
-        """Bytes of device memory, from an engine whose backend knows; empty otherwise."""
-        for engine in list(self._loaded.values()):
-            try:
-                memory = getattr(engine.pipeline, "memory", None)
-            except EngineClosed:
-                continue
-            if memory is not None:
-                return dict(memory())
-        return {}
+        """Bytes of device memory by use, as they were last read; empty if no backend knows.
+
+        Weights, workspace and graphs are the sum over the engines; what the device has free and in all is the last
+        reading.
+        """
+        found: dict[str, int] = {}
+        for memory in list(self._memory.values()):
+            for use, size in memory.items():
+                found[use] = size + (0 if use in ("free", "total") else found.get(use, 0))
+        return found
+
+    def read_memory(self, name: str, engine: Engine) -> None:
+        """Read an engine's memory. Only for the thread that runs it, or before any does.
+
+        The pipeline has one lock for everything: another thread would wait for it with Python's lock held, which the
+        thread that runs needs for its callback.
+        """
+        read = getattr(engine.pipeline, "memory", None)
+        if read is not None:
+            self._memory.pop(name, None)  # so that it is the last
+            self._memory[name] = dict(read())
 
     def _load(self, model: ModelConfig) -> Engine:
         options = dict(model.backend_options)
@@ -133,6 +147,7 @@ class Engines:
         # The engine waits for the requests that run on it.
         engine = self._loaded.pop(name)
         engine.close()
+        self._memory.pop(name, None)
         self._closed_counts = _sum([self._closed_counts, engine.prompt_cache_counts])
         self._changed()
 
@@ -142,13 +157,13 @@ class Worker:
 
     def __init__(self, config: ServiceConfig, device: int | None, send: Callable[[object], None]) -> None:
         self._config, self._send = config, send
-        self.engines = Engines(config.models, device, config.max_loaded, lambda: self._tell(fresh=True))
+        self.engines = Engines(config.models, device, config.max_loaded, self._tell)
         self._jobs = ThreadPoolExecutor(config.slots, "zimage-job")
         self._cancelled: set[str] = set()
         self._loras = threading.Lock()
         self._safety = SafetyFilter(config.safety)
         self._lora_counts: Counter[str] = Counter()
-        self._memory: tuple[float, Mapping[str, int]] = (-MEMORY_SECONDS, {})
+        self._memory_read = -MEMORY_SECONDS
 
     def warm_up(self) -> None:
         """Load the models that are to be ready, and draw their sizes once; then say so."""
@@ -190,7 +205,7 @@ class Worker:
         finally:
             self._cancelled.discard(message.job)
         self._send(finished)
-        self._tell(fresh=False)
+        self._tell()
 
     def _draw(self, message: Run) -> Finished:
         if message.job in self._cancelled:
@@ -201,7 +216,7 @@ class Worker:
             engine = self.engines.get(message.model)
             try:
                 self._load_loras(engine, message.model, request)
-                result = engine.run(request, callback=self._callback(message))
+                result = engine.run(request, callback=self._callback(message, engine))
                 break
             except EngineClosed:  # closed to make room for another model, between the two lines
                 continue
@@ -227,12 +242,15 @@ class Worker:
             decision.safety if self._config.safety.is_on else None,
         )
 
-    def _callback(self, message: Run) -> Callable[[StepInfo], bool]:
+    def _callback(self, message: Run, engine: Engine) -> Callable[[StepInfo], bool]:
         every = 0 if self._config.safety.hides_images else message.output.previews
 
         def on_step(info: StepInfo) -> bool:
             if message.job in self._cancelled:
                 return False
+            if time.monotonic() - self._memory_read >= MEMORY_SECONDS:
+                self._memory_read = time.monotonic()
+                self.engines.read_memory(message.model, engine)
             preview = None
             if every and (info.step + 1) % every == 0 and info.step + 1 < info.num_steps:
                 preview = encode_preview(info.preview()[0])
@@ -251,15 +269,12 @@ class Worker:
                 self._lora_counts["hit" if name in engine.loras else "miss"] += 1
             load_loras(engine, folder, request)
 
-    def _tell(self, *, fresh: bool) -> None:
-        """Tell which engines there are and what they use; the device's memory is looked at if it may have changed."""
-        now = time.monotonic()
-        if fresh or now - self._memory[0] >= MEMORY_SECONDS:
-            self._memory = (now, self.engines.memory())
+    def _tell(self) -> None:
+        """Tell which engines there are and what they use."""
         hits, misses = self.engines.prompt_cache_counts()
         caches = {("prompt", "hit"): hits, ("prompt", "miss"): misses}
         caches |= {("lora", result): self._lora_counts[result] for result in ("hit", "miss")}
-        self._send(Loaded(self.engines.names, self._memory[1], caches))
+        self._send(Loaded(self.engines.names, self.engines.memory(), caches))
 
 
 def _sum(counts: Sequence[tuple[int, int]]) -> tuple[int, int]:
