@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 pytest.importorskip("fastapi", reason="the extra `server` is not installed")
 
 from services import Server
-from starlette.testclient import TestClient
+from starlette.testclient import TestClient, WebSocketDenialResponse
 
 from zimage_rt.cli.main import app
 from zimage_rt.errors import RequestError, ZImageError
@@ -181,3 +181,24 @@ def test_an_open_service_serves_callers_without_a_key(bundle: Path, tmp_path: Pa
     client = TestClient(create_app(config), base_url="http://127.0.0.1")
     listed = [client.get("/v1/models", headers=headers).json()["data"] for headers in ({}, bearer("x"), bearer(key))]
     assert [len(models) for models in listed] == [1, 1, 0]  # a key that is known has its limits
+
+
+def test_a_websocket_needs_a_key_too(bundle: Path, tmp_path: Path) -> None:
+    with contextlib.closing(connect(tmp_path)) as database:
+        add_key(database, "alice", {})
+    config = ServiceConfig({"nano": ModelConfig(str(bundle))}, data=str(tmp_path))
+    client = TestClient(create_app(config), base_url="http://127.0.0.1")
+    with (
+        pytest.raises(WebSocketDenialResponse) as denied,
+        client.websocket_connect("/ws", headers={"Host": "127.0.0.1"}),
+    ):
+        pass
+    assert denied.value.status_code == 401
+
+
+def test_a_service_that_cannot_read_its_keys_serves_nobody(bundle: Path, tmp_path: Path) -> None:
+    config = ServiceConfig({"nano": ModelConfig(str(bundle))}, data=str(tmp_path))
+    (tmp_path / "service.sqlite").write_bytes(b"no database" * 100)
+    answer = TestClient(create_app(config), base_url="http://127.0.0.1").get("/v1/models")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal")
+    assert str(tmp_path) not in answer.text

@@ -8,8 +8,10 @@ import io
 import json
 import math
 import struct
+import time
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,13 @@ def refused(answer: httpx.Response, status: int, code: str) -> str:
     error = answer.json()["error"]
     assert error["code"] == code, error
     return str(error["message"])
+
+
+def cancel(owner: httpx.Client, job: str) -> None:
+    """Cancel a job, and return when it has ended."""
+    owner.delete(f"/v1/jobs/{job}")
+    while owner.get(f"/v1/jobs/{job}").json()["state"] not in ("cancelled", "done"):
+        time.sleep(0.02)
 
 
 # --- limits per key ---------------------------------------------------------------------------------------------------
@@ -148,9 +157,11 @@ def test_jobs_at_once(server: Server) -> None:
     assert "may have 1 jobs at once (max_jobs), and has 1" in refused(answer, 429, "rate_limited")
     assert int(answer.headers["retry-after"]) >= 1
     assert client(server, "free").post("/v1/jobs", json=SMALL).status_code == 202
-    single.delete(f"/v1/jobs/{job}")
-    while single.get(f"/v1/jobs/{job}").json()["state"] not in ("cancelled", "done"):
-        pass
+    cancel(single, job)
+    with ThreadPoolExecutor(8) as pool:  # none slips in beside another
+        answers = list(pool.map(lambda _: single.post("/v1/jobs", json=LONG), range(8)))
+    assert sorted(answer.status_code for answer in answers) == [202] + [429] * 7
+    cancel(single, next(answer.json()["id"] for answer in answers if answer.status_code == 202))
     assert single.post("/v1/jobs", json=SMALL).status_code == 202
     assert "draw nothing" in refused(client(server, "reader").post("/v1/jobs", json=SMALL), 403, "forbidden")
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checks import shown
-from ..errors import RequestError
+from ..errors import RequestError, ZImageError
 from .config import KeyLimits
 from .store import DATABASE, open_reader
 
@@ -33,6 +33,12 @@ RANDOM_BYTES = 32
 MAX_NAME = 64
 # Seconds after which a change of the table is seen.
 FRESH_SECONDS = 0.5
+
+
+class KeysUnreadable(ZImageError):
+    """The keys could not be read since the service started, so that nobody is known."""
+
+    code = "internal"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,22 +115,29 @@ class Keyring:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._keys: Sequence[Key] = ()
+        self._keys: Sequence[Key] | None = None
         self._read = -FRESH_SECONDS
         self._reading = asyncio.Lock()
 
     async def keys(self) -> Sequence[Key]:
-        """All keys, at most `FRESH_SECONDS` old; the last known ones if the record cannot be read."""
-        if time.monotonic() - self._read < FRESH_SECONDS:
-            return self._keys
-        async with self._reading:
-            if time.monotonic() - self._read >= FRESH_SECONDS:
-                try:
-                    self._keys = await asyncio.to_thread(self._load)
-                except sqlite3.Error as error:
-                    log.error("the keys of %s cannot be read: %s; the last known ones hold", self._folder, error)
-                self._read = time.monotonic()
+        """All keys, at most `FRESH_SECONDS` old; the last known ones if the record cannot be read now.
+
+        Raises KeysUnreadable: none are known yet. No keys would mean that none is needed.
+        """
+        if time.monotonic() - self._read >= FRESH_SECONDS:
+            async with self._reading:
+                if time.monotonic() - self._read >= FRESH_SECONDS:
+                    await self._read_again()
+        if self._keys is None:
+            raise KeysUnreadable("the service cannot read its keys; its log has the reason")
         return self._keys
+
+    async def _read_again(self) -> None:
+        try:
+            self._keys = await asyncio.to_thread(self._load)
+        except (sqlite3.Error, ZImageError) as error:
+            log.error("the keys of %s cannot be read: %s; the last known ones hold", self._folder, error)
+        self._read = time.monotonic()
 
     def _load(self) -> list[Key]:
         with contextlib.closing(open_reader(self._folder)) as database:
