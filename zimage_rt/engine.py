@@ -155,6 +155,11 @@ class Engine:
         self.close()
 
     @property
+    def prompt_cache_counts(self) -> tuple[int, int]:
+        """How many prompts were found in the cache of encoded ones, and how many were not."""
+        return self._prompts.hits, self._prompts.misses
+
+    @property
     def pipeline(self) -> Pipeline:
         """The backend's modules of this bundle. Raises EngineClosed."""
         if self._pipeline is None:

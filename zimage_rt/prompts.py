@@ -18,12 +18,17 @@ CACHE_SIZE = 64
 
 
 class PromptEncoder:
-    """Encodes prompts, with a cache: a context does not depend on the timestep and serves later requests too."""
+    """Encodes prompts, with a cache: a context does not depend on the timestep and serves later requests too.
+
+    Attributes:
+        hits, misses: prompts that were in the cache, and those that were encoded.
+    """
 
     def __init__(self, tokenizer: PromptTokenizer, pipeline: Pipeline) -> None:
         self._tokenizer, self._pipeline = tokenizer, pipeline
         self._contexts: OrderedDict[tuple[str, bool, bool], np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
+        self.hits = self.misses = 0
 
     def encode(self, prompt: str, truncate: bool, literal: bool) -> np.ndarray:
         """The context `[1, context_tokens, dim]` of a prompt, read-only; see `Engine.encode_prompt`."""
@@ -31,10 +36,12 @@ class PromptEncoder:
         with self._lock:
             if key in self._contexts:
                 self._contexts.move_to_end(key)
+                self.hits += 1
                 return self._contexts[key]
         context = self._pipeline.context(self._tokenizer(prompt, truncate=truncate, literal=literal))
         context.flags.writeable = False
         with self._lock:
+            self.misses += 1
             self._contexts[key] = context
             while len(self._contexts) > CACHE_SIZE:
                 self._contexts.popitem(last=False)

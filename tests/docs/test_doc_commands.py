@@ -69,7 +69,11 @@ def test_the_pages_show_commands_at_all() -> None:
     [
         ("zimage generate engines/nano -p 'a cat' --sead 3", "No such option: --sead"),
         ("zimage generate engines/nano -p 'a cat' --seed x", "Invalid value for '--seed'"),
-        ("zimage paint engines/nano", "zimage has no command 'paint'; it has batch, explain, generate"),
+        ("zimage paint engines/nano", "zimage has no command 'paint'; it has batch, explain, serve, generate"),
+        ("zimage keys lend anna", "zimage keys has no command 'lend'; it has add, list, revoke"),
+        ("zimage keys add anna --max-cats 3", "No such option: --max-cats"),
+        ("zimage log repeet 1f", "zimage log has no command 'repeet'; it has repeat"),
+        ("zimage log --untill 2h", "No such option: --untill"),
         ("zimage generate", "Missing argument"),
         ("zimage generate engines/none -p 'a cat'", "there is no engines/none"),
         ("zimage generate engines/nano --like cat.png", "there is no cat.png, and no command before it makes one"),

@@ -28,7 +28,7 @@ PLACEHOLDERS = ("checkpoints/Z-Image-Turbo", "checkpoints/comfyui", "checkpoints
 # Exported by `make bundle`, which `make demo` and `make test` call.
 BUNDLE = "engines/nano"
 # Options for the output of a command.
-OUTPUTS = ("out", "output", "output_dir")
+OUTPUTS = ("out", "output", "output_dir", "data")
 FOLDERS = tuple(f"{path.name}/" for path in sorted(ROOT.iterdir()) if path.is_dir() and not path.name.startswith("."))
 
 
@@ -75,15 +75,14 @@ def _typer(command: Command, app: Any, words: list[str]) -> dict[str, Any]:
 
     known = typer.main.get_command(app)
     name, parent = command.program, None
-    if hasattr(known, "commands"):
+    while hasattr(known, "commands") and not (words and words[0].startswith("-")):
         subcommand = words.pop(0) if words else ""
-        if subcommand.startswith("-"):
-            words.insert(0, subcommand)
-        elif subcommand not in known.commands:
+        if not subcommand and known.invoke_without_command:
+            break
+        if subcommand not in known.commands:
             raise Refused(f"{command}: {name} has no command {subcommand!r}; it has {', '.join(known.commands)}")
-        else:
-            known = known.commands[subcommand]
-            name = f"{name} {subcommand}"
+        known = known.commands[subcommand]
+        name = f"{name} {subcommand}"
     if not command.whole:
         options = {option for parameter in known.params for option in (*parameter.opts, *parameter.secondary_opts)}
         for word in words:

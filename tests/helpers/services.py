@@ -43,7 +43,7 @@ class Server:
         while time.monotonic() < end:
             for line in self.log.splitlines():
                 if "listening at http://" in line:
-                    return "http://" + line.partition("listening at http://")[2].split()[0]
+                    return "http://" + line.partition("listening at http://")[2].split()[0].rstrip('",}')
             if self.process.poll() is not None:
                 break
             time.sleep(0.05)

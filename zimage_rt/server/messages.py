@@ -53,7 +53,7 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """A job ended: with images, or with an error as `{code, message, field}`."""
+    """A job ended: with images, or with an error as `{code, message, field}`; see `safety.Decision`."""
 
     job: str
     attempt: int
@@ -61,12 +61,20 @@ class Finished:
     timings: Mapping[str, float] = dataclasses.field(default_factory=dict)
     seeds: Sequence[int] = ()
     warnings: Sequence[str] = ()
+    safety: Mapping[str, Any] | None = None
     error: Mapping[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """The engines that the worker has now, and its device's memory in bytes if it knows."""
+    """The engines that the worker has now, and what they use.
+
+    Attributes:
+        models: names.
+        memory: bytes of the device's memory by use, if the backend knows.
+        caches: how often something was there (`hit`) or not (`miss`), by cache and then by that.
+    """
 
     models: Sequence[str]
     memory: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    caches: Mapping[tuple[str, str], int] = dataclasses.field(default_factory=dict)

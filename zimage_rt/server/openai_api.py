@@ -22,6 +22,7 @@ from starlette.datastructures import UploadFile
 from ..checks import shown
 from ..errors import RequestError, ZImageError
 from .access import Caller
+from .bounds import check_pixels, read_form, read_json
 from .errors import answer, error_body
 from .jobs import Job
 from .jobs_api import CallerOf, ServiceOf, encode_event, invalid, submit
@@ -45,7 +46,7 @@ OWN = (
 @router.post("/generations")
 async def generations(request: Request, service: ServiceOf, who: CallerOf) -> Response:
     """Draw images from a prompt."""
-    said = await _json(request)
+    said = await read_json(request)
     return await _answer(request, service, who, said, {}, "image_generation")
 
 
@@ -55,7 +56,7 @@ async def edits(request: Request, service: ServiceOf, who: CallerOf) -> Response
     if request.headers.get("content-type", "").startswith("multipart/form-data"):
         said, images, mask = await _form(request)
     else:
-        said = await _json(request)
+        said = await read_json(request)
         images, mask = _images_of_json(said, service)
     if len(images) != 1:
         raise RequestError(
@@ -63,21 +64,11 @@ async def edits(request: Request, service: ServiceOf, who: CallerOf) -> Response
         )
     fields: dict[str, Any] = {"image": await service.store.keep_input(images[0])}
     if mask is not None:
-        converted = await asyncio.to_thread(mask_of_alpha, mask)
+        converted = await asyncio.to_thread(mask_of_alpha, mask, service.config.limits.max_input_pixels)
         fields |= {"mask": await service.store.keep_input(converted), "strength": 1.0}
     if said.get("size", "auto") == "auto":
         fields["fit_size"] = "nearest"
     return await _answer(request, service, who, said, fields, "image_edit")
-
-
-async def _json(request: Request) -> dict[str, Any]:
-    try:
-        said = json.loads(await request.body() or b"{}")
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"body: expected JSON: {error}") from error
-    if not isinstance(said, dict):
-        raise RequestError("body: expected a JSON object")
-    return said
 
 
 async def _form(request: Request) -> tuple[dict[str, Any], list[bytes], bytes | None]:
@@ -85,7 +76,7 @@ async def _form(request: Request) -> tuple[dict[str, Any], list[bytes], bytes | 
     said: dict[str, Any] = {}
     images: list[bytes] = []
     mask: bytes | None = None
-    form = await request.form(max_files=17, max_fields=100)
+    form = await read_form(request)
     for name, value in form.multi_items():
         if isinstance(value, UploadFile):
             content = await value.read()
@@ -125,10 +116,11 @@ def _images_of_json(said: dict[str, Any], service: Service) -> tuple[list[bytes]
     return [read(image, "images") for image in images], None if mask is None else read(mask, "mask")
 
 
-def mask_of_alpha(content: bytes) -> bytes:
+def mask_of_alpha(content: bytes, max_pixels: int) -> bytes:
     """A mask with alpha 0 where to edit, as a PNG that is white there. Raises RequestError."""
     from PIL import Image
 
+    check_pixels(content, "mask", max_pixels)
     try:
         with Image.open(io.BytesIO(content), formats=("PNG", "WEBP")) as image:
             if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
@@ -217,8 +209,9 @@ async def _answer(
             data.append({"url": f"{request.base_url}v1/jobs/{job.id}/images/{number}"})
         else:
             data.append({"b64_json": base64.b64encode(await service.image(job, number)).decode()})
+    safety = {} if job.safety is None else {"safety": job.safety["action"]}
     return JSONResponse(
-        {"created": int(job.created), "data": data, **described, "usage": await service.usage(job)},
+        {"created": int(job.created), "data": data, **described, **safety, "usage": await service.usage(job)},
         headers={"X-Zimage-Job": job.id},
     )
 

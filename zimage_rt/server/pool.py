@@ -34,7 +34,7 @@ class WorkerProcess:
         running: the jobs that it was given and that have not ended, by id.
         is_ready: whether it has loaded its models.
         models: those that it has loaded.
-        memory: bytes of its device's memory, by use.
+        memory, caches: see `Loaded`.
         problems: why a model could not be loaded, by model.
         deaths: how often it died.
     """
@@ -46,6 +46,7 @@ class WorkerProcess:
         self.is_ready = False
         self.models: Sequence[str] = ()
         self.memory: Mapping[str, int] = {}
+        self.caches: Mapping[tuple[str, str], int] = {}
         self.problems: Mapping[str, str] = {}
         self.deaths = 0
         self._pause = FIRST_PAUSE
@@ -118,12 +119,12 @@ class WorkerProcess:
             for model, problem in message.problems.items():
                 log.error("worker of device %s cannot load %s: %s", self.device, model, problem)
         elif isinstance(message, Loaded):
-            self.models, self.memory = message.models, message.memory
+            self.models, self.memory, self.caches = message.models, message.memory, message.caches
         self._on_message(self, message)
 
     def _died(self) -> None:
         lost, self.running = list(self.running.values()), {}
-        self.is_ready, self.models, self.memory = False, (), {}
+        self.is_ready, self.models, self.memory, self.caches = False, (), {}, {}
         self._gone.set()
         if self._ending:
             return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,15 @@ from ..bundle.tokenizer import PromptTokenizer
 from ..errors import RequestError, ZImageError
 from ..request.codec import make_request
 from ..request.resolve import resolve
-from ..request.types import ResolvedRequest
+from ..request.types import ResolvedRequest, ResolvedSecondPass
+from .bounds import check_inputs
 from .config import ServiceConfig
 from .jobs import MAX_ATTEMPTS, FairQueue, Job, Output
+from .keys import Keyring
 from .messages import Finished, Ready, Step
 from .pool import WorkerProcess
+from .rate import Rates
+from .safety import SafetyFilter
 from .store import Store
 from .worker import lora_names
 
@@ -48,7 +52,8 @@ class Service:
     Attributes:
         manifests: of the bundles, by model.
         jobs: those that can be asked for, by id.
-        queue, workers, store: see their classes.
+        queue, workers, store, keyring, rates: see their classes.
+        on_end: called with every job that has ended.
     """
 
     def __init__(self, config: ServiceConfig) -> None:
@@ -56,8 +61,11 @@ class Service:
         self.manifests: dict[str, Manifest] = {
             name: read_manifest(Path(model.bundle)) for name, model in config.models.items()
         }
+        SafetyFilter(config.safety)  # so that the service does not start without what its workers need
         self.store = Store(Path(config.data), config)
         self.store.bundle_ids = {name: manifest.bundle_id for name, manifest in self.manifests.items()}
+        self.keyring, self.rates = Keyring(self.store.folder), Rates()
+        self.on_end: list[Callable[[Job], None]] = []
         self.queue = FairQueue(config.queue.max_waiting)
         self.jobs: dict[str, Job] = {}
         self._tokenizers: dict[str, PromptTokenizer] = {}
@@ -123,23 +131,27 @@ class Service:
 
     async def check(self, model: str, fields: Mapping[str, Any]) -> ResolvedRequest:
         """A request as it will be drawn, checked against its bundle and the service's limits. Raises RequestError."""
-        manifest = self.manifests[model]
+        manifest, limits = self.manifests[model], self.config.limits
+
+        def read() -> ResolvedRequest:
+            check_inputs(fields, limits.max_input_pixels)
+            return resolve(make_request(**fields), manifest)
+
         try:
-            resolved = await asyncio.to_thread(lambda: resolve(make_request(**fields), manifest))
+            resolved = await asyncio.to_thread(read)
         except RequestError as error:
             # A client's image is a file of the service's, whose name is nobody's business.
             message = str(error)
             for value in fields.values():
                 message = message.replace(str(value), "the uploaded file") if isinstance(value, Path) else message
             raise RequestError(message, field=error.field) from None
-        limits = self.config.limits
-        last = resolved.second_pass or resolved
+        last = last_pass(resolved)
         if max(resolved.height * resolved.width, last.height * last.width) > limits.max_pixels:
             raise RequestError(
                 f"height and width: expected at most {limits.max_pixels} pixels here, got {last.width}x{last.height}",
                 field="height",
             )
-        steps = sum(len(part.sigmas) - 1 for part in (resolved, resolved.second_pass) if part is not None)
+        steps = total_steps(resolved)
         if steps > limits.max_steps:
             raise RequestError(f"num_inference_steps: expected at most {limits.max_steps} here, got {steps}")
         if len(resolved.seeds) > limits.max_images:
@@ -159,6 +171,7 @@ class Service:
         output: Output | None = None,
         priority: int = 0,
         detached: bool = False,
+        admit: Callable[[ResolvedRequest], None] = lambda request: None,
     ) -> Job:
         """Check a request and let it wait.
 
@@ -169,6 +182,7 @@ class Service:
             output: the images' format, and previews.
             priority: higher ones of an owner come first.
             detached: whether it is promised: it is then drawn although its client has gone, or the service ends.
+            admit: called with the checked request just before it waits; what it raises refuses the request.
 
         Raises:
             RequestError: it cannot be drawn. QueueFull: too many wait. Draining: the service ends.
@@ -190,6 +204,7 @@ class Service:
             detached=detached,
         )
         self._check_room()
+        admit(resolved)
         self.jobs[job.id] = job
         self.queue.add(job)
         job.tell("queued", position=self.queue.position(job))
@@ -205,6 +220,11 @@ class Service:
     def _check_room(self) -> None:
         if not any(worker.has_room() for worker in self.workers):
             self.queue.check_room(len(self.workers) * self.config.slots)
+
+    def unfinished_of(self, owner: str) -> int:
+        """How many jobs of an owner wait or run."""
+        running = (job for worker in self.workers for job in worker.running.values())
+        return self.queue.waiting(owner) + sum(job.owner == owner for job in running)
 
     def cancel(self, job: Job, reason: str = "the job was cancelled") -> None:
         """Stop a job, at once if it waits, after its step if it runs; nothing if it has ended."""
@@ -280,6 +300,7 @@ class Service:
             job.tell("step", **data)
             return
         del worker.running[job.id]
+        job.safety = message.safety
         if message.error is None:
             job.images, job.timings, job.warnings = message.images, message.timings, message.warnings
             job.sizes = [(image.width, image.height) for image in message.images]
@@ -295,6 +316,8 @@ class Service:
         self.store.finished(job, state)
         job.drop_previews()
         job.finish(state, **({"error": error} if error is not None else data))
+        for tell in self.on_end:
+            tell(job)
 
     def _on_death(self, worker: WorkerProcess, lost: Sequence[Job]) -> None:
         for job in lost:
@@ -312,7 +335,8 @@ class Service:
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
             self.forget_expired()
-            await self.store.prune()
+            unfinished = (value for job in self._unfinished() for value in job.fields.values())
+            await self.store.prune({value.name for value in unfinished if isinstance(value, Path)})
 
     def forget_expired(self) -> None:
         """Forget finished jobs that are too old or too many; their records and files are still in the store."""
@@ -322,3 +346,13 @@ class Service:
             too_old = now - (job.finished or now) > self.config.queue.keep_seconds
             if too_old or len(finished) - index > MAX_JOBS:
                 del self.jobs[job.id]
+
+
+def last_pass(request: ResolvedRequest) -> ResolvedRequest | ResolvedSecondPass:
+    """The pass of a request whose size its images have."""
+    return request.second_pass or request
+
+
+def total_steps(request: ResolvedRequest) -> int:
+    """The steps of one image of a request, over its passes."""
+    return sum(len(part.sigmas) - 1 for part in (request, request.second_pass) if part is not None)

@@ -11,9 +11,9 @@ import json
 import sqlite3
 import time
 import uuid
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from fastapi import APIRouter, Body, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from ..atomic_write import atomic_write
@@ -23,7 +23,7 @@ from ..session import TASKS
 from .access import Caller
 from .errors import Gone, NotFound
 from .jobs import Job
-from .jobs_api import CallerOf, ServiceOf, read_request, submit
+from .jobs_api import BODY, CallerOf, ServiceOf, read_request, submit
 from .schema import OutputFields
 from .service import Service
 
@@ -80,14 +80,13 @@ async def delete(session_id: str, service: ServiceOf, who: CallerOf) -> dict[str
     return {"id": session_id, "deleted": True}
 
 
-@router.post("/{session_id}/turns/{task}", status_code=202)
+@router.post("/{session_id}/turns/{task}", status_code=202, openapi_extra=BODY)
 async def take(
     session_id: str,
     task: Task,
     request: Request,
     service: ServiceOf,
     who: CallerOf,
-    body: Annotated[Any, Body()] = None,
 ) -> dict[str, Any]:
     """Take a turn: the fields are those of `/v1/jobs`. What it does not say is the current image's.
 

@@ -18,7 +18,8 @@ import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+import urllib.parse
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,11 +32,13 @@ from ..request.codec import IMAGES
 from ..request.types import SecondPass
 from .config import ConfigError, ServiceConfig
 from .jobs import Image, Job, Output, State
+from .retention import remove_images, remove_inputs, remove_records
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+DATABASE = "service.sqlite"
 SCHEMA_VERSION = 1
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
@@ -49,11 +52,16 @@ CREATE TABLE IF NOT EXISTS jobs (
 CREATE TABLE IF NOT EXISTS sessions (
     id TEXT PRIMARY KEY, owner TEXT NOT NULL, created REAL NOT NULL, standing INTEGER NOT NULL, turns TEXT NOT NULL
 );
+CREATE TABLE IF NOT EXISTS keys (
+    name TEXT PRIMARY KEY, sha256 TEXT NOT NULL, created REAL NOT NULL, revoked REAL, limits TEXT NOT NULL
+);
 CREATE INDEX IF NOT EXISTS jobs_created ON jobs (created);
 CREATE INDEX IF NOT EXISTS jobs_state ON jobs (state) WHERE state IN ('queued', 'running');
 """
 # Seconds before the next try while the disk is full, and how long an answer waits for its record.
 RETRY_SECONDS, ANSWER_SECONDS = 1.0, 5.0
+# Seconds between two looks for inputs that no record names.
+INPUTS_SECONDS = 3600.0
 # Bytes of images that may wait to be written; beyond, new jobs are refused.
 MAX_PENDING = 512 << 20
 
@@ -86,6 +94,8 @@ class Store:
         self._settled: dict[str, asyncio.Future[None]] = {}
         self._tasks: set[asyncio.Future[None]] = set()
         self._pending = 0
+        self._inputs = threading.Lock()
+        self._next_look = time.monotonic() + INPUTS_SECONDS
         self._loop: asyncio.AbstractEventLoop | None = None
         self.is_disk_full = False
 
@@ -121,9 +131,12 @@ class Store:
         path = self.folder / "inputs" / hashlib.sha256(content).hexdigest()
 
         def keep() -> Path:
-            if not path.exists():
+            with self._inputs:
                 try:
-                    atomic_write(path, content)
+                    if path.exists():
+                        os.utime(path)  # so that it is not removed for its age
+                    else:
+                        atomic_write(path, content)
                 except OSError as error:
                     raise StorageFull(f"an uploaded image cannot be kept: {error.strerror or error}") from error
             return path
@@ -204,33 +217,29 @@ class Store:
         """Remove a job's images; its record stays."""
         self._do_later(lambda database: shutil.rmtree(self.folder / "images" / job_id, ignore_errors=True))
 
-    async def prune(self) -> None:
-        """Remove the records beyond `retain_days` and `retain_rows`, expired images, and inputs of no record."""
+    async def prune(self, inputs_in_use: Collection[str] = ()) -> None:
+        """Remove the records beyond `retain_days` and `retain_rows`, expired images, and inputs of no record.
+
+        Args:
+            inputs_in_use: names of inputs of jobs that have not ended, which stay.
+        """
         config = self._config.queue
+        await self._do(lambda database: remove_records(database, config))
+        await asyncio.to_thread(remove_images, self.folder / "images", config)
+        if time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + INPUTS_SECONDS
+            await asyncio.to_thread(self._remove_inputs, inputs_in_use)
 
-        def remove(database: sqlite3.Connection) -> None:
-            finished = "state NOT IN ('queued', 'running')"
-            if config.retain_days:
-                oldest = time.time() - 86400 * config.retain_days
-                database.execute(f"DELETE FROM jobs WHERE {finished} AND created < ?", (oldest,))
-            beyond = f"SELECT id FROM jobs WHERE {finished} ORDER BY created DESC LIMIT -1 OFFSET ?"
-            database.execute(f"DELETE FROM jobs WHERE id IN ({beyond})", (config.retain_rows,))
+    def look_at_inputs(self) -> None:
+        """Let the next `prune` look at the inputs, too, which it does once an hour: it reads the whole record."""
+        self._next_look = time.monotonic()
 
-        await self._do(remove)
-        await asyncio.to_thread(self._expire_images)
-
-    def _expire_images(self) -> None:
-        """Remove the folders of images that are too old, and the oldest beyond `keep_bytes`."""
-        config, kept = self._config.queue, 0
-        folders = []
-        for folder in (self.folder / "images").iterdir():
-            with contextlib.suppress(OSError):
-                folders.append((folder.stat().st_mtime, folder))
-        for modified, folder in sorted(folders, reverse=True):
-            with contextlib.suppress(OSError):
-                kept += sum(file.stat().st_size for file in folder.iterdir())
-            if time.time() - modified > config.keep_seconds or kept > config.keep_bytes:
-                shutil.rmtree(folder, ignore_errors=True)
+    def _remove_inputs(self, in_use: Collection[str]) -> None:
+        with contextlib.closing(open_reader(self.folder)) as database:
+            rows = database.execute("""SELECT fields FROM jobs WHERE fields LIKE '%"input"%'""")
+            named = {name for row in rows for name in inputs_of(json.loads(row["fields"]))}
+        keep = self._config.queue.retain_input_bytes
+        remove_inputs(self.folder / "inputs", keep, named=named, in_use=in_use, lock=self._inputs)
 
     # --- rows -----------------------------------------------------------------------------------------------------
 
@@ -351,18 +360,31 @@ class Store:
 
 def connect(folder: Path) -> sqlite3.Connection:
     """The database of a service's folder, made if it is missing. Raises ConfigError for one of a newer version."""
-    database = sqlite3.connect(folder / "service.sqlite", timeout=30.0, check_same_thread=False)
+    database = sqlite3.connect(folder / DATABASE, timeout=30.0, check_same_thread=False)
     database.row_factory = sqlite3.Row
     database.execute("PRAGMA journal_mode = WAL")
     # With NORMAL, losing power could undo commits whose answers were sent.
     database.execute("PRAGMA synchronous = FULL")
-    version = database.execute("PRAGMA user_version").fetchone()[0]
-    if version > SCHEMA_VERSION:
-        raise ConfigError(f"{folder}: written by a newer zimage_rt; expected version {SCHEMA_VERSION}, got {version}")
+    _check_version(database, folder)
     database.executescript(SCHEMA)
     database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
     database.commit()
     return database
+
+
+def open_reader(folder: Path) -> sqlite3.Connection:
+    """A connection that only reads the database of a folder, which is there. Raises sqlite3.Error, ConfigError."""
+    path = urllib.parse.quote(str((folder / DATABASE).absolute()))
+    database = sqlite3.connect(f"file:{path}?mode=ro", timeout=5.0, uri=True)
+    database.row_factory = sqlite3.Row
+    _check_version(database, folder)
+    return database
+
+
+def _check_version(database: sqlite3.Connection, folder: Path) -> None:
+    version = database.execute("PRAGMA user_version").fetchone()[0]
+    if version > SCHEMA_VERSION:
+        raise ConfigError(f"{folder}: written by a newer zimage_rt; expected version {SCHEMA_VERSION}, got {version}")
 
 
 def insert(database: sqlite3.Connection, row: Mapping[str, Any]) -> None:
@@ -417,6 +439,11 @@ def fields_to_json(fields: Mapping[str, Any], *, with_prompts: bool = True) -> d
         elif with_prompts or name not in ("prompt", "negative_prompt"):
             found[name] = to_reference(name, value)
     return found
+
+
+def inputs_of(fields: Mapping[str, Any]) -> list[str]:
+    """The names of the inputs in a record's fields."""
+    return [value["input"] for value in fields.values() if isinstance(value, dict) and "input" in value]
 
 
 def fields_from_json(fields: Mapping[str, Any], inputs: Path) -> dict[str, Any]:

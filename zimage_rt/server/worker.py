@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 import warnings
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
@@ -29,13 +29,17 @@ from ..request.codec import IMAGES, make_request
 from ..request.types import GenerateRequest, StepInfo
 from .config import ModelConfig, ServiceConfig
 from .jobs import Image
+from .logs import configure
 from .messages import Cancel, Finished, Loaded, Ready, Run, Step, Stop
+from .safety import Blocked, SafetyFilter
 
 log = logging.getLogger(__name__)
 
 # Pixels of a preview's longer side: enough to see the image come, and a tenth of the bytes.
 PREVIEW_SIDE = 384
 PREVIEW_QUALITY = 80
+# Seconds between two readings of the device's memory, which cost a call of its driver each.
+MEMORY_SECONDS = 2.0
 
 
 class Engines:
@@ -45,7 +49,7 @@ class Engines:
         models: by name.
         device: the GPU's number, or None for the backend's own.
         max_loaded: engines at once.
-        changed: called with the names of those that are loaded.
+        changed: called when one was loaded or closed.
     """
 
     def __init__(
@@ -53,11 +57,13 @@ class Engines:
         models: Mapping[str, ModelConfig],
         device: int | None,
         max_loaded: int,
-        changed: Callable[[Sequence[str]], None] = lambda names: None,
+        changed: Callable[[], None] = lambda: None,
     ) -> None:
         self._models, self._device, self._max = models, device, max_loaded
         self._changed = changed
         self._loaded: OrderedDict[str, Engine] = OrderedDict()
+        self._memory: dict[str, dict[str, int]] = {}  # by model
+        self._closed_counts = (0, 0)  # of the prompt caches of engines that were closed
         self._loading = threading.Lock()
 
     def get(self, name: str) -> Engine:
@@ -76,8 +82,9 @@ class Engines:
                         raise
                     self._close_oldest()
                     continue
+                self.read_memory(name, engine)
                 self._loaded[name] = engine
-                self._changed(list(self._loaded))
+                self._changed()
                 return engine
 
     def make_room(self, name: str) -> bool:
@@ -95,16 +102,37 @@ class Engines:
             while self._loaded:
                 self._close_oldest()
 
+    @property
+    def names(self) -> list[str]:
+        """The models that are loaded."""
+        return list(self._loaded)
+
+    def prompt_cache_counts(self) -> tuple[int, int]:
+        """See `Engine.prompt_cache_counts`; of all engines so far."""
+        return _sum([self._closed_counts, *(engine.prompt_cache_counts for engine in list(self._loaded.values()))])
+
     def memory(self) -> dict[str, int]:
-        """Bytes of device memory, from an engine whose backend knows; empty otherwise."""
-        for engine in list(self._loaded.values()):
-            try:
-                memory = getattr(engine.pipeline, "memory", None)
-            except EngineClosed:
-                continue
-            if memory is not None:
-                return dict(memory())
-        return {}
+        """Bytes of device memory by use, as they were last read; empty if no backend knows.
+
+        Weights, workspace and graphs are the sum over the engines; what the device has free and in all is the last
+        reading.
+        """
+        found: dict[str, int] = {}
+        for memory in list(self._memory.values()):
+            for use, size in memory.items():
+                found[use] = size + (0 if use in ("free", "total") else found.get(use, 0))
+        return found
+
+    def read_memory(self, name: str, engine: Engine) -> None:
+        """Read an engine's memory. Only for the thread that runs it, or before any does.
+
+        The pipeline has one lock for everything: another thread would wait for it with Python's lock held, which the
+        thread that runs needs for its callback.
+        """
+        read = getattr(engine.pipeline, "memory", None)
+        if read is not None:
+            self._memory.pop(name, None)  # so that it is the last
+            self._memory[name] = dict(read())
 
     def _load(self, model: ModelConfig) -> Engine:
         options = dict(model.backend_options)
@@ -117,8 +145,11 @@ class Engines:
 
     def _close(self, name: str) -> None:
         # The engine waits for the requests that run on it.
-        self._loaded.pop(name).close()
-        self._changed(list(self._loaded))
+        engine = self._loaded.pop(name)
+        engine.close()
+        self._memory.pop(name, None)
+        self._closed_counts = _sum([self._closed_counts, engine.prompt_cache_counts])
+        self._changed()
 
 
 class Worker:
@@ -126,14 +157,18 @@ class Worker:
 
     def __init__(self, config: ServiceConfig, device: int | None, send: Callable[[object], None]) -> None:
         self._config, self._send = config, send
-        self.engines = Engines(config.models, device, config.max_loaded, self._tell_loaded)
+        self.engines = Engines(config.models, device, config.max_loaded, self._tell)
         self._jobs = ThreadPoolExecutor(config.slots, "zimage-job")
         self._cancelled: set[str] = set()
         self._loras = threading.Lock()
+        self._safety = SafetyFilter(config.safety)
+        self._lora_counts: Counter[str] = Counter()
+        self._memory_read = -MEMORY_SECONDS
 
     def warm_up(self) -> None:
         """Load the models that are to be ready, and draw their sizes once; then say so."""
         problems: dict[str, str] = {}
+        self._safety.load()
         for name, model in self._config.models.items():
             if not model.load:
                 continue
@@ -164,21 +199,24 @@ class Worker:
             finished = self._draw(message)
         except BaseException as error:
             if not isinstance(error, ZImageError):
-                log.exception("job %s failed", message.job)
-            finished = Finished(message.job, message.attempt, error=error_json(error))
+                log.exception("job %s failed", message.job, extra={"job": message.job, "model": message.model})
+            safety = error.safety if isinstance(error, Blocked) else None
+            finished = Finished(message.job, message.attempt, safety=safety, error=error_json(error))
         finally:
             self._cancelled.discard(message.job)
         self._send(finished)
+        self._tell()
 
     def _draw(self, message: Run) -> Finished:
         if message.job in self._cancelled:
             raise Cancelled("the job was cancelled; no image was made")
         request = make_request(**message.fields)
+        words = self._safety.check_prompt(request.prompt)
         while True:
             engine = self.engines.get(message.model)
             try:
                 self._load_loras(engine, message.model, request)
-                result = engine.run(request, callback=self._callback(message))
+                result = engine.run(request, callback=self._callback(message, engine))
                 break
             except EngineClosed:  # closed to make room for another model, between the two lines
                 continue
@@ -186,23 +224,33 @@ class Worker:
                 if not self.engines.make_room(message.model):
                     raise
         suffix = message.output.suffix
+        decision = self._safety.check_images(list(result.images), words)
         images = []
-        for pixels, drawn in zip(result.images, result.records, strict=True):
+        for pixels, drawn in zip(decision.images, result.records, strict=True):
             record = dataclasses.replace(scrubbed(drawn), pixels_sha256=pixels_sha256(pixels))
             content = encode_with_record(pixels, record, suffix, message.output.quality)
             height, width = pixels.shape[:2]
             kind = f"image/{FORMATS[suffix].lower()}"
             images.append(Image(content, kind, width, height, dataclasses.asdict(record)))
         return Finished(
-            message.job, message.attempt, images, result.timings, result.seeds, list(result.records[0].warnings)
+            message.job,
+            message.attempt,
+            images,
+            result.timings,
+            result.seeds,
+            list(result.records[0].warnings),
+            decision.safety if self._config.safety.is_on else None,
         )
 
-    def _callback(self, message: Run) -> Callable[[StepInfo], bool]:
-        every = message.output.previews
+    def _callback(self, message: Run, engine: Engine) -> Callable[[StepInfo], bool]:
+        every = 0 if self._config.safety.hides_images else message.output.previews
 
         def on_step(info: StepInfo) -> bool:
             if message.job in self._cancelled:
                 return False
+            if time.monotonic() - self._memory_read >= MEMORY_SECONDS:
+                self._memory_read = time.monotonic()
+                self.engines.read_memory(message.model, engine)
             preview = None
             if every and (info.step + 1) % every == 0 and info.step + 1 < info.num_steps:
                 preview = encode_preview(info.preview()[0])
@@ -218,11 +266,19 @@ class Worker:
         folder = self._config.models[model].loras
         with self._loras:
             for name in request.loras or ():
-                if name not in engine.loras:
-                    engine.load_lora(lora_file(folder, name), 0.0, name, strict=False)
+                self._lora_counts["hit" if name in engine.loras else "miss"] += 1
+            load_loras(engine, folder, request)
 
-    def _tell_loaded(self, names: Sequence[str]) -> None:
-        self._send(Loaded(names, self.engines.memory()))
+    def _tell(self) -> None:
+        """Tell which engines there are and what they use."""
+        hits, misses = self.engines.prompt_cache_counts()
+        caches = {("prompt", "hit"): hits, ("prompt", "miss"): misses}
+        caches |= {("lora", result): self._lora_counts[result] for result in ("hit", "miss")}
+        self._send(Loaded(self.engines.names, self.engines.memory(), caches))
+
+
+def _sum(counts: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    return sum(hits for hits, _ in counts), sum(misses for _, misses in counts)
 
 
 def lora_names(folder: str | None) -> dict[str, Path]:
@@ -243,6 +299,13 @@ def lora_file(folder: str | None, name: str) -> Path:
     if name not in known:
         raise RequestError(f"loras: no LoRA named {name!r} here; there are: {', '.join(known) or 'none'}")
     return known[name]
+
+
+def load_loras(engine: Engine, folder: str | None, request: GenerateRequest) -> None:
+    """Load the LoRAs that a request names and the engine has not, from a folder, switched off. Raises RequestError."""
+    for name in request.loras or ():
+        if name not in engine.loras:
+            engine.load_lora(lora_file(folder, name), 0.0, name, strict=False)
 
 
 def scrubbed(record: ImageRecord) -> ImageRecord:
@@ -279,6 +342,7 @@ def main(config: ServiceConfig, device: int | None, connection: Connection) -> N
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the service's to handle
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     warnings.simplefilter("ignore", RequestWarning)
+    configure(config.log_format)
     sending = threading.Lock()
 
     def send(message: object) -> None:

@@ -1,0 +1,82 @@
+"""Bounds of what clients send, checked before anything is decoded: JSON's size and depth, forms, pixels of images."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastapi import Request
+from starlette.datastructures import FormData
+
+from ..errors import RequestError
+from ..image.convert import FORMATS
+from ..request.codec import IMAGES
+
+# Of a form: parts with files and without, and bytes of a part without. Files are bounded by the body.
+MAX_FILES, MAX_FIELDS, MAX_FIELD_BYTES = 17, 100, 1 << 20
+# Of JSON: bytes outside of texts, which bound the number of its values, and levels of lists and objects.
+MAX_STRUCTURE, MAX_DEPTH = 256 << 10, 16
+# Bodies up to here are parsed on the event loop's thread; it takes less time than to hand them over.
+SMALL_BODY = 64 << 10
+# A text with its quotes, to the end of the body if it is cut off: every start matches, so that the time is linear.
+TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
+
+
+async def read_json(request: Request) -> dict[str, Any]:
+    """The object in a request's body; an empty body is an empty one. Raises RequestError."""
+    body = await request.body()
+    return parse_json(body) if len(body) <= SMALL_BODY else await asyncio.to_thread(parse_json, body)
+
+
+def parse_json(body: bytes) -> dict[str, Any]:
+    """An object in JSON of bounded structure. Raises RequestError."""
+    structure = TEXT.sub(b"", body)
+    if len(structure) > MAX_STRUCTURE:
+        raise RequestError(f"body: expected JSON with at most {MAX_STRUCTURE} bytes outside of texts, got more")
+    depth = 0
+    for bracket in re.findall(rb"[\[\]{}]", structure):
+        depth += 1 if bracket in b"[{" else -1
+        if depth > MAX_DEPTH:
+            raise RequestError(f"body: expected JSON with at most {MAX_DEPTH} levels, got more")
+    try:
+        said = json.loads(body or b"{}")
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"body: expected JSON: {error}") from error
+    if not isinstance(said, dict):
+        raise RequestError("body: expected a JSON object")
+    return said
+
+
+async def read_form(request: Request) -> FormData:
+    """A multipart form of bounded parts. Raises starlette's HTTPException with status 400."""
+    return await request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES)
+
+
+def check_pixels(image: Path | bytes, field: str, most: int) -> None:
+    """Raise RequestError for an image with more pixels than `most`, by its header alone.
+
+    What is no image is left to the reader of its pixels, which says what is wrong with it.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS) as opened:
+            width, height = opened.size
+    except Image.DecompressionBombError as error:
+        raise RequestError(f"{field}: expected at most {most} pixels, got more: {error}") from error
+    except Exception:  # Pillow has no error of its own for damaged files
+        return
+    if width * height > most:
+        raise RequestError(f"{field}: expected at most {most} pixels, got {width}x{height}; scale it down")
+
+
+def check_inputs(fields: Mapping[str, Any], most: int) -> None:
+    """Raise RequestError for an input image of a request with more pixels than `most`."""
+    for name in IMAGES:
+        if isinstance(fields.get(name), Path):
+            check_pixels(fields[name], name, most)
