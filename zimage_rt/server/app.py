@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 
 from .._version import __version__
 from ..errors import ZImageError
-from . import jobs_api, openai_api, page, sessions_api
+from . import batches_api, jobs_api, openai_api, page, sessions_api
 from .access import KeyGuard
 from .config import ServiceConfig
 from .errors import answer_to, error_body
@@ -39,6 +39,7 @@ def create_app(config: ServiceConfig) -> FastAPI:
     async def life(app: FastAPI) -> AsyncIterator[None]:
         service: Service = app.state.service
         await service.start()
+        await batches_api.resume(service)
         yield
         for job in await service.stop():
             log.warning("job %s was dropped, because the service ended", job)
@@ -71,6 +72,7 @@ def create_app(config: ServiceConfig) -> FastAPI:
     app.include_router(jobs_api.router)
     app.include_router(openai_api.router)
     app.include_router(sessions_api.router)
+    app.include_router(batches_api.router)
     app.include_router(page.router)
     app.add_api_route("/healthz", healthz, tags=["health"])
     app.add_api_route("/readyz", readyz, tags=["health"])

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response, StreamingResponse
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
 
 from ..checks import shown
@@ -31,7 +31,6 @@ router = APIRouter(prefix="/v1", tags=["jobs"])
 
 # Comment lines keep proxies from closing a quiet stream.
 KEEP_ALIVE_SECONDS = 15.0
-SUFFIX = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 
 
 def service_of(request: Request) -> Service:
@@ -140,9 +139,7 @@ async def submit(
     """Let a caller's request wait. Raises what `Service.submit` raises, and Forbidden or RateLimited by its key."""
     model = service.model(output.model)
     who.check_model(model)
-    encoded = Output(SUFFIX[output.output_format], output.output_quality, output.previews)
-    if encoded.quality is not None and encoded.suffix == ".png":
-        raise RequestError("output_quality: a PNG keeps every pixel and has none; leave it out, or ask for jpeg")
+    encoded = Output(**service.output_of(output))
     return await service.submit(
         model,
         fields,
@@ -227,14 +224,7 @@ async def read_request(
     for name, own in DIFFUSERS_NAMES.items():
         if name in said:
             said.setdefault(own, said.pop(name))
-    has_prompt = needs_prompt or "prompt" in said
-    try:
-        body: BaseModel = JobRequest.model_validate(said if has_prompt else {**said, "prompt": ""})
-    except ValidationError as error:
-        raise invalid(error) from error
-    fields = request_fields(body)
-    if not has_prompt:
-        del fields["prompt"]
+    fields, output = read_said(said, needs_prompt=needs_prompt)
     for name in IMAGES:
         if name in uploads:
             content = await uploads[name].read()
@@ -243,6 +233,19 @@ async def read_request(
         else:
             continue
         fields[name] = await service.store.keep_input(content)
+    return fields, output
+
+
+def read_said(said: Mapping[str, Any], *, needs_prompt: bool = True) -> tuple[dict[str, Any], OutputFields]:
+    """The fields of a request by what a body says, and how to answer. Raises RequestError."""
+    has_prompt = needs_prompt or "prompt" in said
+    try:
+        body: BaseModel = JobRequest.model_validate(said if has_prompt else {**said, "prompt": ""})
+    except ValidationError as error:
+        raise invalid(error) from error
+    fields = request_fields(body)
+    if not has_prompt:
+        fields.pop("prompt", None)
     return fields, OutputFields(**{name: getattr(body, name) for name in OutputFields.model_fields})
 
 
@@ -256,21 +259,27 @@ def invalid(error: ValidationError) -> RequestError:
 
 
 async def _form(request: Request) -> dict[str, Any]:
-    """A multipart form as JSON would say it: texts are read by the fields' kinds, `second_pass.scale` is a part."""
-    kinds = field_kinds()
-    said: dict[str, Any] = {}
+    """A multipart form as JSON would say it, with its files."""
     form = await read_form(request)
+    said = from_texts((name, value) for name, value in form.multi_items() if isinstance(value, str))
     for name, value in form.multi_items():
         if isinstance(value, UploadFile):
             said[DIFFUSERS_NAMES.get(name, name)] = value
-            continue
+    return said
+
+
+def from_texts(texts: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """A form's texts as JSON would say them: read by the fields' kinds; `second_pass.scale` is a part."""
+    kinds = field_kinds()
+    said: dict[str, Any] = {}
+    for name, value in texts:
         own = DIFFUSERS_NAMES.get(name, name)
         outer, dot, inner = own.partition(".")
         if own in kinds and own not in IMAGES:
             converted: Any = read_value(own, kinds[own], value, Path())
             converted = list(converted) if isinstance(converted, tuple) else converted
         elif own in ("previews", "priority", "output_quality"):
-            converted = TypeAdapter(int).validate_python(value) if value.lstrip("-").isdecimal() else value
+            converted = int(value) if value.lstrip("-").isdecimal() else value
         else:
             converted = value
         if dot and own in kinds:

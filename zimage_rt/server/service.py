@@ -23,13 +23,16 @@ from .messages import Finished, Ready, Step
 from .pool import WorkerProcess
 from .rate import Rates
 from .safety import SafetyFilter
+from .schema import OutputFields
 from .store import Store
-from .worker import lora_names
+from .worker import error_json, lora_names
 
 log = logging.getLogger(__name__)
 
 # Seconds between two looks for what has expired.
 SWEEP_SECONDS = 30.0
+# File endings by output_format.
+SUFFIX = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 # Finished jobs in memory; older ones are answered from the store.
 MAX_JOBS = 1000
 
@@ -72,6 +75,8 @@ class Service:
         self.workers = [
             WorkerProcess(config, device, self._on_message, self._on_death) for device in (config.devices or (None,))
         ]
+        # By batch: the task that lets its rows wait.
+        self.feeding: dict[str, asyncio.Future[None]] = {}
         # By session: the turn that is drawn, and the task that lets it stand.
         self.turns: dict[str, tuple[Job, asyncio.Future[None]]] = {}
         self._is_draining = False
@@ -94,6 +99,8 @@ class Service:
     async def stop(self) -> list[str]:
         """Finish what runs and waits, as long as `drain_seconds` allow; the ids of the jobs that were dropped."""
         self._is_draining = True
+        for task in list(self.feeding.values()):
+            task.cancel()
         deadline = time.monotonic() + self.config.queue.drain_seconds
         while self._unfinished() and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
@@ -172,6 +179,7 @@ class Service:
         priority: int = 0,
         detached: bool = False,
         admit: Callable[[ResolvedRequest], None] = lambda request: None,
+        job_id: str | None = None,
     ) -> Job:
         """Check a request and let it wait.
 
@@ -183,6 +191,7 @@ class Service:
             priority: higher ones of an owner come first.
             detached: whether it is promised: it is then drawn although its client has gone, or the service ends.
             admit: called with the checked request just before it waits; what it raises refuses the request.
+            job_id: the job's id; a new one if None.
 
         Raises:
             RequestError: it cannot be drawn. QueueFull: too many wait. Draining: the service ends.
@@ -202,6 +211,7 @@ class Service:
             output=output,
             priority=priority,
             detached=detached,
+            job_id=job_id,
         )
         self._check_room()
         admit(resolved)
@@ -216,6 +226,19 @@ class Service:
                 self.cancel(job)
                 raise
         return job
+
+    def reject(self, job_id: str, model: str, owner: str, error: RequestError) -> None:
+        """Record a request that cannot be drawn as a failed job."""
+        job = Job({"prompt": ""}, model=model, owner=owner, detached=True, job_id=job_id)
+        self._end(job, "failed", error_json(error))
+
+    @staticmethod
+    def output_of(said: OutputFields) -> dict[str, Any]:
+        """How a job's images are encoded, for `Output`. Raises RequestError."""
+        suffix = SUFFIX[said.output_format]
+        if said.output_quality is not None and suffix == ".png":
+            raise RequestError("output_quality: a PNG keeps every pixel and has none; leave it out, or ask for jpeg")
+        return {"suffix": suffix, "quality": said.output_quality, "previews": said.previews}
 
     def _check_room(self) -> None:
         if not any(worker.has_room() for worker in self.workers):

@@ -80,7 +80,7 @@ async def delete(session_id: str, service: ServiceOf, who: CallerOf) -> dict[str
     return {"id": session_id, "deleted": True}
 
 
-@router.post("/{session_id}/turns/{task}", status_code=202, openapi_extra=BODY)
+@router.post("/{session_id}/turns/{task}", status_code=202, openapi_extra=dict(BODY))
 async def take(
     session_id: str,
     task: Task,

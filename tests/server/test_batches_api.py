@@ -1,0 +1,100 @@
+"""`/v1/batches`: tables over HTTP, beside single requests, and over a restart of the service."""
+
+from __future__ import annotations
+
+import io
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("fastapi", reason="the extra `server` is not installed")
+
+from services import Server
+
+import zimage_rt
+from zimage_rt.batch.rows import row_seed
+
+TABLE = "animal,seed,height\npanda,7,\ncat,,96\ndog,-1,\n"
+
+
+def send(server: Server, table: str, name: str = "goods.csv", **fields: str) -> Any:
+    return server.client.post("/v1/batches", data=fields, files={"table": (name, table.encode())})
+
+
+def wait(server: Server, batch: str, seconds: float = 60) -> dict[str, Any]:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        status = server.client.get(f"/v1/batches/{batch}").json()
+        if status["state"] != "running":
+            return status
+        time.sleep(0.05)
+    raise AssertionError(status)
+
+
+def pixels(server: Server, job: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(server.client.get(f"/v1/jobs/{job}/images/0").content)))
+
+
+def test_rows_are_drawn_as_the_command_draws_them(bundle: Path, tmp_path: Path, engine: zimage_rt.Engine) -> None:
+    server = Server(tmp_path, bundle=bundle)
+    try:
+        server.wait_until_ready()
+        fields = {"template": "a {animal}", "num_inference_steps": "1", "width": "64", "height": "64"}
+        answer = send(server, TABLE, batch_seed="5", **fields)
+        assert answer.status_code == 202, answer.text
+        status = wait(server, answer.json()["id"])
+        assert (status["rows"], status["done"], status["failed"]) == (3, 2, 1)
+        first, second, third = status["jobs"]
+        small = {"width": 64, "num_inference_steps": 1}
+        assert pixels(server, first["id"]).tobytes() == (
+            engine.generate("a panda", height=64, seed=7, **small).images[0].tobytes()
+        )
+        assert pixels(server, second["id"]).tobytes() == (
+            engine.generate("a cat", height=96, seed=row_seed(5, 2), **small).images[0].tobytes()
+        )
+        assert third["state"] == "failed" and third["error"]["field"] == "seed"
+        for table, name, message in (
+            ("prompt,stepz\na,1\n", "a.csv", "stepz"),
+            ("", "a.csv", "got no rows"),
+            ("prompt\na\n", "a.exe", "expected a file name that ends in"),
+        ):
+            refused = send(server, table, name)
+            assert refused.status_code == 400 and message in refused.json()["error"]["message"], refused.text
+            assert str(tmp_path) not in refused.text
+        answer = send(server, "prompt,image\na,/etc/passwd\n", "a.csv")
+        (job,) = wait(server, answer.json()["id"])["jobs"]
+        assert job["state"] == "failed" and "cannot name files" in job["error"]["message"]
+        listed = server.client.get("/v1/batches").json()["batches"]
+        assert len(listed) == 2 and server.client.get("/v1/batches/none").status_code == 404
+    finally:
+        assert server.stop() == 0
+
+
+def test_a_batch_goes_on_after_a_restart_and_lets_others_pass(bundle: Path, tmp_path: Path) -> None:
+    server = Server(tmp_path, bundle=bundle)
+    rows = "".join(f'{{"prompt": "a panda", "seed": {seed}}}\n' for seed in range(30))
+    try:
+        server.wait_until_ready()
+        fields = {"num_inference_steps": "6", "width": "128", "height": "128"}
+        batch = send(server, rows, "rows.jsonl", **fields).json()["id"]
+        single = server.draw(prompt="a cat", height=64, width=64, num_inference_steps=1)
+        status = server.client.get(f"/v1/batches/{batch}").json()
+        assert single["state"] == "done" and status["done"] < 20  # it did not wait for the batch
+    finally:
+        server.process.kill()
+        server.process.wait()
+    again = Server(tmp_path, bundle=bundle)
+    try:
+        status = wait(again, batch)
+        assert (status["done"], status["rows"]) == (30, 30)
+        assert [job["row"] for job in status["jobs"]] == list(range(1, 31))
+        other = send(again, rows, "rows.jsonl", **fields).json()["id"]
+        assert again.client.delete(f"/v1/batches/{other}").json()["state"] == "cancelled"
+        time.sleep(1)
+        assert again.client.get(f"/v1/batches/{other}").json()["done"] < 30
+    finally:
+        assert again.stop() == 0

@@ -1,0 +1,275 @@
+"""`/v1/batches`: an image for each row of a table, drawn between other requests, and resumed after a restart.
+
+A batch keeps its table on the disk. Its rows become jobs a few at a time, with the lowest priority of their owner, so
+that a table of ten thousand rows neither fills the queue nor holds up single requests. A row's job has the batch's id
+and the row's number as its own id: that is what a restarted service knows its rows by.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import logging
+import sqlite3
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.datastructures import UploadFile
+
+from ..atomic_write import atomic_write
+from ..batch.rows import RowReader, Template
+from ..batch.table import EXCEL, JSON_LINES, Row, Table, read_table
+from ..errors import RequestError, ZImageError
+from ..request.codec import IMAGES
+from ..request.types import GenerateRequest, ResolvedRequest
+from .access import Caller
+from .bounds import read_form
+from .errors import NotFound
+from .jobs import Job, Output
+from .jobs_api import CallerOf, ServiceOf, from_texts, read_said
+from .schema import OutputFields
+from .service import Service
+
+router = APIRouter(prefix="/v1/batches", tags=["batches"])
+log = logging.getLogger(__name__)
+
+PRIORITY = -100
+# Jobs of a batch that wait at once: enough that no worker idles.
+AHEAD = 4
+# Seconds before a row is tried again that found no room.
+PAUSE = 0.5
+SUFFIXES = (".csv", *EXCEL, *JSON_LINES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """A batch as it is kept.
+
+    Attributes:
+        file: the table's name in the folder `batches`.
+        options: `template`, `seed`, `model`, and the `defaults` of rows that say nothing else.
+        rows: how many there are.
+        cancelled: whether no more of them are to be drawn.
+    """
+
+    id: str
+    owner: str
+    created: float
+    file: str
+    options: str
+    rows: int
+    cancelled: int = 0
+
+
+@router.post("", status_code=202)
+async def create(request: Request, service: ServiceOf, who: CallerOf) -> dict[str, Any]:
+    """Draw a table: a form with the file `table` (CSV, .xlsx or JSON lines), and fields that hold for every row.
+
+    `template` makes prompts of columns (`a {animal}`), `batch_seed` decides the seeds of rows without one; the others
+    are those of `/v1/jobs`. A table cannot name files: rows have no images.
+    """
+    form = await read_form(request)
+    upload = form.get("table")
+    if not isinstance(upload, UploadFile):
+        raise RequestError("table: expected a file of a form, CSV, .xlsx or JSON lines")
+    suffix = Path(upload.filename or "").suffix.lower()
+    if suffix not in SUFFIXES:
+        raise RequestError(f"table: expected a file name that ends in {', '.join(SUFFIXES)}, got {suffix or 'none'}")
+    texts = {name: value for name, value in form.multi_items() if isinstance(value, str)}
+    template, seed = texts.pop("template", None), texts.pop("batch_seed", "0")
+    if not seed.isdecimal():
+        raise RequestError(f"batch_seed: expected a whole number, 0 or more, got {seed[:40]!r}")
+    defaults, output = read_said(from_texts(texts.items()), needs_prompt=False)
+    model = service.model(output.model)
+    who.check_model(model)
+    options = {
+        "template": template,
+        "seed": int(seed),
+        "model": model,
+        "defaults": {name: text for name, text in texts.items() if name.partition(".")[0] in defaults},
+        "output": output.model_dump(),
+    }
+    batch = Batch(uuid.uuid4().hex, who.name, time.time(), f"{uuid.uuid4().hex}{suffix}", json.dumps(options), 0)
+    path = _folder(service) / batch.file
+    content = await upload.read()
+
+    def keep() -> Table:
+        path.parent.mkdir(exist_ok=True)
+        atomic_write(path, content)
+        try:
+            table = read_table(path)
+            _reader(table, options, defaults)
+        except RequestError as error:
+            path.unlink()
+            raise RequestError(str(error).replace(str(path), "table"), field=error.field or "table") from None
+        return table
+
+    table = await asyncio.to_thread(keep)
+    batch = dataclasses.replace(batch, rows=len(table.rows))
+
+    def insert(database: sqlite3.Connection) -> None:
+        names = ", ".join(f":{name}" for name in vars(batch))
+        database.execute(f"INSERT INTO batches VALUES ({names})", vars(batch))
+
+    await service.store.run(insert)
+    _feed(service, batch, table, who.admit)
+    return await _status(service, batch)
+
+
+@router.get("")
+async def listed(service: ServiceOf, who: CallerOf) -> dict[str, Any]:
+    """The caller's batches, the newest first."""
+
+    def read(database: sqlite3.Connection) -> list[Batch]:
+        query = "SELECT * FROM batches WHERE owner = ? ORDER BY created DESC LIMIT 200"
+        return [Batch(**dict(row)) for row in database.execute(query, (who.name,))]
+
+    return {"batches": [await _status(service, batch) for batch in await service.store.run(read)]}
+
+
+@router.get("/{batch_id}")
+async def status(batch_id: str, service: ServiceOf, who: CallerOf) -> dict[str, Any]:
+    """How far a batch is, and the jobs of its rows: `/v1/jobs/{id}` has their images."""
+    batch = await _find(service, who, batch_id)
+    return await _status(service, batch) | {"jobs": await _jobs(service, batch)}
+
+
+@router.delete("/{batch_id}")
+async def cancel(batch_id: str, service: ServiceOf, who: CallerOf) -> dict[str, Any]:
+    """Draw no more rows of a batch; its finished images stay."""
+    batch = await _find(service, who, batch_id)
+
+    def change(database: sqlite3.Connection) -> None:
+        database.execute("UPDATE batches SET cancelled = 1 WHERE id = ?", (batch_id,))
+
+    await service.store.run(change)
+    task = service.feeding.pop(batch_id, None)
+    if task is not None:
+        task.cancel()
+    for job in list(service.jobs.values()):
+        if job.id.startswith(f"{batch_id}-"):
+            service.cancel(job, "the batch was cancelled")
+    return await _status(service, dataclasses.replace(batch, cancelled=1))
+
+
+async def resume(service: Service) -> None:
+    """Go on with the batches that a former run of the service did not end."""
+
+    def read(database: sqlite3.Connection) -> list[Batch]:
+        return [Batch(**dict(row)) for row in database.execute("SELECT * FROM batches WHERE cancelled = 0")]
+
+    for batch in await service.store.run(read):
+        options = json.loads(batch.options)
+        if options["model"] not in service.config.models:
+            continue
+        ended = sum(job["state"] in ("done", "failed", "cancelled") for job in await _jobs(service, batch))
+        if ended < batch.rows:
+            try:
+                table = await asyncio.to_thread(read_table, _folder(service) / batch.file)
+            except RequestError as error:
+                log.error("batch %s cannot go on: %s", batch.id, error)
+                continue
+            _feed(service, batch, table, lambda request: None)
+
+
+def _feed(service: Service, batch: Batch, table: Table, admit: Callable[[ResolvedRequest], None]) -> None:
+    task = asyncio.ensure_future(_draw(service, batch, table, admit))
+    service.feeding[batch.id] = task
+    task.add_done_callback(lambda _: service.feeding.pop(batch.id, None))
+
+
+async def _draw(service: Service, batch: Batch, table: Table, admit: Callable[[ResolvedRequest], None]) -> None:
+    """Let the rows of a batch wait, a few at a time, those first that no job has yet."""
+    options = json.loads(batch.options)
+    defaults, _ = read_said(from_texts(options["defaults"].items()), needs_prompt=False)
+    reader = _reader(table, options, defaults)
+    encoded = Output(**service.output_of(OutputFields(**options["output"])))
+    known = {job["id"] for job in await _jobs(service, batch)}
+    for row in table.rows:
+        job_id = f"{batch.id}-{row.number:06d}"
+        while not (known and job_id in known):
+            if sum(job.id.startswith(f"{batch.id}-") for job in service.queue.jobs()) >= AHEAD:
+                await asyncio.sleep(PAUSE)
+                continue
+            try:
+                await service.submit(
+                    options["model"],
+                    _fields(reader, row),
+                    owner=batch.owner,
+                    output=encoded,
+                    priority=PRIORITY,
+                    detached=True,
+                    admit=admit,
+                    job_id=job_id,
+                )
+            except RequestError as error:
+                service.reject(job_id, options["model"], batch.owner, error)
+            except ZImageError as error:
+                if error.code == "draining":
+                    return
+                await asyncio.sleep(getattr(error, "retry_after", PAUSE))
+                continue
+            break
+
+
+def _fields(reader: RowReader, row: Row) -> dict[str, Any]:
+    """The fields that a row says. Raises RequestError."""
+    named = [name for name in reader.inputs(row) if name in IMAGES]
+    if named:
+        raise RequestError(f"{named[0]}: a table over HTTP cannot name files; send such a row to /v1/jobs")
+    request = reader.request(row)
+    defaults = {field.name: field.default for field in dataclasses.fields(GenerateRequest)}
+    return {name: value for name, value in vars(request).items() if name == "prompt" or value != defaults[name]}
+
+
+def _reader(table: Table, options: Mapping[str, Any], defaults: Mapping[str, Any]) -> RowReader:
+    template = None if options["template"] is None else Template(options["template"])
+    return RowReader(table, template, defaults, options["seed"])
+
+
+def _folder(service: Service) -> Path:
+    return service.store.folder / "batches"
+
+
+async def _find(service: Service, who: Caller, batch_id: str) -> Batch:
+    def read(database: sqlite3.Connection) -> Batch | None:
+        row = database.execute("SELECT * FROM batches WHERE id = ?", (batch_id,)).fetchone()
+        return None if row is None else Batch(**dict(row))
+
+    batch = await service.store.run(read)
+    if batch is None or not who.may_see(batch.owner):
+        raise NotFound(f"batches: there is no batch {batch_id[:64]!r}")
+    return batch
+
+
+async def _jobs(service: Service, batch: Batch) -> list[dict[str, Any]]:
+    """The rows that have become jobs: `row`, `id`, `state`, `error`."""
+
+    def read(database: sqlite3.Connection) -> list[dict[str, Any]]:
+        query = "SELECT id, state, error FROM jobs WHERE id >= ? AND id < ? ORDER BY id"
+        return [dict(row) for row in database.execute(query, (f"{batch.id}-", f"{batch.id}."))]
+
+    found = await service.store.run(read)
+    live: dict[str, Job] = {job.id: job for job in service.jobs.values()}
+    return [
+        {
+            "row": int(job["id"].rpartition("-")[2]),
+            "id": job["id"],
+            "state": live[job["id"]].state if job["id"] in live else job["state"],
+            "error": None if job["error"] is None else json.loads(job["error"]),
+        }
+        for job in found
+    ]
+
+
+async def _status(service: Service, batch: Batch) -> dict[str, Any]:
+    jobs = await _jobs(service, batch)
+    states = {state: sum(job["state"] == state for job in jobs) for state in ("done", "failed", "cancelled")}
+    ended = sum(states.values())
+    state = "cancelled" if batch.cancelled else "done" if ended == batch.rows else "running"
+    return {"id": batch.id, "created": batch.created, "state": state, "rows": batch.rows, **states}
