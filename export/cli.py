@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from zimage_rt.bundle.manifest import Manifest, ModuleSpec
 from zimage_rt.cli.common import version_option
+from zimage_rt.cli.options import Shared, with_options
 from zimage_rt.cli.start import INTERRUPTED, show_every_character
 from zimage_rt.errors import ZImageError
 
@@ -203,38 +204,48 @@ AsJson = Annotated[
 Version = Annotated[bool, version_option("zimage-export")]
 
 
+# Options in place of a recipe's keys, and those of its table `tensorrt`.
+RECIPE = {
+    "precision": Shared(PrecisionName, None),
+    "vae": Shared(VaeNames, None),
+    "controlnet": Shared(ControlNetPath, None),
+    "backend": Shared(BackendName, None),
+}
+TENSORRT = {
+    "sm": Shared(Sm, None),
+    "split": Shared(Split, None),
+    "workspace": Shared(Workspace, None),
+    "optimization_level": Shared(OptimizationLevel, None),
+}
+
+
 @app.command()
+@with_options(RECIPE, TENSORRT)
 def export_command(
+    ctx: typer.Context,
     recipe: RecipePath = None,
     checkpoint: CheckpointPath = None,
     out: OutPath = None,
-    precision: PrecisionName = None,
-    vae: VaeNames = None,
-    controlnet: ControlNetPath = None,
-    backend: BackendName = None,
-    sm: Sm = None,
-    split: Split = None,
-    workspace: Workspace = None,
-    optimization_level: OptimizationLevel = None,
     skip_parity: SkipParity = False,
     as_json: AsJson = False,
     version: Version = False,
 ) -> None:
     """Export a Z-Image checkpoint to a bundle that zimage serves."""
+    given = ctx.params
     changes = {
         "checkpoint": checkpoint,
         "out": out,
-        "precision": precision,
-        "vae": tuple(vae) if vae else None,
-        "controlnet": controlnet,
-        "backend": backend,
+        "precision": given["precision"],
+        "vae": tuple(given["vae"] or ()) or None,
+        "controlnet": given["controlnet"],
+        "backend": given["backend"],
         "parity": False if skip_parity else None,
     }
     tensorrt = {
-        "sm": None if sm is None else parse_sm(sm),
-        "split": parse_split(split) if split else None,
-        "workspace_gb": workspace,
-        "optimization_level": optimization_level,
+        "sm": None if given["sm"] is None else parse_sm(given["sm"]),
+        "split": parse_split(given["split"]) if given["split"] else None,
+        "workspace_gb": given["workspace"],
+        "optimization_level": given["optimization_level"],
     }
     chosen = build_recipe(recipe, changes, tensorrt)
     console = Console(stderr=True, markup=False)

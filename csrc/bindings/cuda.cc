@@ -312,7 +312,9 @@ void patch(
 }
 
 py::dict memory(Pipeline& self) {
-  const MemoryUse use = self.memory();
+  // A request that runs holds the pipeline's lock and needs Python's for its callback.
+  MemoryUse use{};
+  released([&] { use = self.memory(); });
   py::dict out;
   out["weights"] = use.weights;
   out["workspace"] = use.workspace;

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from cuda_reference import TOLERANCE, cast, patches_of, relative_error, require_kernels, to_float
+from sampler_reference import apply_guidance, blend_kept
 
-from zimage_rt.sampling.guidance import apply_guidance
-from zimage_rt.sampling.samplers import blend_kept, sampler_table
+from zimage_rt.sampling.samplers import sampler_table
 from zimage_rt.sampling.schedules import flow_match_sigmas
 
 pytestmark = pytest.mark.gpu

@@ -7,11 +7,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from sample_jobs import sample_job
+from sampler_reference import apply_guidance, sample_reference
 
 from zimage_rt import _core
 from zimage_rt.backends.base import Inpaint
-from zimage_rt.sampling.guidance import apply_guidance, guidance_scales
-from zimage_rt.sampling.samplers import sample_reference, sampler_table, step_noise
+from zimage_rt.sampling.guidance import guidance_scales
+from zimage_rt.sampling.samplers import sampler_table, step_noise
 from zimage_rt.sampling.schedules import flow_match_sigmas
 
 

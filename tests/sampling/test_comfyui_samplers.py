@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from comfyui_cases import COMFYUI, SHIFT, TOLERANCE, TOLERANCES, check_small, load_reference, small_cases, start
 from sample_jobs import sample_job
+from sampler_reference import sample_reference
 
 from zimage_rt import _core
 from zimage_rt.backends.base import SampleJob
-from zimage_rt.sampling.samplers import SAMPLERS, sample_reference, step_noise
+from zimage_rt.sampling.samplers import SAMPLERS, step_noise
 from zimage_rt.sampling.schedules import denoise_sigmas, schedule_sigmas
 
 

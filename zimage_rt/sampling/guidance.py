@@ -40,20 +40,3 @@ def guidance_scales(
     if truncation <= 1:
         scales[timesteps > truncation] = 0.0
     return scales.astype(np.float32)
-
-
-def apply_guidance(positive: np.ndarray, negative: np.ndarray, scale: float, normalization: float = 0.0) -> np.ndarray:
-    """Combine predictions `[batch, ...]`, sample by sample.
-
-    `normalization` > 0 limits the guided norm to that multiple of the positive norm.
-    """
-    if scale <= 0:
-        return positive
-    guided = positive + np.float32(scale) * (positive - negative)
-    if normalization > 0:
-        axes = tuple(range(1, positive.ndim))
-        limit = normalization * np.sqrt(np.sum(np.square(positive, dtype=np.float64), axis=axes))
-        norms = np.sqrt(np.sum(np.square(guided, dtype=np.float64), axis=axes))
-        factor = np.where(norms > limit, limit / np.maximum(norms, 1e-30), 1.0)
-        guided *= factor.astype(np.float32).reshape(-1, *[1] * (positive.ndim - 1))
-    return guided

@@ -1,6 +1,6 @@
 """Samplers as tables: each is a list of function evaluations, with a linear update after each.
 
-One C++ loop runs every table (`csrc/cpu/sampler.cc`); `sample_reference` is its reference in numpy.
+One C++ loop runs every table (`csrc/cpu/sampler.cc`).
 `SAMPLERS` is the one list of them; their rows are in `deterministic.py` and `stochastic.py`.
 
 Plain names are ComfyUI's and give its numbers (0.33.0, commit 783545f6); names that begin with `diffusers_` give
@@ -16,9 +16,7 @@ import numpy as np
 
 from .._core import brownian_noise, stream_noise
 from . import deterministic, stochastic
-from .guidance import apply_guidance
-from .schedules import add_noise
-from .tables import HISTORY, SamplerStep
+from .tables import SamplerStep
 
 # The source of a sampler's noise between steps: none, a generator of seed + 1, or a Brownian path of the seed.
 NONE, STREAM, BROWNIAN = "none", "stream", "brownian"
@@ -183,54 +181,3 @@ def step_noise(
     else:
         drawn = stream_noise([(seed + 1) % 2**64 for seed in own], len(rows), shape)
     return drawn.reshape(len(rows), len(seeds), *sample_shape)
-
-
-def blend_kept(
-    latents: np.ndarray, mask: np.ndarray, image: np.ndarray, noise: np.ndarray, sigma: np.float32
-) -> np.ndarray:
-    """The latents with the image's own, at noise level `sigma`, where the mask is 0."""
-    return (np.float32(1) - mask) * add_noise(image, noise, sigma) + mask * latents
-
-
-def sample_reference(
-    predict: Callable[[np.ndarray, float, bool, np.ndarray], None],
-    steps: np.ndarray,
-    latents: np.ndarray,
-    guidance_scales: np.ndarray,
-    cfg_normalization: float,
-    inpaint: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
-    step_noise: np.ndarray | None = None,
-) -> np.ndarray:
-    """The reference of the C++ loop in numpy, with the arguments of `_core.sample` but no callback.
-
-    `predict(latents, timestep, guided, noise_pred)` fills `noise_pred`, `[batch, ...]`, or `[2 * batch, ...]`
-    (positive, then negative) if `guided`; `inpaint` is (mask, image, noise).
-    """
-    latents = np.array(latents, dtype=np.float32)
-    kept = np.zeros((HISTORY, *latents.shape), np.float32)
-    drawn = iter(() if step_noise is None else step_noise)
-    batch = latents.shape[0]
-    for row, scales in zip(steps, guidance_scales, strict=True):
-        sigma, sigma_next, x, pred, *history, noise, keep_x, keep_pred, slot, ends = row
-        timestep, guided = float(np.float32(1) - sigma), bool((scales > 0).any())
-        noise_pred = np.empty((batch * (2 if guided else 1), *latents.shape[1:]), np.float32)
-        predict(latents, timestep, guided, noise_pred)
-        if guided:
-            positive, negative = noise_pred[:batch], noise_pred[batch:]
-            noise_pred = np.concatenate(
-                [
-                    apply_guidance(positive[i : i + 1], negative[i : i + 1], float(scale), cfg_normalization)
-                    for i, scale in enumerate(scales)
-                ]
-            )
-        after = x * latents + pred * noise_pred
-        for weight, array in zip(history, kept, strict=True):
-            after += weight * array
-        if noise:
-            after += noise * next(drawn)
-        if keep_x or keep_pred:
-            kept[int(slot)] = keep_x * latents + keep_pred * noise_pred
-        latents = after
-        if ends and inpaint is not None:
-            latents = blend_kept(latents, *inpaint, sigma_next)
-    return latents
