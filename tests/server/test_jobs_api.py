@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ from PIL import Image
 pytest.importorskip("fastapi", reason="the extra `server` is not installed")
 
 from services import Server, kill
+from shared import ROOT
 
 import zimage_rt
 from zimage_rt.metadata.image_file import read_record
@@ -166,6 +169,12 @@ def test_promised_jobs_outlive_the_service(bundle: Path, tmp_path: Path) -> None
             assert f'"seed": {seed}'.encode() in record
     finally:
         assert again.stop() == 0
+
+
+def test_a_folder_has_one_service(server: Server, bundle: Path) -> None:
+    command = [sys.executable, "-m", "zimage_rt.cli.main", "serve", str(bundle), "--port", "0"]
+    run = subprocess.run([*command, "--data", str(server.folder / "data")], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 1 and "belongs to a service that runs; end that one" in run.stderr, run.stderr
 
 
 def test_the_end_of_the_service_waits_for_its_jobs(bundle: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from ..errors import RequestError
 from .app import create_app
 from .config import ModelConfig, QueueConfig, ServiceConfig, read_config
 from .keys import has_key
+from .store import exclusive
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,12 @@ def service_config(
 
 
 def run(config: ServiceConfig, tell: Callable[[str], None]) -> None:
-    """Serve until SIGTERM or Ctrl-C. Raises RequestError for an address that strangers reach without keys."""
+    """Serve until SIGTERM or Ctrl-C.
+
+    Raises:
+        RequestError: strangers reach the address, and there are no keys.
+        ConfigError: another service has the folder of the data.
+    """
     if not config.is_local and not config.open and not has_key(Path(config.data)):
         raise RequestError(
             f"host: {config.host} can be reached by others, and {config.data} has no API keys; add one with "
@@ -67,7 +73,8 @@ def run(config: ServiceConfig, tell: Callable[[str], None]) -> None:
     )
     # uvicorn raises the signal again when it has ended; a service that was told to end has ended well.
     signal.signal(signal.SIGTERM, lambda *_: None)
-    server.run()
+    with exclusive(Path(config.data)):
+        server.run()
 
 
 class Server(uvicorn.Server):
