@@ -18,6 +18,7 @@ from . import jobs_api, openai_api, page, sessions_api
 from .config import ServiceConfig
 from .errors import answer_to, error_body
 from .guard import HostGuard
+from .pool import MakeWorkers, worker_processes
 from .service import Service
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ Draws images with Z-Image models. `POST /v1/jobs` takes every field of a request
 """
 
 
-def create_app(config: ServiceConfig) -> FastAPI:
+def create_app(config: ServiceConfig, make_workers: MakeWorkers = worker_processes) -> FastAPI:
     """The application of a service, which starts and stops with it."""
 
     @asynccontextmanager
@@ -46,7 +47,7 @@ def create_app(config: ServiceConfig) -> FastAPI:
         lifespan=life,
         max_body_size=config.limits.max_body_bytes,
     )
-    app.state.service = Service(config)
+    app.state.service = Service(config, make_workers)
     app.add_middleware(HostGuard, config=config)
     if config.origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(config.origins), allow_methods=["*"], allow_headers=["*"])

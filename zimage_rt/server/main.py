@@ -47,11 +47,7 @@ def service_config(
 
 def run(config: ServiceConfig, tell: Callable[[str], None]) -> None:
     """Serve until SIGTERM or Ctrl-C. Raises RequestError for an address that strangers reach without keys."""
-    if not config.is_local and not config.open:
-        raise RequestError(
-            f"host: {config.host} can be reached by others, and there are no API keys; add one with `zimage keys add`, "
-            "or serve everybody with `open = true` in the configuration"
-        )
+    refuse_strangers(config)
     server = Server(
         uvicorn.Config(
             create_app(config),
@@ -68,6 +64,15 @@ def run(config: ServiceConfig, tell: Callable[[str], None]) -> None:
     server.run()
 
 
+def refuse_strangers(config: ServiceConfig) -> None:
+    """Raise RequestError if others than this machine reach the service and none of them would need a key."""
+    if not config.is_local and not config.open:
+        raise RequestError(
+            f"host: {config.host} can be reached by others, and there are no API keys; add one with `zimage keys add`, "
+            "or serve everybody with `open = true` in the configuration"
+        )
+
+
 class Server(uvicorn.Server):
     """uvicorn, which logs where it listens."""
 
@@ -80,4 +85,4 @@ class Server(uvicorn.Server):
                 log.info("listening at http://%s:%d", f"[{host}]" if ":" in host else host, port)
 
 
-__all__ = ["QueueConfig", "run", "service_config"]
+__all__ = ["QueueConfig", "refuse_strangers", "run", "service_config"]

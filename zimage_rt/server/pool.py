@@ -1,4 +1,4 @@
-"""Worker processes, one per device: started, watched, and started again if they die."""
+"""Workers of a service: processes, one per device, that are started, watched, and started again if they die."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import multiprocessing
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Protocol
 
 from . import worker
 from .config import ServiceConfig
@@ -22,8 +22,48 @@ log = logging.getLogger(__name__)
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 30.0
 
 # A message of a worker, and what the worker had been given when it died.
-OnMessage = Callable[["WorkerProcess", object], None]
-OnDeath = Callable[["WorkerProcess", Sequence[Job]], None]
+OnMessage = Callable[["JobWorker", object], None]
+OnDeath = Callable[["JobWorker", Sequence[Job]], None]
+
+
+class JobWorker(Protocol):
+    """A place that draws jobs, as the service sees it. `WorkerProcess` describes the attributes."""
+
+    device: int | None
+    running: dict[str, Job]
+    is_ready: bool
+    models: Sequence[str]
+    memory: Mapping[str, int]
+    problems: Mapping[str, str]
+    deaths: int
+
+    @property
+    def places(self) -> int:
+        """Jobs that it draws at once."""
+
+    def start(self) -> None:
+        """Begin; the worker sends `Ready` when it takes jobs."""
+
+    def has_room(self) -> bool:
+        """Whether it takes another job now."""
+
+    def give(self, job: Job) -> None:
+        """Send a job; a death of the worker gives it back."""
+
+    def cancel(self, job: Job) -> None:
+        """Stop a job after the step that runs."""
+
+    async def stop(self, seconds: float) -> None:
+        """End when the jobs have ended, or after `seconds`."""
+
+
+# Makes the workers of a service.
+MakeWorkers = Callable[[ServiceConfig, OnMessage, OnDeath], Sequence[JobWorker]]
+
+
+def worker_processes(config: ServiceConfig, on_message: OnMessage, on_death: OnDeath) -> list[JobWorker]:
+    """One worker process per device of the configuration, or one without."""
+    return [WorkerProcess(config, device, on_message, on_death) for device in (config.devices or (None,))]
 
 
 class WorkerProcess:
@@ -53,6 +93,11 @@ class WorkerProcess:
         self._connection: Connection | None = None
         self._ending = False
         self._gone = asyncio.Event()
+
+    @property
+    def places(self) -> int:
+        """Jobs that it draws at once."""
+        return self._config.slots
 
     @property
     def pid(self) -> int | None:

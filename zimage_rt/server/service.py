@@ -18,7 +18,7 @@ from ..request.types import ResolvedRequest
 from .config import ServiceConfig
 from .jobs import MAX_ATTEMPTS, FairQueue, Job, Output
 from .messages import Finished, Ready, Step
-from .pool import WorkerProcess
+from .pool import JobWorker, MakeWorkers, worker_processes
 from .store import Store
 from .worker import lora_names
 
@@ -51,7 +51,7 @@ class Service:
         queue, workers, store: see their classes.
     """
 
-    def __init__(self, config: ServiceConfig) -> None:
+    def __init__(self, config: ServiceConfig, make_workers: MakeWorkers = worker_processes) -> None:
         self.config = config
         self.manifests: dict[str, Manifest] = {
             name: read_manifest(Path(model.bundle)) for name, model in config.models.items()
@@ -61,9 +61,7 @@ class Service:
         self.queue = FairQueue(config.queue.max_waiting)
         self.jobs: dict[str, Job] = {}
         self._tokenizers: dict[str, PromptTokenizer] = {}
-        self.workers = [
-            WorkerProcess(config, device, self._on_message, self._on_death) for device in (config.devices or (None,))
-        ]
+        self.workers = make_workers(config, self._on_message, self._on_death)
         # By session: the turn that is drawn, and the task that lets it stand.
         self.turns: dict[str, tuple[Job, asyncio.Future[None]]] = {}
         self._is_draining = False
@@ -204,7 +202,7 @@ class Service:
 
     def _check_room(self) -> None:
         if not any(worker.has_room() for worker in self.workers):
-            self.queue.check_room(len(self.workers) * self.config.slots)
+            self.queue.check_room(sum(worker.places for worker in self.workers))
 
     def cancel(self, job: Job, reason: str = "the job was cancelled") -> None:
         """Stop a job, at once if it waits, after its step if it runs; nothing if it has ended."""
@@ -265,7 +263,7 @@ class Service:
             job.tell("started", attempt=job.attempts)
             worker.give(job)
 
-    def _on_message(self, worker: WorkerProcess, message: object) -> None:
+    def _on_message(self, worker: JobWorker, message: object) -> None:
         if isinstance(message, Ready):
             self._dispatch()
         if not isinstance(message, (Step, Finished)):
@@ -296,7 +294,7 @@ class Service:
         job.drop_previews()
         job.finish(state, **({"error": error} if error is not None else data))
 
-    def _on_death(self, worker: WorkerProcess, lost: Sequence[Job]) -> None:
+    def _on_death(self, worker: JobWorker, lost: Sequence[Job]) -> None:
         for job in lost:
             if job.attempts < MAX_ATTEMPTS:
                 job.state = "queued"
