@@ -69,7 +69,7 @@ def test_the_pages_show_commands_at_all() -> None:
     [
         ("zimage generate engines/nano -p 'a cat' --sead 3", "No such option: --sead"),
         ("zimage generate engines/nano -p 'a cat' --seed x", "Invalid value for '--seed'"),
-        ("zimage paint engines/nano", "zimage has no command 'paint'; it has batch, explain, generate"),
+        ("zimage paint engines/nano", "zimage has no command 'paint'; it has batch, explain, serve, generate"),
         ("zimage generate", "Missing argument"),
         ("zimage generate engines/none -p 'a cat'", "there is no engines/none"),
         ("zimage generate engines/nano --like cat.png", "there is no cat.png, and no command before it makes one"),
@@ -147,6 +147,7 @@ def test_parts_of_commands_in_sentences(sentence: str, problem: str | None, bund
         ("import zimage_rt\nzimage_rt.Engine.lode()\n", "page.md:3: zimage_rt.Engine has no lode"),
         ("from zimage_rt.errors import Oops\n", "page.md:2: zimage_rt.errors has no Oops"),
         ("engine.generate('a cat', sead=3)\n", "page.md:2: a request has no sead"),
+        ("client.images.generate(prompt='a cat', size='256x256')\n", None),
         ('engine.load_lora("checkpoints/none.safetensors")\n', "page.md:2: there is no checkpoints/none.safetensors"),
         ("for x in\n", "page.md:2: "),
     ],
