@@ -18,7 +18,7 @@ from .messages import Cancel, Loaded, Ready, Run, Stop
 
 log = logging.getLogger(__name__)
 
-# Seconds before a worker that died is started again; doubled each time, until it has become ready once.
+# Seconds before a worker that died is started again: doubled each time, reset when it becomes ready.
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 30.0
 
 # A message of a worker, and what the worker had been given when it died.
@@ -67,7 +67,7 @@ def worker_processes(config: ServiceConfig, on_message: OnMessage, on_death: OnD
 
 
 class WorkerProcess:
-    """One worker process and the jobs that it has. Used by the event loop's thread, but for its reader's thread.
+    """One worker process and the jobs that it has. Only the event loop's thread uses it, except for the reader.
 
     Attributes:
         device: the GPU's number, or None.
@@ -123,7 +123,7 @@ class WorkerProcess:
         return self.is_ready and not self._ending and len(self.running) < self._config.slots
 
     def give(self, job: Job) -> None:
-        """Send a job. If the process is just dying, its death gives the job back."""
+        """Send a job. If the process dies meanwhile, its death gives the job back."""
         self.running[job.id] = job
         self._send(Run(job.id, job.attempts, job.model, job.fields, job.output))
 

@@ -1,4 +1,4 @@
-"""The service: takes requests, lets them wait fairly, gives them to workers, and keeps what came of them."""
+"""The service: checks requests, queues them fairly, gives them to workers, and keeps the results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .worker import lora_names
 
 log = logging.getLogger(__name__)
 
-# Seconds between two looks for what has expired.
+# Seconds between two sweeps of expired jobs.
 SWEEP_SECONDS = 30.0
 # Finished jobs in memory; older ones are answered from the store.
 MAX_JOBS = 1000
@@ -62,7 +62,7 @@ class Service:
         self.jobs: dict[str, Job] = {}
         self._tokenizers: dict[str, PromptTokenizer] = {}
         self.workers = make_workers(config, self._on_message, self._on_death)
-        # By session: the turn that is drawn, and the task that lets it stand.
+        # By session: the job of the turn that is being drawn, and the task that keeps its result.
         self.turns: dict[str, tuple[Job, asyncio.Future[None]]] = {}
         self._is_draining = False
         self._sweeping: asyncio.Task[None] | None = None
@@ -71,7 +71,7 @@ class Service:
     # --- life -----------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Start the workers, and let jobs wait again that a former run had promised."""
+        """Start the workers, and queue the promised jobs of an earlier run again."""
         await self.store.open()
         for worker in self.workers:
             worker.start()
@@ -229,7 +229,7 @@ class Service:
         raise KeyError(number)
 
     async def usage(self, job: Job) -> dict[str, Any]:
-        """What a job took, as OpenAI counts: tokens of the prompts, and the image tokens that were drawn and read."""
+        """The usage of a job, as OpenAI counts it: tokens of the prompts, and image tokens that were drawn and read."""
         manifest = self.manifests[job.model]
         tokenizer = self._tokenizers.get(job.model)
         if tokenizer is None:
@@ -306,7 +306,7 @@ class Service:
         self._dispatch()
 
     async def _sweep(self) -> None:
-        """Forget jobs whose images have expired, and what the record keeps no longer."""
+        """Forget jobs whose images have expired, and prune the record, for ever."""
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
             self.forget_expired()
