@@ -1,7 +1,7 @@
 """`/v1/sessions`: images edited turn by turn, with undo and redo, kept on the disk.
 
-A session is a list of turns, and how many of them are not undone (`standing`). A turn is a job: `generate`, `edit` or `refine`. Its image is
-kept beside the record for as long as the session is, so that the next turn can begin with it.
+A session is a list of turns, and how many of them are not undone (`standing`). A turn is a job: `generate`, `edit` or
+`refine`. Its image is kept beside the record as long as the session, so that the next turn can begin with it.
 """
 
 from __future__ import annotations
