@@ -69,7 +69,7 @@ def test_the_pages_show_commands_at_all() -> None:
     [
         ("zimage generate engines/nano -p 'a cat' --sead 3", "No such option: --sead"),
         ("zimage generate engines/nano -p 'a cat' --seed x", "Invalid value for '--seed'"),
-        ("zimage paint engines/nano", "zimage has no command 'paint'; it has batch, explain, serve, generate"),
+        ("zimage paint engines/nano", "zimage has no command 'paint'; it has batch, explain, generate"),
         ("zimage generate", "Missing argument"),
         ("zimage generate engines/none -p 'a cat'", "there is no engines/none"),
         ("zimage generate engines/nano --like cat.png", "there is no cat.png, and no command before it makes one"),

@@ -62,7 +62,7 @@ class Service:
         self.jobs: dict[str, Job] = {}
         self._tokenizers: dict[str, PromptTokenizer] = {}
         self.workers = make_workers(config, self._on_message, self._on_death)
-        # By session: the job of the turn that is being drawn, and the task that keeps its result.
+        # By session: the turn that is drawn, and the task that lets it stand.
         self.turns: dict[str, tuple[Job, asyncio.Future[None]]] = {}
         self._is_draining = False
         self._sweeping: asyncio.Task[None] | None = None
