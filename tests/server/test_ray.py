@@ -195,21 +195,37 @@ def test_events_arrive_one_by_one(server: RayServer) -> None:
     assert seen == [("running", True)] * 2, "events must not wait for each other"
 
 
-def test_a_cancelled_job_frees_its_replica(server: RayServer) -> None:
-    job = server.client.post("/v1/jobs", json={"prompt": "a fox", "num_inference_steps": 100}).json()["id"]
-    for name, _ in server.events(job):
-        if name == "step":
-            break
-    server.client.delete(f"/v1/jobs/{job}")
-    assert server.finish(job)["state"] == "cancelled"
+def wait_until_idle(server: RayServer) -> None:
+    """Return when no replica computes, long before `LONG` could have been drawn."""
     replicas = server.workers()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         before = {pid: cpu_seconds(pid) for pid in replicas}
         time.sleep(0.5)
         if all(cpu_seconds(pid) - before[pid] < 0.2 for pid in replicas):
             return
-    raise AssertionError("a replica still draws what was cancelled")
+    raise AssertionError("a replica still draws what nobody wants")
+
+
+# Minutes on a CPU.
+LONG = {"prompt": "a fox", "num_inference_steps": 100}
+
+
+def test_a_cancelled_job_frees_its_replica(server: RayServer) -> None:
+    job = server.client.post("/v1/jobs", json={**LONG, "num_images": 8}).json()["id"]
+    for name, _ in server.events(job):
+        if name == "step":
+            break
+    server.client.delete(f"/v1/jobs/{job}")
+    assert server.finish(job)["state"] == "cancelled"
+    wait_until_idle(server)
+
+
+def test_a_client_that_goes_away_frees_its_replica(server: RayServer) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/v1/images/generations", json={**LONG, "n": 8}, timeout=3)
+    wait_until_idle(server)
+    assert server.draw(prompt="a fox", width=128, height=128)["state"] == "done"
 
 
 def test_openai_streams_through_rays_proxy(server: RayServer) -> None:

@@ -268,15 +268,15 @@ class ReplicaWorker:
             await asyncio.gather(*late, return_exceptions=True)
 
     async def _look(self) -> None:
-        """Keep the number of replicas that run."""
+        """Keep the number of replicas that run, and tell the service when there are more."""
         while True:
+            before = self._replicas
             with contextlib.suppress(Exception):  # the controller starts again; the last number holds
                 self._replicas = await asyncio.to_thread(running_replicas, self._app_name)
-            if self._replicas and not self.is_ready:
-                self.is_ready, self.models = True, self._loaded
+            self.is_ready = self._replicas > 0
+            self.models = self._loaded if self.is_ready else ()
+            if self._replicas > before:
                 self._on_message(self, Ready({}))
-            elif not self._replicas:
-                self.is_ready, self.models = False, ()
             await asyncio.sleep(LOOK_SECONDS)
 
     async def _draw(self, job: Job) -> None:
