@@ -151,6 +151,7 @@ def test_parts_of_commands_in_sentences(sentence: str, problem: str | None, bund
         ("import zimage_rt\nzimage_rt.Engine.lode()\n", "page.md:3: zimage_rt.Engine has no lode"),
         ("from zimage_rt.errors import Oops\n", "page.md:2: zimage_rt.errors has no Oops"),
         ("engine.generate('a cat', sead=3)\n", "page.md:2: a request has no sead"),
+        ("client.images.generate(prompt='a cat', size='256x256')\n", None),
         ('engine.load_lora("checkpoints/none.safetensors")\n', "page.md:2: there is no checkpoints/none.safetensors"),
         ("for x in\n", "page.md:2: "),
     ],

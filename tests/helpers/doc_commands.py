@@ -276,12 +276,19 @@ def check_python(block: Block, files: Files) -> None:
             for name in node.names:
                 if not hasattr(module, name.name):
                     raise Refused(f"{line}: {node.module} has no {name.name}")
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "generate":
+        elif isinstance(node, ast.Call) and _is_generate(node.func):
             unknown = {keyword.arg for keyword in node.keywords if keyword.arg} - fields
             if unknown:
                 raise Refused(f"{line}: a request has no {', '.join(sorted(unknown))}")
         elif _is_path(node) and not files.has(node.value):
             raise Refused(f"{line}: there is no {node.value}, and no page says how to make it")
+
+
+def _is_generate(function: ast.expr) -> bool:
+    """Whether a call is of `Engine.generate`; `client.images.generate` is of OpenAI's client."""
+    if not isinstance(function, ast.Attribute) or function.attr != "generate":
+        return False
+    return not (isinstance(function.value, ast.Attribute) and function.value.attr == "images")
 
 
 def _is_path(node: ast.AST) -> TypeGuard[ast.Constant]:

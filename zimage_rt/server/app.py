@@ -22,6 +22,7 @@ from .errors import answer_to, error_body
 from .guard import BodyGuard, HostGuard
 from .logs import AccessLog, log_job
 from .metrics import Metrics
+from .pool import MakeWorkers, worker_processes
 from .service import Service
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ Draws images with Z-Image models. `POST /v1/jobs` takes every field of a request
 """
 
 
-def create_app(config: ServiceConfig) -> FastAPI:
+def create_app(config: ServiceConfig, make_workers: MakeWorkers = worker_processes) -> FastAPI:
     """The application of a service, which starts and stops with it."""
 
     @asynccontextmanager
@@ -50,7 +51,7 @@ def create_app(config: ServiceConfig) -> FastAPI:
         description=DESCRIPTION,
         lifespan=life,
     )
-    app.state.service = service = Service(config)
+    app.state.service = service = Service(config, make_workers)
     app.state.metrics = metrics = Metrics(service)
     service.on_end += [metrics.job_ended, log_job]
     # The last one comes first: what is refused is logged, and a page that may call can read why it has no key.

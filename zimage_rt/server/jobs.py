@@ -17,7 +17,7 @@ State = Literal["queued", "running", "done", "failed", "cancelled"]
 FINISHED: tuple[State, ...] = ("done", "failed", "cancelled")
 # Seconds for a job before any has been timed.
 FIRST_GUESS = 2.0
-# A lost worker's job is done once more, not for ever: it may be what kills workers.
+# A lost worker's job is drawn once more and no oftener: it may be the job that kills workers.
 MAX_ATTEMPTS = 2
 
 
@@ -33,7 +33,7 @@ class QueueFull(ZImageError):
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """Something that happened to a job.
+    """An event of a job.
 
     Attributes:
         number: from 0, in order.
@@ -66,7 +66,7 @@ class Image:
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """How a job's images are encoded, and how much of its progress is told.
+    """The encoding of a job's images, and how much of its progress is told.
 
     Attributes:
         suffix: `.png`, `.jpg` or `.webp`.
@@ -80,7 +80,7 @@ class Output:
 
 
 class Job:
-    """One request on its way through the service. Used by the event loop's thread alone."""
+    """One request on its way through the service. Only the event loop's thread uses it."""
 
     def __init__(
         self,
@@ -232,7 +232,7 @@ class FairQueue:
         return True
 
     def position(self, job: Job) -> int | None:
-        """How many jobs come before this one, if no other arrives; None if it does not wait."""
+        """The number of jobs before this one, if no other arrives; None if it does not wait."""
         place = next((i for i, entry in enumerate(self._owners.get(job.owner, ())) if entry[2] is job), None)
         if place is None:
             return None
@@ -253,9 +253,9 @@ class FairQueue:
 
     @property
     def seconds_per_job(self) -> float:
-        """Of the last jobs, on average."""
+        """Mean seconds of the last jobs."""
         return sum(self._durations) / len(self._durations) if self._durations else FIRST_GUESS
 
     def jobs(self) -> list[Job]:
-        """All that wait, in no order."""
+        """All jobs that wait, in no order."""
         return [entry[2] for jobs in self._owners.values() for entry in jobs]

@@ -54,11 +54,7 @@ def run(config: ServiceConfig, tell: Callable[[str], None]) -> None:
         RequestError: strangers reach the address, and there are no keys.
         ConfigError: another service has the folder of the data.
     """
-    if not config.is_local and not config.open and not has_key(Path(config.data)):
-        raise RequestError(
-            f"host: {config.host} can be reached by others, and {config.data} has no API keys; add one with "
-            "`zimage keys add`, or serve everybody with `open = true` in the configuration"
-        )
+    refuse_strangers(config)
     server = Server(
         uvicorn.Config(
             create_app(config),
@@ -77,6 +73,15 @@ def run(config: ServiceConfig, tell: Callable[[str], None]) -> None:
         server.run()
 
 
+def refuse_strangers(config: ServiceConfig) -> None:
+    """Raise RequestError if others than this machine reach the service and none of them would need a key."""
+    if not config.is_local and not config.open and not has_key(Path(config.data)):
+        raise RequestError(
+            f"host: {config.host} can be reached by others, and {config.data} has no API keys; add one with "
+            "`zimage keys add`, or serve everybody with `open = true` in the configuration"
+        )
+
+
 class Server(uvicorn.Server):
     """uvicorn, which logs where it listens."""
 
@@ -89,4 +94,4 @@ class Server(uvicorn.Server):
                 log.info("listening at http://%s:%d", f"[{host}]" if ":" in host else host, port)
 
 
-__all__ = ["QueueConfig", "run", "service_config"]
+__all__ = ["QueueConfig", "refuse_strangers", "run", "service_config"]

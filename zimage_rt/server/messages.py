@@ -11,7 +11,7 @@ from .jobs import Image, Output
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Draw a job. `attempt` comes back with everything that is said about it."""
+    """Draw a job. Every message about it carries its `attempt`."""
 
     job: str
     attempt: int

@@ -1,4 +1,4 @@
-"""Worker processes, one per device: started, watched, and started again if they die."""
+"""Workers of a service: processes, one per device, that are started, watched, and started again if they die."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import multiprocessing
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Protocol
 
 from . import worker
 from .config import ServiceConfig
@@ -18,16 +18,57 @@ from .messages import Cancel, Loaded, Ready, Run, Stop
 
 log = logging.getLogger(__name__)
 
-# Seconds before a worker that died is started again; doubled each time, until it has become ready once.
+# Seconds before a worker that died is started again: doubled each time, reset when it becomes ready.
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 30.0
 
 # A message of a worker, and what the worker had been given when it died.
-OnMessage = Callable[["WorkerProcess", object], None]
-OnDeath = Callable[["WorkerProcess", Sequence[Job]], None]
+OnMessage = Callable[["JobWorker", object], None]
+OnDeath = Callable[["JobWorker", Sequence[Job]], None]
+
+
+class JobWorker(Protocol):
+    """A place that draws jobs, as the service sees it. `WorkerProcess` describes the attributes."""
+
+    device: int | None
+    running: dict[str, Job]
+    is_ready: bool
+    models: Sequence[str]
+    memory: Mapping[str, int]
+    caches: Mapping[tuple[str, str], int]
+    problems: Mapping[str, str]
+    deaths: int
+
+    @property
+    def places(self) -> int:
+        """Jobs that it draws at once."""
+
+    def start(self) -> None:
+        """Begin; the worker sends `Ready` when it takes jobs."""
+
+    def has_room(self) -> bool:
+        """Whether it takes another job now."""
+
+    def give(self, job: Job) -> None:
+        """Send a job; a death of the worker gives it back."""
+
+    def cancel(self, job: Job) -> None:
+        """Stop a job after the step that runs."""
+
+    async def stop(self, seconds: float) -> None:
+        """End when the jobs have ended, or after `seconds`."""
+
+
+# Makes the workers of a service.
+MakeWorkers = Callable[[ServiceConfig, OnMessage, OnDeath], Sequence[JobWorker]]
+
+
+def worker_processes(config: ServiceConfig, on_message: OnMessage, on_death: OnDeath) -> list[JobWorker]:
+    """One worker process per device of the configuration, or one without."""
+    return [WorkerProcess(config, device, on_message, on_death) for device in (config.devices or (None,))]
 
 
 class WorkerProcess:
-    """One worker process and the jobs that it has. Used by the event loop's thread, but for its reader's thread.
+    """One worker process and the jobs that it has. Only the event loop's thread uses it, except for the reader.
 
     Attributes:
         device: the GPU's number, or None.
@@ -56,6 +97,11 @@ class WorkerProcess:
         self._gone = asyncio.Event()
 
     @property
+    def places(self) -> int:
+        """Jobs that it draws at once."""
+        return self._config.slots
+
+    @property
     def pid(self) -> int | None:
         """The process's number, while there is one."""
         return None if self._process is None else self._process.pid
@@ -79,7 +125,7 @@ class WorkerProcess:
         return self.is_ready and not self._ending and len(self.running) < self._config.slots
 
     def give(self, job: Job) -> None:
-        """Send a job. If the process is just dying, its death gives the job back."""
+        """Send a job. If the process dies meanwhile, its death gives the job back."""
         self.running[job.id] = job
         self._send(Run(job.id, job.attempts, job.model, job.fields, job.output))
 

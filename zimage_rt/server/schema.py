@@ -80,7 +80,7 @@ def _request_fields() -> dict[str, Any]:
 
 
 class OutputFields(BaseModel):
-    """How a job's images are encoded, and how much of its progress is told."""
+    """The encoding of a job's images, and how much of its progress is told."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 

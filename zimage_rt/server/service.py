@@ -1,4 +1,4 @@
-"""The service: takes requests, lets them wait fairly, gives them to workers, and keeps what came of them."""
+"""The service: checks requests, queues them fairly, gives them to workers, and keeps the results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .config import ServiceConfig
 from .jobs import MAX_ATTEMPTS, FairQueue, Job, Output
 from .keys import Keyring
 from .messages import Finished, Ready, Step
-from .pool import WorkerProcess
+from .pool import JobWorker, MakeWorkers, worker_processes
 from .rate import Rates
 from .safety import SafetyFilter
 from .schema import OutputFields
@@ -29,7 +29,7 @@ from .worker import error_json, lora_names
 
 log = logging.getLogger(__name__)
 
-# Seconds between two looks for what has expired.
+# Seconds between two sweeps of expired jobs.
 SWEEP_SECONDS = 30.0
 # File endings by output_format.
 SUFFIX = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
@@ -59,7 +59,7 @@ class Service:
         on_end: called with every job that has ended.
     """
 
-    def __init__(self, config: ServiceConfig) -> None:
+    def __init__(self, config: ServiceConfig, make_workers: MakeWorkers = worker_processes) -> None:
         self.config = config
         self.manifests: dict[str, Manifest] = {
             name: read_manifest(Path(model.bundle)) for name, model in config.models.items()
@@ -72,9 +72,7 @@ class Service:
         self.queue = FairQueue(config.queue.max_waiting)
         self.jobs: dict[str, Job] = {}
         self._tokenizers: dict[str, PromptTokenizer] = {}
-        self.workers = [
-            WorkerProcess(config, device, self._on_message, self._on_death) for device in (config.devices or (None,))
-        ]
+        self.workers = make_workers(config, self._on_message, self._on_death)
         # By batch: the task that lets its rows wait.
         self.feeding: dict[str, asyncio.Future[None]] = {}
         # By session: the turn that is drawn, and the task that lets it stand.
@@ -86,7 +84,7 @@ class Service:
     # --- life -----------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Start the workers, and let jobs wait again that a former run had promised."""
+        """Start the workers, and queue the promised jobs of an earlier run again."""
         await self.store.open()
         for worker in self.workers:
             worker.start()
@@ -242,7 +240,7 @@ class Service:
 
     def _check_room(self) -> None:
         if not any(worker.has_room() for worker in self.workers):
-            self.queue.check_room(len(self.workers) * self.config.slots)
+            self.queue.check_room(sum(worker.places for worker in self.workers))
 
     def unfinished_of(self, owner: str) -> int:
         """How many jobs of an owner wait or run."""
@@ -274,7 +272,7 @@ class Service:
         raise KeyError(number)
 
     async def usage(self, job: Job) -> dict[str, Any]:
-        """What a job took, as OpenAI counts: tokens of the prompts, and the image tokens that were drawn and read."""
+        """The usage of a job, as OpenAI counts it: tokens of the prompts, and image tokens that were drawn and read."""
         manifest = self.manifests[job.model]
         tokenizer = self._tokenizers.get(job.model)
         if tokenizer is None:
@@ -308,7 +306,7 @@ class Service:
             job.tell("started", attempt=job.attempts)
             worker.give(job)
 
-    def _on_message(self, worker: WorkerProcess, message: object) -> None:
+    def _on_message(self, worker: JobWorker, message: object) -> None:
         if isinstance(message, Ready):
             self._dispatch()
         if not isinstance(message, (Step, Finished)):
@@ -342,7 +340,7 @@ class Service:
         for tell in self.on_end:
             tell(job)
 
-    def _on_death(self, worker: WorkerProcess, lost: Sequence[Job]) -> None:
+    def _on_death(self, worker: JobWorker, lost: Sequence[Job]) -> None:
         for job in lost:
             if job.attempts < MAX_ATTEMPTS:
                 job.state = "queued"
@@ -354,7 +352,7 @@ class Service:
         self._dispatch()
 
     async def _sweep(self) -> None:
-        """Forget jobs whose images have expired, and what the record keeps no longer."""
+        """Forget jobs whose images have expired, and prune the record, for ever."""
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
             self.forget_expired()

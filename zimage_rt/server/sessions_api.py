@@ -1,7 +1,7 @@
 """`/v1/sessions`: images edited turn by turn, with undo and redo, kept on the disk.
 
-A session is a list of turns and how many of them stand. A turn is a job: `generate`, `edit` or `refine`. Its image is
-kept beside the record for as long as the session is, so that the next turn can begin with it.
+A session is a list of turns, and how many of them are not undone (`standing`). A turn is a job: `generate`, `edit` or
+`refine`. Its image is kept beside the record as long as the session, so that the next turn can begin with it.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ async def listed(service: ServiceOf, who: CallerOf) -> dict[str, Any]:
 
 @router.get("/{session_id}")
 async def status(session_id: str, service: ServiceOf, who: CallerOf) -> dict[str, Any]:
-    """A session: its turns in order, and how many of them stand."""
+    """A session: its turns in order, and how many of them are not undone."""
     return _shown(await _find(service, who, session_id))
 
 

@@ -331,14 +331,14 @@ def encode_preview(pixels: np.ndarray) -> bytes:
 
 
 def error_json(error: BaseException) -> dict[str, Any]:
-    """An error for a client: an unexpected one says nothing of the service's inside."""
+    """An error as `{code, message, field}` for a client. An unexpected one does not reveal the service's internals."""
     if isinstance(error, ZImageError):
         return {"code": error.code, "message": str(error), "field": getattr(error, "field", None)}
     return {"code": "internal", "message": "the service failed; its log has the reason", "field": None}
 
 
 def main(config: ServiceConfig, device: int | None, connection: Connection) -> None:
-    """A worker process's life: commands come over the connection, until Stop or until the service is gone."""
+    """Run a worker process: obey the messages of the connection until `Stop`, or until the service has ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the service's to handle
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     warnings.simplefilter("ignore", RequestWarning)
