@@ -16,9 +16,11 @@ from .._version import __version__
 from ..errors import ZImageError
 from . import jobs_api, openai_api, page, sessions_api
 from .config import ServiceConfig
-from .errors import answer_to, error_body
+from .errors import answer, answer_to, error_body
 from .guard import HostGuard
+from .openapi import ERRORS
 from .service import Service
+from .worker import error_json
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +47,7 @@ def create_app(config: ServiceConfig) -> FastAPI:
         description=DESCRIPTION,
         lifespan=life,
         max_body_size=config.limits.max_body_bytes,
+        responses=dict(ERRORS),
     )
     app.state.service = Service(config)
     app.add_middleware(HostGuard, config=config)
@@ -53,6 +56,7 @@ def create_app(config: ServiceConfig) -> FastAPI:
     app.add_exception_handler(ZImageError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _failed)
     app.include_router(jobs_api.router)
     app.include_router(openai_api.router)
     app.include_router(sessions_api.router)
@@ -80,6 +84,11 @@ async def readyz(request: Request) -> JSONResponse:
         "problems": problems,
     }
     return JSONResponse(body, 200 if service.is_ready else 503)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    """A fault of the service's: the client learns that, and the log has the rest."""
+    return answer(error_json(error))
 
 
 async def _refused(request: Request, error: Exception) -> Response:

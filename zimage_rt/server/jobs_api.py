@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
+import re
 from collections.abc import AsyncIterator, Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Depends, Request
+from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response, StreamingResponse
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
 
 from ..checks import shown
 from ..errors import RequestError
 from ..image.formats import FORMATS
 from ..request.codec import DIFFUSERS_NAMES, IMAGES, field_kinds
-from ..request.values import read_value
 from .access import Caller, caller
 from .errors import Gone, NotFound
+from .forms import is_form, read_items
 from .jobs import Event, Job, Output
+from .openapi import DATA_URL_EXAMPLE, EVENTS_ANSWER, IMAGE_ANSWER, body
 from .schema import JobRequest, OutputFields, decode_data_url, request_fields
 from .service import Service
 from .worker import lora_names
@@ -29,6 +31,7 @@ router = APIRouter(prefix="/v1", tags=["jobs"])
 
 # Comment lines keep proxies from closing a quiet stream.
 KEEP_ALIVE_SECONDS = 15.0
+LAST_EVENT_ID = re.compile("[0-9]{1,9}")
 SUFFIX = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 
 
@@ -69,10 +72,17 @@ async def models(service: ServiceOf) -> dict[str, Any]:
     return {"object": "list", "data": listed}
 
 
-@router.post("/jobs", status_code=202)
-async def create(
-    request: Request, service: ServiceOf, who: CallerOf, body: Annotated[Any, Body()] = None
-) -> dict[str, Any]:
+JOB_BODY: Mapping[str, Any] = body(
+    JobRequest,
+    {"prompt": "a lighthouse in a storm, oil painting", "height": 256, "width": 256, "seed": 7},
+    {"prompt": "一只熊猫，蓝色背景", "num_images": 2, "output_format": "jpeg", "output_quality": 90, "previews": 2},
+    {"prompt": "the same in winter", "image": DATA_URL_EXAMPLE, "strength": 0.6},
+    files=IMAGES,
+)
+
+
+@router.post("/jobs", status_code=202, openapi_extra=dict(JOB_BODY))
+async def create(request: Request, service: ServiceOf, who: CallerOf) -> dict[str, Any]:
     """Let a request wait: JSON, or a multipart form with images. Answers with the job, whose events tell the rest."""
     fields, output = await read_request(request, service)
     job = await submit(service, who, fields, output, detached=True)
@@ -88,7 +98,7 @@ async def status(job_id: str, service: ServiceOf, who: CallerOf) -> dict[str, An
     return await _recorded(service, who, job_id)
 
 
-@router.get("/jobs/{job_id}/events")
+@router.get("/jobs/{job_id}/events", response_class=StreamingResponse, responses=dict(EVENTS_ANSWER))
 async def events(job_id: str, service: ServiceOf, who: CallerOf, request: Request) -> StreamingResponse:
     """Server-sent events: `queued`, `started`, `step` (`preview` is a JPEG in base64), `done`, `failed`, `cancelled`.
 
@@ -96,11 +106,11 @@ async def events(job_id: str, service: ServiceOf, who: CallerOf, request: Reques
     """
     job = find(service, who, job_id)
     last = request.headers.get("last-event-id", "")
-    since = int(last) + 1 if last.isdecimal() else 0
+    since = int(last) + 1 if LAST_EVENT_ID.fullmatch(last) else 0
     return StreamingResponse(_stream(job, since), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
 
-@router.get("/jobs/{job_id}/images/{number}")
+@router.get("/jobs/{job_id}/images/{number}", response_class=Response, responses=dict(IMAGE_ANSWER))
 async def image(job_id: str, number: int, service: ServiceOf, who: CallerOf) -> Response:
     """A finished image's file, with its record inside."""
     job = service.jobs.get(job_id)
@@ -108,14 +118,16 @@ async def image(job_id: str, number: int, service: ServiceOf, who: CallerOf) -> 
         if job is not None and who.may_see(job.owner):
             content, media_type = await service.image(job, number), media_type_of(job.output)
         else:
-            recorded = (await _recorded(service, who, job_id))["files"][number]
-            path = service.store.folder / "images" / recorded["file"]
-            content, media_type = path.read_bytes(), recorded["media_type"]
+            files = (await _recorded(service, who, job_id))["files"]
+            if not 0 <= number < len(files):
+                raise KeyError(number)
+            path = service.store.folder / "images" / files[number]["file"]
+            content, media_type = await asyncio.to_thread(path.read_bytes), files[number]["media_type"]
     except FileNotFoundError as error:
         raise Gone(
             "images: they have expired; draw them again, or keep them for longer (queue.keep_seconds)"
         ) from error
-    except (KeyError, IndexError) as error:
+    except KeyError as error:
         raise NotFound(f"images: there is no image {number} of this job") from error
     return Response(content, media_type=media_type, headers={"Cache-Control": "private, max-age=3600"})
 
@@ -161,8 +173,6 @@ async def _recorded(service: Service, who: Caller, job_id: str) -> dict[str, Any
 
 
 async def _stream(job: Job, since: int) -> AsyncIterator[bytes]:
-    import asyncio
-
     events = job.watch(since)
     pending: asyncio.Future[Event] | None = None
     try:
@@ -209,8 +219,9 @@ async def read_request(
     request: Request, service: Service, *, needs_prompt: bool = True
 ) -> tuple[dict[str, Any], OutputFields]:
     """The fields of a request, with its images kept as files, and how to answer. Raises RequestError."""
-    if request.headers.get("content-type", "").startswith("multipart/form-data"):
-        said = await _form(request)
+    uploads: list[tuple[str, UploadFile]] = []
+    if is_form(request.headers.get("content-type", "")):
+        said, uploads = read_items((await request.form(max_files=8, max_fields=100)).multi_items())
     else:
         try:
             said = json.loads(await request.body() or b"{}")
@@ -218,58 +229,40 @@ async def read_request(
             raise RequestError(f"body: expected JSON: {error}") from error
         if not isinstance(said, dict):
             raise RequestError("body: expected a JSON object")
-    uploads = {name: said.pop(name) for name in list(said) if isinstance(said[name], UploadFile)}
     for name, own in DIFFUSERS_NAMES.items():
         if name in said:
             said.setdefault(own, said.pop(name))
     has_prompt = needs_prompt or "prompt" in said
     try:
-        body: BaseModel = JobRequest.model_validate(said if has_prompt else {**said, "prompt": ""})
+        read: BaseModel = JobRequest.model_validate(said if has_prompt else {**said, "prompt": ""})
     except ValidationError as error:
         raise invalid(error) from error
-    fields = request_fields(body)
+    fields = request_fields(read)
     if not has_prompt:
         del fields["prompt"]
+    for name, upload in uploads:
+        if fields.get(name) is not None:
+            raise RequestError(f"{name}: expected it once, got it twice", field=name)
+        fields[name] = await service.store.keep_input(await upload.read())
+    await keep_images(service, fields)
+    return fields, OutputFields(**{name: getattr(read, name) for name in OutputFields.model_fields})
+
+
+async def keep_images(service: Service, fields: dict[str, Any]) -> None:
+    """Keep the images of a request that are data URLs as files, so that no text of a client's is taken for a path.
+
+    Raises RequestError for a text that is none, StorageFull.
+    """
     for name in IMAGES:
-        if name in uploads:
-            content = await uploads[name].read()
-        elif fields.get(name) is not None:
+        if isinstance(fields.get(name), str):
             content = decode_data_url(fields[name], name, service.config.limits.max_body_bytes)
-        else:
-            continue
-        fields[name] = await service.store.keep_input(content)
-    return fields, OutputFields(**{name: getattr(body, name) for name in OutputFields.model_fields})
+            fields[name] = await service.store.keep_input(content)
 
 
 def invalid(error: ValidationError) -> RequestError:
     """The first fault that pydantic found, by its field."""
     first = error.errors()[0]
-    name, *inner = (str(part) for part in first["loc"])
+    name, *inner = [str(part) for part in first["loc"]] or ["body"]  # no place: a field's name is no text
     # What follows a field's name is a part of it, or the branch of a union.
     field = f"{name}.{inner[0]}" if inner and f"{name}.{inner[0]}" in field_kinds() else name
     return RequestError(f"{field}: {first['msg']}, got {shown(first['input'])}", field=field)
-
-
-async def _form(request: Request) -> dict[str, Any]:
-    """A multipart form as JSON would say it: texts are read by the fields' kinds, `second_pass.scale` is a part."""
-    kinds = field_kinds()
-    said: dict[str, Any] = {}
-    form = await request.form(max_files=8, max_fields=100)
-    for name, value in form.multi_items():
-        if isinstance(value, UploadFile):
-            said[DIFFUSERS_NAMES.get(name, name)] = value
-            continue
-        own = DIFFUSERS_NAMES.get(name, name)
-        outer, dot, inner = own.partition(".")
-        if own in kinds and own not in IMAGES:
-            converted: Any = read_value(own, kinds[own], value, Path())
-            converted = list(converted) if isinstance(converted, tuple) else converted
-        elif own in ("previews", "priority", "output_quality"):
-            converted = TypeAdapter(int).validate_python(value) if value.lstrip("-").isdecimal() else value
-        else:
-            converted = value
-        if dot and own in kinds:
-            said.setdefault(outer, {})[inner] = converted
-        else:
-            said[own] = converted
-    return said

@@ -128,6 +128,7 @@ class Worker:
         self._config, self._send = config, send
         self.engines = Engines(config.models, device, config.max_loaded, self._tell_loaded)
         self._jobs = ThreadPoolExecutor(config.slots, "zimage-job")
+        self._given: set[str] = set()
         self._cancelled: set[str] = set()
         self._loras = threading.Lock()
 
@@ -148,11 +149,13 @@ class Worker:
 
     def run(self, message: Run) -> None:
         """Begin a job on a thread of its own."""
+        self._given.add(message.job)
         self._jobs.submit(self._run, message)
 
     def cancel(self, job: str) -> None:
-        """Stop a job after its step."""
-        self._cancelled.add(job)
+        """Stop a job after its step; nothing if it has ended."""
+        if job in self._given:
+            self._cancelled.add(job)
 
     def stop(self) -> None:
         """Wait for the jobs, and close the engines."""
@@ -167,6 +170,7 @@ class Worker:
                 log.exception("job %s failed", message.job)
             finished = Finished(message.job, message.attempt, error=error_json(error))
         finally:
+            self._given.discard(message.job)
             self._cancelled.discard(message.job)
         self._send(finished)
 
