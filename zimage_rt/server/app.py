@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.routing import compile_path
 
 from .._version import __version__
 from ..errors import ZImageError
@@ -110,4 +111,11 @@ async def _http_error(request: Request, error: Exception) -> Response:
     codes = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
     code = codes.get(error.status_code, "invalid_request")
     body = error_body(code, f"{request.method} {request.url.path}: {error.detail}")
-    return JSONResponse(body, error.status_code, headers=dict(error.headers or {}))
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        # The router names the methods of one route alone, and a path has a route per method.
+        described = request.app.openapi()["paths"].items()
+        found = [each for template, each in described if compile_path(template)[0].match(request.url.path)]
+        if found:
+            headers["Allow"] = ", ".join(sorted({method.upper() for each in found for method in each}))
+    return JSONResponse(body, error.status_code, headers=headers)

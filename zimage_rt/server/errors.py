@@ -15,6 +15,7 @@ STATUS: Mapping[str, int] = {
     "lora": 400,
     "model_not_found": 404,
     "not_found": 404,
+    "method_not_allowed": 405,
     "unauthorized": 401,
     "forbidden": 403,
     "gone": 410,

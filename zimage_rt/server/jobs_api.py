@@ -22,7 +22,7 @@ from .access import Caller, caller
 from .errors import Gone, NotFound
 from .forms import is_form, read_items
 from .jobs import Event, Job, Output
-from .openapi import DATA_URL_EXAMPLE, EVENTS_ANSWER, IMAGE_ANSWER, body
+from .openapi import EVENTS_ANSWER, IMAGE_ANSWER, IMAGE_EXAMPLE, body
 from .schema import JobRequest, OutputFields, decode_data_url, request_fields
 from .service import Service
 from .worker import lora_names
@@ -76,7 +76,7 @@ JOB_BODY: Mapping[str, Any] = body(
     JobRequest,
     {"prompt": "a lighthouse in a storm, oil painting", "height": 256, "width": 256, "seed": 7},
     {"prompt": "一只熊猫，蓝色背景", "num_images": 2, "output_format": "jpeg", "output_quality": 90, "previews": 2},
-    {"prompt": "the same in winter", "image": DATA_URL_EXAMPLE, "strength": 0.6},
+    {"prompt": "the same in winter", "image": IMAGE_EXAMPLE, "strength": 0.6},
     files=IMAGES,
 )
 

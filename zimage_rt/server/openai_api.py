@@ -24,7 +24,7 @@ from .errors import answer, error_body
 from .forms import is_form, read_items
 from .jobs import Job
 from .jobs_api import CallerOf, ServiceOf, encode_event, invalid, keep_images, submit
-from .openapi import DATA_URL_EXAMPLE, EVENTS, body
+from .openapi import ALPHA_MASK_EXAMPLE, EVENTS, IMAGE_EXAMPLE, body
 from .schema import (
     QUALITY,
     REQUEST_FIELDS,
@@ -53,14 +53,14 @@ GENERATIONS_BODY: Mapping[str, Any] = body(
 )
 EDITS_BODY: Mapping[str, Any] = body(
     EditsRequest,
-    {"prompt": "the same in winter", "images": [{"image_url": DATA_URL_EXAMPLE}], "strength": 0.6},
+    {"prompt": "the same in winter", "images": [{"image_url": IMAGE_EXAMPLE}], "strength": 0.6},
     {
         "prompt": "a red hat",
-        "images": [{"image_url": DATA_URL_EXAMPLE}],
-        "mask": {"image_url": DATA_URL_EXAMPLE},
+        "images": [{"image_url": IMAGE_EXAMPLE}],
+        "mask": {"image_url": ALPHA_MASK_EXAMPLE},
     },
     files=("image", "image[]", "mask"),
-    lists=("image[]",),
+    without=("images",),
 )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +11,20 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 BINARY: Mapping[str, Any] = {"type": "string", "format": "binary"}
-DATA_URL_EXAMPLE = "data:image/png;base64,iVBORw0KGgo…"
+
+
+def _example(mode: str, color: Any) -> str:
+    """A data URL of 64x64 pixels of one colour."""
+    from PIL import Image
+
+    encoded = io.BytesIO()
+    Image.new(mode, (64, 64), color).save(encoded, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(encoded.getvalue()).decode()
+
+
+# An image, a white mask, and a mask of OpenAI's kind, transparent where to draw.
+IMAGE_EXAMPLE, MASK_EXAMPLE = _example("RGB", (176, 64, 32)), _example("1", 1)
+ALPHA_MASK_EXAMPLE = _example("LA", (0, 0))
 # An answer of an image's file, and one of server-sent events; `responses` of a route.
 IMAGE_ANSWER: Mapping[int | str, Any] = {
     200: {
@@ -17,7 +32,12 @@ IMAGE_ANSWER: Mapping[int | str, Any] = {
         "content": {kind: {"schema": dict(BINARY)} for kind in ("image/png", "image/jpeg", "image/webp")},
     }
 }
-EVENTS: Mapping[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
+EVENT: Mapping[str, Any] = {
+    "type": "object",
+    "properties": {name: {"type": "string"} for name in ("id", "event", "data")},
+    "required": ["data"],
+}
+EVENTS: Mapping[str, Any] = {"text/event-stream": {"schema": dict(EVENT)}}
 EVENTS_ANSWER: Mapping[int | str, Any] = {200: {"description": "Server-sent events.", "content": dict(EVENTS)}}
 
 
@@ -64,7 +84,7 @@ def body(
     model: Any,
     *examples: Mapping[str, Any],
     files: Sequence[str] = (),
-    lists: Sequence[str] = (),
+    without: Sequence[str] = (),
     required: bool = True,
 ) -> dict[str, Any]:
     """`openapi_extra` of a route that reads its body itself.
@@ -73,22 +93,28 @@ def body(
         model: of the JSON body.
         examples: of the JSON body.
         files: parts of a form that are images; without them there is no form.
-        lists: those that may be repeated.
+        without: fields that a form does not have.
         required: whether there must be a body.
     """
     schema = json_schema(model)
     content: dict[str, Any] = {"application/json": {"schema": schema, "examples": _numbered(examples)}}
     if files:
-        # In a form every value is a text, or a file.
-        texts = {name: {"type": "string"} for name in schema["properties"] if name not in files}
-        if "prompt" in texts:
-            texts["prompt"] |= {"minLength": 1}
-        parts = {name: dict(BINARY) for name in files}
-        parts |= {name: {"type": "array", "items": dict(BINARY), "maxItems": 1} for name in lists}
-        known = set(schema.get("required", ()))
-        form = {"type": "object", "properties": texts | parts, "additionalProperties": False}
-        content["multipart/form-data"] = {"schema": form | ({"required": sorted(known & set(texts))} if known else {})}
+        fields = {
+            name: _in_a_form(each) for name, each in schema["properties"].items() if name not in (*files, *without)
+        }
+        form = {"type": "object", "properties": fields | {name: dict(BINARY) for name in files}}
+        needed = [name for name in schema.get("required", ()) if name in fields]
+        content["multipart/form-data"] = {
+            "schema": form | ({"required": needed} if needed else {}) | {"additionalProperties": False}
+        }
     return {"requestBody": {"required": required, "content": content}}
+
+
+def _in_a_form(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of a field as a form's text: numbers and flags as such, what has parts as a text."""
+    kinds = [each for each in schema.get("anyOf", (schema,)) if each.get("type") not in ("null", "array", "object")]
+    described = {key: schema[key] for key in ("title", "description") if key in schema}
+    return {**(kinds[0] if kinds else {"type": "string"}), **described}
 
 
 def _numbered(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

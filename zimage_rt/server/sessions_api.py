@@ -26,7 +26,7 @@ from .access import Caller
 from .errors import Gone, NotFound
 from .jobs import Job
 from .jobs_api import CallerOf, ServiceOf, read_request, submit
-from .openapi import DATA_URL_EXAMPLE, IMAGE_ANSWER, body
+from .openapi import IMAGE_ANSWER, MASK_EXAMPLE, body
 from .schema import OutputFields, TurnRequest
 from .service import Service
 
@@ -86,7 +86,7 @@ async def delete(session_id: str, service: ServiceOf, who: CallerOf) -> dict[str
 TURN_BODY: Mapping[str, Any] = body(
     TurnRequest,
     {"prompt": "a lighthouse in a storm, oil painting", "height": 256, "width": 256, "seed": 7},
-    {"prompt": "a lighthouse in a storm, with a red door", "mask": DATA_URL_EXAMPLE},
+    {"prompt": "a lighthouse in a storm, with a red door", "mask": MASK_EXAMPLE},
     {"num_inference_steps": 12},
     files=IMAGES,
 )
