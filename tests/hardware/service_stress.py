@@ -21,7 +21,6 @@ import json
 import os
 import random
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,8 +33,9 @@ import httpx
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 from damaged_uploads import damaged_uploads, encoded
+from disturbances import Disturbances, resident, small_disk
 from service_checks import Attempt, check_image, check_record, lost_jobs
-from services import Server, kill
+from services import Server
 
 import zimage_rt
 from zimage_rt.metadata.references import pixels_sha256
@@ -58,7 +58,6 @@ BAD_BODIES: tuple[tuple[str, Any], ...] = (
 )  # fmt: skip
 # Answers that a client asks again after.
 AGAIN = (429, 503, 507)
-FULL_SECONDS = 15.0
 # The last line of a traceback in the service's log.
 TRACEBACK = re.compile(r"Traceback \(most recent call last\):\n(?:[ \t].*\n)*(.*)")
 
@@ -73,8 +72,9 @@ class Stress:
         faults: sentences; none is the aim.
     """
 
-    def __init__(self, server: Server, seed: int) -> None:
+    def __init__(self, server: Server, seed: int, seconds: float) -> None:
         self.server, self.seed = server, seed
+        self.start, self.most_seconds = time.monotonic(), seconds
         self.attempts: list[Attempt] = []
         self.counts: collections.Counter[str] = collections.Counter()
         self.seconds: dict[str, list[float]] = collections.defaultdict(list)
@@ -83,9 +83,16 @@ class Stress:
         limits = httpx.Limits(max_connections=256, max_keepalive_connections=256)
         self.http = httpx.AsyncClient(base_url=server.url, timeout=180, limits=limits)
 
+    def share(self, total: int) -> float:
+        """Of the requests, those that have ended; of the seconds, those that have passed, if that is more."""
+        passed = (time.monotonic() - self.start) / self.most_seconds
+        return min(1.0, max(self.ended / max(total, 1), passed))
+
     async def client(self, numbers: Iterator[int]) -> None:
         """One client: requests from the common list, one after another."""
         for number in numbers:
+            if time.monotonic() - self.start > self.most_seconds:
+                return
             rng = random.Random(f"{self.seed} {number}")
             kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
             start = time.perf_counter()
@@ -280,99 +287,6 @@ async def read_events(answer: httpx.Response) -> AsyncIterator[tuple[str, dict[s
             yield name, {**json.loads(line.removeprefix("data: ")), "number": number}
 
 
-# --- disturbances -----------------------------------------------------------------------------------------------------
-
-
-class Disturbances:
-    """What happens to the service meanwhile, by the share of the requests that have ended.
-
-    Attributes:
-        kills: workers that were killed.
-        full: seconds that the disk was full; None if there is no disk to fill.
-        memory: resident bytes of the service and of its worker, by share.
-    """
-
-    def __init__(self, stress: Stress, total: int, kills: int, disk: Path | None) -> None:
-        self._stress, self._total, self._disk = stress, max(total, 1), disk
-        # The last fifth is undisturbed, so that the last worker's memory is seen to be flat.
-        self._kill_at = [0.03 + 0.75 * number / max(kills, 1) for number in range(kills)]
-        self.kills, self.full = 0, None if disk is None else 0.0
-        self.memory: list[tuple[float, int, int | None]] = []
-
-    @property
-    def share(self) -> float:
-        """Of the requests, those that have ended."""
-        return self._stress.ended / self._total
-
-    async def kill_workers(self) -> None:
-        """Kill the worker at its times; each time another one, which is ready."""
-        for share in self._kill_at:
-            while self.share < share or not await self._is_ready():
-                await asyncio.sleep(0.1)
-            kill(self._stress.server.workers()[0])
-            self.kills += 1
-            while await self._is_ready():
-                await asyncio.sleep(0.02)
-
-    async def fill_disk(self) -> None:
-        """Fill the disk for a while, when half of the requests have ended."""
-        while self._disk is not None and self.share < 0.45:
-            await asyncio.sleep(0.1)
-        if self._disk is None:
-            return
-        ballast, start = self._disk / "ballast", time.monotonic()
-        await asyncio.to_thread(fill, ballast)
-        while time.monotonic() - start < FULL_SECONDS:
-            await asyncio.sleep(0.05)
-            await asyncio.to_thread(fill, ballast)  # what pruning and checkpoints made free
-        ballast.unlink()
-        self.full = time.monotonic() - start
-
-    async def watch_memory(self) -> None:
-        """Note the memory at every twentieth of the requests."""
-        for step in range(21):
-            while self.share < step / 20:
-                await asyncio.sleep(0.1)
-            workers = self._stress.server.workers()
-            service = resident(self._stress.server.process.pid)
-            assert service is not None
-            self.memory.append((step / 20, service, resident(workers[0]) if workers else None))
-
-    async def _is_ready(self) -> bool:
-        return (await self._stress.http.get("/readyz")).status_code == 200
-
-
-def fill(path: Path) -> None:
-    """Append to a file until its disk is full."""
-    with contextlib.suppress(OSError), path.open("ab", buffering=0) as file:
-        for size in (1 << 20, 1 << 12):
-            with contextlib.suppress(OSError):
-                while file.write(bytes(size)) == size:
-                    pass
-
-
-def resident(pid: int) -> int | None:
-    """Resident bytes of a process; None if it is gone."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return None
-    found = next((line for line in status.splitlines() if line.startswith("VmRSS:")), None)
-    return None if found is None else int(found.split()[1]) << 10
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[Path | None]:
-    """A tmpfs at a folder, or None where it cannot be mounted."""
-    folder.mkdir(parents=True)
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
-    try:
-        yield folder if mounted.returncode == 0 else None
-    finally:
-        if mounted.returncode == 0:
-            subprocess.run(["umount", folder], check=True)
-
-
 # --- the whole --------------------------------------------------------------------------------------------------------
 
 
@@ -469,8 +383,8 @@ async def run(options: argparse.Namespace, folder: Path, disk: Path | None) -> d
     found: dict[str, Any] = {}
     try:
         server.wait_until_ready()
-        stress = Stress(server, options.seed)
-        disturbances = Disturbances(stress, options.requests, options.kills, disk)
+        stress = Stress(server, options.seed, options.seconds)
+        disturbances = Disturbances(server, lambda: stress.share(options.requests), options.kills, disk)
         if options.requests:
             seconds = await disturb(stress, disturbances, options.requests, options.clients)
         if options.uploads:
@@ -493,6 +407,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--seconds", type=float, default=7200.0, help="No request is begun after that.")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--uploads", type=int, default=0)

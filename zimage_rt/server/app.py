@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.routing import compile_path
 
 from .._version import __version__
@@ -57,6 +58,7 @@ def create_app(config: ServiceConfig) -> FastAPI:
     app.add_exception_handler(ZImageError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(ClientDisconnect, _left)
     app.add_exception_handler(Exception, _failed)
     app.include_router(jobs_api.router)
     app.include_router(openai_api.router)
@@ -90,6 +92,11 @@ async def readyz(request: Request) -> JSONResponse:
 async def _failed(request: Request, error: Exception) -> Response:
     """A fault of the service's: the client learns that, and the log has the rest."""
     return answer(error_json(error))
+
+
+async def _left(request: Request, error: Exception) -> Response:
+    """The client went away before its body was here: nobody reads this, and it is no fault of the service's."""
+    return Response(status_code=400)
 
 
 async def _refused(request: Request, error: Exception) -> Response:

@@ -148,15 +148,17 @@ TurnRequest: Any = create_model("TurnRequest", __base__=JobRequest, prompt=(str 
 TurnRequest.__doc__ = "A turn of a session: what it leaves out is the current image's."
 ImagesRequest: Any = create_model("ImagesRequest", __base__=ImagesFields, **_request_fields())
 ImagesRequest.__doc__ = "A request in OpenAI's protocol, with our own fields beside theirs."
-EditsRequest: Any = create_model(
-    "EditsRequest",
-    __base__=ImagesRequest,
-    images=(Annotated[list[ImageUrl], Field(min_length=1, max_length=1, description="The image to draw over.")], ...),
-    mask=(
+_EDITS_FIELDS: dict[str, Any] = {
+    "images": (
+        Annotated[list[ImageUrl], Field(min_length=1, max_length=1, description="The image to draw over.")],
+        ...,
+    ),
+    "mask": (
         Annotated[ImageUrl | None, Field(description="An image whose alpha is 0 where to draw; else everywhere.")],
         None,
     ),
-)
+}
+EditsRequest: Any = create_model("EditsRequest", __base__=ImagesRequest, **_EDITS_FIELDS)
 EditsRequest.__doc__ = "A request to draw over an image; `mask` is OpenAI's."
 
 OUTPUT_FIELDS = tuple(OutputFields.model_fields)
