@@ -21,6 +21,7 @@ import json
 import os
 import random
 import re
+import sqlite3
 import sys
 import tempfile
 import time
@@ -304,32 +305,34 @@ async def disturb(stress: Stress, disturbances: Disturbances, total: int, client
 
 
 async def upload(stress: Stress, count: int) -> dict[str, Any]:
-    """Send damaged uploads as data URLs and as parts of forms; each must be refused with a reason."""
-    before = resident(stress.server.process.pid)
+    """Send damaged uploads as data URLs and as parts of forms; each must be refused with a reason, before a worker."""
     refused: collections.Counter[str] = collections.Counter()
     waiting = asyncio.Semaphore(8)
 
     async def send(number: int, kind: str, content: bytes) -> None:
         async with waiting:
             url = "data:image/png;base64," + base64.b64encode(content).decode()
-            file = {"image": ("a.png", content)}
-            fields = {"prompt": "a panda"}
-            answer = await (
-                stress.http.post("/v1/jobs", json={**fields, "image": url}),
-                stress.http.post("/v1/jobs", data=fields, files=file),
-                stress.http.post("/v1/images/edits", json={**fields, "images": [{"image_url": url}]}),
-                stress.http.post("/v1/images/edits", data=fields, files=file),
+            fields, file = {"prompt": "a panda"}, {"image": ("a.png", content)}
+            path, sent = (
+                (JOBS, {"json": {**fields, "image": url}}),
+                (JOBS, {"data": fields, "files": file}),
+                (EDITS, {"json": {**fields, "images": [{"image_url": url}]}}),
+                (EDITS, {"data": fields, "files": file}),
             )[number % 4]
+            answer = await stress.http.post(path, **sent)
             message = answer.json()["error"]["message"]
             if not (400 <= answer.status_code < 500 and answer.status_code != 429 and message):
                 stress.faults.append(f"upload {number} {kind}: {answer.status_code} {message[:200]}")
             refused[f"{kind} {answer.status_code}"] += 1
 
-    uploads = enumerate(damaged_uploads(count, stress.seed))
-    await asyncio.gather(*(send(number, kind, content) for number, (kind, content) in uploads))
-    after = resident(stress.server.process.pid)
-    assert before is not None and after is not None
-    return {"uploads": count, "answers": dict(refused), "resident_mb": [before >> 20, after >> 20]}
+    uploads = list(damaged_uploads(count, stress.seed))
+    memory = []
+    for first, last in ((0, count // 10), (count // 10, count)):
+        await asyncio.gather(*(send(number, *uploads[number]) for number in range(first, last)))
+        memory.append((resident(stress.server.process.pid) or 0) >> 20)
+    with contextlib.closing(sqlite3.connect(stress.server.folder / "data" / "service.sqlite")) as database:
+        jobs = database.execute("SELECT count(*) FROM jobs").fetchone()[0]
+    return {"count": count, "answers": dict(refused), "service_mb_at_10_and_100_percent": memory, "jobs_recorded": jobs}
 
 
 def compare_with_engine(bundle: Path, attempts: list[Attempt], most: int) -> int:
