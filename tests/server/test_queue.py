@@ -103,3 +103,24 @@ def test_everybody_who_watches_hears_everything_once() -> None:
         assert all("preview" not in event.data for event in watched.events)
 
     asyncio.run(watch())
+
+
+def test_previews_stay_until_those_who_watch_have_read_them() -> None:
+    async def watch() -> None:
+        watched = job("a", "a")
+        previews: list[bytes] = []
+
+        async def listen() -> None:
+            async for event in watched.watch():
+                previews.extend([event.data["preview"]] if "preview" in event.data else [])
+
+        listener = asyncio.create_task(listen())
+        await asyncio.sleep(0)
+        watched.tell("step", step=1, steps=2, sigma=0.5, preview=b"jpeg")
+        watched.finish("done")  # before the listener has run again
+        watched.drop_previews()
+        await listener
+        assert previews == [b"jpeg"]
+        assert all("preview" not in event.data for event in watched.events)
+
+    asyncio.run(watch())

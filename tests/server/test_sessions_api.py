@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -22,8 +24,6 @@ def take(server: Server, session: str, task: str, **fields: Any) -> np.ndarray:
     answer = server.client.post(f"/v1/sessions/{session}/turns/{task}", json=fields)
     assert answer.status_code == 202, answer.text
     job, turn = answer.json()["id"], answer.json()["turn"]
-    second = server.client.post(f"/v1/sessions/{session}/turns/{task}", json=fields)
-    assert second.status_code == 400 and "a turn of it is being drawn" in second.json()["error"]["message"]
     assert server.finish(job)["state"] == "done"
     return picture(server, session, turn)
 
@@ -32,6 +32,26 @@ def picture(server: Server, session: str, turn: int) -> np.ndarray:
     answer = server.client.get(f"/v1/sessions/{session}/turns/{turn}/image")
     assert answer.status_code == 200, answer.text
     return np.asarray(Image.open(io.BytesIO(answer.content)))
+
+
+def test_a_session_takes_one_turn_at_a_time(bundle: Path, tmp_path: Path) -> None:
+    server = Server(tmp_path, bundle=bundle)
+    try:
+        server.wait_until_ready()
+        turns = f"/v1/sessions/{server.client.post('/v1/sessions').json()['id']}/turns/generate"
+        long = {"prompt": "a panda", "height": 256, "width": 256, "num_inference_steps": 100}
+        refused = server.client.post(turns, json={**long, "prompt": ["a panda", "a cat"]})
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "prompt"
+        with ThreadPoolExecutor(4) as pool:  # at once: none of them sees another's job
+            answers = list(pool.map(lambda _: httpx.post(server.url + turns, json=long, timeout=60), range(4)))
+        assert sorted(answer.status_code for answer in answers) == [202, 400, 400, 400]
+        messages = [answer.json()["error"]["message"] for answer in answers if answer.status_code == 400]
+        assert all("a turn of it is being drawn" in message for message in messages)
+        (job,) = [answer.json()["id"] for answer in answers if answer.status_code == 202]
+        server.client.delete(f"/v1/jobs/{job}")
+        assert server.finish(job)["state"] == "cancelled"
+    finally:
+        assert server.stop() == 0
 
 
 def test_a_session_outlives_the_service(bundle: Path, tmp_path: Path) -> None:

@@ -12,18 +12,22 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.routing import compile_path
 
 from .._version import __version__
 from ..errors import ZImageError
 from . import batches_api, jobs_api, openai_api, page, sessions_api
 from .access import KeyGuard
 from .config import ServiceConfig
-from .errors import answer_to, error_body
+from .errors import answer, answer_to, error_body
 from .guard import BodyGuard, HostGuard
 from .logs import AccessLog, log_job
 from .metrics import Metrics
+from .openapi import ERRORS
 from .pool import MakeWorkers, worker_processes
 from .service import Service
+from .worker import error_json
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +54,7 @@ def create_app(config: ServiceConfig, make_workers: MakeWorkers = worker_process
         version=__version__,
         description=DESCRIPTION,
         lifespan=life,
+        responses=dict(ERRORS),
     )
     app.state.service = service = Service(config, make_workers)
     app.state.metrics = metrics = Metrics(service)
@@ -70,6 +75,8 @@ def create_app(config: ServiceConfig, make_workers: MakeWorkers = worker_process
     app.add_exception_handler(ZImageError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(ClientDisconnect, _left)
+    app.add_exception_handler(Exception, _failed)
     app.include_router(jobs_api.router)
     app.include_router(openai_api.router)
     app.include_router(sessions_api.router)
@@ -106,6 +113,16 @@ async def metrics_text(request: Request) -> Response:
     return Response(request.app.state.metrics.text(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
+async def _failed(request: Request, error: Exception) -> Response:
+    """A fault of the service's: the client learns that, and the log has the rest."""
+    return answer(error_json(error))
+
+
+async def _left(request: Request, error: Exception) -> Response:
+    """The client went away before its body was here: nobody reads this, and it is no fault of the service's."""
+    return Response(status_code=400)
+
+
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, ZImageError)
     return answer_to(error)
@@ -125,4 +142,11 @@ async def _http_error(request: Request, error: Exception) -> Response:
     codes = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
     code = codes.get(error.status_code, "invalid_request")
     body = error_body(code, f"{request.method} {request.url.path}: {error.detail}")
-    return JSONResponse(body, error.status_code, headers=dict(error.headers or {}))
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        # The router names the methods of one route alone, and a path has a route per method.
+        described = request.app.openapi()["paths"].items()
+        found = [each for template, each in described if compile_path(template)[0].match(request.url.path)]
+        if found:
+            headers["Allow"] = ", ".join(sorted({method.upper() for each in found for method in each}))
+    return JSONResponse(body, error.status_code, headers=headers)

@@ -30,8 +30,9 @@ from ..request.types import GenerateRequest, ResolvedRequest
 from .access import Caller
 from .bounds import read_form
 from .errors import NotFound
+from .forms import read_items
 from .jobs import Job, Output
-from .jobs_api import CallerOf, ServiceOf, from_texts, read_said
+from .jobs_api import CallerOf, ServiceOf, read_said
 from .schema import OutputFields
 from .service import Service
 
@@ -84,7 +85,7 @@ async def create(request: Request, service: ServiceOf, who: CallerOf) -> dict[st
     template, seed = texts.pop("template", None), texts.pop("batch_seed", "0")
     if not seed.isdecimal():
         raise RequestError(f"batch_seed: expected a whole number, 0 or more, got {seed[:40]!r}")
-    defaults, output = read_said(from_texts(texts.items()), needs_prompt=False)
+    defaults, output = read_said(read_items(texts.items())[0], needs_prompt=False)
     model = service.model(output.model)
     who.check_model(model)
     options = {
@@ -186,7 +187,7 @@ def _feed(service: Service, batch: Batch, table: Table, admit: Callable[[Resolve
 async def _draw(service: Service, batch: Batch, table: Table, admit: Callable[[ResolvedRequest], None]) -> None:
     """Let the rows of a batch wait, a few at a time, those first that no job has yet."""
     options = json.loads(batch.options)
-    defaults, _ = read_said(from_texts(options["defaults"].items()), needs_prompt=False)
+    defaults, _ = read_said(read_items(options["defaults"].items())[0], needs_prompt=False)
     reader = _reader(table, options, defaults)
     encoded = Output(**service.output_of(OutputFields(**options["output"])))
     known = {job["id"] for job in await _jobs(service, batch)}

@@ -15,6 +15,7 @@ STATUS: Mapping[str, int] = {
     "lora": 400,
     "model_not_found": 404,
     "not_found": 404,
+    "method_not_allowed": 405,
     "unauthorized": 401,
     "forbidden": 403,
     "gone": 410,
@@ -89,7 +90,13 @@ def openai_type(status: int) -> str:
 
 def error_body(code: str, message: str, field: str | None = None) -> dict[str, Any]:
     """The body of an error: OpenAI's object, whose `code` and `param` are ours."""
-    return {"error": {"message": message, "type": openai_type(status_of(code)), "param": field, "code": code}}
+    kind = openai_type(status_of(code))
+    return {"error": {"message": _sendable(message), "type": kind, "param": _sendable(field), "code": code}}
+
+
+def _sendable(text: Any) -> Any:
+    """A text without halves of characters, which JSON can name and UTF-8 cannot say."""
+    return text.encode("utf-8", "backslashreplace").decode() if isinstance(text, str) else text
 
 
 def answer(error: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> JSONResponse:

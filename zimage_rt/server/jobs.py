@@ -110,6 +110,8 @@ class Job:
         self.safety: Mapping[str, Any] | None = None
         self.error: Mapping[str, Any] | None = None
         self.events: list[Event] = []
+        self.is_cancelling = False  # its worker was told to stop it
+        self._watchers = 0
         self._changed = asyncio.Event()
 
     @property
@@ -132,14 +134,20 @@ class Job:
 
     async def watch(self, since: int = 0) -> AsyncIterator[Event]:
         """The events from number `since` on, as they come, to the one that ends the job."""
-        while True:
-            changed = self._changed
-            while since < len(self.events):
-                yield self.events[since]
-                since += 1
+        self._watchers += 1
+        try:
+            while True:
+                changed = self._changed
+                while since < len(self.events):
+                    yield self.events[since]
+                    since += 1
+                if self.is_finished:
+                    return
+                await changed.wait()
+        finally:
+            self._watchers -= 1
             if self.is_finished:
-                return
-            await changed.wait()
+                self.drop_previews()
 
     async def wait(self) -> None:
         """Return when the job is finished."""
@@ -147,7 +155,9 @@ class Job:
             pass
 
     def drop_previews(self) -> None:
-        """Forget the previews, which nobody asks for once the images are there."""
+        """Forget the previews, which nobody asks for once the images are there, unless somebody still reads them."""
+        if self._watchers:
+            return
         self.events = [
             dataclasses.replace(event, data={k: v for k, v in event.data.items() if k != "preview"})
             for event in self.events

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator, Iterable, Mapping
-from pathlib import Path
+import re
+from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
@@ -18,11 +18,12 @@ from ..checks import shown
 from ..errors import RequestError
 from ..image.formats import FORMATS
 from ..request.codec import DIFFUSERS_NAMES, IMAGES, field_kinds
-from ..request.values import read_value
 from .access import Caller, caller
 from .bounds import read_form, read_json
 from .errors import Gone, NotFound
+from .forms import is_form, read_items
 from .jobs import Event, Job, Output
+from .openapi import EVENTS_ANSWER, IMAGE_ANSWER, IMAGE_EXAMPLE, body
 from .schema import JobRequest, OutputFields, decode_data_url, request_fields
 from .service import Service
 from .worker import lora_names
@@ -31,6 +32,7 @@ router = APIRouter(prefix="/v1", tags=["jobs"])
 
 # Comment lines keep proxies from closing a quiet stream.
 KEEP_ALIVE_SECONDS = 15.0
+LAST_EVENT_ID = re.compile("[0-9]{1,9}")
 
 
 def service_of(request: Request) -> Service:
@@ -72,11 +74,16 @@ async def models(service: ServiceOf, who: CallerOf) -> dict[str, Any]:
     return {"object": "list", "data": listed}
 
 
-# The body is described here and read by `read_request`: FastAPI would parse it before its bounds are checked.
-BODY: Mapping[str, Any] = {"requestBody": {"content": {"application/json": {"schema": {}}}}}
+JOB_BODY: Mapping[str, Any] = body(
+    JobRequest,
+    {"prompt": "a lighthouse in a storm, oil painting", "height": 256, "width": 256, "seed": 7},
+    {"prompt": "一只熊猫，蓝色背景", "num_images": 2, "output_format": "jpeg", "output_quality": 90, "previews": 2},
+    {"prompt": "the same in winter", "image": IMAGE_EXAMPLE, "strength": 0.6},
+    files=IMAGES,
+)
 
 
-@router.post("/jobs", status_code=202, openapi_extra=dict(BODY))
+@router.post("/jobs", status_code=202, openapi_extra=dict(JOB_BODY))
 async def create(request: Request, service: ServiceOf, who: CallerOf) -> dict[str, Any]:
     """Let a request wait: JSON, or a multipart form with images. Answers with the job, whose events tell the rest."""
     fields, output = await read_request(request, service)
@@ -93,7 +100,7 @@ async def status(job_id: str, service: ServiceOf, who: CallerOf) -> dict[str, An
     return await _recorded(service, who, job_id)
 
 
-@router.get("/jobs/{job_id}/events")
+@router.get("/jobs/{job_id}/events", response_class=StreamingResponse, responses=dict(EVENTS_ANSWER))
 async def events(job_id: str, service: ServiceOf, who: CallerOf, request: Request) -> StreamingResponse:
     """Server-sent events: `queued`, `started`, `step` (`preview` is a JPEG in base64), `done`, `failed`, `cancelled`.
 
@@ -101,11 +108,11 @@ async def events(job_id: str, service: ServiceOf, who: CallerOf, request: Reques
     """
     job = find(service, who, job_id)
     last = request.headers.get("last-event-id", "")
-    since = int(last) + 1 if last.isdecimal() else 0
+    since = int(last) + 1 if LAST_EVENT_ID.fullmatch(last) else 0
     return StreamingResponse(_stream(job, since), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
 
-@router.get("/jobs/{job_id}/images/{number}")
+@router.get("/jobs/{job_id}/images/{number}", response_class=Response, responses=dict(IMAGE_ANSWER))
 async def image(job_id: str, number: int, service: ServiceOf, who: CallerOf) -> Response:
     """A finished image's file, with its record inside."""
     job = service.jobs.get(job_id)
@@ -113,14 +120,16 @@ async def image(job_id: str, number: int, service: ServiceOf, who: CallerOf) -> 
         if job is not None and who.may_see(job.owner):
             content, media_type = await service.image(job, number), media_type_of(job.output)
         else:
-            recorded = (await _recorded(service, who, job_id))["files"][number]
-            path = service.store.folder / "images" / recorded["file"]
-            content, media_type = await asyncio.to_thread(path.read_bytes), recorded["media_type"]
+            files = (await _recorded(service, who, job_id))["files"]
+            if not 0 <= number < len(files):
+                raise KeyError(number)
+            path = service.store.folder / "images" / files[number]["file"]
+            content, media_type = await asyncio.to_thread(path.read_bytes), files[number]["media_type"]
     except FileNotFoundError as error:
         raise Gone(
             "images: they have expired; draw them again, or keep them for longer (queue.keep_seconds)"
         ) from error
-    except (KeyError, IndexError) as error:
+    except KeyError as error:
         raise NotFound(f"images: there is no image {number} of this job") from error
     return Response(content, media_type=media_type, headers={"Cache-Control": "private, max-age=3600"})
 
@@ -216,74 +225,51 @@ async def read_request(
     request: Request, service: Service, *, needs_prompt: bool = True
 ) -> tuple[dict[str, Any], OutputFields]:
     """The fields of a request, with its images kept as files, and how to answer. Raises RequestError."""
-    if request.headers.get("content-type", "").startswith("multipart/form-data"):
-        said = await _form(request)
+    uploads: list[tuple[str, UploadFile]] = []
+    if is_form(request.headers.get("content-type", "")):
+        said, uploads = read_items((await read_form(request)).multi_items())
     else:
         said = await read_json(request)
-    uploads = {name: said.pop(name) for name in list(said) if isinstance(said[name], UploadFile)}
     for name, own in DIFFUSERS_NAMES.items():
         if name in said:
             said.setdefault(own, said.pop(name))
     fields, output = read_said(said, needs_prompt=needs_prompt)
-    for name in IMAGES:
-        if name in uploads:
-            content = await uploads[name].read()
-        elif fields.get(name) is not None:
-            content = decode_data_url(fields[name], name, service.config.limits.max_body_bytes)
-        else:
-            continue
-        fields[name] = await service.store.keep_input(content)
+    for name, upload in uploads:
+        if fields.get(name) is not None:
+            raise RequestError(f"{name}: expected it once, got it twice", field=name)
+        fields[name] = await service.store.keep_input(await upload.read())
+    await keep_images(service, fields)
     return fields, output
+
+
+async def keep_images(service: Service, fields: dict[str, Any]) -> None:
+    """Keep the images of a request that are data URLs as files, so that no text of a client's is taken for a path.
+
+    Raises RequestError for a text that is none, StorageFull.
+    """
+    for name in IMAGES:
+        if isinstance(fields.get(name), str):
+            content = decode_data_url(fields[name], name, service.config.limits.max_body_bytes)
+            fields[name] = await service.store.keep_input(content)
 
 
 def read_said(said: Mapping[str, Any], *, needs_prompt: bool = True) -> tuple[dict[str, Any], OutputFields]:
     """The fields of a request by what a body says, and how to answer. Raises RequestError."""
     has_prompt = needs_prompt or "prompt" in said
     try:
-        body: BaseModel = JobRequest.model_validate(said if has_prompt else {**said, "prompt": ""})
+        read: BaseModel = JobRequest.model_validate(said if has_prompt else {**said, "prompt": ""})
     except ValidationError as error:
         raise invalid(error) from error
-    fields = request_fields(body)
+    fields = request_fields(read)
     if not has_prompt:
         fields.pop("prompt", None)
-    return fields, OutputFields(**{name: getattr(body, name) for name in OutputFields.model_fields})
+    return fields, OutputFields(**{name: getattr(read, name) for name in OutputFields.model_fields})
 
 
 def invalid(error: ValidationError) -> RequestError:
     """The first fault that pydantic found, by its field."""
     first = error.errors()[0]
-    name, *inner = (str(part) for part in first["loc"])
+    name, *inner = [str(part) for part in first["loc"]] or ["body"]  # no place: a field's name is no text
     # What follows a field's name is a part of it, or the branch of a union.
     field = f"{name}.{inner[0]}" if inner and f"{name}.{inner[0]}" in field_kinds() else name
     return RequestError(f"{field}: {first['msg']}, got {shown(first['input'])}", field=field)
-
-
-async def _form(request: Request) -> dict[str, Any]:
-    """A multipart form as JSON would say it, with its files."""
-    form = await read_form(request)
-    said = from_texts((name, value) for name, value in form.multi_items() if isinstance(value, str))
-    for name, value in form.multi_items():
-        if isinstance(value, UploadFile):
-            said[DIFFUSERS_NAMES.get(name, name)] = value
-    return said
-
-
-def from_texts(texts: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """A form's texts as JSON would say them: read by the fields' kinds; `second_pass.scale` is a part."""
-    kinds = field_kinds()
-    said: dict[str, Any] = {}
-    for name, value in texts:
-        own = DIFFUSERS_NAMES.get(name, name)
-        outer, dot, inner = own.partition(".")
-        if own in kinds and own not in IMAGES:
-            converted: Any = read_value(own, kinds[own], value, Path())
-            converted = list(converted) if isinstance(converted, tuple) else converted
-        elif own in ("previews", "priority", "output_quality"):
-            converted = int(value) if value.lstrip("-").isdecimal() else value
-        else:
-            converted = value
-        if dot and own in kinds:
-            said.setdefault(outer, {})[inner] = converted
-        else:
-            said[own] = converted
-    return said

@@ -63,6 +63,8 @@ def run(config: ServiceConfig, tell: Callable[[str], None]) -> None:
             log_level="warning",
             log_config=None,  # its warnings go where ours go, in their format
             access_log=False,
+            # Longer than the idle time of clients and proxies: who closes first is sure that nothing is on its way.
+            timeout_keep_alive=75,
             # Clients that wait get their answers; what they do not wait for drains after that.
             timeout_graceful_shutdown=max(1, config.queue.drain_seconds),
         )

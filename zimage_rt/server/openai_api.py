@@ -8,8 +8,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-import json
-import re
 import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
@@ -17,43 +15,66 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import ValidationError
-from starlette.datastructures import UploadFile
 
 from ..checks import shown
 from ..errors import RequestError, ZImageError
 from .access import Caller
 from .bounds import check_pixels, read_form, read_json
 from .errors import answer, error_body
+from .forms import is_form, read_items
 from .jobs import Job
-from .jobs_api import CallerOf, ServiceOf, encode_event, invalid, submit
-from .schema import REQUEST_FIELDS, JobRequest, OutputFields, decode_data_url, request_fields
+from .jobs_api import CallerOf, ServiceOf, encode_event, invalid, keep_images, submit
+from .openapi import ALPHA_MASK_EXAMPLE, EVENTS, IMAGE_EXAMPLE, body
+from .schema import (
+    QUALITY,
+    REQUEST_FIELDS,
+    SIZE,
+    EditsRequest,
+    ImagesFields,
+    ImagesRequest,
+    JobRequest,
+    OutputFields,
+    decode_data_url,
+    request_fields,
+)
 from .service import Service
 
 router = APIRouter(prefix="/v1/images", tags=["openai"])
 
-FORMATS = ("png", "jpeg", "webp")
-# The share of the bundle's own steps that a quality stands for.
-QUALITY: Mapping[str, float] = {"auto": 1.0, "low": 0.5, "medium": 1.0, "standard": 1.0, "high": 1.5, "hd": 1.5}
-SIZE = re.compile(r"(\d{2,5})x(\d{2,5})")
-MAX_N, MAX_PARTIAL_IMAGES = 10, 3
-# OpenAI's fields; `background`, `moderation`, `style`, `user` and `input_fidelity` change nothing here.
-OWN = (
-    "model", "n", "size", "quality", "output_format", "output_compression", "response_format", "stream",
-    "partial_images", "background", "moderation", "style", "user", "input_fidelity",
-)  # fmt: skip
+OWN = tuple(ImagesFields.model_fields)
+ANSWERS: Mapping[int | str, Any] = {
+    200: {"description": "The images; with `stream`, server-sent events.", "content": dict(EVENTS)}
+}
+GENERATIONS_BODY: Mapping[str, Any] = body(
+    ImagesRequest,
+    {"prompt": "a lighthouse in a storm, oil painting", "size": "256x256"},
+    {"prompt": "一只熊猫，蓝色背景", "size": "256x256", "n": 2, "seed": 7, "output_format": "webp"},
+    {"prompt": "a red car", "size": "256x256", "stream": True, "partial_images": 2},
+)
+EDITS_BODY: Mapping[str, Any] = body(
+    EditsRequest,
+    {"prompt": "the same in winter", "images": [{"image_url": IMAGE_EXAMPLE}], "strength": 0.6},
+    {
+        "prompt": "a red hat",
+        "images": [{"image_url": IMAGE_EXAMPLE}],
+        "mask": {"image_url": ALPHA_MASK_EXAMPLE},
+    },
+    files=("image", "image[]", "mask"),
+    without=("images",),
+)
 
 
-@router.post("/generations")
+@router.post("/generations", responses=dict(ANSWERS), openapi_extra=dict(GENERATIONS_BODY))
 async def generations(request: Request, service: ServiceOf, who: CallerOf) -> Response:
     """Draw images from a prompt."""
     said = await read_json(request)
     return await _answer(request, service, who, said, {}, "image_generation")
 
 
-@router.post("/edits")
+@router.post("/edits", responses=dict(ANSWERS), openapi_extra=dict(EDITS_BODY))
 async def edits(request: Request, service: ServiceOf, who: CallerOf) -> Response:
     """Draw over an image: all of it, or where the mask's alpha is 0."""
-    if request.headers.get("content-type", "").startswith("multipart/form-data"):
+    if is_form(request.headers.get("content-type", "")):
         said, images, mask = await _form(request)
     else:
         said = await read_json(request)
@@ -73,31 +94,13 @@ async def edits(request: Request, service: ServiceOf, who: CallerOf) -> Response
 
 async def _form(request: Request) -> tuple[dict[str, Any], list[bytes], bytes | None]:
     """The fields of a form, the images in their order, and the mask."""
-    said: dict[str, Any] = {}
-    images: list[bytes] = []
-    mask: bytes | None = None
     form = await read_form(request)
-    for name, value in form.multi_items():
-        if isinstance(value, UploadFile):
-            content = await value.read()
-            if name in ("image", "image[]"):
-                images.append(content)
-            elif name == "mask":
-                mask = content
-            else:
-                raise RequestError(f"{name}: expected the files image, image[] and mask alone")
-        else:
-            said[name] = _plain(value)
-    return said, images, mask
-
-
-def _plain(text: str) -> Any:
-    """A form's text as JSON would have it: `true`, `2` and `0.5` are no texts."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return text
-    return value if isinstance(value, (bool, int, float, dict)) else text
+    said, uploads = read_items(form.multi_items(), ("image", "image[]", "mask"))
+    images = [await upload.read() for name, upload in uploads if name != "mask"]
+    masks = [await upload.read() for name, upload in uploads if name == "mask"]
+    if len(masks) > 1:
+        raise RequestError("mask: expected it once, got it twice", field="mask")
+    return said, images, masks[0] if masks else None
 
 
 def _images_of_json(said: dict[str, Any], service: Service) -> tuple[list[bytes], bytes | None]:
@@ -135,49 +138,39 @@ def mask_of_alpha(content: bytes, max_pixels: int) -> bytes:
     return encoded.getvalue()
 
 
-def _request_of(
+async def _request_of(
     service: Service, said: Mapping[str, Any], fields: Mapping[str, Any]
-) -> tuple[dict[str, Any], OutputFields]:
-    """The fields of a `GenerateRequest` and how to answer. Raises RequestError."""
-    own = {name: said[name] for name in OWN if said.get(name) is not None}
-    model = service.model(own.get("model"))
-    pipeline = service.manifests[model].pipeline
+) -> tuple[dict[str, Any], OutputFields, ImagesFields]:
+    """The fields of a `GenerateRequest`, how to answer, and OpenAI's own fields. Raises RequestError."""
     ours: dict[str, Any] = {name: value for name, value in said.items() if name not in OWN}
     if unknown := next((name for name in ours if name not in REQUEST_FIELDS), None):
         raise RequestError(f"{unknown}: there is no such field")
-    if "n" in own:
-        if not isinstance(own["n"], int) or not 1 <= own["n"] <= MAX_N:
-            raise RequestError(f"n: expected 1 to {MAX_N}, got {shown(own['n'])}")
-        ours["num_images"] = own["n"]
-    size = own.get("size", "auto")
-    if size != "auto":
-        found = SIZE.fullmatch(str(size))
-        if found is None:
-            raise RequestError(f"size: expected auto or WIDTHxHEIGHT such as 1024x1024, got {shown(size)}")
-        ours |= {"width": int(found[1]), "height": int(found[2])}
-    quality = own.get("quality", "auto")
-    if quality not in QUALITY:
-        raise RequestError(f"quality: expected one of {', '.join(QUALITY)}, got {shown(quality)}")
-    if QUALITY[quality] != 1.0:
-        ours.setdefault("num_inference_steps", max(1, round(pipeline.num_inference_steps * QUALITY[quality])))
-    output: dict[str, Any] = {"model": model, "output_format": own.get("output_format", "png")}
-    if output["output_format"] not in FORMATS:
-        raise RequestError(f"output_format: expected one of {', '.join(FORMATS)}, got {shown(output['output_format'])}")
-    if "output_compression" in own and output["output_format"] != "png":
-        # Theirs is the quality of the file, 0 to 100; a file's least is 1.
-        output["output_quality"] = max(1, own["output_compression"]) if own["output_compression"] != 100 else 100
-    if own.get("stream"):
-        partial = own.get("partial_images", 0)
-        if not isinstance(partial, int) or not 0 <= partial <= MAX_PARTIAL_IMAGES:
-            raise RequestError(f"partial_images: expected 0 to {MAX_PARTIAL_IMAGES}, got {shown(partial)}")
-        steps = ours.get("num_inference_steps") or pipeline.num_inference_steps
-        output["previews"] = max(1, steps // (partial + 1)) if partial and isinstance(steps, int) else 0
     try:
-        body = JobRequest.model_validate(ours | output)
+        own = ImagesFields.model_validate({name: said[name] for name in OWN if said.get(name) is not None})
     except ValidationError as error:
         raise invalid(error) from error
-    answer_fields = {name: getattr(body, name) for name in OutputFields.model_fields}
-    return {**request_fields(body), **{k: v for k, v in fields.items() if k not in ours}}, OutputFields(**answer_fields)
+    model = service.model(own.model)
+    pipeline = service.manifests[model].pipeline
+    if own.n is not None:
+        ours["num_images"] = own.n
+    if size := SIZE.fullmatch(own.size):
+        ours |= {} if size[1] is None else {"width": int(size[1]), "height": int(size[2])}
+    if QUALITY[own.quality] != 1.0:
+        ours.setdefault("num_inference_steps", max(1, round(pipeline.num_inference_steps * QUALITY[own.quality])))
+    output: dict[str, Any] = {"model": model, "output_format": own.output_format}
+    if own.output_compression is not None and own.output_format != "png":
+        output["output_quality"] = max(1, own.output_compression)  # theirs begins at 0, a file's at 1
+    if own.stream and own.partial_images:
+        steps = ours.get("num_inference_steps") or pipeline.num_inference_steps
+        output["previews"] = max(1, steps // (own.partial_images + 1)) if isinstance(steps, int) else 0
+    try:
+        read = JobRequest.model_validate(ours | output)
+    except ValidationError as error:
+        raise invalid(error) from error
+    answer_fields = {name: getattr(read, name) for name in OutputFields.model_fields}
+    wanted = {**request_fields(read), **{name: value for name, value in fields.items() if name not in ours}}
+    await keep_images(service, wanted)
+    return wanted, OutputFields(**answer_fields), own
 
 
 async def _answer(
@@ -188,31 +181,31 @@ async def _answer(
     fields: Mapping[str, Any],
     event: str,
 ) -> Response:
-    wanted, output = _request_of(service, said, fields)
+    wanted, output, own = await _request_of(service, said, fields)
     job = await submit(service, who, wanted, output, detached=False)
     described = {
-        "size": said.get("size", "auto"),
-        "quality": said.get("quality", "auto"),
+        "size": own.size,
+        "quality": own.quality,
         "background": "opaque",
         "output_format": output.output_format,
     }
-    if said.get("stream"):
-        partial = said.get("partial_images") or 0
-        body = _stream(service, job, described, event, partial)
-        return StreamingResponse(body, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+    named = {"X-Zimage-Job": job.id}
+    if own.stream:
+        events = _stream(service, job, described, event, own.partial_images)
+        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store", **named})
     await wait_attached(request, service, job)
     if job.error is not None:
-        return answer(job.error)
+        return answer(job.error, named)
     data = []
     for number in range(job.status()["images"]):
-        if said.get("response_format") == "url":
+        if own.response_format == "url":
             data.append({"url": f"{request.base_url}v1/jobs/{job.id}/images/{number}"})
         else:
             data.append({"b64_json": base64.b64encode(await service.image(job, number)).decode()})
     safety = {} if job.safety is None else {"safety": job.safety["action"]}
     return JSONResponse(
         {"created": int(job.created), "data": data, **described, **safety, "usage": await service.usage(job)},
-        headers={"X-Zimage-Job": job.id},
+        headers=named,
     )
 
 

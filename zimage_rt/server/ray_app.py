@@ -213,7 +213,6 @@ class ReplicaWorker:
         self.models: Sequence[str] = ()
         self.memory: Mapping[str, int] = {}
         self.caches: Mapping[tuple[str, str], int] = {}
-        self.caches: Mapping[tuple[str, str], int] = {}
         self.problems: Mapping[str, str] = {}
         self.deaths = 0
         self._loaded = [name for name, model in config.models.items() if model.load]

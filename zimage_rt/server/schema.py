@@ -8,7 +8,7 @@ import dataclasses
 import re
 import typing
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
@@ -97,8 +97,69 @@ class OutputFields(BaseModel):
     ] = 0
 
 
+# OpenAI's names of qualities, with the share of the bundle's own steps that each stands for.
+QUALITY: Mapping[str, float] = {"auto": 1.0, "low": 0.5, "medium": 1.0, "standard": 1.0, "high": 1.5, "hd": 1.5}
+SIZE = re.compile(r"auto|([0-9]{2,5})x([0-9]{2,5})")
+IGNORED = "Taken for the sake of OpenAI's clients; it changes nothing here."
+
+
+class ImagesFields(BaseModel):
+    """What OpenAI's Images protocol has beside the prompt; our own fields stand beside them."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: Annotated[str | None, Field(description="A name of /v1/models; the default is the service's first.")] = None
+    n: Annotated[int | None, Field(ge=1, le=10, description="How many images to draw.")] = None
+    size: Annotated[
+        str, Field(pattern=f"^({SIZE.pattern})$", description="WIDTHxHEIGHT such as 1024x1024, or auto.")
+    ] = "auto"
+    quality: Annotated[
+        Literal["auto", "low", "medium", "standard", "high", "hd"],
+        Field(description="Half, all, or one and a half times the model's own steps; num_inference_steps says more."),
+    ] = "auto"
+    output_format: Annotated[Literal["png", "jpeg", "webp"], Field(description="The file's format.")] = "png"
+    output_compression: Annotated[
+        int | None, Field(ge=0, le=100, description="The quality of a JPEG or WebP file; 100 is the best.")
+    ] = None
+    response_format: Annotated[
+        Literal["b64_json", "url"], Field(description="The image in the answer, or an address to fetch it from.")
+    ] = "b64_json"
+    stream: Annotated[bool, Field(description="Answer with server-sent events.")] = False
+    partial_images: Annotated[int, Field(ge=0, le=3, description="Previews in the stream.")] = 0
+    background: Annotated[str | None, Field(description=IGNORED)] = None
+    moderation: Annotated[str | None, Field(description=IGNORED)] = None
+    style: Annotated[str | None, Field(description=IGNORED)] = None
+    user: Annotated[str | None, Field(description=IGNORED)] = None
+    input_fidelity: Annotated[str | None, Field(description=IGNORED)] = None
+
+
+class ImageUrl(BaseModel):
+    """An image in a JSON body."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    image_url: Annotated[str, Field(pattern="^data:image/", description=IMAGE_HELP)]
+
+
 JobRequest: Any = create_model("JobRequest", __base__=OutputFields, **_request_fields())
 JobRequest.__doc__ = "A request: every field of zimage_rt.GenerateRequest that JSON can say, and how to answer."
+
+TurnRequest: Any = create_model("TurnRequest", __base__=JobRequest, prompt=(str | None, None))
+TurnRequest.__doc__ = "A turn of a session: what it leaves out is the current image's."
+ImagesRequest: Any = create_model("ImagesRequest", __base__=ImagesFields, **_request_fields())
+ImagesRequest.__doc__ = "A request in OpenAI's protocol, with our own fields beside theirs."
+_EDITS_FIELDS: dict[str, Any] = {
+    "images": (
+        Annotated[list[ImageUrl], Field(min_length=1, max_length=1, description="The image to draw over.")],
+        ...,
+    ),
+    "mask": (
+        Annotated[ImageUrl | None, Field(description="An image whose alpha is 0 where to draw; else everywhere.")],
+        None,
+    ),
+}
+EditsRequest: Any = create_model("EditsRequest", __base__=ImagesRequest, **_EDITS_FIELDS)
+EditsRequest.__doc__ = "A request to draw over an image; `mask` is OpenAI's."
 
 OUTPUT_FIELDS = tuple(OutputFields.model_fields)
 REQUEST_FIELDS = tuple(name for name in JobRequest.model_fields if name not in OUTPUT_FIELDS)
@@ -130,4 +191,17 @@ def decode_data_url(text: str, field: str, max_bytes: int) -> bytes:
         raise RequestError(f"{field}: the data URL is no base64: {error}") from error
 
 
-__all__ = ["DIFFUSERS_NAMES", "REQUEST_FIELDS", "JobRequest", "OutputFields", "decode_data_url", "request_fields"]
+__all__ = [
+    "DIFFUSERS_NAMES",
+    "QUALITY",
+    "REQUEST_FIELDS",
+    "SIZE",
+    "EditsRequest",
+    "ImagesFields",
+    "ImagesRequest",
+    "JobRequest",
+    "OutputFields",
+    "TurnRequest",
+    "decode_data_url",
+    "request_fields",
+]

@@ -77,6 +77,7 @@ class Service:
         self.feeding: dict[str, asyncio.Future[None]] = {}
         # By session: the turn that is drawn, and the task that lets it stand.
         self.turns: dict[str, tuple[Job, asyncio.Future[None]]] = {}
+        self.taking: set[str] = set()  # sessions whose next turn is being checked
         self._is_draining = False
         self._sweeping: asyncio.Task[None] | None = None
         self._idle = asyncio.Event()
@@ -256,6 +257,7 @@ class Service:
             return
         for worker in self.workers:
             if job.id in worker.running:
+                job.is_cancelling = True
                 worker.cancel(job)
 
     async def wait(self, job: Job) -> None:
@@ -265,6 +267,8 @@ class Service:
 
     async def image(self, job: Job, number: int) -> bytes:
         """The bytes of a finished job's image. Raises KeyError if there is none, FileNotFoundError if it expired."""
+        if number < 0:
+            raise KeyError(number)
         if number < len(job.images):
             return job.images[number].content
         if number < len(job.stored):
@@ -335,14 +339,17 @@ class Service:
         """End a job and keep its record; the answer waits for that, see `wait`."""
         job.error = error
         self.store.finished(job, state)
-        job.drop_previews()
         job.finish(state, **({"error": error} if error is not None else data))
+        job.drop_previews()
         for tell in self.on_end:
             tell(job)
 
     def _on_death(self, worker: JobWorker, lost: Sequence[Job]) -> None:
         for job in lost:
-            if job.attempts < MAX_ATTEMPTS:
+            if job.is_cancelling:
+                message = "the job was cancelled; no image was made"
+                self._end(job, "cancelled", {"code": "cancelled", "message": message, "field": None})
+            elif job.attempts < MAX_ATTEMPTS:
                 job.state = "queued"
                 job.tell("queued", position=0)
                 self.queue.add_first(job)
@@ -355,14 +362,19 @@ class Service:
         """Forget jobs whose images have expired, and prune the record, for ever."""
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
-            self.forget_expired()
-            unfinished = (value for job in self._unfinished() for value in job.fields.values())
-            await self.store.prune({value.name for value in unfinished if isinstance(value, Path)})
+            try:
+                self.forget_expired()
+                unfinished = (value for job in self._unfinished() for value in job.fields.values())
+                await self.store.prune({value.name for value in unfinished if isinstance(value, Path)})
+            except Exception:  # the next round may do better; without any, the disk would fill
+                log.exception("what has expired was not removed")
 
     def forget_expired(self) -> None:
         """Forget finished jobs that are too old or too many; their records and files are still in the store."""
         now = time.time()
-        finished = sorted((job for job in self.jobs.values() if job.finished), key=lambda job: job.finished or 0.0)
+        # Those that the disk has not taken yet are nowhere else.
+        written = [job for job in self.jobs.values() if job.finished and self.store.is_settled(job)]
+        finished = sorted(written, key=lambda job: job.finished or 0.0)
         for index, job in enumerate(finished):
             too_old = now - (job.finished or now) > self.config.queue.keep_seconds
             if too_old or len(finished) - index > MAX_JOBS:

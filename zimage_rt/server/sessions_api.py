@@ -11,6 +11,7 @@ import json
 import sqlite3
 import time
 import uuid
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
@@ -19,12 +20,14 @@ from fastapi.responses import Response
 from ..atomic_write import atomic_write
 from ..errors import RequestError
 from ..image.formats import FORMATS
+from ..request.codec import IMAGES
 from ..session import TASKS
 from .access import Caller
 from .errors import Gone, NotFound
 from .jobs import Job
-from .jobs_api import BODY, CallerOf, ServiceOf, read_request, submit
-from .schema import OutputFields
+from .jobs_api import CallerOf, ServiceOf, read_request, submit
+from .openapi import IMAGE_ANSWER, MASK_EXAMPLE, body
+from .schema import OutputFields, TurnRequest
 from .service import Service
 
 router = APIRouter(prefix="/v1/sessions", tags=["sessions"])
@@ -80,22 +83,34 @@ async def delete(session_id: str, service: ServiceOf, who: CallerOf) -> dict[str
     return {"id": session_id, "deleted": True}
 
 
-@router.post("/{session_id}/turns/{task}", status_code=202, openapi_extra=dict(BODY))
-async def take(
-    session_id: str,
-    task: Task,
-    request: Request,
-    service: ServiceOf,
-    who: CallerOf,
-) -> dict[str, Any]:
+TURN_BODY: Mapping[str, Any] = body(
+    TurnRequest,
+    {"prompt": "a lighthouse in a storm, oil painting", "height": 256, "width": 256, "seed": 7},
+    {"prompt": "a lighthouse in a storm, with a red door", "mask": MASK_EXAMPLE},
+    {"num_inference_steps": 12},
+    files=IMAGES,
+)
+
+
+@router.post("/{session_id}/turns/{task}", status_code=202, openapi_extra=dict(TURN_BODY))
+async def take(session_id: str, task: Task, request: Request, service: ServiceOf, who: CallerOf) -> dict[str, Any]:
     """Take a turn: the fields are those of `/v1/jobs`. What it does not say is the current image's.
 
     `edit` draws the current image anew after another prompt, all of it or where `mask` is white; `refine` draws it
     again with its own prompt, a little. The answer is the job; its events tell when the turn stands.
     """
     session = await _find(service, who, session_id)
-    if session_id in service.turns:
+    if session_id in service.turns or session_id in service.taking:
         raise RequestError("session: a turn of it is being drawn; wait for its job, or cancel it", field="session")
+    service.taking.add(session_id)  # the next lines wait, and another turn may come meanwhile
+    try:
+        return await _take(session, task, request, service, who)
+    finally:
+        service.taking.discard(session_id)
+
+
+async def _take(session: dict[str, Any], task: Task, request: Request, service: Service, who: Caller) -> dict[str, Any]:
+    session_id = session["id"]
     fields, output = await read_request(request, service, needs_prompt=task != "refine")
     turns = json.loads(session["turns"])[: session["standing"]]
     if task != "generate":
@@ -104,6 +119,8 @@ async def take(
         fields = _following(service, task, turns[-1], fields)
     if fields.get("num_images", 1) != 1:
         raise RequestError(f"num_images: expected 1, as a session draws one image per turn, got {fields['num_images']}")
+    if isinstance(fields["prompt"], list) and len(fields["prompt"]) != 1:
+        raise RequestError("prompt: expected one, as a session draws one image per turn", field="prompt")
     if output.model is None:
         output = output.model_copy(update={"model": _model_for(service, task)})
     job = await submit(service, who, fields, output, detached=True)
@@ -125,7 +142,7 @@ async def redo(session_id: str, service: ServiceOf, who: CallerOf) -> dict[str, 
     return await _move(service, who, session_id, 1, "redo")
 
 
-@router.get("/{session_id}/turns/{number}/image")
+@router.get("/{session_id}/turns/{number}/image", response_class=Response, responses=dict(IMAGE_ANSWER))
 async def image(session_id: str, number: int, service: ServiceOf, who: CallerOf) -> Response:
     """A turn's image, with its record inside."""
     turns = json.loads((await _find(service, who, session_id))["turns"])

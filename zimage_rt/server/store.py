@@ -193,6 +193,10 @@ class Store:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(asyncio.shield(done), ANSWER_SECONDS)
 
+    def is_settled(self, job: Job) -> bool:
+        """Whether a finished job is written."""
+        return job.id not in self._settled
+
     async def unfinished(self) -> list[Job]:
         """The promised jobs that a former run of the service did not end, the oldest first."""
         known = self._config.models
@@ -333,10 +337,14 @@ class Store:
                     ended = True
                     continue
                 work, future = entry
+                was_open = database.in_transaction
                 try:
                     result, error = work(database), None
                 except Exception as caught:  # the caller gets it
                     result, error = None, caught
+                    if was_open and not database.in_transaction:
+                        # A full disk makes SQLite undo the whole round: what came before is not written either.
+                        answers = [(each, None, known or caught) for each, _, known in answers]
                 if future is not None:
                     answers.append((future, result, error))
             failed: Exception | None = None

@@ -159,6 +159,7 @@ class Worker:
         self._config, self._send = config, send
         self.engines = Engines(config.models, device, config.max_loaded, self._tell)
         self._jobs = ThreadPoolExecutor(config.slots, "zimage-job")
+        self._given: set[str] = set()
         self._cancelled: set[str] = set()
         self._loras = threading.Lock()
         self._safety = SafetyFilter(config.safety)
@@ -183,11 +184,13 @@ class Worker:
 
     def run(self, message: Run) -> None:
         """Begin a job on a thread of its own."""
+        self._given.add(message.job)
         self._jobs.submit(self._run, message)
 
     def cancel(self, job: str) -> None:
-        """Stop a job after its step."""
-        self._cancelled.add(job)
+        """Stop a job after its step; nothing if it has ended."""
+        if job in self._given:
+            self._cancelled.add(job)
 
     def stop(self) -> None:
         """Wait for the jobs, and close the engines."""
@@ -203,6 +206,7 @@ class Worker:
             safety = error.safety if isinstance(error, Blocked) else None
             finished = Finished(message.job, message.attempt, safety=safety, error=error_json(error))
         finally:
+            self._given.discard(message.job)
             self._cancelled.discard(message.job)
         self._send(finished)
         self._tell()
