@@ -58,7 +58,7 @@ def test_every_route_describes_its_errors_and_its_body(server: Server) -> None:
         refused = operation["responses"]["4XX"]["content"]["application/json"]["schema"]
         assert refused == {"$ref": "#/components/schemas/ErrorAnswer"}, (path, method)
     forms = {path for path, _, operation in operations(description) if "multipart/form-data" in str(operation)}
-    assert forms == {"/v1/jobs", "/v1/images/edits", "/v1/sessions/{session_id}/turns/{task}"}
+    assert forms == {"/v1/batches", "/v1/jobs", "/v1/images/edits", "/v1/sessions/{session_id}/turns/{task}"}
 
 
 def test_the_examples_are_drawn(server: Server) -> None:

@@ -84,7 +84,7 @@ def create_app(config: ServiceConfig, make_workers: MakeWorkers = worker_process
     app.include_router(page.router)
     app.add_api_route("/healthz", healthz, tags=["health"])
     app.add_api_route("/readyz", readyz, tags=["health"])
-    app.add_api_route("/metrics", metrics_text, tags=["health"], response_class=PlainTextResponse)
+    app.add_api_route("/metrics", metrics_text, response_class=PlainTextResponse, include_in_schema=False)
     return app
 
 

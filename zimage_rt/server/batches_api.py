@@ -33,6 +33,7 @@ from .errors import NotFound
 from .forms import read_items
 from .jobs import Job, Output
 from .jobs_api import CallerOf, ServiceOf, read_said
+from .openapi import BINARY
 from .schema import OutputFields
 from .service import Service
 
@@ -67,7 +68,21 @@ class Batch:
     cancelled: int = 0
 
 
-@router.post("", status_code=202)
+# Fields of the form beside the table; all others are those of `/v1/jobs`.
+FORM: Mapping[str, Any] = {
+    "type": "object",
+    "required": ["table"],
+    "properties": {
+        "table": {**BINARY, "description": "CSV, .xlsx or JSON lines, by its file name."},
+        "template": {"type": "string", "description": "The prompt, with columns in it: a {animal}."},
+        "batch_seed": {"type": "string", "pattern": "^[0-9]{1,18}$", "description": "Decides the seeds of rows."},
+    },
+    "additionalProperties": {"type": "string"},
+}
+BODY: Mapping[str, Any] = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": FORM}}}}
+
+
+@router.post("", status_code=202, openapi_extra=dict(BODY))
 async def create(request: Request, service: ServiceOf, who: CallerOf) -> dict[str, Any]:
     """Draw a table: a form with the file `table` (CSV, .xlsx or JSON lines), and fields that hold for every row.
 
@@ -83,8 +98,8 @@ async def create(request: Request, service: ServiceOf, who: CallerOf) -> dict[st
         raise RequestError(f"table: expected a file name that ends in {', '.join(SUFFIXES)}, got {suffix or 'none'}")
     texts = {name: value for name, value in form.multi_items() if isinstance(value, str)}
     template, seed = texts.pop("template", None), texts.pop("batch_seed", "0")
-    if not seed.isdecimal():
-        raise RequestError(f"batch_seed: expected a whole number, 0 or more, got {seed[:40]!r}")
+    if not (seed.isascii() and seed.isdecimal() and len(seed) <= 18):
+        raise RequestError(f"batch_seed: expected a whole number of at most 18 digits, got {seed[:40]!r}")
     defaults, output = read_said(read_items(texts.items())[0], needs_prompt=False)
     model = service.model(output.model)
     who.check_model(model)
