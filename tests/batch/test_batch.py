@@ -251,7 +251,7 @@ def test_a_truncated_line_is_ignored(tmp_path: Path) -> None:
     (tmp_path / ".sku 9.png.77-140.tmp").touch()
     (tmp_path / ".mine.tmp").touch()
     with Journal(tmp_path, HEADER) as journal:
-        assert journal.pictures == {1: ["00001.png"]}
+        assert journal.images == {1: ["00001.png"]}
         assert journal.errors == {2: "RequestError: no"}
         assert path.read_bytes() == whole
         assert [path.name for path in tmp_path.glob("*.tmp")] == [".mine.tmp"]
@@ -287,7 +287,7 @@ def test_the_engines_own_faults_fail_a_row_and_not_the_batch(
     with work.journal as journal:
         drawn = [work.draw(row) for row in work.remaining]
         assert drawn[1] == "RuntimeError: the library fell over"
-        assert sorted(journal.pictures) == [1, 3]
+        assert sorted(journal.images) == [1, 3]
     monkeypatch.undo()
     work = Batch(engine, table, tmp_path / "out", BatchOptions(defaults=DEFAULTS))
     with work.journal as journal:

@@ -137,5 +137,5 @@ def test_images_without_a_scene_have_their_effects(
 
 def test_an_image_drawn_again_is_the_same_to_the_byte(drawn: dict[str, Any]) -> None:
     """On one machine, also from another process."""
-    first, second, third = drawn["the_same_picture_again"].images
+    first, second, third = drawn["the_same_image_again"].images
     assert first.tobytes() == second.tobytes() != third.tobytes()
