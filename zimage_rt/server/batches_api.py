@@ -150,7 +150,7 @@ async def listed(service: ServiceOf, who: CallerOf) -> dict[str, Any]:
 
 @router.get("/{batch_id}")
 async def status(batch_id: str, service: ServiceOf, who: CallerOf) -> dict[str, Any]:
-    """How far a batch is, and the jobs of its rows: `/v1/jobs/{id}` has their images."""
+    """The progress of a batch, and the jobs of its rows: `/v1/jobs/{id}` has their images."""
     batch = await _find(service, who, batch_id)
     return await _status(service, batch) | {"jobs": await _jobs(service, batch)}
 

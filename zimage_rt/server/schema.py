@@ -104,7 +104,7 @@ IGNORED = "Taken for the sake of OpenAI's clients; it changes nothing here."
 
 
 class ImagesFields(BaseModel):
-    """What OpenAI's Images protocol has beside the prompt; our own fields stand beside them."""
+    """The fields of OpenAI's Images protocol beside the prompt; our own fields stand beside them."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 

@@ -1,4 +1,4 @@
-"""What the service keeps: a record of every request in SQLite, input and finished images as files.
+"""The service's memory: a record of every request in SQLite, input and finished images as files.
 
 One thread writes. It commits everything that has arrived since the last commit at once, so that a busy service waits
 for the disk once per round. While the disk is full it tries again, and what is not written yet stays in memory.
@@ -481,7 +481,7 @@ def inputs_of(fields: Mapping[str, Any]) -> list[str]:
 
 
 def fields_from_json(fields: Mapping[str, Any], inputs: Path) -> dict[str, Any]:
-    """What `fields_to_json` made of a request's fields, as they were."""
+    """The fields of a request from what `fields_to_json` made of them."""
     found = {
         name: inputs / value["input"] if isinstance(value, dict) and "input" in value else value
         for name, value in fields.items()
