@@ -65,6 +65,11 @@ def test_rows_are_drawn_as_the_command_draws_them(bundle: Path, tmp_path: Path, 
             refused = send(server, table, name)
             assert refused.status_code == 400 and message in refused.json()["error"]["message"], refused.text
             assert str(tmp_path) not in refused.text
+        secret = tmp_path / "secret.png"
+        Image.new("RGB", (64, 64)).save(secret)
+        for field in ("image", "mask", "control_image"):
+            refused = send(server, "prompt\na\n", "a.csv", **{field: str(secret)})
+            assert refused.status_code == 400 and refused.json()["error"]["param"] == field, refused.text
         answer = send(server, "prompt,image\na,/etc/passwd\n", "a.csv")
         (job,) = wait(server, answer.json()["id"])["jobs"]
         assert job["state"] == "failed" and "cannot name files" in job["error"]["message"]

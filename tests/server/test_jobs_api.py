@@ -102,6 +102,7 @@ def test_images_come_as_data_urls_and_as_parts_of_a_form(server: Server, engine:
         ({**SMALL, "image": "data:image/png;base64,AAAA"}, 400, "image", "cannot be read as"),
         ({**SMALL, "loras": {"../style": 1.0}}, 400, "loras", "no LoRA named"),
         ({**SMALL, "num_inference_steps": 101}, 400, "num_inference_steps", "at most 100 here"),
+        ({**SMALL, "num_images": 2, "num_images_per_prompt": 1}, 400, "num_images", "expected it once"),
         ({**SMALL, "output_quality": 90}, 400, "output_quality", "a PNG keeps every pixel"),
         ({**SMALL, "second_pass": {"scale": 99.0}}, 400, "second_pass.scale", "expected"),
     ],

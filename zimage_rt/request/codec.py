@@ -35,12 +35,7 @@ def make_request(**fields: Any) -> GenerateRequest:
 
     Raises RequestError for an unknown name, with the known ones, for a field given twice, and without a prompt.
     """
-    renamed: dict[str, Any] = {}
-    for name, value in fields.items():
-        own = DIFFUSERS_NAMES.get(name, name)
-        if own in renamed:
-            raise RequestError(f"{own}: expected it once, got it as {own} and as {name}; they are the same")
-        renamed[own] = value
+    renamed = own_names(fields)
     unknown = next((name for name in renamed if name not in GenerateRequest.__dataclass_fields__), None)
     if unknown is not None:
         known = ", ".join(GenerateRequest.__dataclass_fields__)
@@ -48,6 +43,17 @@ def make_request(**fields: Any) -> GenerateRequest:
     if "prompt" not in renamed:
         raise RequestError("prompt: expected it, got none; say what to draw")
     return GenerateRequest(**renamed)
+
+
+def own_names(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields by their own names instead of diffusers'. Raises RequestError for a field given under both."""
+    renamed: dict[str, Any] = {}
+    for name, value in fields.items():
+        own = DIFFUSERS_NAMES.get(name, name)
+        if own in renamed:
+            raise RequestError(f"{own}: expected it once, got it as {own} and as {name}; they are the same", field=own)
+        renamed[own] = value
+    return renamed
 
 
 def read_fields(

@@ -14,7 +14,7 @@ import logging
 import sqlite3
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,7 @@ async def create(request: Request, service: ServiceOf, who: CallerOf) -> dict[st
     if not (seed.isascii() and seed.isdecimal() and len(seed) <= 18):
         raise RequestError(f"batch_seed: expected a whole number of at most 18 digits, got {seed[:40]!r}")
     defaults, output = read_said(read_items(texts.items())[0], needs_prompt=False)
+    _refuse_files(defaults)
     model = service.model(output.model)
     who.check_model(model)
     options = {
@@ -235,12 +236,17 @@ async def _draw(service: Service, batch: Batch, table: Table, admit: Callable[[R
 
 def _fields(reader: RowReader, row: Row) -> dict[str, Any]:
     """The fields that a row says. Raises RequestError."""
-    named = [name for name in reader.inputs(row) if name in IMAGES]
-    if named:
-        raise RequestError(f"{named[0]}: a table over HTTP cannot name files; send such a row to /v1/jobs")
+    _refuse_files(reader.inputs(row))
     request = reader.request(row)
     defaults = {field.name: field.default for field in dataclasses.fields(GenerateRequest)}
     return {name: value for name, value in vars(request).items() if name == "prompt" or value != defaults[name]}
+
+
+def _refuse_files(fields: Collection[str]) -> None:
+    named = next((name for name in fields if name in IMAGES), None)
+    if named is not None:
+        message = f"{named}: a table over HTTP cannot name files; send such a row to /v1/jobs"
+        raise RequestError(message, field=named)
 
 
 def _reader(table: Table, options: Mapping[str, Any], defaults: Mapping[str, Any]) -> RowReader:

@@ -17,7 +17,7 @@ from starlette.datastructures import UploadFile
 from ..checks import shown
 from ..errors import RequestError
 from ..image.formats import FORMATS
-from ..request.codec import DIFFUSERS_NAMES, IMAGES, field_kinds
+from ..request.codec import IMAGES, field_kinds, own_names
 from .access import Caller, caller
 from .bounds import read_form, read_json
 from .errors import Gone, NotFound
@@ -230,10 +230,7 @@ async def read_request(
         said, uploads = read_items((await read_form(request)).multi_items())
     else:
         said = await read_json(request)
-    for name, own in DIFFUSERS_NAMES.items():
-        if name in said:
-            said.setdefault(own, said.pop(name))
-    fields, output = read_said(said, needs_prompt=needs_prompt)
+    fields, output = read_said(own_names(said), needs_prompt=needs_prompt)
     for name, upload in uploads:
         if fields.get(name) is not None:
             raise RequestError(f"{name}: expected it once, got it twice", field=name)

@@ -12,7 +12,7 @@ from typing import Any
 from ..bundle.manifest import Manifest, read_manifest
 from ..bundle.tokenizer import PromptTokenizer
 from ..errors import RequestError, ZImageError
-from ..request.codec import make_request
+from ..request.codec import IMAGES, make_request
 from ..request.resolve import resolve
 from ..request.types import ResolvedRequest, ResolvedSecondPass
 from .bounds import check_inputs
@@ -138,6 +138,10 @@ class Service:
     async def check(self, model: str, fields: Mapping[str, Any]) -> ResolvedRequest:
         """A request as it will be drawn, checked against its bundle and the service's limits. Raises RequestError."""
         manifest, limits = self.manifests[model], self.config.limits
+        for name in IMAGES:
+            # No text of a client's is ever opened as a path, whichever route it came by.
+            if fields.get(name) is not None and not self.store.holds_input(fields[name]):
+                raise RequestError(f"{name}: expected an uploaded image, got the name of a file", field=name)
 
         def read() -> ResolvedRequest:
             check_inputs(fields, limits.max_input_pixels)

@@ -131,6 +131,10 @@ class Store:
 
     # --- inputs ---------------------------------------------------------------------------------------------------
 
+    def holds_input(self, value: object) -> bool:
+        """Whether a field's value is a file of `keep_input` or of a session, not a path that a client wrote."""
+        return isinstance(value, Path) and value.parent in (self.folder / "inputs", self.folder / "sessions")
+
     async def keep_input(self, content: bytes) -> Path:
         """Keep an uploaded image under its hash; the file. Raises StorageFull."""
         path = self.folder / "inputs" / hashlib.sha256(content).hexdigest()
