@@ -333,6 +333,26 @@ def test_the_sheet_is_a_grid_of_steps_and_guidance(visit: Visit) -> None:
     assert (recipe["num_inference_steps"], recipe["guidance_scale"], recipe["seed"]) == (2, 2, 3)
 
 
+def test_a_job_that_is_done_before_its_answer_is_shown(visit: Visit) -> None:
+    page = visit.page
+
+    def answer_late(route: Any) -> None:
+        job = route.fetch().json()
+        assert visit.server.finish(job["id"])["state"] == "done"
+        route.fulfill(status=202, json={**job, "state": "done"})
+
+    page.route("**/v1/jobs", answer_late)
+    visit.draw(steps=1)
+    expect(page.locator("#image")).to_be_visible()
+    page.click("#open-sheet")
+    page.fill("#sheet-steps", "1")
+    page.fill("#sheet-guidance", "0")
+    page.press("#sheet-guidance", "Enter")
+    expect(page.locator("#sheet-table img")).to_have_count(1, timeout=20_000)
+    page.locator("#sheet-table button").click()
+    assert json.loads(page.inner_text("#recipe-json"))["num_inference_steps"] == 1
+
+
 # --- who may use it -------------------------------------------------------------------------------------------------
 
 

@@ -79,7 +79,8 @@ class Drawings extends EventTarget {
     for (const [part, blob] of Object.entries(inputs)) images[part] = await dataUrl(blob);
     const previews = Math.max(1, Math.ceil((request.num_inference_steps ?? PREVIEWS) / PREVIEWS));
     const job = await api.createJob({ ...request, ...images, previews });
-    const drawing = { id: job.id, created: Date.now(), state: job.state, kind, request, inputs, warnings: [] };
+    // A short job may be done before its answer arrives; here it is when its events have been read.
+    const drawing = { id: job.id, created: Date.now(), state: "queued", kind, request, inputs, warnings: [] };
     this.#drawings.set(drawing.id, drawing);
     await store.put(drawing).catch(() => {}); // the page works without the browser's storage
     this.#follow(drawing);

@@ -57,7 +57,7 @@ async function submit(asked) {
   return null;
 }
 
-async function draw(read) {
+async function draw(read, open) {
   axes = readAxes();
   say($("sheet-error"), axes ? "" : text("sheetNumbers"));
   if (!axes) return;
@@ -73,7 +73,7 @@ async function draw(read) {
         const drawing = await submit({ request: asked, kind: "sheet" });
         if (!drawing) return;
         cells.set(drawing.id, table[row][column]);
-        render(drawing);
+        render(drawing, open);
       }
     }
   } catch (error) {
@@ -115,7 +115,7 @@ export function start(read, open) {
   $("sheet-cancel").addEventListener("click", cancel);
   $("sheet-form").addEventListener("submit", (event) => {
     event.preventDefault();
-    draw(read);
+    draw(read, open);
   });
   drawings.addEventListener("change", ({ detail: drawing }) => render(drawing, open));
   language.addEventListener("change", renderLabels);
