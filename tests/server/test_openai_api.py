@@ -88,6 +88,12 @@ def test_an_edit_without_a_mask_begins_with_the_image(client: Any, engine: zimag
     assert pixels(answer.data[0].b64_json).tobytes() == expected.tobytes()
     with pytest.raises(openai.BadRequestError, match="expected one image, got 2"):
         client.images.edit(image=[png(image), png(image)], prompt="a panda")
+    with pytest.raises(openai.BadRequestError, match="width: expected"):
+        client.images.edit(image=png(image), prompt="a panda", extra_body={**STEPS, "width": 63})
+    url = f"data:image/png;base64,{base64.b64encode(png(image)).decode()}"
+    with pytest.raises(openai.BadRequestError, match="expected images or image, got both"):
+        said = {"prompt": "a panda", "images": [{"image_url": url}], "image": url}
+        client.post("/images/edits", body=said, cast_to=object)
     with pytest.raises(openai.BadRequestError, match="expected an image with transparency"):
         client.images.edit(image=png(image), mask=png(image), prompt="a panda")
 
@@ -120,6 +126,9 @@ def test_a_stream_has_partial_images_and_then_the_whole(client: Any, engine: zim
         ({"model": "gpt-image-2"}, openai.NotFoundError, "model"),
         ({"extra_body": {"stepz": 2}}, openai.BadRequestError, "stepz"),
         ({"stream": True, "partial_images": 9}, openai.BadRequestError, "partial_images"),
+        ({"n": 2, "extra_body": {"num_images": 3}}, openai.BadRequestError, "num_images"),
+        ({"n": 2, "extra_body": {"num_images_per_prompt": 3}}, openai.BadRequestError, "num_images"),
+        ({"size": "64x64", "extra_body": {"width": 96}}, openai.BadRequestError, "width"),
     ],
 )
 def test_errors_are_those_of_the_client(client: Any, fields: dict[str, Any], error: type, param: str) -> None:

@@ -18,12 +18,13 @@ from pydantic import ValidationError
 
 from ..checks import shown
 from ..errors import RequestError, ZImageError
+from ..request.codec import IMAGES, own_names
 from .access import Caller
 from .bounds import check_pixels, read_form, read_json
 from .errors import answer, error_body
 from .forms import is_form, read_items
 from .jobs import Job
-from .jobs_api import CallerOf, ServiceOf, encode_event, invalid, keep_images, submit
+from .jobs_api import CallerOf, ServiceOf, encode_event, invalid, keep_images, read_said, submit
 from .openapi import ALPHA_MASK_EXAMPLE, EVENTS, IMAGE_EXAMPLE, body
 from .schema import (
     QUALITY,
@@ -32,10 +33,8 @@ from .schema import (
     EditsRequest,
     ImagesFields,
     ImagesRequest,
-    JobRequest,
     OutputFields,
     decode_data_url,
-    request_fields,
 )
 from .service import Service
 
@@ -87,8 +86,8 @@ async def edits(request: Request, service: ServiceOf, who: CallerOf) -> Response
     if mask is not None:
         converted = await asyncio.to_thread(mask_of_alpha, mask, service.config.limits.max_input_pixels)
         fields |= {"mask": await service.store.keep_input(converted), "strength": 1.0}
-    if said.get("size", "auto") == "auto":
-        fields["fit_size"] = "nearest"
+    if said.get("size", "auto") == "auto" and not said.keys() & {"width", "height"}:
+        fields["fit_size"] = "nearest"  # of the image's own size
     return await _answer(request, service, who, said, fields, "image_edit")
 
 
@@ -141,8 +140,17 @@ def mask_of_alpha(content: bytes, max_pixels: int) -> bytes:
 async def _request_of(
     service: Service, said: Mapping[str, Any], fields: Mapping[str, Any]
 ) -> tuple[dict[str, Any], OutputFields, ImagesFields]:
-    """The fields of a `GenerateRequest`, how to answer, and OpenAI's own fields. Raises RequestError."""
-    ours: dict[str, Any] = {name: value for name, value in said.items() if name not in OWN}
+    """The fields of a `GenerateRequest`, how to answer, and OpenAI's own fields.
+
+    Args:
+        service: has the models.
+        said: the body.
+        fields: the image and mask of an edit, and what follows from them if the body does not say it.
+
+    Raises:
+        RequestError: a field is unknown, not of its kind, or said twice: by OpenAI's name and by ours.
+    """
+    ours = own_names({name: value for name, value in said.items() if name not in OWN})
     if unknown := next((name for name in ours if name not in REQUEST_FIELDS), None):
         raise RequestError(f"{unknown}: there is no such field")
     try:
@@ -151,10 +159,11 @@ async def _request_of(
         raise invalid(error) from error
     model = service.model(own.model)
     pipeline = service.manifests[model].pipeline
+    _refuse_doubles(own, ours, fields)
     if own.n is not None:
         ours["num_images"] = own.n
-    if size := SIZE.fullmatch(own.size):
-        ours |= {} if size[1] is None else {"width": int(size[1]), "height": int(size[2])}
+    if (size := SIZE.fullmatch(own.size)) and size[1] is not None:
+        ours |= {"width": int(size[1]), "height": int(size[2])}
     if QUALITY[own.quality] != 1.0:
         ours.setdefault("num_inference_steps", max(1, round(pipeline.num_inference_steps * QUALITY[own.quality])))
     output: dict[str, Any] = {"model": model, "output_format": own.output_format}
@@ -163,14 +172,22 @@ async def _request_of(
     if own.stream and own.partial_images:
         steps = ours.get("num_inference_steps") or pipeline.num_inference_steps
         output["previews"] = max(1, steps // (own.partial_images + 1)) if isinstance(steps, int) else 0
-    try:
-        read = JobRequest.model_validate(ours | output)
-    except ValidationError as error:
-        raise invalid(error) from error
-    answer_fields = {name: getattr(read, name) for name in OutputFields.model_fields}
-    wanted = {**request_fields(read), **{name: value for name, value in fields.items() if name not in ours}}
+    wanted, answered = read_said(ours | output)
+    wanted |= {name: value for name, value in fields.items() if name not in ours}
     await keep_images(service, wanted)
-    return wanted, OutputFields(**answer_fields), own
+    return wanted, answered, own
+
+
+def _refuse_doubles(own: ImagesFields, ours: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+    """Raise RequestError if OpenAI's name of something and ours are both said: one of them would be dropped."""
+    same: dict[str, tuple[str, ...]] = {
+        "n": () if own.n is None else ("num_images",),
+        "size": () if own.size == "auto" else ("width", "height"),
+        "images": tuple(name for name in IMAGES if name in fields),
+    }
+    for theirs, names in same.items():
+        if doubled := next((name for name in names if ours.get(name) is not None), None):
+            raise RequestError(f"{doubled}: expected {theirs} or {doubled}, got both; they are the same", field=doubled)
 
 
 async def _answer(
@@ -248,13 +265,7 @@ async def _stream(
         usage = await service.usage(job)
         for number in range(job.status()["images"]):
             content = {"b64_json": base64.b64encode(await service.image(job, number)).decode()}
-            data = {
-                "type": f"{event}.completed",
-                "created_at": int(job.created),
-                **described,
-                **content,
-                "usage": usage,
-            }
+            data = {"type": f"{event}.completed", "created_at": int(job.created), **described, **content}
             yield encode_event(f"{event}.completed", data | {"usage": usage})
         yield b"data: [DONE]\n\n"
     except ZImageError as error:
