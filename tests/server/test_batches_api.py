@@ -70,6 +70,10 @@ def test_rows_are_drawn_as_the_command_draws_them(bundle: Path, tmp_path: Path, 
         for field in ("image", "mask", "control_image"):
             refused = send(server, "prompt\na\n", "a.csv", **{field: str(secret)})
             assert refused.status_code == 400 and refused.json()["error"]["param"] == field, refused.text
+            refused = server.client.post(
+                "/v1/batches", files={"table": ("a.csv", b"prompt\na\n"), field: ("a.png", secret.read_bytes())}
+            )
+            assert refused.status_code == 400 and "rows have no images" in refused.json()["error"]["message"]
         answer = send(server, "prompt,image\na,/etc/passwd\n", "a.csv")
         (job,) = wait(server, answer.json()["id"])["jobs"]
         assert job["state"] == "failed" and "cannot name files" in job["error"]["message"]

@@ -14,7 +14,8 @@ import logging
 import sqlite3
 import time
 import uuid
-from collections.abc import Callable, Collection, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from .access import Caller
 from .bounds import read_form
 from .errors import NotFound
 from .forms import read_items
-from .jobs import Job, Output
+from .jobs import FINISHED, Output
 from .jobs_api import CallerOf, ServiceOf, read_said
 from .openapi import BINARY
 from .schema import OutputFields
@@ -96,6 +97,11 @@ async def create(request: Request, service: ServiceOf, who: CallerOf) -> dict[st
     suffix = Path(upload.filename or "").suffix.lower()
     if suffix not in SUFFIXES:
         raise RequestError(f"table: expected a file name that ends in {', '.join(SUFFIXES)}, got {suffix or 'none'}")
+    others = [name for name, value in form.multi_items() if value is not upload and isinstance(value, UploadFile)]
+    if others:
+        raise RequestError(
+            f"{others[0]}: expected one file, the table, got another; rows have no images", field=others[0]
+        )
     texts = {name: value for name, value in form.multi_items() if isinstance(value, str)}
     template, seed = texts.pop("template", None), texts.pop("batch_seed", "0")
     if not (seed.isascii() and seed.isdecimal() and len(seed) <= 18):
@@ -146,7 +152,7 @@ async def listed(service: ServiceOf, who: CallerOf) -> dict[str, Any]:
         query = "SELECT * FROM batches WHERE owner = ? ORDER BY created DESC LIMIT 200"
         return [Batch(**dict(row)) for row in database.execute(query, (who.name,))]
 
-    return {"batches": [await _status(service, batch) for batch in await service.store.run(read)]}
+    return {"batches": await _statuses(service, await service.store.run(read))}
 
 
 @router.get("/{batch_id}")
@@ -209,7 +215,7 @@ async def _draw(service: Service, batch: Batch, table: Table, admit: Callable[[R
     known = {job["id"] for job in await _jobs(service, batch)}
     for row in table.rows:
         job_id = f"{batch.id}-{row.number:06d}"
-        while not (known and job_id in known):
+        while job_id not in known:
             if sum(job.id.startswith(f"{batch.id}-") for job in service.queue.jobs()) >= AHEAD:
                 await asyncio.sleep(PAUSE)
                 continue
@@ -276,22 +282,32 @@ async def _jobs(service: Service, batch: Batch) -> list[dict[str, Any]]:
         query = "SELECT id, state, error FROM jobs WHERE id >= ? AND id < ? ORDER BY id"
         return [dict(row) for row in database.execute(query, (f"{batch.id}-", f"{batch.id}."))]
 
-    found = await service.store.run(read)
-    live: dict[str, Job] = {job.id: job for job in service.jobs.values()}
     return [
         {
             "row": int(job["id"].rpartition("-")[2]),
             "id": job["id"],
-            "state": live[job["id"]].state if job["id"] in live else job["state"],
+            "state": live.state if (live := service.jobs.get(job["id"])) else job["state"],
             "error": None if job["error"] is None else json.loads(job["error"]),
         }
-        for job in found
+        for job in await service.store.run(read)
     ]
 
 
 async def _status(service: Service, batch: Batch) -> dict[str, Any]:
-    jobs = await _jobs(service, batch)
-    states = {state: sum(job["state"] == state for job in jobs) for state in ("done", "failed", "cancelled")}
-    ended = sum(states.values())
-    state = "cancelled" if batch.cancelled else "done" if ended == batch.rows else "running"
-    return {"id": batch.id, "created": batch.created, "state": state, "rows": batch.rows, **states}
+    return (await _statuses(service, [batch]))[0]
+
+
+async def _statuses(service: Service, batches: Sequence[Batch]) -> list[dict[str, Any]]:
+    """The progress of batches."""
+
+    def read(database: sqlite3.Connection) -> list[Counter[str]]:
+        query = "SELECT state, count(*) FROM jobs WHERE id >= ? AND id < ? GROUP BY state"
+        ranges = [(f"{batch.id}-", f"{batch.id}.") for batch in batches]
+        return [Counter(dict(database.execute(query, each).fetchall())) for each in ranges]
+
+    found = []
+    for batch, counts in zip(batches, await service.store.run(read), strict=True):
+        states: dict[str, int] = {state: counts[state] for state in FINISHED}
+        state = "cancelled" if batch.cancelled else "done" if sum(states.values()) == batch.rows else "running"
+        found.append({"id": batch.id, "created": batch.created, "state": state, "rows": batch.rows, **states})
+    return found
