@@ -68,7 +68,7 @@ class FairRWLock:
 
     def _is_first(self, ticket: int, state: Hashable) -> bool:
         """Whether every older ticket has the same state."""
-        return next((other for other, its in self._states.items() if other == ticket or its != state), ticket) == ticket
+        return all(its == state for other, its in self._states.items() if other < ticket)
 
 
 _NOTHING = object()

@@ -26,6 +26,11 @@ MARKS: Mapping[str, tuple[bytes, bytes]] = {
 }
 
 
+def media_type(suffix: str) -> str:
+    """The media type of a suffix: `image/jpeg` of `.jpg`."""
+    return f"image/{FORMATS[suffix.lower()].lower()}"
+
+
 def check_quality(suffix: str, quality: int | None) -> None:
     """Raise RequestError unless `quality` is None, or 1 to 100 for a format that has one."""
     if quality is None:

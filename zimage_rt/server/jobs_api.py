@@ -16,7 +16,7 @@ from starlette.datastructures import UploadFile
 
 from ..checks import shown
 from ..errors import RequestError
-from ..image.formats import FORMATS
+from ..image.formats import media_type
 from ..request.codec import IMAGES, field_kinds, own_names
 from .access import Caller, caller
 from .bounds import read_form, read_json
@@ -118,20 +118,20 @@ async def image(job_id: str, number: int, service: ServiceOf, who: CallerOf) -> 
     job = service.jobs.get(job_id)
     try:
         if job is not None and who.may_see(job.owner):
-            content, media_type = await service.image(job, number), media_type_of(job.output)
+            content, kind = await service.image(job, number), media_type(job.output.suffix)
         else:
             files = (await _recorded(service, who, job_id))["files"]
             if not 0 <= number < len(files):
                 raise KeyError(number)
             path = service.store.folder / "images" / files[number]["file"]
-            content, media_type = await asyncio.to_thread(path.read_bytes), files[number]["media_type"]
+            content, kind = await asyncio.to_thread(path.read_bytes), files[number]["media_type"]
     except FileNotFoundError as error:
         raise Gone(
             "images: they have expired; draw them again, or keep them for longer (queue.keep_seconds)"
         ) from error
     except KeyError as error:
         raise NotFound(f"images: there is no image {number} of this job") from error
-    return Response(content, media_type=media_type, headers={"Cache-Control": "private, max-age=3600"})
+    return Response(content, media_type=kind, headers={"Cache-Control": "private, max-age=3600"})
 
 
 @router.delete("/jobs/{job_id}")
@@ -164,14 +164,18 @@ def find(service: Service, who: Caller, job_id: str) -> Job:
     """A job in memory that a caller may see. Raises NotFound."""
     job = service.jobs.get(job_id)
     if job is None or not who.may_see(job.owner):
-        raise NotFound(f"jobs: there is no job {job_id[:64]!r}, or it has expired")
+        raise _unknown(job_id)
     return job
+
+
+def _unknown(job_id: str) -> NotFound:
+    return NotFound(f"jobs: there is no job {job_id[:64]!r}, or it has expired")
 
 
 async def _recorded(service: Service, who: Caller, job_id: str) -> dict[str, Any]:
     row = await service.store.row(job_id)
     if row is None or not who.may_see(row["owner"]):
-        raise NotFound(f"jobs: there is no job {job_id[:64]!r}, or it has expired")
+        raise _unknown(job_id)
     kept = ("id", "state", "model", "created", "started", "finished", "timings", "error")
     more = {} if row["safety"] is None else {"safety": row["safety"]["action"]}
     images = {"images": len(row["images"]), "files": row["images"], "position": None}
@@ -214,11 +218,6 @@ def encode_event(name: str, data: Mapping[str, Any], number: int | None = None) 
     """A server-sent event."""
     head = "" if number is None else f"id: {number}\n"
     return f"{head}event: {name}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
-
-
-def media_type_of(output: Output) -> str:
-    """The media type of a job's images."""
-    return f"image/{FORMATS[output.suffix].lower()}"
 
 
 async def read_request(

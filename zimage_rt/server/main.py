@@ -14,7 +14,7 @@ import uvicorn
 
 from ..errors import RequestError
 from .app import create_app
-from .config import ModelConfig, QueueConfig, ServiceConfig, read_config
+from .config import ModelConfig, ServiceConfig, read_config
 from .keys import has_key
 from .store import exclusive
 
@@ -94,6 +94,3 @@ class Server(uvicorn.Server):
             for each in server.sockets:
                 host, port = each.getsockname()[:2]
                 log.info("listening at http://%s:%d", f"[{host}]" if ":" in host else host, port)
-
-
-__all__ = ["QueueConfig", "refuse_strangers", "run", "service_config"]

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from ..errors import RequestError
-from ..request.codec import DIFFUSERS_NAMES, IMAGES, field_kinds, members, part_type
+from ..request.codec import IMAGES, field_kinds, members, part_type
 from ..request.types import GenerateRequest
 from ..request.values import FLAG, NUMBER, NUMBERS, TEXT, WEIGHTS, WHOLE
 
@@ -189,19 +189,3 @@ def decode_data_url(text: str, field: str, max_bytes: int) -> bytes:
         return base64.b64decode(text[head.end() :], validate=True)
     except (binascii.Error, ValueError) as error:
         raise RequestError(f"{field}: the data URL is no base64: {error}") from error
-
-
-__all__ = [
-    "DIFFUSERS_NAMES",
-    "QUALITY",
-    "REQUEST_FIELDS",
-    "SIZE",
-    "EditsRequest",
-    "ImagesFields",
-    "ImagesRequest",
-    "JobRequest",
-    "OutputFields",
-    "TurnRequest",
-    "decode_data_url",
-    "request_fields",
-]

@@ -25,7 +25,7 @@ from .rate import Rates
 from .safety import SafetyFilter
 from .schema import OutputFields
 from .store import Store
-from .worker import error_json, lora_names
+from .worker import error_json, lora_file
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,6 @@ class Service:
         self.taking: set[str] = set()  # sessions whose next turn is being checked
         self._is_draining = False
         self._sweeping: asyncio.Task[None] | None = None
-        self._idle = asyncio.Event()
 
     # --- life -----------------------------------------------------------------------------------------------------
 
@@ -166,10 +165,8 @@ class Service:
             raise RequestError(f"num_inference_steps: expected at most {limits.max_steps} here, got {steps}")
         if len(resolved.seeds) > limits.max_images:
             raise RequestError(f"num_images: expected at most {limits.max_images} here, got {len(resolved.seeds)}")
-        known = lora_names(self.config.models[model].loras)
         for name in resolved.loras or ():
-            if name not in known:
-                raise RequestError(f"loras: no LoRA named {name!r} here; there are: {', '.join(known) or 'none'}")
+            lora_file(self.config.models[model].loras, name)
         return resolved
 
     async def submit(
@@ -205,10 +202,9 @@ class Service:
         self._check_room()  # before anything is decoded
         resolved = await self.check(model, fields)
         # The seed is chosen here, so that the record has it whatever becomes of the job.
+        has_seeds = resolved.batch_noise == "separate" and len(resolved.seeds) > 1
         job = Job(
-            {**fields, "seed": list(resolved.seeds) if len(resolved.seeds) > 1 else resolved.seeds[0]}
-            if resolved.batch_noise == "separate"
-            else {**fields, "seed": resolved.seeds[0]},
+            {**fields, "seed": list(resolved.seeds) if has_seeds else resolved.seeds[0]},
             model=model,
             owner=owner,
             output=output,

@@ -19,7 +19,7 @@ from fastapi.responses import Response
 
 from ..atomic_write import atomic_write
 from ..errors import RequestError
-from ..image.formats import FORMATS
+from ..image.formats import media_type
 from ..request.codec import IMAGES
 from ..session import TASKS
 from .access import Caller
@@ -27,7 +27,7 @@ from .errors import Gone, NotFound
 from .jobs import Job
 from .jobs_api import CallerOf, ServiceOf, read_request, submit
 from .openapi import IMAGE_ANSWER, MASK_EXAMPLE, body
-from .schema import OutputFields, TurnRequest
+from .schema import TurnRequest
 from .service import Service
 
 router = APIRouter(prefix="/v1/sessions", tags=["sessions"])
@@ -153,7 +153,7 @@ async def image(session_id: str, number: int, service: ServiceOf, who: CallerOf)
         content = await asyncio.to_thread(path.read_bytes)
     except FileNotFoundError as error:
         raise Gone("image: its file is gone from the service's disk") from error
-    return Response(content, media_type=f"image/{FORMATS[path.suffix].lower()}")
+    return Response(content, media_type=media_type(path.suffix))
 
 
 def _following(service: Service, task: str, last: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
@@ -252,6 +252,3 @@ def _shown(session: dict[str, Any]) -> dict[str, Any]:
     """A session for a client: files are fetched by their turns' numbers."""
     turns = [{key: value for key, value in turn.items() if key != "file"} for turn in json.loads(session["turns"])]
     return {"id": session["id"], "created": session["created"], "standing": session["standing"], "turns": turns}
-
-
-__all__ = ["OutputFields", "router"]

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 from .._version import __version__
 from ..atomic_write import atomic_write
 from ..errors import ZImageError
-from ..image.formats import FORMATS
+from ..image.formats import FORMATS, media_type
 from ..metadata.references import to_reference
 from ..request.codec import IMAGES
 from ..request.types import SecondPass
@@ -93,7 +93,7 @@ class Store:
         self.folder = folder
         self._config = config
         self.bundle_ids: dict[str, str] = {}  # by model; the service says them
-        self._queue: queue.SimpleQueue[tuple[Callable[[sqlite3.Connection], Any], asyncio.Future[Any] | None] | None]
+        self._queue: queue.SimpleQueue[tuple[Callable[[sqlite3.Connection], Any], asyncio.Future[Any]] | None]
         self._queue = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="zimage-store", daemon=True)
         self._settled: dict[str, asyncio.Future[None]] = {}
@@ -226,10 +226,6 @@ class Store:
 
         return await self._do(read)
 
-    def forget(self, job_id: str) -> None:
-        """Remove a job's images; its record stays."""
-        self._do_later(lambda database: shutil.rmtree(self.folder / "images" / job_id, ignore_errors=True))
-
     async def prune(self, inputs_in_use: Collection[str] = ()) -> None:
         """Remove the records beyond `retain_days` and `retain_rows`, expired images, and inputs of no record.
 
@@ -323,9 +319,6 @@ class Store:
             self.is_disk_full = False
             return result
 
-    def _do_later(self, work: Callable[[sqlite3.Connection], object]) -> None:
-        self._queue.put((work, None))
-
     def _write(self) -> None:
         """The thread's life: rounds of everything that has arrived, each with one commit."""
         database = connect(self.folder)
@@ -349,8 +342,7 @@ class Store:
                     if was_open and not database.in_transaction:
                         # A full disk makes SQLite undo the whole round: what came before is not written either.
                         answers = [(each, None, known or caught) for each, _, known in answers]
-                if future is not None:
-                    answers.append((future, result, error))
+                answers.append((future, result, error))
             failed: Exception | None = None
             try:
                 database.commit()
@@ -447,7 +439,7 @@ def write_images(folder: Path, images: Sequence[Image], durable: bool) -> list[S
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for number, image in enumerate(images):
-            suffix = next(suffix for suffix, kind in FORMATS.items() if image.media_type == f"image/{kind.lower()}")
+            suffix = next(suffix for suffix in FORMATS if image.media_type == media_type(suffix))
             path = folder / f"{number}{suffix}"
             if durable:
                 atomic_write(path, image.content)

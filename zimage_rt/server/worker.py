@@ -21,7 +21,7 @@ import numpy as np
 
 from ..engine import Engine
 from ..errors import Cancelled, EngineClosed, OutOfMemory, RequestError, RequestWarning, ZImageError
-from ..image.formats import FORMATS
+from ..image.formats import media_type
 from ..metadata.image_file import encode_with_record
 from ..metadata.record import ImageRecord
 from ..metadata.references import pixels_sha256
@@ -126,8 +126,7 @@ class Engines:
     def read_memory(self, name: str, engine: Engine) -> None:
         """Read an engine's memory. Only for the thread that runs it, or before any does.
 
-        The pipeline has one lock for everything: another thread would wait for it with Python's lock held, which the
-        thread that runs needs for its callback.
+        The pipeline has one lock for everything: another thread would wait for the request that runs.
         """
         read = getattr(engine.pipeline, "memory", None)
         if read is not None:
@@ -234,8 +233,7 @@ class Worker:
             record = dataclasses.replace(scrubbed(drawn), pixels_sha256=pixels_sha256(pixels))
             content = encode_with_record(pixels, record, suffix, message.output.quality)
             height, width = pixels.shape[:2]
-            kind = f"image/{FORMATS[suffix].lower()}"
-            images.append(Image(content, kind, width, height, dataclasses.asdict(record)))
+            images.append(Image(content, media_type(suffix), width, height, dataclasses.asdict(record)))
         return Finished(
             message.job,
             message.attempt,
