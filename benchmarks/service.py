@@ -3,10 +3,12 @@
     python -m zimage_rt.benchmarks.service engines/nano --size 256 --evaluations 8
     python -m zimage_rt.benchmarks.service /tmp/random-bf16 --backend cuda --size 256 --size 1024
     python -m zimage_rt.benchmarks.service engines/nano --batching --size 64 --size 128 --size 256
+    python -m zimage_rt.benchmarks.service /tmp/random-bf16 --backend cuda --size 1024 --devices 2
 
 Both systems are measured in one run and alternate: a round of the engine, then one of the service, at the same clocks.
 The device must hold the model twice. A client asks again as soon as it has its answer; `clients` of them do so at once.
-The engine's clients are threads.
+The engine's clients are threads. `--devices` compares services alone: one with that many devices, and one with the
+first.
 """
 
 from __future__ import annotations
@@ -36,23 +38,23 @@ Draw = Callable[[int], object]
 
 
 @contextlib.contextmanager
-def service(bundle: Path, backend: str, slots: int) -> Iterator[str]:
-    """A service in a process of its own; its address."""
+def service(bundle: Path, backend: str, slots: int, devices: int | None = None) -> Iterator[str]:
+    """A service in a process of its own, with so many devices; its address."""
     with tempfile.TemporaryDirectory() as name, socket.socket() as probe:
         folder = Path(name)
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         probe.close()
         config = folder / "service.toml"
+        head = f"slots = {slots}\n" + ("" if devices is None else f"devices = {list(range(devices))}\n")
         config.write_text(
-            f'slots = {slots}\n[models.model]\nbundle = "{bundle.absolute()}"\nbackend = "{backend}"\n',
-            encoding="utf-8",
+            f'{head}[models.model]\nbundle = "{bundle.absolute()}"\nbackend = "{backend}"\n', encoding="utf-8"
         )
         command = [sys.executable, "-m", "zimage_rt.cli.main", "serve", "--config", str(config), "--port", str(port)]
         log = (folder / "log").open("wb")
         process = subprocess.Popen([*command, "--data", str(folder / "data")], stdout=log, stderr=log)
         try:
-            wait_until_ready(f"http://127.0.0.1:{port}", process, folder / "log")
+            wait_until_ready(f"http://127.0.0.1:{port}", process, folder / "log", devices or 1)
             yield f"http://127.0.0.1:{port}"
         finally:
             process.terminate()
@@ -60,14 +62,14 @@ def service(bundle: Path, backend: str, slots: int) -> Iterator[str]:
             log.close()
 
 
-def wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Return when a worker takes jobs. Raises RuntimeError with the log if the service ends before."""
+def wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path, workers: int) -> None:
+    """Return when so many workers take jobs. Raises RuntimeError with the log if the service ends before."""
     import httpx
 
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end and process.poll() is None:
         with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{url}/readyz", timeout=5).status_code == 200:
+            if sum(worker["ready"] for worker in httpx.get(f"{url}/readyz", timeout=5).json()["workers"]) == workers:
                 return
         time.sleep(0.1)
     raise RuntimeError(f"the service did not start: {log.read_text(errors='replace')[-3000:]}")
@@ -138,6 +140,53 @@ def in_process(engine: zimage_rt.Engine, size: int, evaluations: int) -> Draw:
     return draw
 
 
+def measure_cancelling(url: str, size: int, rounds: int) -> dict[str, float]:
+    """Milliseconds from asking for the end of a job, which runs, to its last event, and of one step."""
+    import httpx
+
+    cancelled, steps = [], []
+    with httpx.Client(base_url=url, timeout=600) as http:
+        for number in range(rounds):
+            fields = {"prompt": PROMPT, "height": size, "width": size, "num_inference_steps": 20, "seed": number}
+            job = http.post("/v1/jobs", json=fields).json()["id"]
+            begun, asked = 0.0, 0.0
+            with http.stream("GET", f"/v1/jobs/{job}/events") as events:
+                for line in events.iter_lines():
+                    if line == "event: step" and not begun:
+                        begun = time.perf_counter()
+                    elif line == "event: step" and not asked:
+                        asked = time.perf_counter()
+                        http.delete(f"/v1/jobs/{job}")
+                    elif line == "event: cancelled":
+                        cancelled.append(time.perf_counter() - asked)
+                        steps.append(asked - begun)
+    assert len(cancelled) == rounds, "a job was done before it was cancelled"
+    return {"step_ms": round(1e3 * statistics.median(steps), 2), **percentiles(cancelled)}
+
+
+def measure_devices(
+    bundle: Path, backend: str, slots: int, devices: int, load: tuple[int, int, int, int, int]
+) -> dict[str, Any]:
+    """Images per second of services with one device and with all, one after another and back again.
+
+    Args:
+        bundle, backend, slots, devices: see `service`.
+        load: size, evaluations, clients, requests of a client, rounds.
+    """
+    size, evaluations, clients, requests, rounds = load
+    rates: dict[int, list[float]] = {1: [], devices: []}
+    for number in range(rounds):
+        for count in (1, devices) if number % 2 == 0 else (devices, 1):
+            with service(bundle, backend, slots, count) as url:
+                draw = over_http(url, size, evaluations, 0)
+                run_clients(draw, clients, 1, 10**6)  # graphs and tuning
+                taken, total = run_clients(draw, clients, requests, 0)
+                rates[count].append(len(taken) / total)
+    found = {f"images_per_second_{count}": round(statistics.mean(each), 3) for count, each in rates.items()}
+    ratio = round(statistics.mean(rates[devices]) / statistics.mean(rates[1]), 3)
+    return {"size": size, "clients": clients, **found, "ratio": ratio}
+
+
 def measure(systems: dict[str, Draw], clients: int, requests: int, rounds: int) -> dict[str, Any]:
     """Percentiles of each system over the rounds, in which they alternate."""
     seconds: dict[str, list[float]] = {name: [] for name in systems}
@@ -206,15 +255,20 @@ def main(
     rounds: Annotated[int, typer.Option(help="Rounds, in which the systems alternate.")] = 5,
     slots: Annotated[int, typer.Option(help="Jobs that the service's worker has at once.")] = 2,
     batching: Annotated[bool, typer.Option(help="Measure batches instead, with the engine alone.")] = False,
+    devices: Annotated[int | None, typer.Option(help="Measure a service with so many devices against one.")] = None,
     output: Annotated[Path | None, typer.Option("--json", help="File to write the figures to.")] = None,
 ) -> None:
     """Print latencies as JSON."""
-    engine = zimage_rt.Engine.load(bundle, backend=backend, verify=False)
     sizes = size or [256]
     found: dict[str, Any] = {"bundle": bundle.name, "backend": backend, "evaluations": evaluations, "slots": slots}
-    if batching:
+    if devices is not None:
+        loads = [(side, evaluations, count, requests, rounds) for side in sizes for count in clients or (8 * devices,)]
+        found["devices"] = [measure_devices(bundle, backend, slots, devices, load) for load in loads]
+    elif batching:
+        engine = zimage_rt.Engine.load(bundle, backend=backend, verify=False)
         found["batching"] = [row for side in sizes for row in measure_batching(engine, side, evaluations, rounds)]
     else:
+        engine = zimage_rt.Engine.load(bundle, backend=backend, verify=False)
         found["latency"] = []
         with service(bundle, backend, slots) as url:
             for side in sizes:
@@ -227,6 +281,7 @@ def main(
                     row = measure(previewed if count == 1 else systems, count, requests, rounds)
                     added = row["service"]["p50_ms"] - row["engine"]["p50_ms"]
                     found["latency"].append({"size": side, "clients": count, "adds_ms": round(added, 2), **row})
+                found.setdefault("cancelling", []).append({"size": side, **measure_cancelling(url, side, 4 * rounds)})
     text = json.dumps(found, indent=1)
     typer.echo(text)
     if output is not None:

@@ -24,7 +24,9 @@ STEPS = {"num_inference_steps": 2, "seed": 3}
 
 @pytest.fixture(scope="module")
 def server(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("openai"), bundle=bundle)
+    folder = tmp_path_factory.mktemp("openai")
+    (folder / "service.toml").write_text(f'preview_share = 1\n[models.nano]\nbundle = "{bundle}"\n')
+    server = Server(folder, "--config", str(folder / "service.toml"))
     server.wait_until_ready()
     yield server
     server.stop()

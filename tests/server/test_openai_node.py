@@ -47,7 +47,9 @@ def script() -> Path:
 def server(script: Path, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("openai-node")
     config = folder / "service.toml"
-    config.write_text(f'slots = 1\n[models.nano]\nbundle = "{bundle.absolute()}"\n[queue]\nmax_waiting = 1\n')
+    config.write_text(
+        f'slots = 1\npreview_share = 1\n[models.nano]\nbundle = "{bundle.absolute()}"\n[queue]\nmax_waiting = 1\n'
+    )
     server = Server(folder, "--config", str(config))
     server.wait_until_ready()
     yield server

@@ -35,7 +35,7 @@ def server(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     folder = tmp_path_factory.mktemp("page")
     (folder / "loras").mkdir()
     (folder / "loras" / LORA.name).symlink_to(LORA)
-    (folder / "service.toml").write_text(f'[models.nano]\nbundle = "{bundle}"\nloras = "loras"\n')
+    (folder / "service.toml").write_text(f'preview_share = 1\n[models.nano]\nbundle = "{bundle}"\nloras = "loras"\n')
     server = Server(folder, "--config", str(folder / "service.toml"))
     server.wait_until_ready()
     yield server

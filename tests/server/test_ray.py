@@ -122,7 +122,7 @@ def write_config(folder: Path, bundle: Path, **fields: Any) -> Path:
 @pytest.fixture(scope="module")
 def server(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayServer]:
     folder = tmp_path_factory.mktemp("ray")
-    running = RayServer(folder, write_config(folder, bundle, open=True, slots=1))
+    running = RayServer(folder, write_config(folder, bundle, open=True, slots=1, preview_share=1))
     try:
         running.wait_until_ready()
         yield running

@@ -181,6 +181,7 @@ class ServiceConfig:
         devices: one worker process per GPU; empty for one worker on the CPU or the backend's own device.
         slots: jobs that a worker has at once, so that one is encoded while the next is drawn.
         max_loaded: engines that a worker keeps at once; the one unused for longest is closed.
+        preview_share: the most of a job's drawing time that its previews may take; others are left out. 1 makes all.
         hosts: further names by which clients may call the service (the Host header).
         origins: pages of other origins that may call it (CORS).
         record_prompts: whether the record holds prompts; otherwise their SHA-256.
@@ -196,6 +197,7 @@ class ServiceConfig:
     devices: Sequence[int] = ()
     slots: int = 2
     max_loaded: int = 4
+    preview_share: float = 0.05
     hosts: Sequence[str] = ()
     origins: Sequence[str] = ()
     record_prompts: bool = True
@@ -213,6 +215,8 @@ class ServiceConfig:
         for name, value in (("slots", self.slots), ("max_loaded", self.max_loaded)):
             if not 1 <= value <= 64:
                 raise ConfigError(f"{name}: expected 1 to 64, got {value}")
+        if not 0 <= self.preview_share <= 1:
+            raise ConfigError(f"preview_share: expected 0 to 1, got {self.preview_share}")
         if len(set(self.devices)) < len(self.devices) or any(device < 0 for device in self.devices):
             raise ConfigError(f"devices: expected numbers of GPUs, each once, got {list(self.devices)}")
         if self.log_format not in LOG_FORMATS:

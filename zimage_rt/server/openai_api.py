@@ -211,24 +211,29 @@ async def _answer(
         events = _stream(service, job, described, event, own.partial_images)
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store", **named})
     await wait_attached(request, service, job)
-    if job.error is not None:
-        return answer(job.error, named)
+    # The answer is made while the record is written, and sent when it is.
+    body = None if job.error is not None else await _body(request, service, job, own.response_format, described)
+    await service.store.settled(job)
+    return JSONResponse(body, headers=named) if job.error is None else answer(job.error, named)
+
+
+async def _body(
+    request: Request, service: Service, job: Job, response_format: str, described: Mapping[str, Any]
+) -> dict[str, Any]:
     data = []
     for number in range(job.status()["images"]):
-        if own.response_format == "url":
+        if response_format == "url":
             data.append({"url": f"{request.base_url}v1/jobs/{job.id}/images/{number}"})
         else:
             data.append({"b64_json": base64.b64encode(await service.image(job, number)).decode()})
     safety = {} if job.safety is None else {"safety": job.safety["action"]}
-    return JSONResponse(
-        {"created": int(job.created), "data": data, **described, **safety, "usage": await service.usage(job)},
-        headers=named,
-    )
+    usage = await service.usage(job)
+    return {"created": int(job.created), "data": data, **described, **safety, "usage": usage}
 
 
 async def wait_attached(request: Request, service: Service, job: Job) -> None:
-    """Wait for a job whose client holds the connection; a client that has gone away cancels it."""
-    waiting = asyncio.ensure_future(service.wait(job))
+    """Return when a job has ended whose client holds the connection; a client that has gone away cancels it."""
+    waiting = asyncio.ensure_future(job.wait())
     gone = asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait({waiting, gone}, return_when=asyncio.FIRST_COMPLETED)

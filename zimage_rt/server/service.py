@@ -147,7 +147,9 @@ class Service:
             return resolve(make_request(**fields), manifest)
 
         try:
-            resolved = await asyncio.to_thread(read)
+            # Only images take time to be read; a thread for the rest would take longer than the rest does.
+            has_images = any(fields.get(name) is not None for name in IMAGES)
+            resolved = await asyncio.to_thread(read) if has_images else read()
         except RequestError as error:
             # A client's image is a file of the service's, whose name is nobody's business.
             message = str(error)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import logging
 import os
 import signal
@@ -17,8 +16,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..engine import Engine
 from ..errors import Cancelled, EngineClosed, OutOfMemory, RequestError, RequestWarning, ZImageError
 from ..image.formats import media_type
@@ -31,13 +28,11 @@ from .config import ModelConfig, ServiceConfig
 from .jobs import Image
 from .logs import configure
 from .messages import Cancel, Finished, Loaded, Ready, Run, Step, Stop
+from .previews import JobPreviews, Previews
 from .safety import Blocked, SafetyFilter
 
 log = logging.getLogger(__name__)
 
-# Pixels of a preview's longer side: enough to see the image come, and a tenth of the bytes.
-PREVIEW_SIDE = 384
-PREVIEW_QUALITY = 80
 # Seconds between two readings of the device's memory, which cost a call of its driver each.
 MEMORY_SECONDS = 2.0
 
@@ -162,6 +157,7 @@ class Worker:
         self._cancelled: set[str] = set()
         self._loras = threading.Lock()
         self._safety = SafetyFilter(config.safety)
+        self._previews = Previews(config.preview_share)
         self._lora_counts: Counter[str] = Counter()
         self._memory_read = -MEMORY_SECONDS
 
@@ -194,6 +190,7 @@ class Worker:
     def stop(self) -> None:
         """Wait for the jobs, and close the engines."""
         self._jobs.shutdown(wait=True)
+        self._previews.stop()
         self.engines.close()
 
     def _run(self, message: Run) -> None:
@@ -217,15 +214,18 @@ class Worker:
         words = self._safety.check_prompt(request.prompt)
         while True:
             engine = self.engines.get(message.model)
+            previews = self._previews_of(message, request)
             try:
                 self._load_loras(engine, message.model, request)
-                result = engine.run(request, callback=self._callback(message, engine))
+                result = engine.run(request, callback=self._callback(message, engine, previews))
                 break
             except EngineClosed:  # closed to make room for another model, between the two lines
                 continue
             except OutOfMemory:
                 if not self.engines.make_room(message.model):
                     raise
+            finally:
+                previews.flush()  # no step is sent after the end
         suffix = message.output.suffix
         decision = self._safety.check_images(list(result.images), words)
         images = []
@@ -244,21 +244,24 @@ class Worker:
             decision.safety if self._config.safety.is_on else None,
         )
 
-    def _callback(self, message: Run, engine: Engine) -> Callable[[StepInfo], bool]:
+    def _previews_of(self, message: Run, request: GenerateRequest) -> JobPreviews:
         every = 0 if self._config.safety.hides_images else message.output.previews
+        kind = (message.model, request.height, request.width, request.num_images)
 
+        def send(info: StepInfo, preview: bytes | None) -> None:
+            sigma = float(info.sigma_next)
+            self._send(Step(message.job, message.attempt, info.step + 1, info.num_steps, sigma, preview))
+
+        return self._previews.of_job(every, kind, send)
+
+    def _callback(self, message: Run, engine: Engine, previews: JobPreviews) -> Callable[[StepInfo], bool]:
         def on_step(info: StepInfo) -> bool:
             if message.job in self._cancelled:
                 return False
             if time.monotonic() - self._memory_read >= MEMORY_SECONDS:
                 self._memory_read = time.monotonic()
                 self.engines.read_memory(message.model, engine)
-            preview = None
-            if every and (info.step + 1) % every == 0 and info.step + 1 < info.num_steps:
-                preview = encode_preview(info.preview()[0])
-            self._send(
-                Step(message.job, message.attempt, info.step + 1, info.num_steps, float(info.sigma_next), preview)
-            )
+            previews.step(info)
             return True
 
         return on_step
@@ -320,16 +323,6 @@ def scrubbed(record: ImageRecord) -> ImageRecord:
     }
     loras = [{**lora, "path": Path(lora["path"]).name} for lora in record.loras]
     return dataclasses.replace(record, request=request, loras=loras, backend_options={})
-
-
-def encode_preview(pixels: np.ndarray) -> bytes:
-    """uint8 `[height, width, 3]` as a small JPEG."""
-    from PIL import Image as PilImage
-
-    step = -(-max(pixels.shape[:2]) // PREVIEW_SIDE)
-    encoded = io.BytesIO()
-    PilImage.fromarray(np.ascontiguousarray(pixels[::step, ::step])).save(encoded, "JPEG", quality=PREVIEW_QUALITY)
-    return encoded.getvalue()
 
 
 def error_json(error: BaseException) -> dict[str, Any]:
