@@ -109,21 +109,19 @@ def run_clients(draw: Draw, clients: int, requests: int, first_seed: int) -> tup
     return taken, time.perf_counter() - start
 
 
-def over_http(url: str, size: int, evaluations: int, previews: int) -> Draw:
-    """Draws by OpenAI's protocol, which answers with the image; with previews, as a stream of partial images."""
+def over_http(url: str, size: int, evaluations: int, previews: int | None = None) -> Draw:
+    """Draws by OpenAI's protocol, which answers with the image; as a stream with so many previews at most, if given."""
     import httpx
 
     http = httpx.Client(base_url=url, timeout=600, limits=httpx.Limits(max_connections=64))
     fields: dict[str, Any] = {"prompt": PROMPT, "size": f"{size}x{size}", "num_inference_steps": evaluations}
-    if previews:
+    if previews is not None:
         fields |= {"stream": True, "partial_images": previews}
 
     def draw(seed: int) -> object:
         answer = http.post("/v1/images/generations", json={**fields, "seed": seed})
         answer.raise_for_status()
-        if previews:
-            count = answer.text.count("event: image_generation.partial_image")
-            assert "event: image_generation.completed" in answer.text and count, answer.text[:500]
+        assert previews is None or b"event: image_generation.completed" in answer.content, answer.text[:500]
         return answer.content
 
     return draw
@@ -178,7 +176,7 @@ def measure_devices(
     for number in range(rounds):
         for count in (1, devices) if number % 2 == 0 else (devices, 1):
             with service(bundle, backend, slots, count) as url:
-                draw = over_http(url, size, evaluations, 0)
+                draw = over_http(url, size, evaluations)
                 run_clients(draw, clients, 1, 10**6)  # graphs and tuning
                 taken, total = run_clients(draw, clients, requests, 0)
                 rates[count].append(len(taken) / total)
@@ -274,11 +272,11 @@ def main(
             for side in sizes:
                 systems = {
                     "engine": in_process(engine, side, evaluations),
-                    "service": over_http(url, side, evaluations, 0),
+                    "service": over_http(url, side, evaluations),
                 }
-                previewed = {**systems, "service, previews": over_http(url, side, evaluations, 3)}
+                streams = {f"stream, {count} previews": over_http(url, side, evaluations, count) for count in (0, 3)}
                 for count in clients or CLIENTS:
-                    row = measure(previewed if count == 1 else systems, count, requests, rounds)
+                    row = measure(systems | streams if count == 1 else systems, count, requests, rounds)
                     added = row["service"]["p50_ms"] - row["engine"]["p50_ms"]
                     found["latency"].append({"size": side, "clients": count, "adds_ms": round(added, 2), **row})
                 found.setdefault("cancelling", []).append({"size": side, **measure_cancelling(url, side, 4 * rounds)})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import json
 import re
 from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Any
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ValidationError
+from pydantic_core import to_json
 from starlette.datastructures import UploadFile
 
 from ..checks import shown
@@ -217,7 +217,8 @@ def event_json(job: Job, event: Event) -> dict[str, Any]:
 def encode_event(name: str, data: Mapping[str, Any], number: int | None = None) -> bytes:
     """A server-sent event."""
     head = "" if number is None else f"id: {number}\n"
-    return f"{head}event: {name}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
+    # Images are megabytes of text, which Python's own json takes six times as long for.
+    return b"".join((f"{head}event: {name}\ndata: ".encode(), to_json(data), b"\n\n"))
 
 
 async def read_request(

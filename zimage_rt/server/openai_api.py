@@ -13,8 +13,9 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from pydantic import ValidationError
+from pydantic_core import to_json
 
 from ..checks import shown
 from ..errors import RequestError, ZImageError
@@ -214,7 +215,9 @@ async def _answer(
     # The answer is made while the record is written, and sent when it is.
     body = None if job.error is not None else await _body(request, service, job, own.response_format, described)
     await service.store.settled(job)
-    return JSONResponse(body, headers=named) if job.error is None else answer(job.error, named)
+    if job.error is not None:
+        return answer(job.error, named)
+    return Response(to_json(body), media_type="application/json", headers=named)
 
 
 async def _body(
