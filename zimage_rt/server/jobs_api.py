@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import re
 from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Any
@@ -11,7 +10,6 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ValidationError
-from pydantic_core import to_json
 from starlette.datastructures import UploadFile
 
 from ..checks import shown
@@ -20,6 +18,7 @@ from ..image.formats import media_type
 from ..request.codec import IMAGES, field_kinds, own_names
 from .access import Caller, caller
 from .bounds import read_form, read_json
+from .encoding import Base64, encode_event
 from .errors import Gone, NotFound
 from .forms import is_form, read_items
 from .jobs import Event, Job, Output
@@ -204,21 +203,14 @@ async def _stream(job: Job, since: int) -> AsyncIterator[bytes]:
 
 
 def event_json(job: Job, event: Event) -> dict[str, Any]:
-    """An event's data for a client; previews in base64."""
+    """An event's data for a client, for `encode_event`."""
     data = dict(event.data)
     if isinstance(data.get("preview"), bytes):
-        data["preview"] = base64.b64encode(data["preview"]).decode()
+        data["preview"] = Base64(data["preview"])
     if event.name == "done":
         data["images"] = [f"/v1/jobs/{job.id}/images/{i}" for i in range(job.status()["images"])]
         data["timings"] = dict(job.timings)
     return {"id": job.id, **data}
-
-
-def encode_event(name: str, data: Mapping[str, Any], number: int | None = None) -> bytes:
-    """A server-sent event."""
-    head = "" if number is None else f"id: {number}\n"
-    # Images are megabytes of text, which Python's own json takes six times as long for.
-    return b"".join((f"{head}event: {name}\ndata: ".encode(), to_json(data), b"\n\n"))
 
 
 async def read_request(

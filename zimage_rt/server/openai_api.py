@@ -6,7 +6,6 @@ Written after the openai-openapi description of 2026-08 and the calls of openai 
 from __future__ import annotations
 
 import asyncio
-import base64
 import io
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -15,17 +14,17 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
 from pydantic import ValidationError
-from pydantic_core import to_json
 
 from ..checks import shown
 from ..errors import RequestError, ZImageError
 from ..request.codec import IMAGES, own_names
 from .access import Caller
 from .bounds import check_pixels, read_form, read_json
+from .encoding import Base64, encode_event, encode_json
 from .errors import answer, error_body
 from .forms import is_form, read_items
 from .jobs import Job
-from .jobs_api import CallerOf, ServiceOf, encode_event, invalid, keep_images, read_said, submit
+from .jobs_api import CallerOf, ServiceOf, invalid, keep_images, read_said, submit
 from .openapi import ALPHA_MASK_EXAMPLE, EVENTS, IMAGE_EXAMPLE, body
 from .schema import (
     QUALITY,
@@ -217,18 +216,18 @@ async def _answer(
     await service.store.settled(job)
     if job.error is not None:
         return answer(job.error, named)
-    return Response(to_json(body), media_type="application/json", headers=named)
+    return Response(encode_json(body), media_type="application/json", headers=named)
 
 
 async def _body(
     request: Request, service: Service, job: Job, response_format: str, described: Mapping[str, Any]
 ) -> dict[str, Any]:
-    data = []
+    data: list[dict[str, Any]] = []
     for number in range(job.status()["images"]):
         if response_format == "url":
             data.append({"url": f"{request.base_url}v1/jobs/{job.id}/images/{number}"})
         else:
-            data.append({"b64_json": base64.b64encode(await service.image(job, number)).decode()})
+            data.append({"b64_json": Base64(await service.image(job, number))})
     safety = {} if job.safety is None else {"safety": job.safety["action"]}
     usage = await service.usage(job)
     return {"created": int(job.created), "data": data, **described, **safety, "usage": usage}
@@ -261,7 +260,7 @@ async def _stream(
     try:
         async for step in job.watch():
             if step.name == "step" and "preview" in step.data and sent < partial:
-                content = {"b64_json": base64.b64encode(step.data["preview"]).decode(), "partial_image_index": sent}
+                content = {"b64_json": Base64(step.data["preview"]), "partial_image_index": sent}
                 data = {"type": f"{event}.partial_image", "created_at": int(time.time()), **described, **content}
                 yield encode_event(f"{event}.partial_image", data | {"output_format": "jpeg"})
                 sent += 1
@@ -272,7 +271,7 @@ async def _stream(
             return
         usage = await service.usage(job)
         for number in range(job.status()["images"]):
-            content = {"b64_json": base64.b64encode(await service.image(job, number)).decode()}
+            content = {"b64_json": Base64(await service.image(job, number))}
             data = {"type": f"{event}.completed", "created_at": int(job.created), **described, **content}
             yield encode_event(f"{event}.completed", data | {"usage": usage})
         yield b"data: [DONE]\n\n"
