@@ -187,6 +187,10 @@ def test_the_end_of_the_service_waits_for_its_jobs(bundle: Path, tmp_path: Path)
     again = Server(tmp_path, bundle=bundle)
     try:
         assert again.client.get(f"/v1/jobs/{job}").json()["state"] == "done"
-        assert again.client.get(f"/v1/jobs/{job}/images/0").status_code == 200
+        content = again.client.get(f"/v1/jobs/{job}/images/0").content
+        assert Image.open(io.BytesIO(content)).size == (64, 64)
+        (tmp_path / "data" / "images" / job / "0.png").write_bytes(content[:-20])  # as a loss of power may leave it
+        cut_off = again.client.get(f"/v1/jobs/{job}/images/0")
+        assert cut_off.status_code == 410 and "cut off" in cut_off.json()["error"]["message"]
     finally:
         again.stop()

@@ -101,17 +101,27 @@ def is_whole(path: Path, size: int) -> bool:
         actual = path.stat().st_size
         if kind is None or actual == 0:
             return False
-        begin, end = MARKS[kind]
         with path.open("rb") as file:
             head = file.read(12)
-            file.seek(max(0, actual - len(end)))
+            file.seek(max(0, actual - 12))
             tail = file.read()
-        marked = head.startswith(begin) and tail.endswith(end)
-        if kind == "WEBP":
-            marked = marked and head[8:] == b"WEBP" and int.from_bytes(head[4:8], "little") + 8 == actual
-        return marked and (actual == size or _decodes(path))
+        return _is_marked(kind, head, tail, actual) and (actual == size or _decodes(path))
     except OSError:
         return False
+
+
+def is_cut_off(content: bytes, suffix: str) -> bool:
+    """Whether an image file lacks its first or last bytes, as after a loss of power."""
+    return not _is_marked(FORMATS[suffix.lower()], content[:12], content[-12:], len(content))
+
+
+def _is_marked(kind: str, head: bytes, tail: bytes, size: int) -> bool:
+    """Whether a file has the first and last bytes of its kind; `head` and `tail` are 12 bytes."""
+    begin, end = MARKS[kind]
+    marked = head.startswith(begin) and tail.endswith(end)
+    if kind == "WEBP":
+        marked = marked and head[8:] == b"WEBP" and int.from_bytes(head[4:8], "little") + 8 == size
+    return marked
 
 
 def _decodes(path: Path) -> bool:

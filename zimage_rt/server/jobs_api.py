@@ -14,7 +14,7 @@ from starlette.datastructures import UploadFile
 
 from ..checks import shown
 from ..errors import RequestError
-from ..image.formats import media_type
+from ..image.formats import is_cut_off, media_type
 from ..request.codec import IMAGES, field_kinds, own_names
 from .access import Caller, caller
 from .bounds import read_form, read_json
@@ -124,6 +124,9 @@ async def image(job_id: str, number: int, service: ServiceOf, who: CallerOf) -> 
                 raise KeyError(number)
             path = service.store.folder / "images" / files[number]["file"]
             content, kind = await asyncio.to_thread(path.read_bytes), files[number]["media_type"]
+            if is_cut_off(content, path.suffix):
+                # The disk is not waited for before such an image is delivered.
+                raise Gone("images: the file was cut off when the service lost power; draw it again")
     except FileNotFoundError as error:
         raise Gone(
             "images: they have expired; draw them again, or keep them for longer (queue.keep_seconds)"
