@@ -172,6 +172,21 @@ def test_promised_jobs_outlive_the_service(bundle: Path, tmp_path: Path) -> None
         assert again.stop() == 0
 
 
+def test_a_job_begins_while_the_one_before_is_encoded(bundle: Path, tmp_path: Path) -> None:
+    config = tmp_path / "service.toml"
+    config.write_text(f'slots = 1\n[models.nano]\nbundle = "{bundle}"\n')
+    server = Server(tmp_path, "--config", str(config))
+    try:
+        server.wait_until_ready()
+        fields = {**SMALL, "height": 128, "width": 128, "output_format": "webp"}
+        # The first takes so long that the other waits when it ends.
+        sent = [server.client.post("/v1/jobs", json={**fields, "num_inference_steps": count}) for count in (40, 1)]
+        first, second = (server.finish(answer.json()["id"]) for answer in sent)
+        assert first["started"] < second["started"] < first["finished"]
+    finally:
+        assert server.stop() == 0
+
+
 def test_a_folder_has_one_service(server: Server, bundle: Path) -> None:
     command = [sys.executable, "-m", "zimage_rt.cli.main", "serve", str(bundle), "--port", "0"]
     run = subprocess.run([*command, "--data", str(server.folder / "data")], capture_output=True, text=True, cwd=ROOT)

@@ -179,7 +179,8 @@ class ServiceConfig:
         open: serve strangers without a key.
         data: the folder of the record, the keys, the sessions and the finished images; it is made.
         devices: one worker process per GPU; empty for one worker on the CPU or the backend's own device.
-        slots: jobs that a worker has at once, so that one is encoded while the next is drawn.
+        slots: jobs that a worker draws at once, so that one is prepared while another is drawn; images are encoded
+            beside that.
         max_loaded: engines that a worker keeps at once; the one unused for longest is closed.
         preview_share: the most of a job's drawing time that its previews may take; others are left out. 1 makes all.
         hosts: further names by which clients may call the service (the Host header).

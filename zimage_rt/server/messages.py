@@ -52,6 +52,14 @@ class Step:
 
 
 @dataclasses.dataclass(frozen=True)
+class Drawn:
+    """A job's images are drawn and are being encoded: the device is free for another job."""
+
+    job: str
+    attempt: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Finished:
     """A job ended: with images, or with an error as `{code, message, field}`; see `safety.Decision`."""
 

@@ -122,7 +122,9 @@ class WorkerProcess:
 
     def has_room(self) -> bool:
         """Whether it takes another job now."""
-        return self.is_ready and not self._ending and len(self.running) < self._config.slots
+        drawing = sum(not job.is_drawn for job in self.running.values())
+        is_free = drawing < self._config.slots and len(self.running) - drawing < worker.MAX_ENCODING
+        return self.is_ready and not self._ending and is_free
 
     def give(self, job: Job) -> None:
         """Send a job. If the process dies meanwhile, its death gives the job back."""

@@ -19,7 +19,7 @@ from .bounds import check_inputs
 from .config import ServiceConfig
 from .jobs import MAX_ATTEMPTS, FairQueue, Job, Output
 from .keys import Keyring
-from .messages import Finished, Ready, Step
+from .messages import Drawn, Finished, Ready, Step
 from .pool import JobWorker, MakeWorkers, worker_processes
 from .rate import Rates
 from .safety import SafetyFilter
@@ -308,6 +308,7 @@ class Service:
                 return
             worker = min(free, key=lambda each: (len(each.running), job.model not in each.models))
             job.attempts += 1
+            job.is_drawn = False
             job.state, job.started = "running", time.time()
             job.tell("started", attempt=job.attempts)
             worker.give(job)
@@ -315,7 +316,7 @@ class Service:
     def _on_message(self, worker: JobWorker, message: object) -> None:
         if isinstance(message, Ready):
             self._dispatch()
-        if not isinstance(message, (Step, Finished)):
+        if not isinstance(message, (Step, Drawn, Finished)):
             return
         job = worker.running.get(message.job)
         if job is None or job.attempts != message.attempt:
@@ -325,6 +326,10 @@ class Service:
             if message.preview is not None:
                 data["preview"] = message.preview
             job.tell("step", **data)
+            return
+        if isinstance(message, Drawn):
+            job.is_drawn = True
+            self._dispatch()
             return
         del worker.running[job.id]
         job.safety = message.safety

@@ -24,15 +24,19 @@ from ..metadata.record import ImageRecord
 from ..metadata.references import pixels_sha256
 from ..request.codec import IMAGES, make_request
 from ..request.types import GenerateRequest, StepInfo
+from ..result import GenerateResult
 from .config import ModelConfig, ServiceConfig
 from .jobs import Image
 from .logs import configure
-from .messages import Cancel, Finished, Loaded, Ready, Run, Step, Stop
+from .messages import Cancel, Drawn, Finished, Loaded, Ready, Run, Step, Stop
 from .previews import JobPreviews, Previews
 from .safety import Blocked, SafetyFilter
 
 log = logging.getLogger(__name__)
 
+# Jobs of a worker whose images are encoded at once, while others are drawn. A PNG of noise takes a third of the time
+# that the full model takes to draw it, and a small image longer than the small model.
+MAX_ENCODING = min(8, os.cpu_count() or 1)
 # Seconds between two readings of the device's memory, which cost a call of its driver each.
 MEMORY_SECONDS = 2.0
 
@@ -153,6 +157,7 @@ class Worker:
         self._config, self._send = config, send
         self.engines = Engines(config.models, device, config.max_loaded, self._tell)
         self._jobs = ThreadPoolExecutor(config.slots, "zimage-job")
+        self._encoders = ThreadPoolExecutor(MAX_ENCODING, "zimage-encode")
         self._given: set[str] = set()
         self._cancelled: set[str] = set()
         self._loras = threading.Lock()
@@ -190,35 +195,44 @@ class Worker:
     def stop(self) -> None:
         """Wait for the jobs, and close the engines."""
         self._jobs.shutdown(wait=True)
+        self._encoders.shutdown(wait=True)
         self._previews.stop()
         self.engines.close()
 
     def _run(self, message: Run) -> None:
         try:
-            finished = self._draw(message)
+            if message.job in self._cancelled:
+                raise Cancelled("the job was cancelled; no image was made")
+            request = make_request(**message.fields)
+            words = self._safety.check_prompt(request.prompt)
+            result = self._draw(message, request)
         except BaseException as error:
-            if not isinstance(error, ZImageError):
-                log.exception("job %s failed", message.job, extra={"job": message.job, "model": message.model})
-            safety = error.safety if isinstance(error, Blocked) else None
-            finished = Finished(message.job, message.attempt, safety=safety, error=error_json(error))
-        finally:
-            self._given.discard(message.job)
-            self._cancelled.discard(message.job)
+            self._finish(_failed(message, error))
+            return
+        self._send(Drawn(message.job, message.attempt))
+        self._encoders.submit(self._encode, message, result, words)
+
+    def _encode(self, message: Run, result: GenerateResult, words: Sequence[str]) -> None:
+        """Check and encode the images while the device draws another job."""
+        try:
+            finished = self._encoded(message, result, words)
+        except BaseException as error:
+            finished = _failed(message, error)
+        self._finish(finished)
+
+    def _finish(self, finished: Finished) -> None:
+        self._given.discard(finished.job)
+        self._cancelled.discard(finished.job)
         self._send(finished)
         self._tell()
 
-    def _draw(self, message: Run) -> Finished:
-        if message.job in self._cancelled:
-            raise Cancelled("the job was cancelled; no image was made")
-        request = make_request(**message.fields)
-        words = self._safety.check_prompt(request.prompt)
+    def _draw(self, message: Run, request: GenerateRequest) -> GenerateResult:
         while True:
             engine = self.engines.get(message.model)
             previews = self._previews_of(message, request)
             try:
                 self._load_loras(engine, message.model, request)
-                result = engine.run(request, callback=self._callback(message, engine, previews))
-                break
+                return engine.run(request, callback=self._callback(message, engine, previews))
             except EngineClosed:  # closed to make room for another model, between the two lines
                 continue
             except OutOfMemory:
@@ -226,6 +240,8 @@ class Worker:
                     raise
             finally:
                 previews.flush()  # no step is sent after the end
+
+    def _encoded(self, message: Run, result: GenerateResult, words: Sequence[str]) -> Finished:
         suffix = message.output.suffix
         decision = self._safety.check_images(list(result.images), words)
         images = []
@@ -280,6 +296,13 @@ class Worker:
         caches = {("prompt", "hit"): hits, ("prompt", "miss"): misses}
         caches |= {("lora", result): self._lora_counts[result] for result in ("hit", "miss")}
         self._send(Loaded(self.engines.names, self.engines.memory(), caches))
+
+
+def _failed(message: Run, error: BaseException) -> Finished:
+    if not isinstance(error, ZImageError):
+        log.error("job %s failed", message.job, exc_info=error, extra={"job": message.job, "model": message.model})
+    safety = error.safety if isinstance(error, Blocked) else None
+    return Finished(message.job, message.attempt, safety=safety, error=error_json(error))
 
 
 def _sum(counts: Sequence[tuple[int, int]]) -> tuple[int, int]:
