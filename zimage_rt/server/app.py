@@ -46,8 +46,7 @@ def create_app(config: ServiceConfig, make_workers: MakeWorkers = worker_process
         await service.start()
         await batches_api.resume(service)
         yield
-        for job in await service.stop():
-            log.warning("job %s was dropped, because the service ended", job)
+        await service.stop()
 
     app = FastAPI(
         title="zimage_rt",

@@ -176,7 +176,7 @@ async def cancel(batch_id: str, service: ServiceOf, who: CallerOf) -> dict[str, 
         task.cancel()
     for job in list(service.jobs.values()):
         if job.id.startswith(f"{batch_id}-"):
-            service.cancel(job, "the batch was cancelled")
+            service.cancel(job, "the batch was cancelled; no image was made")
     return await _status(service, dataclasses.replace(batch, cancelled=1))
 
 

@@ -111,6 +111,7 @@ class Job:
         self.error: Mapping[str, Any] | None = None
         self.events: list[Event] = []
         self.is_cancelling = False  # its worker was told to stop it
+        self.cancel_error: Mapping[str, Any] | None = None  # why, for its client
         self.is_drawn = False  # its worker encodes the images
         self._watchers = 0
         self._changed = asyncio.Event()

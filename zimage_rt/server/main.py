@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import logging
 import signal
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -19,6 +21,9 @@ from .keys import has_key
 from .store import exclusive
 
 log = logging.getLogger(__name__)
+
+# Seconds for answers that are on their way when the service has drained.
+ANSWER_SECONDS = 5
 
 
 def service_config(
@@ -55,9 +60,10 @@ def run(config: ServiceConfig, tell: Callable[[str], None]) -> None:
         ConfigError: another service has the folder of the data.
     """
     refuse_strangers(config)
+    app = create_app(config)
     server = Server(
         uvicorn.Config(
-            create_app(config),
+            app,
             host=config.host,
             port=config.port,
             log_level="warning",
@@ -65,9 +71,10 @@ def run(config: ServiceConfig, tell: Callable[[str], None]) -> None:
             access_log=False,
             # Longer than the idle time of clients and proxies: who closes first is sure that nothing is on its way.
             timeout_keep_alive=75,
-            # Clients that wait get their answers; what they do not wait for drains after that.
-            timeout_graceful_shutdown=max(1, config.queue.drain_seconds),
-        )
+            # The service has drained before uvicorn ends: what is left are answers on their way.
+            timeout_graceful_shutdown=ANSWER_SECONDS,
+        ),
+        app.state.service.drain,
     )
     # uvicorn raises the signal again when it has ended; a service that was told to end has ended well.
     signal.signal(signal.SIGTERM, lambda *_: None)
@@ -85,10 +92,37 @@ def refuse_strangers(config: ServiceConfig) -> None:
 
 
 class Server(uvicorn.Server):
-    """uvicorn, which logs where it listens."""
+    """uvicorn, which logs where it listens, and drains the service before it ends.
+
+    While the service drains it still answers: `/readyz` says that it ends, and finished images can be fetched.
+    """
+
+    def __init__(self, config: uvicorn.Config, drain: Callable[[], Awaitable[None]]) -> None:
+        super().__init__(config)
+        self._drain = drain
+        self._draining: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain at the first signal; end at once at the second."""
+        if self._loop is None or self._draining is not None:
+            super().handle_exit(sig, frame)
+        else:
+            self._loop.call_soon_threadsafe(self._begin_to_drain)
+
+    def _begin_to_drain(self) -> None:
+        if self._draining is None:
+            self._draining = asyncio.ensure_future(self._end())
+
+    async def _end(self) -> None:
+        try:
+            await self._drain()
+        finally:
+            self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say where."""
+        self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         for server in self.servers:
             for each in server.sockets:

@@ -41,6 +41,7 @@ from .service import Service
 router = APIRouter(prefix="/v1/images", tags=["openai"])
 
 OWN = tuple(ImagesFields.model_fields)
+GONE = "the client has gone away; no image was made"
 ANSWERS: Mapping[int | str, Any] = {
     200: {"description": "The images; with `stream`, server-sent events.", "content": dict(EVENTS)}
 }
@@ -240,7 +241,7 @@ async def wait_attached(request: Request, service: Service, job: Job) -> None:
     try:
         await asyncio.wait({waiting, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not waiting.done():
-            service.cancel(job, "the client has gone away")
+            service.cancel(job, GONE)
             await waiting
     finally:
         gone.cancel()
@@ -278,4 +279,4 @@ async def _stream(
     except ZImageError as error:
         yield encode_event("error", error_body(error.code, str(error)))
     finally:
-        service.cancel(job, "the client has gone away")
+        service.cancel(job, GONE)

@@ -29,6 +29,8 @@ from .worker import error_json, lora_file
 
 log = logging.getLogger(__name__)
 
+# Seconds for running jobs to stop after their step when the service ends, and for idle workers to end.
+CANCEL_SECONDS, END_SECONDS = 10.0, 1.0
 # Seconds between two sweeps of expired jobs.
 SWEEP_SECONDS = 30.0
 # File endings by output_format.
@@ -79,6 +81,7 @@ class Service:
         self.turns: dict[str, tuple[Job, asyncio.Future[None]]] = {}
         self.taking: set[str] = set()  # sessions whose next turn is being checked
         self._is_draining = False
+        self.has_drained = asyncio.Event()
         self._sweeping: asyncio.Task[None] | None = None
 
     # --- life -----------------------------------------------------------------------------------------------------
@@ -94,26 +97,39 @@ class Service:
             job.tell("queued", position=self.queue.position(job))
         self._sweeping = asyncio.create_task(self._sweep())
 
-    async def stop(self) -> list[str]:
-        """Finish what runs and waits, as long as `drain_seconds` allow; the ids of the jobs that were dropped."""
+    async def drain(self) -> None:
+        """Take no more jobs, and finish what runs and waits, as long as `drain_seconds` allow.
+
+        Clients that still wait then get an error. A detached job was promised: it is drawn when the service runs again.
+        """
+        if self._is_draining:
+            return
         self._is_draining = True
         for task in list(self.feeding.values()):
             task.cancel()
-        deadline = time.monotonic() + self.config.queue.drain_seconds
-        while self._unfinished() and time.monotonic() < deadline:
-            await asyncio.sleep(0.05)
-        dropped = self._unfinished()
-        for job in dropped:
-            # A detached job was promised: it is drawn when the service runs again.
-            if not job.detached:
-                self.cancel(job, "the service ended")
-        left = max(1.0, deadline - time.monotonic())
-        await asyncio.gather(*(worker.stop(left) for worker in self.workers))
+        await self._until_finished(self._unfinished, self.config.queue.drain_seconds)
+        for job in self._unfinished():
+            if job.detached:
+                log.info("job %s is kept, and is drawn when the service runs again", job.id)
+            else:
+                log.warning("job %s is dropped, because the service ends", job.id)
+                self.cancel(job, "the service ends; no image was made; ask another, or again later", Draining.code)
+        await self._until_finished(lambda: [job for job in self._unfinished() if not job.detached], CANCEL_SECONDS)
+        self.has_drained.set()
+
+    async def stop(self) -> None:
+        """Drain, if that was not done before, and end the workers and the record."""
+        await self.drain()
+        await asyncio.gather(*(worker.stop(END_SECONDS) for worker in self.workers))
         await asyncio.gather(*(settling for _, settling in self.turns.values()), return_exceptions=True)
         if self._sweeping is not None:
             self._sweeping.cancel()
         await self.store.close()
-        return [job.id for job in dropped]
+
+    async def _until_finished(self, unfinished: Callable[[], Sequence[Job]], seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while unfinished() and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
 
     @property
     def is_ready(self) -> bool:
@@ -250,12 +266,15 @@ class Service:
         running = (job for worker in self.workers for job in worker.running.values())
         return self.queue.waiting(owner) + sum(job.owner == owner for job in running)
 
-    def cancel(self, job: Job, reason: str = "the job was cancelled") -> None:
+    def cancel(
+        self, job: Job, reason: str = "the job was cancelled; no image was made", code: str = "cancelled"
+    ) -> None:
         """Stop a job, at once if it waits, after its step if it runs; nothing if it has ended."""
         if job.is_finished:
             return
+        error = job.cancel_error = {"code": code, "message": reason, "field": None}
         if self.queue.remove(job):
-            self._end(job, "cancelled", {"code": "cancelled", "message": f"{reason}; no image was made", "field": None})
+            self._end(job, "cancelled", error)
             return
         for worker in self.workers:
             if job.id in worker.running:
@@ -339,7 +358,9 @@ class Service:
             self.queue.timed(message.timings.get("total", 0.0))
             self._end(job, "done", None, seeds=list(message.seeds), warnings=list(message.warnings))
         else:
-            self._end(job, "cancelled" if message.error["code"] == "cancelled" else "failed", message.error)
+            is_cancelled = message.error["code"] == "cancelled"
+            error = job.cancel_error if is_cancelled and job.cancel_error else message.error
+            self._end(job, "cancelled" if is_cancelled else "failed", error)
         self._dispatch()
 
     def _end(self, job: Job, state: Any, error: Mapping[str, Any] | None, **data: Any) -> None:
@@ -354,8 +375,7 @@ class Service:
     def _on_death(self, worker: JobWorker, lost: Sequence[Job]) -> None:
         for job in lost:
             if job.is_cancelling:
-                message = "the job was cancelled; no image was made"
-                self._end(job, "cancelled", {"code": "cancelled", "message": message, "field": None})
+                self._end(job, "cancelled", job.cancel_error)
             elif job.attempts < MAX_ATTEMPTS:
                 job.state = "queued"
                 job.tell("queued", position=0)
