@@ -29,10 +29,6 @@ PAGE = "docs/serving.md"
 TEXT = (ROOT / PAGE).read_text(encoding="utf-8")
 BLOCKS = doc_pages.blocks(PAGE, TEXT)
 URL = "http://127.0.0.1:8188"
-# Keys whose code is merged after this page.
-LATER: tuple[str, ...] = ("log_format", "retain_input_bytes", "keys", "safety")
-if "keys" in {field.name for field in dataclasses.fields(ServiceConfig)}:
-    LATER = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +68,7 @@ def make(part: str, **values: Any) -> Any:
 
 
 def test_the_page_has_every_key() -> None:
-    shown = {(row.part, row.key) for row in rows() if row.part not in LATER and row.key not in LATER}
+    shown = {(row.part, row.key) for row in rows()}
     nested = [name for name in parts() if name not in ("service", "models")]
     known = {(part, field.name) for part, kind in parts().items() for field in dataclasses.fields(kind)}
     assert shown == known - {("service", name) for name in nested}
@@ -80,8 +76,6 @@ def test_the_page_has_every_key() -> None:
 
 @pytest.mark.parametrize("row", [row for row in rows() if row.part in parts()], ids=lambda row: f"{row.part}.{row.key}")
 def test_a_keys_default_and_range_are_right(row: Row) -> None:
-    if row.key in LATER:
-        pytest.skip("the key's code is merged later")
     field = {field.name: field for field in dataclasses.fields(parts()[row.part])}[row.key]
     default: Any = field.default
     if field.default_factory is not dataclasses.MISSING:
@@ -130,8 +124,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.skipif(not (shutil.which("curl") and shutil.which("jq")), reason="needs curl and jq")
 def test_the_commands_work_in_their_order(server: Server, folder: Path) -> None:
     shown = [block.text for block in BLOCKS if block.language == "sh" and "curl" in block.text]
-    if LATER:
-        shown = [block for block in shown if "/v1/batches" not in block]
     assert len(shown) >= 5
     (folder / "examples").symlink_to(ROOT / "examples")
     script = "\n".join(["set -euo pipefail", *shown]).replace(URL, server.url)
