@@ -55,6 +55,9 @@ def test_generate(client: Any, engine: zimage_rt.Engine) -> None:
     assert answer.usage.output_tokens == 2 * 6 * 4
     assert answer.usage.total_tokens == answer.usage.input_tokens + answer.usage.output_tokens
     assert [model.id for model in client.models.list()] == ["nano"]
+    assert client.models.retrieve("nano").owned_by == "zimage_rt"
+    with pytest.raises(openai.NotFoundError, match="there is no model 'none'"):
+        client.models.retrieve("none")
 
 
 def test_formats_and_quality(client: Any, engine: zimage_rt.Engine) -> None:
@@ -114,6 +117,8 @@ def test_a_stream_has_partial_images_and_then_the_whole(client: Any, engine: zim
     expected = engine.generate("a panda", width=64, height=64, **fields).images[0]
     assert pixels(events[-1].b64_json).tobytes() == expected.tobytes() and events[-1].usage.output_tokens == 16
     image = png(np.zeros((64, 64, 3), np.uint8))
+    sized = client.images.generate(prompt="a panda", extra_body={**STEPS, "width": 96, "height": 64})
+    assert sized.size == "96x64"
     edited = list(client.images.edit(image=image, prompt="a panda", stream=True, extra_body=STEPS))
     assert [event.type for event in edited] == ["image_edit.completed"]
 
@@ -128,6 +133,7 @@ def test_a_stream_has_partial_images_and_then_the_whole(client: Any, engine: zim
         ({"model": "gpt-image-2"}, openai.NotFoundError, "model"),
         ({"extra_body": {"stepz": 2}}, openai.BadRequestError, "stepz"),
         ({"stream": True, "partial_images": 9}, openai.BadRequestError, "partial_images"),
+        ({"background": "transparent"}, openai.BadRequestError, "background"),
         ({"n": 2, "extra_body": {"num_images": 3}}, openai.BadRequestError, "num_images"),
         ({"n": 2, "extra_body": {"num_images_per_prompt": 3}}, openai.BadRequestError, "num_images"),
         ({"size": "64x64", "extra_body": {"width": 96}}, openai.BadRequestError, "width"),

@@ -46,31 +46,37 @@ CallerOf = Annotated[Caller, Depends(caller)]
 @router.get("/models")
 async def models(service: ServiceOf, who: CallerOf) -> dict[str, Any]:
     """The models that the caller may use, as OpenAI lists them, with what each one serves."""
-    listed = []
-    for name, config in service.config.models.items():
-        if not who.may_use(name):
-            continue
-        manifest = service.manifests[name]
-        shapes, pipeline = manifest.shapes, manifest.pipeline
-        listed.append(
-            {
-                "id": name,
-                "object": "model",
-                "created": 0,
-                "owned_by": "zimage_rt",
-                "role": config.role,
-                "bundle": {"name": manifest.name, "id": manifest.bundle_id, "precision": manifest.precision},
-                "height": {"min": shapes.height.min, "max": shapes.height.max, "multiple": shapes.height.multiple},
-                "width": {"min": shapes.width.min, "max": shapes.width.max, "multiple": shapes.width.multiple},
-                "default_size": [shapes.width.opt, shapes.height.opt],
-                "num_inference_steps": pipeline.num_inference_steps,
-                "guidance_scale": pipeline.guidance_scale,
-                "loras": sorted(lora_names(config.loras)),
-                "takes_images": any(module.endswith("_vae_encoder") for module in manifest.modules),
-                "takes_control_images": "controlnet" in manifest.modules,
-            }
-        )
+    listed = [_model(service, name) for name in service.config.models if who.may_use(name)]
     return {"object": "list", "data": listed}
+
+
+@router.get("/models/{name}")
+async def model(name: str, service: ServiceOf, who: CallerOf) -> dict[str, Any]:
+    """A model by its name."""
+    if name not in service.config.models or not who.may_use(name):
+        raise NotFound(f"models: there is no model {name[:64]!r}; /v1/models lists them")
+    return _model(service, name)
+
+
+def _model(service: Service, name: str) -> dict[str, Any]:
+    config, manifest = service.config.models[name], service.manifests[name]
+    shapes, pipeline = manifest.shapes, manifest.pipeline
+    return {
+        "id": name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "zimage_rt",
+        "role": config.role,
+        "bundle": {"name": manifest.name, "id": manifest.bundle_id, "precision": manifest.precision},
+        "height": {"min": shapes.height.min, "max": shapes.height.max, "multiple": shapes.height.multiple},
+        "width": {"min": shapes.width.min, "max": shapes.width.max, "multiple": shapes.width.multiple},
+        "default_size": [shapes.width.opt, shapes.height.opt],
+        "num_inference_steps": pipeline.num_inference_steps,
+        "guidance_scale": pipeline.guidance_scale,
+        "loras": sorted(lora_names(config.loras)),
+        "takes_images": any(module.endswith("_vae_encoder") for module in manifest.modules),
+        "takes_control_images": "controlnet" in manifest.modules,
+    }
 
 
 JOB_BODY: Mapping[str, Any] = body(

@@ -14,8 +14,10 @@ from typing import Any
 from ..errors import RequestError
 from ..request.codec import make_request
 from ..request.types import GenerateRequest
+from .jobs import FINISHED
 from .store import fields_from_json, inputs_of, parsed
 
+STATES = ("queued", "running", *FINISHED)
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
@@ -41,7 +43,9 @@ class Search:
 
 
 def search_jobs(database: sqlite3.Connection, search: Search) -> Iterator[dict[str, Any]]:
-    """The records that a search finds, the newest first, their JSON columns parsed."""
+    """The records that a search finds, the newest first, their JSON columns parsed. Raises RequestError."""
+    if search.state is not None and search.state not in STATES:
+        raise RequestError(f"state: expected one of {', '.join(STATES)}, got {search.state!r}")
     terms: list[str] = ["1"]
     values: list[str | float] = []
     for column, value in (("owner", search.key), ("state", search.state), ("model", search.model)):

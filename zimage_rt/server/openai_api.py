@@ -158,6 +158,8 @@ async def _request_of(
         own = ImagesFields.model_validate({name: said[name] for name in OWN if said.get(name) is not None})
     except ValidationError as error:
         raise invalid(error) from error
+    if own.background == "transparent":
+        raise RequestError("background: expected opaque or auto, got 'transparent'; these models draw no transparency")
     model = service.model(own.model)
     pipeline = service.manifests[model].pipeline
     _refuse_doubles(own, ours, fields)
@@ -231,7 +233,12 @@ async def _body(
             data.append({"b64_json": Base64(await service.image(job, number))})
     safety = {} if job.safety is None else {"safety": job.safety["action"]}
     usage = await service.usage(job)
-    return {"created": int(job.created), "data": data, **described, **safety, "usage": usage}
+    return {"created": int(job.created), "data": data, **described, **_drawn_size(job), **safety, "usage": usage}
+
+
+def _drawn_size(job: Job) -> dict[str, str]:
+    """The `size` of a finished job's images, whatever the request left open."""
+    return {"size": "{}x{}".format(*job.sizes[0])} if job.sizes else {}
 
 
 async def wait_attached(request: Request, service: Service, job: Job) -> None:
@@ -274,7 +281,7 @@ async def _stream(
         for number in range(job.status()["images"]):
             content = {"b64_json": Base64(await service.image(job, number))}
             data = {"type": f"{event}.completed", "created_at": int(job.created), **described, **content}
-            yield encode_event(f"{event}.completed", data | {"usage": usage})
+            yield encode_event(f"{event}.completed", data | _drawn_size(job) | {"usage": usage})
         yield b"data: [DONE]\n\n"
     except ZImageError as error:
         yield encode_event("error", error_body(error.code, str(error)))

@@ -126,7 +126,9 @@ class ImagesFields(BaseModel):
     ] = "b64_json"
     stream: Annotated[bool, Field(description="Answer with server-sent events.")] = False
     partial_images: Annotated[int, Field(ge=0, le=3, description="Previews in the stream.")] = 0
-    background: Annotated[str | None, Field(description=IGNORED)] = None
+    background: Annotated[
+        str | None, Field(description="opaque or auto; transparent is refused, as no model here draws it.")
+    ] = None
     moderation: Annotated[str | None, Field(description=IGNORED)] = None
     style: Annotated[str | None, Field(description=IGNORED)] = None
     user: Annotated[str | None, Field(description=IGNORED)] = None
