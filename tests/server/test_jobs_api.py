@@ -193,6 +193,14 @@ def test_a_folder_has_one_service(server: Server, bundle: Path) -> None:
     assert run.returncode == 1 and "belongs to a service that runs; end that one" in run.stderr, run.stderr
 
 
+def test_a_taken_port_is_named(server: Server, bundle: Path, tmp_path: Path) -> None:
+    port = server.url.rpartition(":")[2]
+    command = [sys.executable, "-m", "zimage_rt.cli.main", "serve", str(bundle), "--port", port]
+    run = subprocess.run([*command, "--data", str(tmp_path / "data")], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 1 and f"127.0.0.1:{port} cannot be listened at" in run.stderr, run.stderr
+    assert "--port" in run.stderr and "Traceback" not in run.stderr
+
+
 def test_the_end_of_the_service_waits_for_its_jobs(bundle: Path, tmp_path: Path) -> None:
     server = Server(tmp_path, bundle=bundle)
     server.wait_until_ready()

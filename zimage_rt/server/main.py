@@ -16,7 +16,7 @@ import uvicorn
 
 from ..errors import RequestError
 from .app import create_app
-from .config import ModelConfig, ServiceConfig, read_config
+from .config import ConfigError, ModelConfig, ServiceConfig, read_config
 from .keys import has_key
 from .store import exclusive
 
@@ -57,9 +57,10 @@ def run(config: ServiceConfig, tell: Callable[[str], None]) -> None:
 
     Raises:
         RequestError: strangers reach the address, and there are no keys.
-        ConfigError: another service has the folder of the data.
+        ConfigError: another service has the folder of the data, or another program the port.
     """
     refuse_strangers(config)
+    check_port(config)
     app = create_app(config)
     server = Server(
         uvicorn.Config(
@@ -80,6 +81,18 @@ def run(config: ServiceConfig, tell: Callable[[str], None]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: None)
     with exclusive(Path(config.data)):
         server.run()
+
+
+def check_port(config: ServiceConfig) -> None:
+    """Raise ConfigError if the address cannot be listened at, before anything is loaded."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        socket.create_server((config.host, config.port), family=family).close()
+    except OSError as error:
+        address = f"{config.host}:{config.port}"
+        raise ConfigError(
+            f"port: {address} cannot be listened at: {error.strerror or error}; name another with --port"
+        ) from error
 
 
 def refuse_strangers(config: ServiceConfig) -> None:
