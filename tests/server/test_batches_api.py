@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 pytest.importorskip("fastapi", reason="the extra `server` is not installed")
 
@@ -17,6 +18,7 @@ from services import Server
 
 import zimage_rt
 from zimage_rt.batch.rows import row_seed
+from zimage_rt.cli.main import app
 
 TABLE = "animal,seed,height\npanda,7,\ncat,,96\ndog,-1,\n"
 
@@ -33,6 +35,11 @@ def wait(server: Server, batch: str, seconds: float = 60) -> dict[str, Any]:
             return status
         time.sleep(0.05)
     raise AssertionError(status)
+
+
+def key_of(server_folder: Path, name: str, *limits: str) -> str:
+    result = CliRunner().invoke(app, ["keys", "add", name, "--data", str(server_folder / "data"), *limits])
+    return f"Bearer {result.stdout.strip()}"
 
 
 def pixels(server: Server, job: str) -> np.ndarray:
@@ -105,5 +112,50 @@ def test_a_batch_goes_on_after_a_restart_and_lets_others_pass(bundle: Path, tmp_
         assert again.client.delete(f"/v1/batches/{other}").json()["state"] == "cancelled"
         time.sleep(1)
         assert again.client.get(f"/v1/batches/{other}").json()["done"] < 30
+    finally:
+        assert again.stop() == 0
+
+
+def test_rows_that_a_key_may_never_ask_for_fail_and_the_others_are_drawn(bundle: Path, tmp_path: Path) -> None:
+    limits = ("--max-pixels", "4096", "--max-steps", "4")
+    dora = key_of(tmp_path, "dora", *limits)
+    slow = key_of(tmp_path, "slow", "--megapixel-steps-per-minute", "1", "--max-jobs", "1")
+    reader = key_of(tmp_path, "reader", "--max-jobs", "0")
+    server = Server(tmp_path, bundle=bundle)
+    try:
+        server.wait_until_ready()
+        server.client.headers["Authorization"] = dora
+        table = "prompt,steps,width,height\na,1,64,64\nb,8,64,64\nc,1,256,256\nd,2,64,64\n"
+        status = wait(server, send(server, table).json()["id"])
+        assert [job["state"] for job in status["jobs"]] == ["done", "failed", "failed", "done"]
+        _, steps, size, _ = (job["error"] for job in status["jobs"])
+        assert steps["code"] == size["code"] == "forbidden"
+        assert "may ask for 4 (max_steps), got 8" in steps["message"]
+        assert "may draw 4096 pixels (max_pixels), got 256x256" in size["message"]
+
+        server.client.headers["Authorization"] = slow
+        # More jobs than the key may have at once are no reason to fail.
+        rows = "prompt,steps,width,height\na,20,256,256\nb,1,64,64\nc,1,64,64\n"
+        status = wait(server, send(server, rows).json()["id"])
+        assert [job["state"] for job in status["jobs"]] == ["failed", "done", "done"]
+        assert "this request alone has 1.31" in status["jobs"][0]["error"]["message"]
+
+        server.client.headers["Authorization"] = reader
+        posts = [send(server, table), *(server.client.post(f"/v1/{name}", json={}) for name in ("sessions", "jobs"))]
+        for answer in posts:
+            assert answer.status_code == 403 and "max_jobs is 0" in answer.json()["error"]["message"], answer.text
+        assert server.client.get("/v1/batches").json() == {"batches": []}
+
+        server.client.headers["Authorization"] = dora
+        rows = "prompt,steps,width,height\n" + "a,4,64,64\n" * 40 + "b,8,64,64\n"
+        batch = send(server, rows).json()["id"]
+    finally:
+        server.process.kill()
+        server.process.wait()
+    again = Server(tmp_path, bundle=bundle)
+    try:
+        again.client.headers["Authorization"] = dora
+        status = wait(again, batch)
+        assert (status["done"], status["failed"]) == (40, 1)  # its key's limits hold after a restart, too
     finally:
         assert again.stop() == 0

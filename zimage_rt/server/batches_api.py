@@ -30,13 +30,14 @@ from ..request.codec import IMAGES
 from ..request.types import GenerateRequest, ResolvedRequest
 from .access import Caller
 from .bounds import read_form
-from .errors import NotFound
+from .errors import NotFound, RateLimited
 from .forms import read_items
-from .jobs import FINISHED, Output
+from .jobs import FINISHED, Output, QueueFull
 from .jobs_api import CallerOf, ServiceOf, read_said
 from .openapi import BINARY
 from .schema import OutputFields
-from .service import Service
+from .service import Draining, Service
+from .store import StorageFull
 
 router = APIRouter(prefix="/v1/batches", tags=["batches"])
 log = logging.getLogger(__name__)
@@ -186,6 +187,7 @@ async def resume(service: Service) -> None:
     def read(database: sqlite3.Connection) -> list[Batch]:
         return [Batch(**dict(row)) for row in database.execute("SELECT * FROM batches WHERE cancelled = 0")]
 
+    limits = {key.name: key.limits_over(service.config.keys) for key in await service.keyring.keys()}
     for batch in await service.store.run(read):
         options = json.loads(batch.options)
         if options["model"] not in service.config.models:
@@ -197,7 +199,8 @@ async def resume(service: Service) -> None:
             except RequestError as error:
                 log.error("batch %s cannot go on: %s", batch.id, error)
                 continue
-            _feed(service, batch, table, lambda request: None)
+            owner = Caller(service, batch.owner, limits.get(batch.owner, service.config.keys))
+            _feed(service, batch, table, owner.admit)
 
 
 def _feed(service: Service, batch: Batch, table: Table, admit: Callable[[ResolvedRequest], None]) -> None:
@@ -215,6 +218,7 @@ async def _draw(service: Service, batch: Batch, table: Table, admit: Callable[[R
     known = {job["id"] for job in await _jobs(service, batch)}
     for row in table.rows:
         job_id = f"{batch.id}-{row.number:06d}"
+        is_told = False
         while job_id not in known:
             if sum(job.id.startswith(f"{batch.id}-") for job in service.queue.jobs()) >= AHEAD:
                 await asyncio.sleep(PAUSE)
@@ -230,13 +234,18 @@ async def _draw(service: Service, batch: Batch, table: Table, admit: Callable[[R
                     admit=admit,
                     job_id=job_id,
                 )
-            except RequestError as error:
-                service.reject(job_id, options["model"], batch.owner, error)
-            except ZImageError as error:
-                if error.code == "draining":
-                    return
+            except Draining:
+                return
+            except (RateLimited, QueueFull, StorageFull) as error:
+                if not is_told:
+                    log.info("batch %s waits with row %d: %s", batch.id, row.number, error)
+                    is_told = True
                 await asyncio.sleep(getattr(error, "retry_after", PAUSE))
                 continue
+            except Exception as error:  # one row must not stop the others, nor be tried for ever
+                if not isinstance(error, ZImageError):
+                    log.exception("row %d of batch %s failed", row.number, batch.id)
+                service.reject(job_id, options["model"], batch.owner, error)
             break
 
 

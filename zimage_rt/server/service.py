@@ -228,7 +228,7 @@ class Service:
                 raise
         return job
 
-    def reject(self, job_id: str, model: str, owner: str, error: RequestError) -> None:
+    def reject(self, job_id: str, model: str, owner: str, error: Exception) -> None:
         """Record a request that cannot be drawn as a failed job."""
         job = Job({"prompt": ""}, model=model, owner=owner, detached=True, job_id=job_id)
         self._end(job, "failed", error_json(error))
