@@ -50,8 +50,8 @@ def test_rows_are_drawn_as_the_command_draws_them(bundle: Path, tmp_path: Path, 
     server = Server(tmp_path, bundle=bundle)
     try:
         server.wait_until_ready()
-        fields = {"template": "a {animal}", "num_inference_steps": "1", "width": "64", "height": "64"}
-        answer = send(server, TABLE, batch_seed="5", **fields)
+        small_form = {"num_inference_steps": "1", "width": "64", "height": "64"}
+        answer = send(server, TABLE, batch_seed="5", template="a {animal}", **small_form)
         assert answer.status_code == 202, answer.text
         status = wait(server, answer.json()["id"])
         assert (status["rows"], status["done"], status["failed"]) == (3, 2, 1)
@@ -72,6 +72,36 @@ def test_rows_are_drawn_as_the_command_draws_them(bundle: Path, tmp_path: Path, 
             refused = send(server, table, name)
             assert refused.status_code == 400 and message in refused.json()["error"]["message"], refused.text
             assert str(tmp_path) not in refused.text
+        for fields, param, message in (
+            ({"seed": "1", "batch_seed": "1"}, "seed", "batch_seed, which is the same"),
+            ({"seed": "-1"}, "seed", "whole number"),
+            ({"seed[]": "1"}, "seed", "a column `seed`"),
+            ({"priority": "5"}, "priority", "leave it out"),
+            ({"output_quality": "90"}, "output_quality", "a PNG keeps every pixel"),
+            ({"template": "a {prompt}", "prompt": "b"}, "prompt", "the template takes its place"),
+        ):
+            refused = send(server, "prompt\na\n", "a.csv", **fields)
+            assert refused.status_code == 400 and refused.json()["error"]["param"] == param, refused.text
+            assert message in refused.json()["error"]["message"]
+        # Every way to write a form's field reaches the rows, and `seed` is that of `zimage batch`.
+        fields = {
+            **small_form,
+            "num_inference_steps": "4",
+            "num_images_per_prompt": "2",
+            "second_pass[scale]": "1.0",
+            "seed": "5",
+        }
+        (job,) = wait(server, send(server, "prompt\na cat\n", "a.csv", **fields).json()["id"])["jobs"]
+        expected = engine.generate(
+            "a cat",
+            height=64,
+            seed=row_seed(5, 1),
+            num_images=2,
+            second_pass=zimage_rt.SecondPass(scale=1.0),
+            **{**small, "num_inference_steps": 4},
+        )
+        assert pixels(server, job["id"]).tobytes() == expected.images[0].tobytes()
+        assert server.client.get(f"/v1/jobs/{job['id']}").json()["images"] == 2
         secret = tmp_path / "secret.png"
         Image.new("RGB", (64, 64)).save(secret)
         for field in ("image", "mask", "control_image"):
@@ -85,7 +115,7 @@ def test_rows_are_drawn_as_the_command_draws_them(bundle: Path, tmp_path: Path, 
         (job,) = wait(server, answer.json()["id"])["jobs"]
         assert job["state"] == "failed" and "cannot name files" in job["error"]["message"]
         listed = server.client.get("/v1/batches").json()["batches"]
-        assert len(listed) == 2 and server.client.get("/v1/batches/none").status_code == 404
+        assert len(listed) == 3 and server.client.get("/v1/batches/none").status_code == 404
     finally:
         assert server.stop() == 0
 

@@ -15,7 +15,7 @@ import sqlite3
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,8 @@ class Batch:
 
     Attributes:
         file: the table's name in the folder `batches`.
-        options: `template`, `seed`, `model`, and the `defaults` of rows that say nothing else.
+        options: `template`, `seed`, `model`, the images' `output`, and what the form `said` for rows that say nothing
+            else.
         rows: how many there are.
         cancelled: whether no more of them are to be drawn.
     """
@@ -70,6 +71,9 @@ class Batch:
     cancelled: int = 0
 
 
+# Fields of the form that are no request's; `seed` is what `zimage batch --seed` is.
+OWN_FIELDS = ("template", "batch_seed", "seed")
+SEED: Mapping[str, Any] = {"type": "string", "pattern": "^[0-9]{1,18}$"}
 # Fields of the form beside the table; all others are those of `/v1/jobs`.
 FORM: Mapping[str, Any] = {
     "type": "object",
@@ -77,7 +81,8 @@ FORM: Mapping[str, Any] = {
     "properties": {
         "table": {**BINARY, "description": "CSV, .xlsx or JSON lines, by its file name."},
         "template": {"type": "string", "description": "The prompt, with columns in it: a {animal}."},
-        "batch_seed": {"type": "string", "pattern": "^[0-9]{1,18}$", "description": "Decides the seeds of rows."},
+        "batch_seed": {**SEED, "description": "Decides the seeds of rows without one."},
+        "seed": {**SEED, "description": "The same as batch_seed; a form says one of them."},
     },
     "additionalProperties": {"type": "string"},
 }
@@ -89,7 +94,7 @@ async def create(request: Request, service: ServiceOf, who: CallerOf) -> dict[st
     """Draw a table: a form with the file `table` (CSV, .xlsx or JSON lines), and fields that hold for every row.
 
     `template` makes prompts of columns (`a {animal}`), `batch_seed` decides the seeds of rows without one; the others
-    are those of `/v1/jobs`. A table cannot name files: rows have no images.
+    are those of `/v1/jobs` but `priority`. A table cannot name files: rows have no images.
     """
     form = await read_form(request)
     upload = form.get("table")
@@ -103,21 +108,13 @@ async def create(request: Request, service: ServiceOf, who: CallerOf) -> dict[st
         raise RequestError(
             f"{others[0]}: expected one file, the table, got another; rows have no images", field=others[0]
         )
-    texts = {name: value for name, value in form.multi_items() if isinstance(value, str)}
-    template, seed = texts.pop("template", None), texts.pop("batch_seed", "0")
-    if not (seed.isascii() and seed.isdecimal() and len(seed) <= 18):
-        raise RequestError(f"batch_seed: expected a whole number of at most 18 digits, got {seed[:40]!r}")
-    defaults, output = read_said(read_items(texts.items())[0], needs_prompt=False)
+    template, seed, said = _read_texts([(name, text) for name, text in form.multi_items() if isinstance(text, str)])
+    defaults, output = read_said(said, needs_prompt=False)
     _refuse_files(defaults)
+    service.output_of(output)
     model = service.model(output.model)
     who.check_model(model)
-    options = {
-        "template": template,
-        "seed": int(seed),
-        "model": model,
-        "defaults": {name: text for name, text in texts.items() if name.partition(".")[0] in defaults},
-        "output": output.model_dump(),
-    }
+    options = {"template": template, "seed": seed, "model": model, "said": said, "output": output.model_dump()}
     batch = Batch(uuid.uuid4().hex, who.name, time.time(), f"{uuid.uuid4().hex}{suffix}", json.dumps(options), 0)
     path = _folder(service) / batch.file
     content = await upload.read()
@@ -209,10 +206,39 @@ def _feed(service: Service, batch: Batch, table: Table, admit: Callable[[Resolve
     task.add_done_callback(lambda _: service.feeding.pop(batch.id, None))
 
 
+def _read_texts(texts: Iterable[tuple[str, str]]) -> tuple[str | None, int, dict[str, Any]]:
+    """The template, the seed, and what a form's other texts say, as JSON would. Raises RequestError."""
+    own: dict[str, str] = {}
+    others: list[tuple[str, str]] = []
+    for name, text in texts:
+        if name in own:
+            raise RequestError(f"{name}: expected it once, got it twice", field=name)
+        if name in OWN_FIELDS:
+            own[name] = text
+        else:
+            others.append((name, text))
+    if {"seed", "batch_seed"} <= own.keys():
+        raise RequestError("seed: expected it or batch_seed, which is the same here, got both", field="seed")
+    name = "seed" if "seed" in own else "batch_seed"
+    seed = own.get(name, "0")
+    if not (seed.isascii() and seed.isdecimal() and len(seed) <= 18):
+        raise RequestError(f"{name}: expected a whole number of at most 18 digits, got {seed[:40]!r}", field=name)
+    said, _ = read_items(others)
+    if "seed" in said:
+        raise RequestError("seed: expected one number, got a list; a column `seed` has one per row", field="seed")
+    if "priority" in said:
+        message = "priority: rows of a batch come after the key's other requests; leave it out"
+        raise RequestError(message, field="priority")
+    template = own.get("template")
+    if template is not None and "prompt" in said:
+        raise RequestError("prompt: the template takes its place; leave one of them out", field="prompt")
+    return template, int(seed), said
+
+
 async def _draw(service: Service, batch: Batch, table: Table, admit: Callable[[ResolvedRequest], None]) -> None:
     """Let the rows of a batch wait, a few at a time, those first that no job has yet."""
     options = json.loads(batch.options)
-    defaults, _ = read_said(read_items(options["defaults"].items())[0], needs_prompt=False)
+    defaults, _ = read_said(options["said"], needs_prompt=False)
     reader = _reader(table, options, defaults)
     encoded = Output(**service.output_of(OutputFields(**options["output"])))
     known = {job["id"] for job in await _jobs(service, batch)}
