@@ -53,6 +53,7 @@ def test_rows_are_drawn_as_the_command_draws_them(bundle: Path, tmp_path: Path, 
         small_form = {"num_inference_steps": "1", "width": "64", "height": "64"}
         answer = send(server, TABLE, batch_seed="5", template="a {animal}", **small_form)
         assert answer.status_code == 202, answer.text
+        assert answer.json()["warnings"] == []
         status = wait(server, answer.json()["id"])
         assert (status["rows"], status["done"], status["failed"]) == (3, 2, 1)
         first, second, third = status["jobs"]
@@ -66,6 +67,11 @@ def test_rows_are_drawn_as_the_command_draws_them(bundle: Path, tmp_path: Path, 
         assert third["state"] == "failed" and third["error"]["field"] == "seed"
         for table, name, message in (
             ("prompt,stepz\na,1\n", "a.csv", "stepz"),
+            ("prompt,Size\na,64x64\n", "a.csv", "column 'Size': say it in the columns width and height"),
+            ("prompt,n\na,2\n", "a.csv", "call it num_images"),
+            ("prompt,quality\na,high\n", "a.csv", "call it num_inference_steps"),
+            ("prompt,output_format\na,jpeg\n", "a.csv", "as a field of the form"),
+            ('{"prompt": "a"}\n{"prompt": "a", "model": "nano"}\n', "a.jsonl", "column 'model'"),
             ("", "a.csv", "got no rows"),
             ("prompt\na\n", "a.exe", "expected a file name that ends in"),
         ):
@@ -91,7 +97,11 @@ def test_rows_are_drawn_as_the_command_draws_them(bundle: Path, tmp_path: Path, 
             "second_pass[scale]": "1.0",
             "seed": "5",
         }
-        (job,) = wait(server, send(server, "prompt\na cat\n", "a.csv", **fields).json()["id"])["jobs"]
+        answer = send(server, "prompt,sku,note\na cat,1,\n", "a.csv", **fields)
+        assert answer.json()["warnings"] == ["no request fields, and ignored: sku"]
+        status = wait(server, answer.json()["id"])
+        (job,) = status["jobs"]
+        assert status["warnings"] == answer.json()["warnings"]
         expected = engine.generate(
             "a cat",
             height=64,

@@ -23,6 +23,7 @@ from fastapi import APIRouter, Request
 from starlette.datastructures import UploadFile
 
 from ..atomic_write import atomic_write
+from ..batch.columns import normalized
 from ..batch.rows import RowReader, Template
 from ..batch.table import EXCEL, JSON_LINES, Row, Table, read_table
 from ..errors import RequestError, ZImageError
@@ -56,8 +57,8 @@ class Batch:
 
     Attributes:
         file: the table's name in the folder `batches`.
-        options: `template`, `seed`, `model`, the images' `output`, and what the form `said` for rows that say nothing
-            else.
+        options: `template`, `seed`, `model`, the images' `output`, what the form `said` for rows that say nothing else,
+            and `warnings`.
         rows: how many there are.
         cancelled: whether no more of them are to be drawn.
     """
@@ -71,6 +72,17 @@ class Batch:
     cancelled: int = 0
 
 
+FOR_ALL_ROWS = "say it as a field of the form, for all rows"
+# Columns whose names mean something elsewhere, in the service or in OpenAI's protocol, with what to do instead.
+ELSEWHERE: Mapping[str, str] = {
+    **dict.fromkeys(("model", "output_format", "output_quality", "previews", "batch_seed", "template"), FOR_ALL_ROWS),
+    "output_compression": "say output_quality as a field of the form, for all rows",
+    "partial_images": "say previews as a field of the form, for all rows",
+    "quality": "call it num_inference_steps, or say output_quality as a field of the form, for all rows",
+    "size": "say it in the columns width and height",
+    "n": "call it num_images",
+    "priority": "rows come after the key's other requests; leave it out",
+}
 # Fields of the form that are no request's; `seed` is what `zimage batch --seed` is.
 OWN_FIELDS = ("template", "batch_seed", "seed")
 SEED: Mapping[str, Any] = {"type": "string", "pattern": "^[0-9]{1,18}$"}
@@ -114,9 +126,15 @@ async def create(request: Request, service: ServiceOf, who: CallerOf) -> dict[st
     service.output_of(output)
     model = service.model(output.model)
     who.check_model(model)
-    options = {"template": template, "seed": seed, "model": model, "said": said, "output": output.model_dump()}
-    batch = Batch(uuid.uuid4().hex, who.name, time.time(), f"{uuid.uuid4().hex}{suffix}", json.dumps(options), 0)
-    path = _folder(service) / batch.file
+    options: dict[str, Any] = {
+        "template": template,
+        "seed": seed,
+        "model": model,
+        "said": said,
+        "output": output.model_dump(),
+    }
+    file = f"{uuid.uuid4().hex}{suffix}"
+    path = _folder(service) / file
     content = await upload.read()
 
     def keep() -> Table:
@@ -124,14 +142,14 @@ async def create(request: Request, service: ServiceOf, who: CallerOf) -> dict[st
         atomic_write(path, content)
         try:
             table = read_table(path)
-            _reader(table, options, defaults)
+            options["warnings"] = _check_columns(table, _reader(table, options, defaults), template)
         except RequestError as error:
             path.unlink()
             raise RequestError(str(error).replace(str(path), "table"), field=error.field or "table") from None
         return table
 
     table = await asyncio.to_thread(keep)
-    batch = dataclasses.replace(batch, rows=len(table.rows))
+    batch = Batch(uuid.uuid4().hex, who.name, time.time(), file, json.dumps(options), len(table.rows))
 
     def insert(database: sqlite3.Connection) -> None:
         names = ", ".join(f":{name}" for name in vars(batch))
@@ -139,7 +157,7 @@ async def create(request: Request, service: ServiceOf, who: CallerOf) -> dict[st
 
     await service.store.run(insert)
     _feed(service, batch, table, who.admit)
-    return await _status(service, batch)
+    return await _status(service, batch) | {"warnings": options["warnings"]}
 
 
 @router.get("")
@@ -157,7 +175,8 @@ async def listed(service: ServiceOf, who: CallerOf) -> dict[str, Any]:
 async def status(batch_id: str, service: ServiceOf, who: CallerOf) -> dict[str, Any]:
     """The progress of a batch, and the jobs of its rows: `/v1/jobs/{id}` has their images."""
     batch = await _find(service, who, batch_id)
-    return await _status(service, batch) | {"jobs": await _jobs(service, batch)}
+    more = {"warnings": json.loads(batch.options)["warnings"], "jobs": await _jobs(service, batch)}
+    return await _status(service, batch) | more
 
 
 @router.delete("/{batch_id}")
@@ -293,6 +312,17 @@ def _refuse_files(fields: Collection[str]) -> None:
 def _reader(table: Table, options: Mapping[str, Any], defaults: Mapping[str, Any]) -> RowReader:
     template = None if options["template"] is None else Template(options["template"])
     return RowReader(table, template, defaults, options["seed"])
+
+
+def _check_columns(table: Table, reader: RowReader, template: str | None) -> list[str]:
+    """Warnings about the columns that change nothing. Raises RequestError for one that a client expects to."""
+    used = () if template is None else Template(template).columns
+    extra = dict.fromkeys(column for row in table.rows for column in reader.content(row).extra if column not in used)
+    for column in extra:
+        advice = ELSEWHERE.get(normalized(column))
+        if advice is not None:
+            raise RequestError(f"column {column!r}: {advice}; to keep the column as it is, rename it", field="table")
+    return [f"no request fields, and ignored: {', '.join(extra)}"] if extra else []
 
 
 def _folder(service: Service) -> Path:
