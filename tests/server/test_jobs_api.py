@@ -48,6 +48,7 @@ def data_url(image: np.ndarray) -> str:
 def test_a_job_is_drawn_as_the_engine_draws_it(server: Server, engine: zimage_rt.Engine, tmp_path: Path) -> None:
     status = server.draw(**SMALL, num_images=2)
     assert (status["state"], status["images"], status["error"]) == ("done", 2, None)
+    assert (status["seeds"], status["warnings"]) == ([3, 4], [])
     drawn = engine.generate(**SMALL, num_images=2).images
     for number in range(2):
         answer = server.client.get(f"/v1/jobs/{status['id']}/images/{number}")

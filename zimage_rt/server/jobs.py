@@ -181,10 +181,29 @@ class Job:
             "started": self.started,
             "finished": self.finished,
             "progress": self.progress,
+            "seeds": seeds_of(self.fields, len(self.images) or len(self.stored)),
             "images": len(self.images) or len(self.stored),
             "timings": dict(self.timings),
+            "warnings": list(self.warnings),
             "error": self.error,
         } | ({} if self.safety is None else {"safety": self.safety["action"]})
+
+
+def seeds_of(fields: Mapping[str, Any], images: int) -> list[int]:
+    """The seeds of a job's images by its fields; none if it was refused before it had any.
+
+    Args:
+        fields: of a job, or of its record, which may be without prompts.
+        images: how many were drawn; 0 before that.
+    """
+    seed = fields.get("seed")
+    if seed is None:
+        return []
+    if isinstance(seed, Sequence):
+        return list(seed)
+    prompt = fields.get("prompt", "")
+    prompts = 1 if isinstance(prompt, str) else len(prompt)
+    return [seed] * (images or prompts * fields.get("num_images", 1))  # several with one seed: see `batch_noise`
 
 
 class FairQueue:

@@ -21,7 +21,7 @@ from .bounds import read_form, read_json
 from .encoding import Base64, encode_event
 from .errors import Gone, NotFound
 from .forms import is_form, read_items
-from .jobs import Event, Job, Output
+from .jobs import Event, Job, Output, seeds_of
 from .openapi import EVENTS_ANSWER, IMAGE_ANSWER, IMAGE_EXAMPLE, body
 from .schema import JobRequest, OutputFields, decode_data_url, request_fields
 from .service import Service
@@ -178,10 +178,11 @@ async def _recorded(service: Service, who: Caller, job_id: str) -> dict[str, Any
     row = await service.store.row(job_id)
     if row is None or not who.may_see(row["owner"]):
         raise _unknown(job_id)
-    kept = ("id", "state", "model", "created", "started", "finished", "timings", "error")
+    kept = ("id", "state", "model", "created", "started", "finished", "timings", "warnings", "error")
     more = {} if row["safety"] is None else {"safety": row["safety"]["action"]}
     images = {"images": len(row["images"]), "files": row["images"], "position": None}
-    return {name: row[name] for name in kept} | images | more
+    seeds = seeds_of(row["fields"], len(row["images"]))
+    return {name: row[name] for name in kept} | {"seeds": seeds} | images | more
 
 
 async def _stream(job: Job, since: int) -> AsyncIterator[bytes]:
