@@ -197,12 +197,25 @@ def test_a_folder_has_one_service(server: Server, bundle: Path) -> None:
 def test_the_end_of_the_service_waits_for_its_jobs(bundle: Path, tmp_path: Path) -> None:
     server = Server(tmp_path, bundle=bundle)
     server.wait_until_ready()
+    fields = {**SMALL, "num_images": 2, "batch_noise": "comfyui", "negative_prompt": "a cat"}
+    warned = server.draw(**fields)
+    assert warned["seeds"] == [3, 3] and "negative_prompt" in warned["warnings"][0]
+    long = {**SMALL, "num_inference_steps": 100, "height": 256, "width": 256}
+    cancelled = server.client.post("/v1/jobs", json=long).json()["id"]
+    server.client.delete(f"/v1/jobs/{cancelled}")
+    live = {each: list(server.events(each))[-1] for each in (warned["id"], cancelled)}
     job = server.client.post("/v1/jobs", json={**SMALL, "num_inference_steps": 50}).json()["id"]
     time.sleep(0.1)
     assert server.stop() == 0
     again = Server(tmp_path, bundle=bundle)
     try:
-        assert again.client.get(f"/v1/jobs/{job}").json()["state"] == "done"
+        recorded = again.client.get(f"/v1/jobs/{job}").json()
+        assert (recorded["state"], recorded["seeds"], recorded["warnings"]) == ("done", [3], [])
+        assert again.client.delete(f"/v1/jobs/{job}").json() == recorded
+        for each, event in live.items():
+            assert [*again.events(each), *again.events(each, since=10**6)] == [event, event]
+        status = again.client.get(f"/v1/jobs/{warned['id']}").json()
+        assert (status["seeds"], status["warnings"]) == (warned["seeds"], warned["warnings"])
         content = again.client.get(f"/v1/jobs/{job}/images/0").content
         assert Image.open(io.BytesIO(content)).size == (64, 64)
         (tmp_path / "data" / "images" / job / "0.png").write_bytes(content[:-20])  # as a loss of power may leave it
