@@ -133,6 +133,14 @@ class Job:
         self.state, self.finished = state, time.time()
         self.tell(state, **data)
 
+    def place_after(self, last: int) -> int:
+        """The number of the first event for a client that has had event `last`.
+
+        It is the last known event if `last` was counted in a former run of the service, or if nothing comes any more.
+        """
+        is_known = last + 1 < len(self.events) + (not self.is_finished)
+        return last + 1 if is_known else len(self.events) - 1
+
     async def watch(self, since: int = 0) -> AsyncIterator[Event]:
         """The events from number `since` on, as they come, to the one that ends the job."""
         self._watchers += 1

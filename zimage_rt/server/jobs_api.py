@@ -110,7 +110,7 @@ async def events(job_id: str, service: ServiceOf, who: CallerOf, request: Reques
         stream = _recorded_end(await _recorded(service, who, job_id))
     else:
         last = request.headers.get("last-event-id", "")
-        stream = _stream(job, int(last) + 1 if LAST_EVENT_ID.fullmatch(last) else 0)
+        stream = _stream(job, job.place_after(int(last)) if LAST_EVENT_ID.fullmatch(last) else 0)
     return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
 
