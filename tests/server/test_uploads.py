@@ -84,6 +84,23 @@ def test_texts_of_a_form_are_refused_by_their_names(server: Server, fields: dict
     assert answer.status_code == 400 and answer.json()["error"]["param"] == param, answer.text
 
 
+def test_a_form_that_is_cut_off_is_refused(server: Server) -> None:
+    def part(name: str, text: str, more: str = "") -> str:
+        return f'--B\r\nContent-Disposition: form-data; name="{name}"{more}\r\n\r\n{text}\r\n'
+
+    table = part("table", "prompt\na\n", '; filename="a.csv"')
+    headers = {"Content-Type": "multipart/form-data; boundary=B"}
+    for path, first in (("jobs", part("prompt", "a")), ("batches", table), ("images/edits", part("prompt", "a"))):
+        whole = first + part("height", "64") + part("width", "64") + "--B--\r\n"
+        cuts = [whole.rindex(end) for end in ("64", "\r\n--B--", "-\r\n")] + [len(first)]
+        for cut in cuts:
+            answer = server.client.post(f"/v1/{path}", content=whole[:cut], headers=headers)
+            assert answer.status_code == 400 and "cut off" in answer.json()["error"]["message"], answer.text
+    whole = part("prompt", "a") + part("height", "64") + part("width", "64") + "--B--"
+    for end in ("", "\r\n", "\r\nwhat comes after is nothing"):
+        assert server.client.post("/v1/jobs", content=whole + end, headers=headers).status_code == 202
+
+
 def test_a_prompt_of_digits_is_a_text(server: Server) -> None:
     image = encoded(random.Random(0), "PNG")
     fields = {"prompt": "2024", "user": "7", "size": "64x64", "num_inference_steps": "1", "n": "1", "stream": "false"}
