@@ -33,7 +33,16 @@ TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 async def read_json(request: Request) -> dict[str, Any]:
     """The object in a request's body; an empty body is an empty one. Raises RequestError."""
     body = await request.body()
-    return parse_json(body) if len(body) <= SMALL_BODY else await asyncio.to_thread(parse_json, body)
+    try:
+        return parse_json(body) if len(body) <= SMALL_BODY else await asyncio.to_thread(parse_json, body)
+    except RequestError as error:
+        # curl's -d says this type of JSON, too.
+        if "x-www-form-urlencoded" in request.headers.get("content-type", "").lower() and body[:1] != b"{":
+            raise RequestError(
+                "body: expected JSON, or multipart/form-data (curl -F) if the route takes forms, got "
+                "application/x-www-form-urlencoded"
+            ) from error
+        raise
 
 
 def parse_json(body: bytes) -> dict[str, Any]:

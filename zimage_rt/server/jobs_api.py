@@ -278,4 +278,8 @@ def invalid(error: ValidationError) -> RequestError:
     name, *inner = [str(part) for part in first["loc"]] or ["body"]  # no place: a field's name is no text
     # What follows a field's name is a part of it, or the branch of a union.
     field = f"{name}.{inner[0]}" if inner and f"{name}.{inner[0]}" in field_kinds() else name
+    if first["type"] in ("extra_forbidden", "missing"):
+        field = ".".join((name, *inner))
+    if first["type"] == "missing":
+        return RequestError(f"{field}: expected {'a text' if field == 'prompt' else 'it'}, got nothing", field=field)
     return RequestError(f"{field}: {first['msg']}, got {shown(first['input'])}", field=field)
