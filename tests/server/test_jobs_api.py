@@ -48,6 +48,7 @@ def data_url(image: np.ndarray) -> str:
 def test_a_job_is_drawn_as_the_engine_draws_it(server: Server, engine: zimage_rt.Engine, tmp_path: Path) -> None:
     status = server.draw(**SMALL, num_images=2)
     assert (status["state"], status["images"], status["error"]) == ("done", 2, None)
+    assert (status["seeds"], status["warnings"]) == ([3, 4], [])
     drawn = engine.generate(**SMALL, num_images=2).images
     for number in range(2):
         answer = server.client.get(f"/v1/jobs/{status['id']}/images/{number}")
@@ -71,7 +72,8 @@ def test_events_tell_every_step(server: Server) -> None:
     if previews:  # they are dropped when the images are there
         assert Image.open(io.BytesIO(base64.b64decode(previews[0]))).format == "JPEG"
     assert events[-1][1]["images"] == [f"/v1/jobs/{job}/images/0"] and events[-1][1]["seeds"] == [3]
-    assert [name for name, _ in server.events(job, since=4)] == ["done"]
+    for last in (4, 5, 6, 10**6):  # to its end, or that again
+        assert [name for name, _ in server.events(job, since=last)] == ["done"]
 
 
 def test_images_come_as_data_urls_and_as_parts_of_a_form(server: Server, engine: zimage_rt.Engine) -> None:
@@ -95,7 +97,8 @@ def test_images_come_as_data_urls_and_as_parts_of_a_form(server: Server, engine:
         ({**SMALL, "height": 63}, 400, "height", "expected 64 to"),
         ({**SMALL, "heigth": 64}, 400, "heigth", "Extra inputs"),
         ({**SMALL, "seed": "3"}, 400, "seed", "valid integer"),
-        ({"seed": 3}, 400, "prompt", "required"),
+        ({"seed": 3}, 400, "prompt", "prompt: expected a text, got nothing"),
+        ({**SMALL, "second_pass": {"scal": 2.0}}, 400, "second_pass.scal", "second_pass.scal: Extra inputs"),
         ({**SMALL, "model": "flux"}, 404, "model", "there is no model 'flux'"),
         ({**SMALL, "image": "http://example.com/a.png"}, 400, "image", "the service fetches nothing"),
         ({**SMALL, "image": "/etc/passwd"}, 400, "image", "expected a data URL"),
@@ -164,6 +167,8 @@ def test_promised_jobs_outlive_the_service(bundle: Path, tmp_path: Path) -> None
     again = Server(tmp_path, bundle=bundle)
     try:
         for seed, job in enumerate(jobs):
+            # A number of the former run, whose events were others.
+            assert [name for name, _ in again.events(job, since=10**6)][-1] == "done"
             status = again.finish(job)
             assert status["state"] == "done", status
             record = again.client.get(f"/v1/jobs/{job}/images/0").content
@@ -204,12 +209,25 @@ def test_a_taken_port_is_named(server: Server, bundle: Path, tmp_path: Path) -> 
 def test_the_end_of_the_service_waits_for_its_jobs(bundle: Path, tmp_path: Path) -> None:
     server = Server(tmp_path, bundle=bundle)
     server.wait_until_ready()
+    fields = {**SMALL, "num_images": 2, "batch_noise": "comfyui", "negative_prompt": "a cat"}
+    warned = server.draw(**fields)
+    assert warned["seeds"] == [3, 3] and "negative_prompt" in warned["warnings"][0]
+    long = {**SMALL, "num_inference_steps": 100, "height": 256, "width": 256}
+    cancelled = server.client.post("/v1/jobs", json=long).json()["id"]
+    server.client.delete(f"/v1/jobs/{cancelled}")
+    live = {each: list(server.events(each))[-1] for each in (warned["id"], cancelled)}
     job = server.client.post("/v1/jobs", json={**SMALL, "num_inference_steps": 50}).json()["id"]
     time.sleep(0.1)
     assert server.stop() == 0
     again = Server(tmp_path, bundle=bundle)
     try:
-        assert again.client.get(f"/v1/jobs/{job}").json()["state"] == "done"
+        recorded = again.client.get(f"/v1/jobs/{job}").json()
+        assert (recorded["state"], recorded["seeds"], recorded["warnings"]) == ("done", [3], [])
+        assert again.client.delete(f"/v1/jobs/{job}").json() == recorded
+        for each, event in live.items():
+            assert [*again.events(each), *again.events(each, since=10**6)] == [event, event]
+        status = again.client.get(f"/v1/jobs/{warned['id']}").json()
+        assert (status["seeds"], status["warnings"]) == (warned["seeds"], warned["warnings"])
         content = again.client.get(f"/v1/jobs/{job}/images/0").content
         assert Image.open(io.BytesIO(content)).size == (64, 64)
         (tmp_path / "data" / "images" / job / "0.png").write_bytes(content[:-20])  # as a loss of power may leave it

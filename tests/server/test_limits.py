@@ -27,8 +27,10 @@ from services import Server
 
 from zimage_rt.errors import RequestError
 from zimage_rt.server.bounds import MAX_DEPTH, MAX_FIELD_BYTES, MAX_STRUCTURE, check_pixels, parse_json
+from zimage_rt.server.config import ConfigError, read_config
 from zimage_rt.server.keys import add_key
 from zimage_rt.server.rate import Rates, seconds_until
+from zimage_rt.server.service import Service
 from zimage_rt.server.store import connect
 
 SMALL: dict[str, Any] = {"prompt": "a panda", "height": 64, "width": 64, "num_inference_steps": 2, "seed": 3}
@@ -181,6 +183,16 @@ def test_sizes_steps_and_models(server: Server) -> None:
     assert [model["id"] for model in client(server, "other").get("/v1/models").json()["data"]] == ["second"]
     answer = client(server, "free").post("/v1/jobs", json={**SMALL, "num_inference_steps": 101})
     assert answer.status_code == 400  # of the service, whoever asks
+
+
+def test_a_configuration_that_cannot_hold_is_refused(bundle: Path, tmp_path: Path) -> None:
+    file = tmp_path / "service.toml"
+    file.write_text(f'[models.nano]\nbundle = "{bundle}"\nloras = "none"\n')
+    with pytest.raises(ConfigError, match=rf"models\.nano\.loras: {tmp_path}/none is no folder"):
+        Service(read_config(file))
+    file.write_text(f'[models.nano]\nbundle = "{bundle}"\n[limits]\nmax_steps = -1\n')
+    with pytest.raises(ConfigError, match=r"limits\.max_steps: expected 0 or more, got -1"):
+        read_config(file)
 
 
 # --- bounds -----------------------------------------------------------------------------------------------------------

@@ -74,6 +74,7 @@ def test_files_and_texts_of_a_form_have_their_names(server: Server) -> None:
         ({"second_pass.scale": "2", "second_pass": "x"}, "second_pass"),
         ({"second_pass[scale]": "a lot"}, "second_pass.scale"),
         ({"loras[style]": "0.5"}, "loras"),
+        ({"loras": '{"style": 0.5}'}, "loras"),
         ({"seed": "1" * 5000}, "seed"),
         ({"image": "/etc/passwd"}, "image"),
     ],
@@ -82,6 +83,33 @@ def test_texts_of_a_form_are_refused_by_their_names(server: Server, fields: dict
     parts = {name: (None, text) for name, text in {**FIELDS, **fields}.items()}  # no file names: no files
     answer = server.client.post("/v1/jobs", files=parts)
     assert answer.status_code == 400 and answer.json()["error"]["param"] == param, answer.text
+
+
+def test_a_form_that_is_cut_off_is_refused(server: Server) -> None:
+    def part(name: str, text: str, more: str = "") -> str:
+        return f'--B\r\nContent-Disposition: form-data; name="{name}"{more}\r\n\r\n{text}\r\n'
+
+    table = part("table", "prompt\na\n", '; filename="a.csv"')
+    headers = {"Content-Type": "multipart/form-data; boundary=B"}
+    for path, first in (("jobs", part("prompt", "a")), ("batches", table), ("images/edits", part("prompt", "a"))):
+        whole = first + part("height", "64") + part("width", "64") + "--B--\r\n"
+        cuts = [whole.rindex(end) for end in ("64", "\r\n--B--", "-\r\n")] + [len(first)]
+        for cut in cuts:
+            answer = server.client.post(f"/v1/{path}", content=whole[:cut], headers=headers)
+            assert answer.status_code == 400 and "cut off" in answer.json()["error"]["message"], answer.text
+    whole = part("prompt", "a") + part("height", "64") + part("width", "64") + "--B--"
+    for end in ("", "\r\n", "\r\nwhat comes after is nothing"):
+        assert server.client.post("/v1/jobs", content=whole + end, headers=headers).status_code == 202
+
+
+def test_messages_name_what_a_form_is(server: Server) -> None:
+    answer = server.client.post("/v1/jobs", data={"prompt": "a panda"})  # as `curl -d` sends it
+    assert answer.status_code == 400 and "multipart/form-data (curl -F)" in answer.json()["error"]["message"]
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}
+    answer = server.client.post("/v1/jobs", content='{"prompt": "a", "height": 63}', headers=headers)
+    assert answer.json()["error"]["param"] == "height"  # JSON all the same
+    answer = server.client.post("/v1/jobs", files={"prompt": (None, "a"), "loras": (None, '{"style": 0.5}')})
+    assert "expected name=weight" in answer.json()["error"]["message"]
 
 
 def test_a_prompt_of_digits_is_a_text(server: Server) -> None:

@@ -62,7 +62,7 @@ SLIP = 0.8
 
 def field_of(column: str) -> str | None:
     """The request field of a column, `second_pass.scale` for a part of a field; None for other columns."""
-    name = _normalized(column)
+    name = normalized(column)
     name = ALIASES.get(name, name)
     return name if name in field_kinds() else None
 
@@ -75,7 +75,7 @@ def is_own_name(column: str) -> bool:
 @functools.cache
 def check_extra(column: str) -> None:
     """Raise RequestError for a column whose name is ambiguous or looks like a misspelt request field."""
-    kinds, name = field_kinds(), _normalized(column)
+    kinds, name = field_kinds(), normalized(column)
     if name in AMBIGUOUS:
         raise RequestError(
             f"column {column!r}: {AMBIGUOUS[name]}; to keep it as it is, put it into --name or rename it"
@@ -86,5 +86,6 @@ def check_extra(column: str) -> None:
         raise RequestError(f"column {column!r}: expected a request field ({', '.join(kinds)}), or another name{meant}")
 
 
-def _normalized(column: str) -> str:
+def normalized(column: str) -> str:
+    """A column's name without what is not compared: case, width of characters, hyphens and spaces."""
     return "_".join(unicodedata.normalize("NFKC", column).casefold().replace("-", " ").split())

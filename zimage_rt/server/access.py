@@ -56,6 +56,11 @@ class Caller:
             allowed = ", ".join(self.limits.models or ()) or "none"
             raise Forbidden(f"model: {self.title} may use {allowed} (models), got {model}")
 
+    def check_draws(self) -> None:
+        """Raise Forbidden for a key that only reads."""
+        if self.limits.max_jobs == 0:
+            raise Forbidden(f"{self.title} may read alone and draw nothing (max_jobs is 0)")
+
     def count_request(self) -> None:
         """Count a request that asks for work. Raises RateLimited."""
         most = self.limits.requests_per_minute
@@ -85,6 +90,7 @@ class Caller:
             raise Forbidden(
                 f"num_inference_steps: {self.title} may ask for {limits.max_steps} (max_steps), got {steps}"
             )
+        self.check_draws()
         self._check_jobs()
         self._spend_megapixel_steps(request)
 
@@ -92,8 +98,6 @@ class Caller:
         most = self.limits.max_jobs
         if most is None:
             return
-        if most == 0:
-            raise Forbidden(f"{self.title} may read alone and draw nothing (max_jobs is 0)")
         jobs = self.service.unfinished_of(self.name)
         if jobs >= most:
             wait = max(1, math.ceil(self.service.queue.seconds_per_job))
@@ -143,6 +147,7 @@ class KeyGuard:
             scope.setdefault("state", {})["caller"] = who
             if scope["type"] == "websocket" or scope["method"] in COUNTED_METHODS:
                 who.count_request()
+                who.check_draws()
         except ZImageError as error:
             await answer_to(error)(scope, receive, send)
             return

@@ -15,7 +15,7 @@ import sqlite3
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from fastapi import APIRouter, Request
 from starlette.datastructures import UploadFile
 
 from ..atomic_write import atomic_write
+from ..batch.columns import normalized
 from ..batch.rows import RowReader, Template
 from ..batch.table import EXCEL, JSON_LINES, Row, Table, read_table
 from ..errors import RequestError, ZImageError
@@ -30,13 +31,14 @@ from ..request.codec import IMAGES
 from ..request.types import GenerateRequest, ResolvedRequest
 from .access import Caller
 from .bounds import read_form
-from .errors import NotFound
+from .errors import NotFound, RateLimited
 from .forms import read_items
-from .jobs import FINISHED, Output
+from .jobs import FINISHED, Output, QueueFull
 from .jobs_api import CallerOf, ServiceOf, read_said
 from .openapi import BINARY
 from .schema import OutputFields
-from .service import Service
+from .service import Draining, Service
+from .store import StorageFull
 
 router = APIRouter(prefix="/v1/batches", tags=["batches"])
 log = logging.getLogger(__name__)
@@ -55,7 +57,8 @@ class Batch:
 
     Attributes:
         file: the table's name in the folder `batches`.
-        options: `template`, `seed`, `model`, and the `defaults` of rows that say nothing else.
+        options: `template`, `seed`, `model`, the images' `output`, what the form `said` for rows that say nothing else,
+            and `warnings`.
         rows: how many there are.
         cancelled: whether no more of them are to be drawn.
     """
@@ -69,6 +72,20 @@ class Batch:
     cancelled: int = 0
 
 
+FOR_ALL_ROWS = "say it as a field of the form, for all rows"
+# Columns whose names mean something elsewhere, in the service or in OpenAI's protocol, with what to do instead.
+ELSEWHERE: Mapping[str, str] = {
+    **dict.fromkeys(("model", "output_format", "output_quality", "previews", "batch_seed", "template"), FOR_ALL_ROWS),
+    "output_compression": "say output_quality as a field of the form, for all rows",
+    "partial_images": "say previews as a field of the form, for all rows",
+    "quality": "call it num_inference_steps, or say output_quality as a field of the form, for all rows",
+    "size": "say it in the columns width and height",
+    "n": "call it num_images",
+    "priority": "rows come after the key's other requests; leave it out",
+}
+# Fields of the form that are no request's; `seed` is what `zimage batch --seed` is.
+OWN_FIELDS = ("template", "batch_seed", "seed")
+SEED: Mapping[str, Any] = {"type": "string", "pattern": "^[0-9]{1,18}$"}
 # Fields of the form beside the table; all others are those of `/v1/jobs`.
 FORM: Mapping[str, Any] = {
     "type": "object",
@@ -76,7 +93,8 @@ FORM: Mapping[str, Any] = {
     "properties": {
         "table": {**BINARY, "description": "CSV, .xlsx or JSON lines, by its file name."},
         "template": {"type": "string", "description": "The prompt, with columns in it: a {animal}."},
-        "batch_seed": {"type": "string", "pattern": "^[0-9]{1,18}$", "description": "Decides the seeds of rows."},
+        "batch_seed": {**SEED, "description": "Decides the seeds of rows without one."},
+        "seed": {**SEED, "description": "The same as batch_seed; a form says one of them."},
     },
     "additionalProperties": {"type": "string"},
 }
@@ -88,7 +106,7 @@ async def create(request: Request, service: ServiceOf, who: CallerOf) -> dict[st
     """Draw a table: a form with the file `table` (CSV, .xlsx or JSON lines), and fields that hold for every row.
 
     `template` makes prompts of columns (`a {animal}`), `batch_seed` decides the seeds of rows without one; the others
-    are those of `/v1/jobs`. A table cannot name files: rows have no images.
+    are those of `/v1/jobs` but `priority`. A table cannot name files: rows have no images.
     """
     form = await read_form(request)
     upload = form.get("table")
@@ -102,23 +120,21 @@ async def create(request: Request, service: ServiceOf, who: CallerOf) -> dict[st
         raise RequestError(
             f"{others[0]}: expected one file, the table, got another; rows have no images", field=others[0]
         )
-    texts = {name: value for name, value in form.multi_items() if isinstance(value, str)}
-    template, seed = texts.pop("template", None), texts.pop("batch_seed", "0")
-    if not (seed.isascii() and seed.isdecimal() and len(seed) <= 18):
-        raise RequestError(f"batch_seed: expected a whole number of at most 18 digits, got {seed[:40]!r}")
-    defaults, output = read_said(read_items(texts.items())[0], needs_prompt=False)
+    template, seed, said = _read_texts([(name, text) for name, text in form.multi_items() if isinstance(text, str)])
+    defaults, output = read_said(said, needs_prompt=False)
     _refuse_files(defaults)
+    service.output_of(output)
     model = service.model(output.model)
     who.check_model(model)
-    options = {
+    options: dict[str, Any] = {
         "template": template,
-        "seed": int(seed),
+        "seed": seed,
         "model": model,
-        "defaults": {name: text for name, text in texts.items() if name.partition(".")[0] in defaults},
+        "said": said,
         "output": output.model_dump(),
     }
-    batch = Batch(uuid.uuid4().hex, who.name, time.time(), f"{uuid.uuid4().hex}{suffix}", json.dumps(options), 0)
-    path = _folder(service) / batch.file
+    file = f"{uuid.uuid4().hex}{suffix}"
+    path = _folder(service) / file
     content = await upload.read()
 
     def keep() -> Table:
@@ -126,14 +142,14 @@ async def create(request: Request, service: ServiceOf, who: CallerOf) -> dict[st
         atomic_write(path, content)
         try:
             table = read_table(path)
-            _reader(table, options, defaults)
+            options["warnings"] = _check_columns(table, _reader(table, options, defaults), template)
         except RequestError as error:
             path.unlink()
             raise RequestError(str(error).replace(str(path), "table"), field=error.field or "table") from None
         return table
 
     table = await asyncio.to_thread(keep)
-    batch = dataclasses.replace(batch, rows=len(table.rows))
+    batch = Batch(uuid.uuid4().hex, who.name, time.time(), file, json.dumps(options), len(table.rows))
 
     def insert(database: sqlite3.Connection) -> None:
         names = ", ".join(f":{name}" for name in vars(batch))
@@ -141,7 +157,7 @@ async def create(request: Request, service: ServiceOf, who: CallerOf) -> dict[st
 
     await service.store.run(insert)
     _feed(service, batch, table, who.admit)
-    return await _status(service, batch)
+    return await _status(service, batch) | {"warnings": options["warnings"]}
 
 
 @router.get("")
@@ -159,7 +175,8 @@ async def listed(service: ServiceOf, who: CallerOf) -> dict[str, Any]:
 async def status(batch_id: str, service: ServiceOf, who: CallerOf) -> dict[str, Any]:
     """The progress of a batch, and the jobs of its rows: `/v1/jobs/{id}` has their images."""
     batch = await _find(service, who, batch_id)
-    return await _status(service, batch) | {"jobs": await _jobs(service, batch)}
+    more = {"warnings": json.loads(batch.options)["warnings"], "jobs": await _jobs(service, batch)}
+    return await _status(service, batch) | more
 
 
 @router.delete("/{batch_id}")
@@ -186,6 +203,7 @@ async def resume(service: Service) -> None:
     def read(database: sqlite3.Connection) -> list[Batch]:
         return [Batch(**dict(row)) for row in database.execute("SELECT * FROM batches WHERE cancelled = 0")]
 
+    limits = {key.name: key.limits_over(service.config.keys) for key in await service.keyring.keys()}
     for batch in await service.store.run(read):
         options = json.loads(batch.options)
         if options["model"] not in service.config.models:
@@ -197,7 +215,8 @@ async def resume(service: Service) -> None:
             except RequestError as error:
                 log.error("batch %s cannot go on: %s", batch.id, error)
                 continue
-            _feed(service, batch, table, lambda request: None)
+            owner = Caller(service, batch.owner, limits.get(batch.owner, service.config.keys))
+            _feed(service, batch, table, owner.admit)
 
 
 def _feed(service: Service, batch: Batch, table: Table, admit: Callable[[ResolvedRequest], None]) -> None:
@@ -206,15 +225,45 @@ def _feed(service: Service, batch: Batch, table: Table, admit: Callable[[Resolve
     task.add_done_callback(lambda _: service.feeding.pop(batch.id, None))
 
 
+def _read_texts(texts: Iterable[tuple[str, str]]) -> tuple[str | None, int, dict[str, Any]]:
+    """The template, the seed, and what a form's other texts say, as JSON would. Raises RequestError."""
+    own: dict[str, str] = {}
+    others: list[tuple[str, str]] = []
+    for name, text in texts:
+        if name in own:
+            raise RequestError(f"{name}: expected it once, got it twice", field=name)
+        if name in OWN_FIELDS:
+            own[name] = text
+        else:
+            others.append((name, text))
+    if {"seed", "batch_seed"} <= own.keys():
+        raise RequestError("seed: expected it or batch_seed, which is the same here, got both", field="seed")
+    name = "seed" if "seed" in own else "batch_seed"
+    seed = own.get(name, "0")
+    if not (seed.isascii() and seed.isdecimal() and len(seed) <= 18):
+        raise RequestError(f"{name}: expected a whole number of at most 18 digits, got {seed[:40]!r}", field=name)
+    said, _ = read_items(others)
+    if "seed" in said:
+        raise RequestError("seed: expected one number, got a list; a column `seed` has one per row", field="seed")
+    if "priority" in said:
+        message = "priority: rows of a batch come after the key's other requests; leave it out"
+        raise RequestError(message, field="priority")
+    template = own.get("template")
+    if template is not None and "prompt" in said:
+        raise RequestError("prompt: the template takes its place; leave one of them out", field="prompt")
+    return template, int(seed), said
+
+
 async def _draw(service: Service, batch: Batch, table: Table, admit: Callable[[ResolvedRequest], None]) -> None:
     """Let the rows of a batch wait, a few at a time, those first that no job has yet."""
     options = json.loads(batch.options)
-    defaults, _ = read_said(read_items(options["defaults"].items())[0], needs_prompt=False)
+    defaults, _ = read_said(options["said"], needs_prompt=False)
     reader = _reader(table, options, defaults)
     encoded = Output(**service.output_of(OutputFields(**options["output"])))
     known = {job["id"] for job in await _jobs(service, batch)}
     for row in table.rows:
         job_id = f"{batch.id}-{row.number:06d}"
+        is_told = False
         while job_id not in known:
             if sum(job.id.startswith(f"{batch.id}-") for job in service.queue.jobs()) >= AHEAD:
                 await asyncio.sleep(PAUSE)
@@ -230,13 +279,18 @@ async def _draw(service: Service, batch: Batch, table: Table, admit: Callable[[R
                     admit=admit,
                     job_id=job_id,
                 )
-            except RequestError as error:
-                service.reject(job_id, options["model"], batch.owner, error)
-            except ZImageError as error:
-                if error.code == "draining":
-                    return
+            except Draining:
+                return
+            except (RateLimited, QueueFull, StorageFull) as error:
+                if not is_told:
+                    log.info("batch %s waits with row %d: %s", batch.id, row.number, error)
+                    is_told = True
                 await asyncio.sleep(getattr(error, "retry_after", PAUSE))
                 continue
+            except Exception as error:  # one row must not stop the others, nor be tried for ever
+                if not isinstance(error, ZImageError):
+                    log.exception("row %d of batch %s failed", row.number, batch.id)
+                service.reject(job_id, options["model"], batch.owner, error)
             break
 
 
@@ -258,6 +312,17 @@ def _refuse_files(fields: Collection[str]) -> None:
 def _reader(table: Table, options: Mapping[str, Any], defaults: Mapping[str, Any]) -> RowReader:
     template = None if options["template"] is None else Template(options["template"])
     return RowReader(table, template, defaults, options["seed"])
+
+
+def _check_columns(table: Table, reader: RowReader, template: str | None) -> list[str]:
+    """Warnings about the columns that change nothing. Raises RequestError for one that a client expects to."""
+    used = () if template is None else Template(template).columns
+    extra = dict.fromkeys(column for row in table.rows for column in reader.content(row).extra if column not in used)
+    for column in extra:
+        advice = ELSEWHERE.get(normalized(column))
+        if advice is not None:
+            raise RequestError(f"column {column!r}: {advice}; to keep the column as it is, rename it", field="table")
+    return [f"no request fields, and ignored: {', '.join(extra)}"] if extra else []
 
 
 def _folder(service: Service) -> Path:

@@ -6,16 +6,19 @@ import asyncio
 import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
 from typing import Any
 
 from fastapi import Request
 from starlette.datastructures import FormData
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 
 from ..errors import RequestError
 from ..image.convert import FORMATS
 from ..request.codec import IMAGES
+from .forms import is_form
 
 # Of a form: parts with files and without, and bytes of a part without. Files are bounded by the body.
 MAX_FILES, MAX_FIELDS, MAX_FIELD_BYTES = 17, 100, 1 << 20
@@ -30,7 +33,16 @@ TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 async def read_json(request: Request) -> dict[str, Any]:
     """The object in a request's body; an empty body is an empty one. Raises RequestError."""
     body = await request.body()
-    return parse_json(body) if len(body) <= SMALL_BODY else await asyncio.to_thread(parse_json, body)
+    try:
+        return parse_json(body) if len(body) <= SMALL_BODY else await asyncio.to_thread(parse_json, body)
+    except RequestError as error:
+        # curl's -d says this type of JSON, too.
+        if "x-www-form-urlencoded" in request.headers.get("content-type", "").lower() and body[:1] != b"{":
+            raise RequestError(
+                "body: expected JSON, or multipart/form-data (curl -F) if the route takes forms, got "
+                "application/x-www-form-urlencoded"
+            ) from error
+        raise
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
@@ -52,9 +64,34 @@ def parse_json(body: bytes) -> dict[str, Any]:
     return said
 
 
+class _FormParser(MultiPartParser):
+    """Starlette's parser, which knows whether the form's closing boundary has come."""
+
+    is_closed = False
+
+    def on_end(self) -> None:
+        """Called at the closing boundary, and after the body."""
+        self.is_closed = True
+
+
 async def read_form(request: Request) -> FormData:
-    """A multipart form of bounded parts. Raises starlette's HTTPException with status 400."""
-    return await request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES)
+    """A multipart form of bounded parts; empty for other bodies. Raises HTTPException with status 400."""
+    if not is_form(request.headers.get("content-type", "")):
+        return FormData()
+
+    async def whole() -> AsyncGenerator[bytes, None]:
+        async for chunk in request.stream():
+            yield chunk
+        if not parser.is_closed:  # starlette takes what came until then
+            raise MultiPartException("the form is cut off: expected its closing boundary")
+
+    parser = _FormParser(
+        request.headers, whole(), max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES
+    )
+    try:
+        return await parser.parse()
+    except MultiPartException as error:
+        raise HTTPException(400, error.message) from error
 
 
 def check_pixels(image: Path | bytes, field: str, most: int) -> None:

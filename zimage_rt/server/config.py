@@ -100,6 +100,9 @@ class LimitsConfig:
     max_steps: int = 100
     max_images: int = 16
 
+    def __post_init__(self) -> None:
+        _check_not_negative(self, "limits")
+
 
 @dataclasses.dataclass(frozen=True)
 class KeyLimits:

@@ -80,5 +80,7 @@ def _place(name: str, kinds: Mapping[str, str]) -> tuple[str, str | None]:
 def _read(name: str, kind: str | None, text: str) -> Any:
     if kind is None or name in IMAGES:
         return text
+    if kind == WEIGHTS and text.lstrip().startswith(("{", "[")):
+        raise RequestError(f"{name}: expected name=weight, with commas between several, got JSON", field=name)
     value = read_value(name, kind, text, Path())
     return list(value) if isinstance(value, tuple) else value

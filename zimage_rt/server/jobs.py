@@ -134,6 +134,14 @@ class Job:
         self.state, self.finished = state, time.time()
         self.tell(state, **data)
 
+    def place_after(self, last: int) -> int:
+        """The number of the first event for a client that has had event `last`.
+
+        It is the last known event if `last` was counted in a former run of the service, or if nothing comes any more.
+        """
+        is_known = last + 1 < len(self.events) + (not self.is_finished)
+        return last + 1 if is_known else len(self.events) - 1
+
     async def watch(self, since: int = 0) -> AsyncIterator[Event]:
         """The events from number `since` on, as they come, to the one that ends the job."""
         self._watchers += 1
@@ -182,10 +190,29 @@ class Job:
             "started": self.started,
             "finished": self.finished,
             "progress": self.progress,
+            "seeds": seeds_of(self.fields, len(self.images) or len(self.stored)),
             "images": len(self.images) or len(self.stored),
             "timings": dict(self.timings),
+            "warnings": list(self.warnings),
             "error": self.error,
         } | ({} if self.safety is None else {"safety": self.safety["action"]})
+
+
+def seeds_of(fields: Mapping[str, Any], images: int) -> list[int]:
+    """The seeds of a job's images by its fields; none if it was refused before it had any.
+
+    Args:
+        fields: of a job, or of its record, which may be without prompts.
+        images: how many were drawn; 0 before that.
+    """
+    seed = fields.get("seed")
+    if seed is None:
+        return []
+    if isinstance(seed, Sequence):
+        return list(seed)
+    prompt = fields.get("prompt", "")
+    prompts = 1 if isinstance(prompt, str) else len(prompt)
+    return [seed] * (images or prompts * fields.get("num_images", 1))  # several with one seed: see `batch_noise`
 
 
 class FairQueue:

@@ -21,7 +21,7 @@ from .bounds import read_form, read_json
 from .encoding import Base64, encode_event
 from .errors import Gone, NotFound
 from .forms import is_form, read_items
-from .jobs import Event, Job, Output
+from .jobs import Event, Job, Output, seeds_of
 from .openapi import EVENTS_ANSWER, IMAGE_ANSWER, IMAGE_EXAMPLE, body
 from .schema import JobRequest, OutputFields, decode_data_url, request_fields
 from .service import Service
@@ -99,8 +99,8 @@ async def create(request: Request, service: ServiceOf, who: CallerOf) -> dict[st
 @router.get("/jobs/{job_id}")
 async def status(job_id: str, service: ServiceOf, who: CallerOf) -> dict[str, Any]:
     """A job's state, position, progress and times; of an older one, its record."""
-    job = service.jobs.get(job_id)
-    if job is not None and who.may_see(job.owner):
+    job = _in_memory(service, who, job_id)
+    if job is not None:
         return job.status() | {"position": service.queue.position(job)}
     return await _recorded(service, who, job_id)
 
@@ -109,20 +109,23 @@ async def status(job_id: str, service: ServiceOf, who: CallerOf) -> dict[str, An
 async def events(job_id: str, service: ServiceOf, who: CallerOf, request: Request) -> StreamingResponse:
     """Server-sent events: `queued`, `started`, `step` (`preview` is a JPEG in base64), `done`, `failed`, `cancelled`.
 
-    A client that was cut off goes on after the event of its Last-Event-ID header.
+    A client that was cut off goes on after the event of its Last-Event-ID header. Of an older job there is the last.
     """
-    job = find(service, who, job_id)
-    last = request.headers.get("last-event-id", "")
-    since = int(last) + 1 if LAST_EVENT_ID.fullmatch(last) else 0
-    return StreamingResponse(_stream(job, since), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+    job = _in_memory(service, who, job_id)
+    if job is None:
+        stream = _recorded_end(await _recorded(service, who, job_id))
+    else:
+        last = request.headers.get("last-event-id", "")
+        stream = _stream(job, job.place_after(int(last)) if LAST_EVENT_ID.fullmatch(last) else 0)
+    return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
 
 @router.get("/jobs/{job_id}/images/{number}", response_class=Response, responses=dict(IMAGE_ANSWER))
 async def image(job_id: str, number: int, service: ServiceOf, who: CallerOf) -> Response:
     """A finished image's file, with its record inside."""
-    job = service.jobs.get(job_id)
+    job = _in_memory(service, who, job_id)
     try:
-        if job is not None and who.may_see(job.owner):
+        if job is not None:
             content, kind = await service.image(job, number), media_type(job.output.suffix)
         else:
             files = (await _recorded(service, who, job_id))["files"]
@@ -145,7 +148,9 @@ async def image(job_id: str, number: int, service: ServiceOf, who: CallerOf) -> 
 @router.delete("/jobs/{job_id}")
 async def cancel(job_id: str, service: ServiceOf, who: CallerOf) -> dict[str, Any]:
     """Cancel a job: at once if it waits, after its step if it runs; a finished one stays as it is."""
-    job = find(service, who, job_id)
+    job = _in_memory(service, who, job_id)
+    if job is None:
+        return await _recorded(service, who, job_id)
     service.cancel(job)
     return job.status()
 
@@ -168,26 +173,36 @@ async def submit(
     )
 
 
-def find(service: Service, who: Caller, job_id: str) -> Job:
-    """A job in memory that a caller may see. Raises NotFound."""
+def _in_memory(service: Service, who: Caller, job_id: str) -> Job | None:
+    """A job in memory that a caller may see, if there is one."""
     job = service.jobs.get(job_id)
-    if job is None or not who.may_see(job.owner):
-        raise _unknown(job_id)
-    return job
-
-
-def _unknown(job_id: str) -> NotFound:
-    return NotFound(f"jobs: there is no job {job_id[:64]!r}, or it has expired")
+    return job if job is not None and who.may_see(job.owner) else None
 
 
 async def _recorded(service: Service, who: Caller, job_id: str) -> dict[str, Any]:
+    """The status of an older job, with its `files`, by its record. Raises NotFound."""
     row = await service.store.row(job_id)
     if row is None or not who.may_see(row["owner"]):
-        raise _unknown(job_id)
-    kept = ("id", "state", "model", "created", "started", "finished", "timings", "error")
+        raise NotFound(f"jobs: there is no job {job_id[:64]!r}, or it has expired")
+    kept = ("id", "state", "model", "created", "started", "finished", "timings", "warnings", "error")
     more = {} if row["safety"] is None else {"safety": row["safety"]["action"]}
     images = {"images": len(row["images"]), "files": row["images"], "position": None}
-    return {name: row[name] for name in kept} | images | more
+    seeds = seeds_of(row["fields"], len(row["images"]))
+    return {name: row[name] for name in kept} | {"seeds": seeds} | images | more
+
+
+async def _recorded_end(status: Mapping[str, Any]) -> AsyncIterator[bytes]:
+    """The event that ended an older job."""
+    data = {"error": status["error"]}
+    if status["state"] == "done":
+        data = {name: status[name] for name in ("seeds", "warnings")} | _result(status)
+    yield encode_event(status["state"], {"id": status["id"], **data}, 0)
+
+
+def _result(status: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of the event `done` that a job's status has: addresses of images, times."""
+    images = [f"/v1/jobs/{status['id']}/images/{number}" for number in range(status["images"])]
+    return {"images": images, "timings": status["timings"]}
 
 
 async def _stream(job: Job, since: int) -> AsyncIterator[bytes]:
@@ -217,8 +232,7 @@ def event_json(job: Job, event: Event) -> dict[str, Any]:
     if isinstance(data.get("preview"), bytes):
         data["preview"] = Base64(data["preview"])
     if event.name == "done":
-        data["images"] = [f"/v1/jobs/{job.id}/images/{i}" for i in range(job.status()["images"])]
-        data["timings"] = dict(job.timings)
+        data |= _result(job.status())
     return {"id": job.id, **data}
 
 
@@ -270,4 +284,8 @@ def invalid(error: ValidationError) -> RequestError:
     name, *inner = [str(part) for part in first["loc"]] or ["body"]  # no place: a field's name is no text
     # What follows a field's name is a part of it, or the branch of a union.
     field = f"{name}.{inner[0]}" if inner and f"{name}.{inner[0]}" in field_kinds() else name
+    if first["type"] in ("extra_forbidden", "missing"):
+        field = ".".join((name, *inner))
+    if first["type"] == "missing":
+        return RequestError(f"{field}: expected {'a text' if field == 'prompt' else 'it'}, got nothing", field=field)
     return RequestError(f"{field}: {first['msg']}, got {shown(first['input'])}", field=field)

@@ -16,7 +16,7 @@ from ..request.codec import IMAGES, make_request
 from ..request.resolve import resolve
 from ..request.types import ResolvedRequest, ResolvedSecondPass
 from .bounds import check_inputs
-from .config import ServiceConfig
+from .config import ConfigError, ServiceConfig
 from .jobs import MAX_ATTEMPTS, FairQueue, Job, Output
 from .keys import Keyring
 from .messages import Drawn, Finished, Ready, Step
@@ -66,6 +66,9 @@ class Service:
         self.manifests: dict[str, Manifest] = {
             name: read_manifest(Path(model.bundle)) for name, model in config.models.items()
         }
+        for name, model in config.models.items():
+            if model.loras is not None and not Path(model.loras).is_dir():
+                raise ConfigError(f"models.{name}.loras: {model.loras} is no folder; make it, or leave `loras` out")
         SafetyFilter(config.safety)  # so that the service does not start without what its workers need
         self.store = Store(Path(config.data), config)
         self.store.bundle_ids = {name: manifest.bundle_id for name, manifest in self.manifests.items()}
@@ -244,7 +247,7 @@ class Service:
                 raise
         return job
 
-    def reject(self, job_id: str, model: str, owner: str, error: RequestError) -> None:
+    def reject(self, job_id: str, model: str, owner: str, error: Exception) -> None:
         """Record a request that cannot be drawn as a failed job."""
         job = Job({"prompt": ""}, model=model, owner=owner, detached=True, job_id=job_id)
         self._end(job, "failed", error_json(error))
