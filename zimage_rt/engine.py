@@ -15,12 +15,13 @@ from typing import Any, Self
 import numpy as np
 
 from . import checks, limits
-from .backends.base import Backend, Pipeline
+from .backends.base import Backend, OnStep, Pipeline
 from .backends.registry import load_backend
 from .bundle.manifest import Manifest, read_manifest
 from .bundle.modules import EAGER_MODULES, MODULES
 from .bundle.tokenizer import PromptTokenizer, check_prompt
 from .bundle.verify import BundleFiles
+from .denoise import DenoiseRequest, denoise
 from .errors import EngineClosed, OutOfMemory, RequestError, RequestWarning
 from .gate import Gate
 from .generation import Generation, decode, explain_not_finite
@@ -73,7 +74,8 @@ class Engine:
         self._files.check(manifest.tokenizer)
         tokenizer = PromptTokenizer(bundle, manifest)
         self._pipeline: Pipeline | None = backend.open(bundle, manifest, self._files.check_module)
-        self._prompts = PromptEncoder(tokenizer, self._pipeline)
+        prompt_dim = int(manifest.module("context_refiner").config["cap_feat_dim"])
+        self._prompts = PromptEncoder(tokenizer, self._pipeline, prompt_dim)
         self._gate = Gate(max_concurrency)
         self._weights_lock = FairRWLock()  # the weights change only while no request runs
         self._loras = LoraSet(manifest, self._pipeline, self._weights_lock, self._weights_changed, bundle)
@@ -244,6 +246,23 @@ class Engine:
         truncate, literal = checks.flag(truncate, "truncate"), checks.flag(literal, "literal")
         with self._computing():
             return self._prompts.encode(prompt, truncate, literal)
+
+    def denoise(self, request: DenoiseRequest, *, on_step: OnStep | None = None) -> np.ndarray:
+        """Run the sampler loop over given latents, as a workflow's sampler node does: the new latents.
+
+        Raises:
+            RequestError: a LoRA is not loaded. Cancelled: `on_step` returned False.
+        """
+        with self._gate.place(), _typed_memory_errors(), self._loras.use(request.loras) as loras:
+            weights = {lora.name: lora.weight for lora in loras}
+            with explain_not_finite(self.manifest, weights, request.guidance_scale):
+                return denoise(request, self._prompts, self.pipeline, on_step)
+
+    def encode_image(self, images: np.ndarray, vae: str) -> np.ndarray:
+        """Encode images uint8 `[batch, height, width, 3]` to latents float32 `[batch, 16, height / 8, width / 8]`."""
+        vae = resolve_vae(vae, self.manifest)
+        with self._computing():
+            return self.pipeline.encode_image(images, vae)
 
     def decode(self, latents: np.ndarray, vae: str, tile: int | None = None) -> np.ndarray:
         """Decode latents `[batch, 16, h, w]` to uint8 images `[batch, height, width, 3]`, in tiles of `tile` pixels.

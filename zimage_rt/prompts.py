@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 
@@ -24,21 +24,38 @@ class PromptEncoder:
         hits, misses: prompts that were in the cache, and those that were encoded.
     """
 
-    def __init__(self, tokenizer: PromptTokenizer, pipeline: Pipeline) -> None:
+    def __init__(self, tokenizer: PromptTokenizer, pipeline: Pipeline, prompt_dim: int) -> None:
         self._tokenizer, self._pipeline = tokenizer, pipeline
-        self._contexts: OrderedDict[tuple[str, bool, bool], np.ndarray] = OrderedDict()
+        self._prompt_dim = prompt_dim  # of the text encoder's output
+        self._contexts: OrderedDict[Hashable, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
         self.hits = self.misses = 0
 
-    def encode(self, prompt: str, truncate: bool, literal: bool) -> np.ndarray:
+    def encode(self, prompt: str, truncate: bool = False, literal: bool = False) -> np.ndarray:
         """The context `[1, context_tokens, dim]` of a prompt, read-only; see `Engine.encode_prompt`."""
-        key = (prompt, truncate, literal)
+
+        def compute() -> np.ndarray:
+            return self._pipeline.context(self._tokenizer(prompt, truncate=truncate, literal=literal))
+
+        return self._cached(("text", prompt, truncate, literal), compute)
+
+    def zeroed(self, prompt: str) -> np.ndarray:
+        """The context of as many zeros as the text encoder makes numbers of a prompt; see `denoise.Prompt`."""
+
+        def compute() -> np.ndarray:
+            tokens = self._tokenizer(prompt, truncate=False, literal=False).shape[1]
+            embeds = np.zeros((1, tokens, self._prompt_dim), np.float32)
+            return self._pipeline.module("context_refiner")({"prompt_embeds": embeds})["context"]
+
+        return self._cached(("zeros", prompt), compute)
+
+    def _cached(self, key: Hashable, compute: Callable[[], np.ndarray]) -> np.ndarray:
         with self._lock:
             if key in self._contexts:
                 self._contexts.move_to_end(key)
                 self.hits += 1
                 return self._contexts[key]
-        context = self._pipeline.context(self._tokenizer(prompt, truncate=truncate, literal=literal))
+        context = compute()
         context.flags.writeable = False
         with self._lock:
             self.misses += 1

@@ -21,9 +21,9 @@ ORDER = (
     ("metadata",),
     ("result",),
     ("stages", "prompts"),
-    ("generation",),
+    ("generation", "denoise"),
     ("engine",),
-    ("session", "explain", "batch"),
+    ("session", "explain", "batch", "comfyui"),
     ("server",),
     ("cli",),
 )

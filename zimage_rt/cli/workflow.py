@@ -1,0 +1,126 @@
+"""`zimage workflow`: runs a workflow of ComfyUI."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..comfyui.execute import execute
+from ..comfyui.files import FolderFiles
+from ..comfyui.graph import Graph, WorkflowError, read_workflow
+from ..comfyui.plan import explain as explained
+from ..comfyui.plan import plan
+from ..comfyui.run import Run
+from ..comfyui.save import save_images
+from ..engine import Engine
+from ..errors import RequestError
+from . import interrupt
+from .common import backend_options, json_line, load_engine, printable, warn
+from .options import BACKEND, AsJson, with_options
+
+
+@with_options(BACKEND)
+def workflow(
+    ctx: typer.Context,
+    file: Annotated[
+        Path, typer.Argument(help="A workflow: JSON as ComfyUI's Export (API) writes it, or a PNG that carries one.")
+    ],
+    bundle: Annotated[
+        list[str],
+        typer.Option(
+            "-b",
+            "--bundle",
+            metavar="BUNDLE|FILE=BUNDLE",
+            help="The bundle that the workflow's model files stand for, or that one file stands for; may be repeated.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder of the images.")] = Path("out"),
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NODE.INPUT=VALUE", help="Another value for an input; may be repeated."),
+    ] = None,
+    loras: Annotated[Path | None, typer.Option(help="The folder of the LoRAs that it names. By default none.")] = None,
+    input_: Annotated[
+        Path | None, typer.Option("--input", help="The folder of its input images. By default the workflow's own.")
+    ] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Print what it would do, and do nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a workflow of ComfyUI on bundles, and save its images with the workflow inside."""
+    graph = with_values(read_workflow(file), set_ or [])
+    named, default = _bundles(bundle)
+    files = FolderFiles(named, default, loras, (input_ or file.parent,))
+    engines: dict[str, Engine] = {}
+
+    def engine(name: str) -> Engine:
+        if name not in engines:
+            options = backend_options(ctx.params["backend_option"] or [])
+            engines[name] = load_engine(Path(name), ctx.params["backend"], options)
+        return engines[name]
+
+    checked = plan(graph, files)
+    for text in checked.warnings:
+        warn(text)
+    if explain:
+        for line in explained(checked):
+            print(printable(line))
+        return
+    start = time.perf_counter()
+    run = Run(engine, files, _on_step)
+    execute(checked, run)
+    for made, path in zip(run.made, save_images(run.made, checked.graph, output), strict=True):
+        seconds = round(time.perf_counter() - start, 3)
+        print(
+            json_line({"file": str(path), "node": made.node, "seconds": seconds}) if as_json else printable(str(path))
+        )
+
+
+def _on_step(node: str, step: int, steps: int) -> bool:
+    del node, step, steps
+    interrupt.check()
+    return True
+
+
+def with_values(graph: Graph, texts: list[str]) -> Graph:
+    """A graph with values of `NODE.INPUT=VALUE`; values are JSON, or text if they are no JSON. Raises WorkflowError."""
+    found = dict(graph)
+    for text in texts:
+        place, equals, value = text.partition("=")
+        name, dot, key = place.rpartition(".")
+        if not equals or not dot:
+            raise RequestError(f"--set: expected NODE.INPUT=VALUE, got {text!r}")
+        if name not in found:
+            raise WorkflowError(f"--set: there is no node #{name}; there are: {', '.join(list(found)[:60])}")
+        node = found[name]
+        if key not in node.inputs:
+            known = ", ".join(node.inputs) or "none"
+            raise WorkflowError(f"--set: {node.label} has no input {key!r}; it has: {known}")
+        found[name] = dataclasses.replace(node, inputs={**node.inputs, key: _value(value)})
+    return found
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _bundles(texts: list[str]) -> tuple[dict[str, str], str | None]:
+    """The folders of bundles by the files that stand for them, and that of all other files."""
+    named: dict[str, str] = {}
+    default = None
+    for text in texts:
+        name, equals, folder = text.partition("=")
+        if equals:
+            named[name] = folder
+        elif default is None:
+            default = name
+        else:
+            raise RequestError(f"-b: expected one bundle for all files, got {default} and {name}; say FILE=BUNDLE")
+    return named, default

@@ -1,0 +1,1 @@
+"""ComfyUI's workflows on the compiled engine."""

@@ -1,0 +1,41 @@
+"""Prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ...denoise import Prompt as PromptValue
+from ..registry import node
+from ..run import Run
+from ..values import Conditioning, Latent
+from .latents import encode
+from .sockets import ClipIn, ConditioningIn, ImageIn, MaskIn, Prompt, VaeIn, YesNo
+
+
+@node("CLIPTextEncode", "CONDITIONING", category="conditioning")
+def encode_text(run: Run, text: Prompt, clip: ClipIn) -> tuple[Any, ...]:
+    r"""A prompt. ComfyUI's weights, as in `(panda:1.5)`, have no meaning for Z-Image; `\(` is a bracket."""
+    del run
+    return (Conditioning(PromptValue(text.replace(r"\(", "(").replace(r"\)", ")")), clip),)
+
+
+@node("ConditioningZeroOut", "CONDITIONING", category="advanced/conditioning")
+def zero_out(run: Run, conditioning: ConditioningIn) -> tuple[Any, ...]:
+    """As many zeros as the prompt has numbers."""
+    del run
+    return (dataclasses.replace(conditioning, prompt=dataclasses.replace(conditioning.prompt, is_zeroed=True)),)
+
+
+@node("InpaintModelConditioning", "CONDITIONING", "CONDITIONING", "LATENT", category="conditioning/inpaint")
+def inpaint(
+    run: Run,
+    positive: ConditioningIn,
+    negative: ConditioningIn,
+    vae: VaeIn,
+    pixels: ImageIn,
+    mask: MaskIn,
+    noise_mask: YesNo = True,
+) -> tuple[Any, ...]:
+    """The prompts as they are, and the image's latent with the soft mask."""
+    return positive, negative, Latent(encode(run, vae, pixels), mask if noise_mask else None)

@@ -1,0 +1,179 @@
+"""Latents: empty ones, those of images, their sizes, masks and batches."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any
+
+import numpy as np
+
+from ..graph import WorkflowError
+from ..inputs import Whole
+from ..registry import node
+from ..resize import resize
+from ..run import Run
+from ..values import Latent, Vae
+from .sockets import Batch, Crop, Factor, ImageIn, LatentIn, LatentMethod, MaskIn, Pixels, VaeIn
+
+# Pixels per latent, and channels of Z-Image's latents.
+FACTOR, CHANNELS = 8, 16
+Size = Annotated[int, Whole(16, 16384)]
+
+
+@node("EmptySD3LatentImage", "LATENT", category="latent/sd3")
+def empty(run: Run, width: Size = 1024, height: Size = 1024, batch_size: Batch = 1) -> tuple[Any, ...]:
+    """Latents of nothing, of which only noise is left at a denoise of 1."""
+    del run
+    return (Latent(np.zeros((batch_size, CHANNELS, height // FACTOR, width // FACTOR), np.float32)),)
+
+
+@node("EmptyLatentImage", "LATENT", category="latent")
+def empty_image(run: Run, width: Size = 512, height: Size = 512, batch_size: Batch = 1) -> tuple[Any, ...]:
+    """The same: ComfyUI gives it the model's channels."""
+    return empty(run, width, height, batch_size)
+
+
+@node("VAEEncode", "LATENT", category="latent")
+def vae_encode(run: Run, pixels: ImageIn, vae: VaeIn) -> tuple[Any, ...]:
+    """The latents of images: the mean of the VAE's posterior."""
+    return (Latent(encode(run, vae, pixels)),)
+
+
+@node("VAEEncodeForInpaint", "LATENT", category="latent/inpaint")
+def vae_encode_for_inpaint(
+    run: Run, pixels: ImageIn, vae: VaeIn, mask: MaskIn, grow_mask_by: Annotated[int, Whole(0, 64)] = 6
+) -> tuple[Any, ...]:
+    """The latents of images that are grey under the mask; the mask becomes hard and grows."""
+    height, width = pixels.shape[1:3]
+    hard = np.rint(resize(mask[:, None], height, width, "bilinear"))[:, 0]
+    grey = (pixels - 0.5) * (1 - hard[..., None]) + 0.5
+    return (Latent(encode(run, vae, grey.astype(np.float32)), np.rint(_grown(hard, grow_mask_by))),)
+
+
+@node("VAEDecode", "IMAGE", category="latent")
+def vae_decode(run: Run, samples: LatentIn, vae: VaeIn) -> tuple[Any, ...]:
+    """The images of latents."""
+    images = run.engine(vae.bundle).decode(samples.samples, vae.name)
+    return (images.astype(np.float32) / np.float32(255),)
+
+
+@node("VAEDecodeTiled", "IMAGE", category="_for_testing")
+def vae_decode_tiled(
+    run: Run,
+    samples: LatentIn,
+    vae: VaeIn,
+    tile_size: Annotated[int, Whole(64, 4096)] = 512,
+    overlap: Annotated[int, Whole(0, 4096)] = 64,
+    temporal_size: Annotated[int, Whole(8, 4096)] = 64,
+    temporal_overlap: Annotated[int, Whole(4, 4096)] = 8,
+) -> tuple[Any, ...]:
+    """The images of latents, decoded in tiles; their overlap is the engine's own."""
+    del overlap, temporal_size, temporal_overlap
+    images = run.engine(vae.bundle).decode(samples.samples, vae.name, tile_size)
+    return (images.astype(np.float32) / np.float32(255),)
+
+
+@node("SetLatentNoiseMask", "LATENT", category="latent/inpaint")
+def set_noise_mask(run: Run, samples: LatentIn, mask: MaskIn) -> tuple[Any, ...]:
+    """Latents of which a sampler draws only what the mask marks."""
+    del run
+    return (dataclasses.replace(samples, mask=mask),)
+
+
+@node("LatentUpscale", "LATENT", category="latent")
+def upscale(
+    run: Run,
+    samples: LatentIn,
+    upscale_method: LatentMethod = "nearest-exact",
+    width: Pixels = 512,
+    height: Pixels = 512,
+    crop: Crop = "disabled",
+) -> tuple[Any, ...]:
+    """Latents of another size in pixels; a side of 0 keeps the aspect ratio."""
+    del run
+    rows, columns = samples.samples.shape[2:]
+    if not width and not height:
+        return (samples,)
+    width = width or max(64, round(columns * height / rows))
+    height = height or max(64, round(rows * width / columns))
+    array = samples.samples
+    if crop == "center":
+        array = array[(..., *centre(rows, columns, height // FACTOR, width // FACTOR))]
+    return (dataclasses.replace(samples, samples=resize(array, height // FACTOR, width // FACTOR, upscale_method)),)
+
+
+@node("LatentUpscaleBy", "LATENT", category="latent")
+def upscale_by(
+    run: Run, samples: LatentIn, upscale_method: LatentMethod = "nearest-exact", scale_by: Factor = 1.5
+) -> tuple[Any, ...]:
+    """Latents of a multiple of their size."""
+    del run
+    rows, columns = (round(side * scale_by) for side in samples.samples.shape[2:])
+    return (dataclasses.replace(samples, samples=resize(samples.samples, rows, columns, upscale_method)),)
+
+
+@node("LatentFromBatch", "LATENT", category="latent/batch")
+def from_batch(
+    run: Run,
+    samples: LatentIn,
+    batch_index: Annotated[int, Whole(0, 63)] = 0,
+    length: Annotated[int, Whole(1, 64)] = 1,
+) -> tuple[Any, ...]:
+    """A part of a batch, which keeps its noise."""
+    del run
+    count = len(samples.samples)
+    first = min(batch_index, count - 1)
+    part = slice(first, first + min(length, count - first))
+    mask = samples.mask
+    if mask is not None and len(mask) > 1:
+        mask = mask[np.arange(count) % len(mask)][part]
+    places = (samples.batch_index or tuple(range(count)))[part]
+    return (Latent(samples.samples[part], mask, places),)
+
+
+@node("RepeatLatentBatch", "LATENT", category="latent/batch")
+def repeat(run: Run, samples: LatentIn, amount: Annotated[int, Whole(1, 64)] = 1) -> tuple[Any, ...]:
+    """A batch several times over, each with noise of its own."""
+    del run
+    mask, places = samples.mask, samples.batch_index
+    if mask is not None and len(mask) > 1:
+        mask = np.tile(mask[np.arange(len(samples.samples)) % len(mask)], (amount, 1, 1))
+    if places is not None:
+        offset = max(places) - min(places) + 1
+        places = tuple(place + round_ * offset for round_ in range(amount) for place in places)
+    return (Latent(np.tile(samples.samples, (amount, 1, 1, 1)), mask, places),)
+
+
+def encode(run: Run, vae: Vae, pixels: np.ndarray) -> np.ndarray:
+    """The latents of images `[batch, height, width, 3]`, cut in their middle to whole latents. Raises WorkflowError."""
+    engine = run.engine(vae.bundle)
+    if f"{vae.name}_vae_encoder" not in engine.manifest.modules:
+        raise WorkflowError(f"vae: the bundle {vae.bundle} has no encoder of the {vae.name} VAE")
+    height, width = (side // FACTOR * FACTOR for side in pixels.shape[1:3])
+    top, left = ((before - side) // 2 for before, side in zip(pixels.shape[1:3], (height, width), strict=True))
+    cut = pixels[:, top : top + height, left : left + width, :3]
+    return engine.encode_image(np.rint(np.clip(cut, 0, 1) * 255).astype(np.uint8), vae.name)
+
+
+def centre(rows: int, columns: int, height: int, width: int) -> tuple[slice, slice]:
+    """The middle of an array that has the aspect ratio of another size."""
+    if columns / rows > width / height:
+        cut = round((columns - columns * (width / height) / (columns / rows)) / 2)
+        return slice(None), slice(cut, columns - cut)
+    cut = round((rows - rows * (columns / rows) / (width / height)) / 2)
+    return slice(cut, rows - cut), slice(None)
+
+
+def _grown(mask: np.ndarray, pixels: int) -> np.ndarray:
+    """A mask grown by a square of so many pixels, the centre of which is at its right below the middle."""
+    if pixels < 2:
+        return mask
+    before, grown = -(-(pixels - 1) // 2), mask
+    for axis in (1, 2):
+        padding = [(0, 0)] * 3
+        padding[axis] = (before, before)
+        padded = np.pad(grown, padding)
+        size = grown.shape[axis]
+        shifted = [padded.take(range(start, start + size), axis) for start in range(min(pixels, 2 * before + 1))]
+        grown = np.max(shifted, axis=0)
+    return grown

@@ -1,0 +1,108 @@
+"""A sampler node's work: noise, sigmas, the loop, and what ComfyUI makes of its end."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from .._core import randn
+from ..backends.base import OnStep
+from ..denoise import DenoiseRequest, LatentMask
+from ..engine import Engine
+from ..sampling.samplers import SAMPLERS
+from ..sampling.schedules import SCHEDULES, denoise_sigmas, schedule_sigmas
+from .graph import WorkflowError
+from .resize import resize
+from .values import Guider, Latent, Noise
+
+# The samplers and schedules that give ComfyUI's numbers.
+SAMPLER_NAMES = tuple(name for name, sampler in SAMPLERS.items() if sampler.source in ("ComfyUI", "both"))
+SCHEDULE_NAMES = tuple(name for name, schedule in SCHEDULES.items() if schedule.source == "ComfyUI")
+
+
+def ksampler_sigmas(scheduler: str, sampler: str, steps: int, shift: float, strength: float) -> np.ndarray:
+    """The sigmas of KSampler; `strength` is its denoise. Empty for a denoise of 0."""
+    if strength <= 0:
+        return np.empty(0, np.float32)
+    return denoise_sigmas(scheduler, steps, shift, strength, spare_step=SAMPLERS[sampler].spare_step)
+
+
+def scheduler_sigmas(scheduler: str, steps: int, shift: float, strength: float) -> np.ndarray:
+    """The sigmas of BasicScheduler, which knows no sampler: the last `steps + 1` of the schedule."""
+    if strength <= 0:
+        return np.empty(0, np.float32)
+    total = steps if strength >= 1 else int(steps / strength)
+    return schedule_sigmas(scheduler, total, shift)[-(steps + 1) :]
+
+
+def noise_of(noise: Noise, latent: Latent) -> np.ndarray:
+    """The noise of a latent's batch, float32 like its samples: stretches of one stream of the seed."""
+    samples = latent.samples
+    if noise.seed is None:
+        return np.zeros_like(samples)
+    if latent.batch_index is None:
+        return randn(noise.seed, list(samples.shape))
+    # One after another up to the last place that is needed.
+    whole = randn(noise.seed, [max(latent.batch_index) + 1, *samples.shape[1:]])
+    return np.ascontiguousarray(whole[list(latent.batch_index)])
+
+
+def sample(
+    engine: Engine,
+    guider: Guider,
+    noise: Noise,
+    sampler: str,
+    sigmas: np.ndarray,
+    latent: Latent,
+    seed: int,
+    on_step: OnStep | None = None,
+) -> Latent:
+    """Run a sampler over a latent.
+
+    Args:
+        engine: the model's.
+        guider: the model and its prompts.
+        noise: what the first latents are mixed with.
+        sampler, sigmas: the loop.
+        latent: the input; its mask and batch index stay with the result.
+        seed: of the noise between steps.
+        on_step: see `SampleJob`.
+
+    Raises:
+        WorkflowError: the sampler cannot do it. Cancelled: `on_step` returned False.
+    """
+    if len(sigmas) < 2:
+        return latent
+    samples, first = latent.samples, sigmas[0]
+    drawn = noise_of(noise, latent)
+    guided = guider.cfg != 1.0 and guider.negative is not None
+    if guided and guider.cfg < 1:
+        raise WorkflowError(f"cfg: expected 1 or more, got {guider.cfg:g}; less than 1 leads away from the prompt")
+    if sampler == "ddim" and latent.mask is not None:
+        raise WorkflowError("sampler_name: ddim takes other noise for a noise mask than it begins with; use euler")
+    request = DenoiseRequest(
+        latents=first * drawn + (np.float32(1) - first) * samples,
+        prompt=guider.positive.prompt,
+        negative=(guider.negative or guider.positive).prompt,
+        sigmas=sigmas,
+        sampler=sampler,
+        shift=guider.model.shift,
+        seed=seed,
+        guidance_scale=guider.cfg - 1 if guided else 0.0,
+        mask=None if latent.mask is None else _latent_mask(latent, drawn),
+        loras=dict(guider.model.loras),
+    )
+    result = engine.denoise(request, on_step=on_step)
+    # ComfyUI scales what still has noise, so that the next sampler can begin with it as with an image.
+    return dataclasses.replace(latent, samples=result / (np.float32(1) - sigmas[-1]))
+
+
+def _latent_mask(latent: Latent, noise: np.ndarray) -> LatentMask:
+    assert latent.mask is not None
+    batch, _, height, width = latent.samples.shape
+    mask = resize(latent.mask[:, None], height, width, "bilinear")
+    if len(mask) not in (1, batch):
+        mask = mask[np.arange(batch) % len(mask)]
+    mask = np.ascontiguousarray(np.broadcast_to(mask, (batch, 1, height, width)))
+    return LatentMask(mask, latent.samples, noise)
