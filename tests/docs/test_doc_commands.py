@@ -69,7 +69,10 @@ def test_the_pages_show_commands_at_all() -> None:
     [
         ("zimage generate engines/nano -p 'a cat' --sead 3", "No such option: --sead"),
         ("zimage generate engines/nano -p 'a cat' --seed x", "Invalid value for '--seed'"),
-        ("zimage paint engines/nano", "zimage has no command 'paint'; it has batch, explain, serve, generate"),
+        (
+            "zimage paint engines/nano",
+            "zimage has no command 'paint'; it has batch, explain, serve, workflow, generate",
+        ),
         ("zimage keys lend anna", "zimage keys has no command 'lend'; it has add, list, revoke"),
         ("zimage keys add anna --max-cats 3", "No such option: --max-cats"),
         ("zimage log repeet 1f", "zimage log has no command 'repeet'; it has repeat"),

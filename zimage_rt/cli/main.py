@@ -45,12 +45,14 @@ from .log import app as log
 from .options import BACKEND, LORAS, REQUEST, SAVING, AsJson, Bundle, Shared, with_options
 from .serve import serve
 from .start import INTERRUPTED, show_every_character
+from .workflow import workflow
 
 # Plain help: it cuts no option's name on narrow terminals and works on any console.
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command()(batch)
 app.command()(explain)
 app.command()(serve)
+app.command()(workflow)
 app.add_typer(keys, name="keys")
 app.add_typer(log, name="log")
 
