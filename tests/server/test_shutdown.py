@@ -73,7 +73,13 @@ def test_a_service_answers_while_it_drains(bundle: Path, tmp_path: Path) -> None
 def test_a_promised_job_is_kept_and_the_log_says_so(bundle: Path, tmp_path: Path) -> None:
     server = start(bundle, tmp_path, 0)
     job = server.client.post("/v1/jobs", json={**SMALL, "num_inference_steps": 60, "height": 192, "width": 192})
-    assert server.stop() == 0
+    with ThreadPoolExecutor(1) as clients:
+        events = clients.submit(lambda: [name for name, _ in server.events(job.json()["id"])])
+        wait(lambda: server.client.get(f"/v1/jobs/{job.json()['id']}").json()["state"] == "running")
+        begun = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) == 0 and time.monotonic() - begun < 10
+        assert "started" in events.result() and "done" not in events.result()
     assert f"job {job.json()['id']} is kept, and is drawn when the service runs again" in server.log
     assert "is dropped" not in server.log
     again = start(bundle, tmp_path, 30)

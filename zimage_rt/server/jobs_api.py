@@ -116,7 +116,7 @@ async def events(job_id: str, service: ServiceOf, who: CallerOf, request: Reques
         stream = _recorded_end(await _recorded(service, who, job_id))
     else:
         last = request.headers.get("last-event-id", "")
-        stream = _stream(job, job.place_after(int(last)) if LAST_EVENT_ID.fullmatch(last) else 0)
+        stream = _stream(service, job, job.place_after(int(last)) if LAST_EVENT_ID.fullmatch(last) else 0)
     return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
 
@@ -205,16 +205,21 @@ def _result(status: Mapping[str, Any]) -> dict[str, Any]:
     return {"images": images, "timings": status["timings"]}
 
 
-async def _stream(job: Job, since: int) -> AsyncIterator[bytes]:
+async def _stream(service: Service, job: Job, since: int) -> AsyncIterator[bytes]:
+    """The events of a job to its end, or to that of the service; the client then asks the next one."""
     events = job.watch(since)
     pending: asyncio.Future[Event] | None = None
+    drained = asyncio.ensure_future(service.has_drained.wait())
     try:
         while True:
             pending = pending or asyncio.ensure_future(anext(events))
-            done, _ = await asyncio.wait({pending}, timeout=KEEP_ALIVE_SECONDS)
+            either: set[asyncio.Future[Any]] = {pending, drained}
+            done, _ = await asyncio.wait(either, timeout=KEEP_ALIVE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             if not done:
                 yield b": keep-alive\n\n"
                 continue
+            if pending not in done:
+                return
             try:
                 event = pending.result()
             except StopAsyncIteration:
@@ -222,6 +227,7 @@ async def _stream(job: Job, since: int) -> AsyncIterator[bytes]:
             pending = None
             yield encode_event(event.name, event_json(job, event), event.number)
     finally:
+        drained.cancel()
         if pending is not None:
             pending.cancel()
 
