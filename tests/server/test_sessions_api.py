@@ -54,6 +54,37 @@ def test_a_session_takes_one_turn_at_a_time(bundle: Path, tmp_path: Path) -> Non
         assert server.stop() == 0
 
 
+def restarted(server: Server, bundle: Path) -> Server:
+    """Kill a service, and start another in its folder."""
+    server.process.kill()
+    server.process.wait()
+    server.client.close()
+    again = Server(server.folder, bundle=bundle)
+    again.wait_until_ready()
+    return again
+
+
+def begin(server: Server, session: str, task: str, **fields: Any) -> str:
+    """Take a turn, without waiting for it; its job."""
+    answer = server.client.post(f"/v1/sessions/{session}/turns/{task}", json=fields)
+    assert answer.status_code == 202, answer.text
+    return answer.json()["id"]
+
+
+def test_an_edit_is_drawn_after_the_service_was_killed(bundle: Path, tmp_path: Path) -> None:
+    server = Server(tmp_path, bundle=bundle)
+    try:
+        server.wait_until_ready()
+        session = server.client.post("/v1/sessions").json()["id"]
+        take(server, session, "generate", prompt="a panda", **SMALL)
+        job = begin(server, session, "edit", prompt="a cat", strength=0.5, num_inference_steps=60)
+        server = restarted(server, bundle)
+        status = server.finish(job)
+        assert status["state"] == "done", status
+    finally:
+        assert server.stop() == 0
+
+
 def test_a_session_outlives_the_service(bundle: Path, tmp_path: Path) -> None:
     server = Server(tmp_path, bundle=bundle)
     try:

@@ -29,6 +29,7 @@ from .jobs_api import CallerOf, ServiceOf, read_request, submit
 from .openapi import IMAGE_ANSWER, MASK_EXAMPLE, body
 from .schema import TurnRequest
 from .service import Service
+from .store import SESSIONS
 
 router = APIRouter(prefix="/v1/sessions", tags=["sessions"])
 
@@ -77,7 +78,7 @@ async def delete(session_id: str, service: ServiceOf, who: CallerOf) -> dict[str
         database.execute("DELETE FROM sessions WHERE id = ?", (session_id,))
         for turn in json.loads(session["turns"]):
             if turn.get("file"):
-                (service.store.folder / "sessions" / turn["file"]).unlink(missing_ok=True)
+                (service.store.folder / SESSIONS / turn["file"]).unlink(missing_ok=True)
 
     await service.store.run(remove)
     return {"id": session_id, "deleted": True}
@@ -148,7 +149,7 @@ async def image(session_id: str, number: int, service: ServiceOf, who: CallerOf)
     turns = json.loads((await _find(service, who, session_id))["turns"])
     if not 0 <= number < len(turns):
         raise NotFound(f"turns: there is no turn {number} in this session")
-    path = service.store.folder / "sessions" / turns[number]["file"]
+    path = service.store.folder / SESSIONS / turns[number]["file"]
     try:
         content = await asyncio.to_thread(path.read_bytes)
     except FileNotFoundError as error:
@@ -158,7 +159,7 @@ async def image(session_id: str, number: int, service: ServiceOf, who: CallerOf)
 
 def _following(service: Service, task: str, last: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     """The fields of a turn that begins with the last one's image."""
-    image = service.store.folder / "sessions" / last["file"]
+    image = service.store.folder / SESSIONS / last["file"]
     kept: dict[str, Any] = {"seed": last["seed"], "image": image}
     if task == "refine":
         kept |= {"prompt": last["prompt"], "negative_prompt": last["negative_prompt"], "strength": REFINE_STRENGTH}
@@ -201,7 +202,7 @@ async def _settle(service: Service, session_id: str, task: str, job: Job, number
     }
 
     def keep(database: sqlite3.Connection) -> None:
-        folder = service.store.folder / "sessions"
+        folder = service.store.folder / SESSIONS
         folder.mkdir(exist_ok=True)
         atomic_write(folder / file, content)
         row = database.execute("SELECT turns FROM sessions WHERE id = ?", (session_id,)).fetchone()
