@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
+import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,8 @@ from PIL import Image
 pytest.importorskip("fastapi", reason="the extra `server` is not installed")
 
 from services import Server
+
+from zimage_rt.server.store import connect
 
 SMALL: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 2}
 
@@ -54,12 +59,12 @@ def test_a_session_takes_one_turn_at_a_time(bundle: Path, tmp_path: Path) -> Non
         assert server.stop() == 0
 
 
-def restarted(server: Server, bundle: Path) -> Server:
+def restarted(server: Server, bundle: Path, *arguments: str) -> Server:
     """Kill a service, and start another in its folder."""
     server.process.kill()
     server.process.wait()
     server.client.close()
-    again = Server(server.folder, bundle=bundle)
+    again = Server(server.folder, *arguments, bundle=bundle)
     again.wait_until_ready()
     return again
 
@@ -69,6 +74,58 @@ def begin(server: Server, session: str, task: str, **fields: Any) -> str:
     answer = server.client.post(f"/v1/sessions/{session}/turns/{task}", json=fields)
     assert answer.status_code == 202, answer.text
     return answer.json()["id"]
+
+
+LONG: dict[str, Any] = {"prompt": "a panda", "height": 192, "width": 192, "num_inference_steps": 60}
+
+
+def test_a_turn_stands_after_the_service_was_killed(bundle: Path, tmp_path: Path) -> None:
+    server = Server(tmp_path, "--drain-seconds", "0", bundle=bundle)
+    try:
+        server.wait_until_ready()
+        session = server.client.post("/v1/sessions").json()["id"]
+        job = begin(server, session, "generate", **LONG)
+        time.sleep(0.8)
+        server = restarted(server, bundle, "--drain-seconds", "0")
+        refused = server.client.post(f"/v1/sessions/{session}/turns/generate", json=LONG)
+        assert refused.status_code == 400 and "being drawn" in refused.json()["error"]["message"]
+        server = restarted(server, bundle)
+        assert server.finish(job)["state"] == "done"
+        found = server.client.get(f"/v1/sessions/{session}").json()
+        (turn,) = found["turns"]
+        assert found["standing"] == 1 and (turn["job"], turn["prompt"], turn["size"]) == (job, "a panda", [192, 192])
+        assert picture(server, session, 0).shape == (192, 192, 3)
+    finally:
+        assert server.stop() == 0
+
+
+def test_a_turn_stands_whose_job_was_done_when_the_service_was_killed(bundle: Path, tmp_path: Path) -> None:
+    server = Server(tmp_path, bundle=bundle)
+    try:
+        server.wait_until_ready()
+        sessions = [server.client.post("/v1/sessions").json()["id"] for _ in range(3)]
+        done, cancelled = (begin(server, session, "generate", **{**LONG, **SMALL}) for session in sessions[:2])
+        server.finish(done), server.finish(cancelled)
+        before = server.client.get(f"/v1/sessions/{sessions[0]}").json()
+        server.process.kill()
+        server.process.wait()
+        # As if it had been killed before the turns stood, before a job was cancelled, and before one was promised.
+        with contextlib.closing(connect(tmp_path / "data")) as database:
+            database.execute("UPDATE sessions SET turns = '[]', standing = 0")
+            database.execute("UPDATE jobs SET state = 'cancelled' WHERE id = ?", (cancelled,))
+            said = json.dumps({"task": "generate", "prompt": "a panda", "negative_prompt": ""})
+            for session, job in zip(sessions, (done, cancelled, "none"), strict=True):
+                database.execute("INSERT INTO promised_turns VALUES (?, ?, 0, ?)", (session, job, said))
+            database.commit()
+        server = restarted(server, bundle)
+        shown = [server.client.get(f"/v1/sessions/{session}").json() for session in sessions]
+        assert shown[0] == before and picture(server, sessions[0], 0).shape == (64, 64, 3)
+        assert [each["standing"] for each in shown] == [1, 0, 0]
+        with contextlib.closing(connect(tmp_path / "data")) as database:
+            assert not database.execute("SELECT * FROM promised_turns").fetchall()
+        take(server, sessions[2], "generate", prompt="a cat", **SMALL)
+    finally:
+        assert server.stop() == 0
 
 
 def test_an_edit_is_drawn_after_the_service_was_killed(bundle: Path, tmp_path: Path) -> None:

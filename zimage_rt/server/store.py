@@ -32,7 +32,7 @@ from ..metadata.references import to_reference
 from ..request.codec import IMAGES
 from ..request.types import SecondPass
 from .config import ConfigError, ServiceConfig
-from .jobs import Image, Job, Output, State
+from .jobs import FINISHED, Image, Job, Output, State
 from .retention import remove_images, remove_inputs, remove_records
 
 log = logging.getLogger(__name__)
@@ -56,6 +56,9 @@ CREATE TABLE IF NOT EXISTS batches (
 );
 CREATE TABLE IF NOT EXISTS sessions (
     id TEXT PRIMARY KEY, owner TEXT NOT NULL, created REAL NOT NULL, standing INTEGER NOT NULL, turns TEXT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS promised_turns (
+    session TEXT PRIMARY KEY, job TEXT NOT NULL, number INTEGER NOT NULL, said TEXT NOT NULL
 );
 CREATE TABLE IF NOT EXISTS keys (
     name TEXT PRIMARY KEY, sha256 TEXT NOT NULL, created REAL NOT NULL, revoked REAL, limits TEXT NOT NULL
@@ -218,6 +221,24 @@ class Store:
             return [self._job(row) for row in rows if row["detached"] and row["model"] in known]
 
         return await self._do(read)
+
+    async def ended(self, job_id: str) -> Job | None:
+        """A job that a former run of the service ended, with its images on the disk; None if there is none."""
+
+        def read(database: sqlite3.Connection) -> dict[str, Any] | None:
+            found = database.execute("SELECT * FROM jobs WHERE id = ?", (job_id,)).fetchone()
+            return None if found is None else dict(found)
+
+        row = await self._do(read)
+        if row is None or row["state"] not in FINISHED:
+            return None
+        job = self._job(row)
+        job.state, job.finished, job.timings = row["state"], row["finished"], json.loads(row["timings"])
+        job.stored = [
+            StoredImage(self.folder / "images" / image["file"], image["media_type"], image["pixels_sha256"])
+            for image in json.loads(row["images"])
+        ]
+        return job
 
     async def row(self, job_id: str) -> dict[str, Any] | None:
         """The record of a job, its JSON columns parsed; None if there is none."""
@@ -486,7 +507,7 @@ def _place(value: Mapping[str, str]) -> str:
 
 def fields_from_json(fields: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The fields of a request from what `fields_to_json` made of them; `folder` is the service's."""
-    found = {
+    found: dict[str, Any] = {
         name: folder / _place(value) if isinstance(value, dict) and "input" in value else value
         for name, value in fields.items()
     }
