@@ -99,6 +99,16 @@ def test_a_turn_stands_after_the_service_was_killed(bundle: Path, tmp_path: Path
         assert server.stop() == 0
 
 
+def test_the_service_ends_although_turns_are_drawn(bundle: Path, tmp_path: Path) -> None:
+    server = Server(tmp_path, "--drain-seconds", "0", bundle=bundle)
+    server.wait_until_ready()
+    for _ in range(2):
+        begin(
+            server, server.client.post("/v1/sessions").json()["id"], "generate", **{**LONG, "num_inference_steps": 100}
+        )
+    assert server.stop(15) == 0
+
+
 def test_a_turn_stands_whose_job_was_done_when_the_service_was_killed(bundle: Path, tmp_path: Path) -> None:
     server = Server(tmp_path, bundle=bundle)
     try:

@@ -109,6 +109,9 @@ class Service:
                 self.cancel(job, "the service ended")
         left = max(1.0, deadline - time.monotonic())
         await asyncio.gather(*(worker.stop(left) for worker in self.workers))
+        for job, settling in self.turns.values():
+            if not job.is_finished:
+                settling.cancel()  # it was promised, and stands when it is drawn by the next run
         await asyncio.gather(*(settling for _, settling in self.turns.values()), return_exceptions=True)
         if self._sweeping is not None:
             self._sweeping.cancel()
