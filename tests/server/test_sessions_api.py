@@ -53,18 +53,21 @@ def test_a_session_takes_one_turn_at_a_time(bundle: Path, tmp_path: Path) -> Non
         messages = [answer.json()["error"]["message"] for answer in answers if answer.status_code == 400]
         assert all("a turn of it is being drawn" in message for message in messages)
         (job,) = [answer.json()["id"] for answer in answers if answer.status_code == 202]
+        for move in ("undo", "redo"):
+            refused = server.client.post(turns.replace("turns/generate", move))
+            assert refused.status_code == 400 and "a turn of it is being drawn" in refused.json()["error"]["message"]
         server.client.delete(f"/v1/jobs/{job}")
         assert server.finish(job)["state"] == "cancelled"
     finally:
         assert server.stop() == 0
 
 
-def restarted(server: Server, bundle: Path, *arguments: str) -> Server:
+def restarted(server: Server, bundle: Path) -> Server:
     """Kill a service, and start another in its folder."""
     server.process.kill()
     server.process.wait()
     server.client.close()
-    again = Server(server.folder, *arguments, bundle=bundle)
+    again = Server(server.folder, bundle=bundle)
     again.wait_until_ready()
     return again
 
@@ -80,13 +83,13 @@ LONG: dict[str, Any] = {"prompt": "a panda", "height": 192, "width": 192, "num_i
 
 
 def test_a_turn_stands_after_the_service_was_killed(bundle: Path, tmp_path: Path) -> None:
-    server = Server(tmp_path, "--drain-seconds", "0", bundle=bundle)
+    server = Server(tmp_path, bundle=bundle)
     try:
         server.wait_until_ready()
         session = server.client.post("/v1/sessions").json()["id"]
         job = begin(server, session, "generate", **LONG)
         time.sleep(0.8)
-        server = restarted(server, bundle, "--drain-seconds", "0")
+        server = restarted(server, bundle)
         refused = server.client.post(f"/v1/sessions/{session}/turns/generate", json=LONG)
         assert refused.status_code == 400 and "being drawn" in refused.json()["error"]["message"]
         server = restarted(server, bundle)

@@ -125,14 +125,20 @@ async def take(session_id: str, task: Task, request: Request, service: ServiceOf
     `edit` draws the current image anew after another prompt, all of it or where `mask` is white; `refine` draws it
     again with its own prompt, a little. The answer is the job; its events tell when the turn stands.
     """
-    session = await _find(service, who, session_id)
-    if session_id in service.turns or session_id in service.taking:
-        raise RequestError("session: a turn of it is being drawn; wait for its job, or cancel it", field="session")
+    await _find(service, who, session_id)
+    _check_free(service, session_id)
     service.taking.add(session_id)  # the next lines wait, and another turn may come meanwhile
     try:
-        return await _take(session, task, request, service, who)
+        # Again, as the session may have been moved before it was taken.
+        return await _take(await _find(service, who, session_id), task, request, service, who)
     finally:
         service.taking.discard(session_id)
+
+
+def _check_free(service: Service, session_id: str) -> None:
+    """Raise RequestError while a turn of a session is drawn."""
+    if session_id in service.turns or session_id in service.taking:
+        raise RequestError("session: a turn of it is being drawn; wait for its job, or cancel it", field="session")
 
 
 async def _take(session: dict[str, Any], task: Task, request: Request, service: Service, who: Caller) -> dict[str, Any]:
@@ -301,6 +307,7 @@ def _forget(database: sqlite3.Connection, promise: Promise) -> None:
 
 async def _move(service: Service, who: Caller, session_id: str, by: int, name: str) -> dict[str, Any]:
     session = await _find(service, who, session_id)
+    _check_free(service, session_id)
 
     def move(database: sqlite3.Connection) -> dict[str, Any] | None:
         row = dict(database.execute("SELECT * FROM sessions WHERE id = ?", (session["id"],)).fetchone())
