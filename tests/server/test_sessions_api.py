@@ -161,7 +161,7 @@ def test_a_session_outlives_the_service(bundle: Path, tmp_path: Path) -> None:
         server.wait_until_ready()
         session = server.client.post("/v1/sessions").json()["id"]
         refused = server.client.post(f"/v1/sessions/{session}/turns/edit", json={"prompt": "a cat", **SMALL})
-        assert refused.status_code == 400 and "generate" in refused.json()["error"]["message"]
+        assert refused.status_code == 400 and "no image yet; take a turn `gen" in refused.json()["error"]["message"]
         first = take(server, session, "generate", prompt="a panda", seed=7, **SMALL)
         mask = np.zeros((64, 64), np.uint8)
         mask[:32] = 255
@@ -184,7 +184,11 @@ def test_a_session_outlives_the_service(bundle: Path, tmp_path: Path) -> None:
         assert (picture(server, session, 1) == edited).all()
         assert server.client.post(f"/v1/sessions/{session}/undo").json()["standing"] == 2
         assert server.client.post(f"/v1/sessions/{session}/undo").json()["standing"] == 1
-        assert server.client.post(f"/v1/sessions/{session}/redo").json()["standing"] == 2
+        assert server.client.post(f"/v1/sessions/{session}/undo").json()["standing"] == 0
+        refused = server.client.post(f"/v1/sessions/{session}/turns/edit", json={"prompt": "a cat", **SMALL})
+        assert refused.status_code == 400 and "with `redo`, or take a turn" in refused.json()["error"]["message"]
+        for standing in (1, 2):
+            assert server.client.post(f"/v1/sessions/{session}/redo").json()["standing"] == standing
         again = take(server, session, "refine", num_inference_steps=4)
         assert (again == refined).all()  # from the same image with the same seed
         assert server.client.post(f"/v1/sessions/{session}/redo").status_code == 400

@@ -147,7 +147,9 @@ async def _take(session: dict[str, Any], task: Task, request: Request, service: 
     turns = json.loads(session["turns"])[: session["standing"]]
     if task != "generate":
         if not turns:
-            raise RequestError("session: there is no image yet; take a turn `generate` first", field="session")
+            undone = ", as its turns are undone; bring one back with `redo`, or"
+            why = " yet;" if session["turns"] == "[]" else undone
+            raise RequestError(f"session: there is no image{why} take a turn `generate` first", field="session")
         fields = _following(service, task, turns[-1], fields)
     if fields.get("num_images", 1) != 1:
         raise RequestError(f"num_images: expected 1, as a session draws one image per turn, got {fields['num_images']}")
