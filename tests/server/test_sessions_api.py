@@ -39,6 +39,32 @@ def picture(server: Server, session: str, turn: int) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(answer.content)))
 
 
+def data_url(pixels: np.ndarray) -> str:
+    encoded = io.BytesIO()
+    Image.fromarray(pixels).save(encoded, "PNG")
+    return "data:image/png;base64," + base64.b64encode(encoded.getvalue()).decode()
+
+
+def check_images(server: Server) -> None:
+    """`generate` alone begins with an image that is given."""
+    session = server.client.post("/v1/sessions").json()["id"]
+    image = np.full((64, 64, 3), (176, 64, 32), np.uint8)
+    fields = {"prompt": "a panda", "image": data_url(image), "strength": 0.1, "num_inference_steps": 20}
+    drawn = take(server, session, "generate", **fields)
+    assert abs(drawn.mean((0, 1)) - image[0, 0]).max() < 32
+    for task in ("edit", "refine"):
+        fields = {"prompt": "a cat", "image": data_url(image)}
+        refused = server.client.post(f"/v1/sessions/{session}/turns/{task}", json=fields)
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "image", refused.text
+        assert "take a turn `generate` with it" in refused.json()["error"]["message"]
+    server.client.delete(f"/v1/sessions/{session}")
+    (route,) = [
+        route for path, route in server.client.get("/openapi.json").json()["paths"].items() if "turns/{t" in path
+    ]
+    body = route["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert "Of `generate` alone" in body["properties"]["image"]["description"]
+
+
 def test_a_session_takes_one_turn_at_a_time(bundle: Path, tmp_path: Path) -> None:
     server = Server(tmp_path, bundle=bundle)
     try:
@@ -58,6 +84,7 @@ def test_a_session_takes_one_turn_at_a_time(bundle: Path, tmp_path: Path) -> Non
             assert refused.status_code == 400 and "a turn of it is being drawn" in refused.json()["error"]["message"]
         server.client.delete(f"/v1/jobs/{job}")
         assert server.finish(job)["state"] == "cancelled"
+        check_images(server)
     finally:
         assert server.stop() == 0
 
@@ -165,9 +192,7 @@ def test_a_session_outlives_the_service(bundle: Path, tmp_path: Path) -> None:
         first = take(server, session, "generate", prompt="a panda", seed=7, **SMALL)
         mask = np.zeros((64, 64), np.uint8)
         mask[:32] = 255
-        encoded = io.BytesIO()
-        Image.fromarray(mask).save(encoded, "PNG")
-        url = "data:image/png;base64," + base64.b64encode(encoded.getvalue()).decode()
+        url = data_url(mask)
         edited = take(server, session, "edit", prompt="a cat", mask=url, num_inference_steps=2)
         assert (edited[32:] == first[32:]).all() and (edited[:32] != first[:32]).any()
         refined = take(server, session, "refine", num_inference_steps=4)

@@ -123,7 +123,8 @@ async def take(session_id: str, task: Task, request: Request, service: ServiceOf
     """Take a turn: the fields are those of `/v1/jobs`. What it does not say is the current image's.
 
     `edit` draws the current image anew after another prompt, all of it or where `mask` is white; `refine` draws it
-    again with its own prompt, a little. The answer is the job; its events tell when the turn stands.
+    again with its own prompt, a little. Both refuse `image`; `generate` may begin with one. The answer is the job; its
+    events tell when the turn stands.
     """
     await _find(service, who, session_id)
     _check_free(service, session_id)
@@ -223,7 +224,13 @@ async def image(session_id: str, number: int, service: ServiceOf, who: CallerOf)
 
 
 def _following(service: Service, task: str, last: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a turn that begins with the last one's image."""
+    """The fields of a turn that begins with the last one's image. Raises RequestError if it says another."""
+    if fields.get("image") is not None:
+        raise RequestError(
+            f"image: expected none, as `{task}` begins with the session's own image; take a turn `generate` with "
+            "it first",
+            field="image",
+        )
     image = service.store.folder / SESSIONS / last["file"]
     kept: dict[str, Any] = {"seed": last["seed"], "image": image}
     if task == "refine":
