@@ -164,8 +164,30 @@ def test_a_sheet_with_a_row_without_guidance_is_no_mistake(engine: zimage_rt.Eng
 def test_a_denoise_that_ignores_the_image_is_said(engine: zimage_rt.Engine) -> None:
     (text,) = warned(engine, image=RED, denoise=0.9, num_inference_steps=8)
     assert re.search(r"^denoise: .* the image is ignored, as with 1; ask for at most 0\.8888, or more steps$", text)
-    # Strength's own measure says nothing where denoise goes before it.
-    assert warned(engine, image=RED, denoise=0.8888, strength=0.95, num_inference_steps=8) == ()
     assert warned(engine, image=RED, denoise=1.0, num_inference_steps=8) == ()
     (text,) = warned(engine, second_pass=SecondPass(1.0, denoise=0.95), num_inference_steps=8)
     assert text.startswith("second_pass.denoise: ")
+
+
+def test_a_strength_beside_a_denoise_is_said(engine: zimage_rt.Engine) -> None:
+    # The strength's own measure says nothing: it would be too high.
+    (text,) = warned(engine, image=RED, denoise=0.8888, strength=0.95, num_inference_steps=8)
+    assert text == "strength: it does nothing beside `denoise`; leave one of them out"
+    (text,) = warned(engine, second_pass=SecondPass(1.0, strength=0.3, denoise=0.5))
+    assert text == "second_pass.strength: it does nothing beside `second_pass.denoise`; leave one of them out"
+    defaults = {"strength": GenerateRequest.strength, "second_pass": SecondPass(1.0, strength=0.4, denoise=0.5)}
+    assert warned(engine, image=RED, denoise=0.5, **defaults) == ()
+    (text,) = warned(engine, denoise=1.0, strength=0.95)
+    assert text.startswith("strength: it does nothing without an image")
+
+
+def test_a_sessions_own_strength_is_not_said(engine: zimage_rt.Engine) -> None:
+    """A turn's denoise comes before the strength that a turn has by default."""
+    session = zimage_rt.Session(engine)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        session.generate("a panda", num_inference_steps=1, seed=3, **SMALL)
+        session.edit("a cat", denoise=0.5, num_inference_steps=1)
+        session.refine(denoise=0.5, num_inference_steps=1)
+    with pytest.warns(zimage_rt.RequestWarning, match="strength: it does nothing beside `denoise`"):
+        session.refine(0.5, denoise=0.5, num_inference_steps=1)

@@ -50,8 +50,13 @@ def without_effect(request: GenerateRequest, resolved: ResolvedRequest) -> Itera
 
 
 def _strength(prefix: str, what: str, part: GenerateRequest | SecondPass, sigmas: np.ndarray) -> Iterator[str]:
-    """Warn that a strength or a denoise below 1 begins from noise alone, which it does if the first sigma is 1."""
+    """Warn of a strength beside a denoise, which goes before it.
+
+    Warn, too, that a strength or a denoise below 1 begins from noise alone, which it does if the first sigma is 1.
+    """
     steps, strength = len(sigmas) - 1, part.strength
+    if part.denoise is not None and strength != type(part).__dataclass_fields__["strength"].default:
+        yield f"{prefix}strength: it does nothing beside `{prefix}denoise`; leave one of them out"
     if (strength if part.denoise is None else part.denoise) >= 1 or sigmas[0] < 1:
         return
     if part.denoise is not None:

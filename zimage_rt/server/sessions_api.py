@@ -27,7 +27,7 @@ from ..atomic_write import atomic_write
 from ..errors import RequestError
 from ..image.formats import media_type
 from ..request.codec import IMAGES
-from ..session import TASKS
+from ..session import EDIT_STRENGTH, REFINE_STRENGTH, TASKS
 from .access import Caller
 from .errors import Gone, NotFound
 from .jobs import Job
@@ -44,8 +44,6 @@ router = APIRouter(prefix="/v1/sessions", tags=["sessions"])
 Task = Literal["generate", "edit", "refine"]
 # The roles of `session.TASKS` by those of the configuration.
 ROLE_OF = {"draft": "turbo", "final": "base", "edit": "edit"}
-# A turn's strength if it says none; see `Session.edit` and `Session.refine`.
-REFINE_STRENGTH = 0.3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,12 +232,10 @@ def _following(service: Service, task: str, last: dict[str, Any], fields: dict[s
     image = service.store.folder / SESSIONS / last["file"]
     kept: dict[str, Any] = {"seed": last["seed"], "image": image}
     if task == "refine":
-        kept |= {"prompt": last["prompt"], "negative_prompt": last["negative_prompt"], "strength": REFINE_STRENGTH}
+        kept |= {"prompt": last["prompt"], "negative_prompt": last["negative_prompt"]}
         kept |= {"fit": "stretch"} if fields.keys() & {"height", "width"} else {}
-    elif "strength" not in fields and "denoise" not in fields:
-        kept["strength"] = 1.0
-    if "denoise" in fields:
-        kept.pop("strength", None)
+    if fields.get("denoise") is None:  # which would go before the strength
+        kept["strength"] = REFINE_STRENGTH if task == "refine" else EDIT_STRENGTH
     return kept | fields | {"image": image}
 
 
