@@ -191,3 +191,26 @@ def test_a_sessions_own_strength_is_not_said(engine: zimage_rt.Engine) -> None:
         session.refine(denoise=0.5, num_inference_steps=1)
     with pytest.warns(zimage_rt.RequestWarning, match="strength: it does nothing beside `denoise`"):
         session.refine(0.5, denoise=0.5, num_inference_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("scale", "width", "scaled", "drawn"),
+    [
+        (0.9, 64, "64x64 is 57.6x57.6", "64x64"),
+        (1.03, 64, "64x64 is 65.92x65.92", "64x64"),
+        (1.25, 96, "96x64 is 120x80", "128x80"),
+    ],
+)
+def test_a_rounded_size_of_the_second_pass_is_said(
+    engine: zimage_rt.Engine, scale: float, width: int, scaled: str, drawn: str
+) -> None:
+    (text,) = warned(engine, width=width, second_pass=SecondPass(scale))
+    assert text == (
+        f"second_pass.scale: {scale} times {scaled}; the second pass is drawn at {drawn}, the nearest size that the "
+        "bundle serves"
+    )
+
+
+@pytest.mark.parametrize(("scale", "side"), [(1.0, 64), (1.25, 64), (1.3333, 768), (1.1, 160)])
+def test_a_scale_that_is_right_to_the_pixel_is_not(engine: zimage_rt.Engine, scale: float, side: int) -> None:
+    assert warned(engine, height=side, width=side, second_pass=SecondPass(scale)) == ()
