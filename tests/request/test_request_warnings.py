@@ -214,3 +214,19 @@ def test_a_rounded_size_of_the_second_pass_is_said(
 @pytest.mark.parametrize(("scale", "side"), [(1.0, 64), (1.25, 64), (1.3333, 768), (1.1, 160)])
 def test_a_scale_that_is_right_to_the_pixel_is_not(engine: zimage_rt.Engine, scale: float, side: int) -> None:
     assert warned(engine, height=side, width=side, second_pass=SecondPass(scale)) == ()
+
+
+def test_a_recorded_strength_is_not_said(engine: zimage_rt.Engine, tmp_path: Path) -> None:
+    """`--denoise` comes before the strength of the image that `--like` repeats."""
+    from zimage_rt.cli.like import request_like
+
+    result = engine.generate(
+        "a panda", image_latents=np.zeros((1, 16, 8, 8), np.float32), strength=0.3, seed=3, **SMALL
+    )
+    path = result.save(tmp_path / "panda.png")[0]
+    record = read_record(path)
+    assert resolve(request_like(record, path, {"denoise": 0.5}), engine.manifest).warnings == ()
+    both = request_like(record, path, {"denoise": 0.5, "strength": 0.3})
+    assert resolve(both, engine.manifest).warnings == (
+        "strength: it does nothing beside `denoise`; leave one of them out",
+    )
