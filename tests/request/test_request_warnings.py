@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image as PilImage
 
 import zimage_rt
 from zimage_rt.metadata.image_file import read_record
@@ -220,9 +221,8 @@ def test_a_recorded_strength_is_not_said(engine: zimage_rt.Engine, tmp_path: Pat
     """`--denoise` comes before the strength of the image that `--like` repeats."""
     from zimage_rt.cli.like import request_like
 
-    result = engine.generate(
-        "a panda", image_latents=np.zeros((1, 16, 8, 8), np.float32), strength=0.3, seed=3, **SMALL
-    )
+    PilImage.fromarray(RED).save(tmp_path / "red.png")
+    result = engine.generate("a panda", image=tmp_path / "red.png", strength=0.3, seed=3, **SMALL)
     path = result.save(tmp_path / "panda.png")[0]
     record = read_record(path)
     assert resolve(request_like(record, path, {"denoise": 0.5}), engine.manifest).warnings == ()
