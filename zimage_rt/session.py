@@ -22,6 +22,8 @@ TASKS: dict[str, tuple[str, ...]] = {
     "refine": ("final", "draft", "edit"),
 }
 ROLES = ("draft", "final", "edit")
+# The strength of a turn that says none.
+EDIT_STRENGTH, REFINE_STRENGTH = 1.0, 0.3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +82,13 @@ class Session:
         return self._run_turn("generate", {"prompt": prompt, **fields}, callback)
 
     def edit(
-        self, prompt: str, *, mask: Any = None, strength: float = 1.0, callback: Callback | None = None, **fields: Any
+        self,
+        prompt: str,
+        *,
+        mask: Any = None,
+        strength: float = EDIT_STRENGTH,
+        callback: Callback | None = None,
+        **fields: Any,
     ) -> GenerateResult:
         """Change the current image by another prompt: the white part of `mask`, or all of it.
 
@@ -88,7 +96,7 @@ class Session:
         mask a lower strength preserves something of the image: at most 1 - 1/N with N steps.
         """
         now = self.current
-        fields = {"seed": now.result.seeds[0], **fields, "strength": strength}
+        fields = {"seed": now.result.seeds[0], **fields, **_strength(strength, EDIT_STRENGTH, fields)}
         begin: dict[str, Any] = {"image": now.result.images[0], "mask": mask}
         if mask is None and self._pick("edit")[0] == now.engine:
             begin = {"image_latents": now.result.latents}
@@ -96,7 +104,7 @@ class Session:
 
     def refine(
         self,
-        strength: float = 0.3,
+        strength: float = REFINE_STRENGTH,
         *,
         scale: float = 1.0,
         callback: Callback | None = None,
@@ -114,7 +122,9 @@ class Session:
             fields["fit"] = "stretch"
         same = scale == 1.0 and self._pick("refine")[0] == now.engine and now.request.mask is None
         begin = {"image_latents": now.result.latents} if same else {"image": now.result.images[0]}
-        return self._run_turn("refine", {**kept, **begin, **fields, "strength": strength}, callback)
+        return self._run_turn(
+            "refine", {**kept, **begin, **fields, **_strength(strength, REFINE_STRENGTH, fields)}, callback
+        )
 
     def undo(self) -> GenerateResult | None:
         """Undo the last turn; returns the result before it, None if there is none."""
@@ -148,6 +158,11 @@ class Session:
         self._turns.append(Turn(task, role, request, result))
         self._undone.clear()
         return result
+
+
+def _strength(strength: float, default: float, fields: Mapping[str, Any]) -> dict[str, float]:
+    """The field of a turn's strength; none if it is the default and a denoise goes before it."""
+    return {} if fields.get("denoise") is not None and strength == default else {"strength": strength}
 
 
 def _scaled(size: int, scale: float, multiple: int) -> int:

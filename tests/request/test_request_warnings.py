@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image as PilImage
 
 import zimage_rt
 from zimage_rt.metadata.image_file import read_record
@@ -164,8 +165,68 @@ def test_a_sheet_with_a_row_without_guidance_is_no_mistake(engine: zimage_rt.Eng
 def test_a_denoise_that_ignores_the_image_is_said(engine: zimage_rt.Engine) -> None:
     (text,) = warned(engine, image=RED, denoise=0.9, num_inference_steps=8)
     assert re.search(r"^denoise: .* the image is ignored, as with 1; ask for at most 0\.8888, or more steps$", text)
-    # Strength's own measure says nothing where denoise goes before it.
-    assert warned(engine, image=RED, denoise=0.8888, strength=0.95, num_inference_steps=8) == ()
     assert warned(engine, image=RED, denoise=1.0, num_inference_steps=8) == ()
     (text,) = warned(engine, second_pass=SecondPass(1.0, denoise=0.95), num_inference_steps=8)
     assert text.startswith("second_pass.denoise: ")
+
+
+def test_a_strength_beside_a_denoise_is_said(engine: zimage_rt.Engine) -> None:
+    # The strength's own measure says nothing: it would be too high.
+    (text,) = warned(engine, image=RED, denoise=0.8888, strength=0.95, num_inference_steps=8)
+    assert text == "strength: it does nothing beside `denoise`; leave one of them out"
+    (text,) = warned(engine, second_pass=SecondPass(1.0, strength=0.3, denoise=0.5))
+    assert text == "second_pass.strength: it does nothing beside `second_pass.denoise`; leave one of them out"
+    defaults = {"strength": GenerateRequest.strength, "second_pass": SecondPass(1.0, strength=0.4, denoise=0.5)}
+    assert warned(engine, image=RED, denoise=0.5, **defaults) == ()
+    (text,) = warned(engine, denoise=1.0, strength=0.95)
+    assert text.startswith("strength: it does nothing without an image")
+
+
+def test_a_sessions_own_strength_is_not_said(engine: zimage_rt.Engine) -> None:
+    """A turn's denoise comes before the strength that a turn has by default."""
+    session = zimage_rt.Session(engine)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        session.generate("a panda", num_inference_steps=1, seed=3, **SMALL)
+        session.edit("a cat", denoise=0.5, num_inference_steps=1)
+        session.refine(denoise=0.5, num_inference_steps=1)
+    with pytest.warns(zimage_rt.RequestWarning, match="strength: it does nothing beside `denoise`"):
+        session.refine(0.5, denoise=0.5, num_inference_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("scale", "width", "scaled", "drawn"),
+    [
+        (0.9, 64, "64x64 is 57.6x57.6", "64x64"),
+        (1.03, 64, "64x64 is 65.92x65.92", "64x64"),
+        (1.25, 96, "96x64 is 120x80", "128x80"),
+    ],
+)
+def test_a_rounded_size_of_the_second_pass_is_said(
+    engine: zimage_rt.Engine, scale: float, width: int, scaled: str, drawn: str
+) -> None:
+    (text,) = warned(engine, width=width, second_pass=SecondPass(scale))
+    assert text == (
+        f"second_pass.scale: {scale} times {scaled}; the second pass is drawn at {drawn}, the nearest size that the "
+        "bundle serves"
+    )
+
+
+@pytest.mark.parametrize(("scale", "side"), [(1.0, 64), (1.25, 64), (1.3333, 768), (1.1, 160)])
+def test_a_scale_that_is_right_to_the_pixel_is_not(engine: zimage_rt.Engine, scale: float, side: int) -> None:
+    assert warned(engine, height=side, width=side, second_pass=SecondPass(scale)) == ()
+
+
+def test_a_recorded_strength_is_not_said(engine: zimage_rt.Engine, tmp_path: Path) -> None:
+    """`--denoise` comes before the strength of the image that `--like` repeats."""
+    from zimage_rt.cli.like import request_like
+
+    PilImage.fromarray(RED).save(tmp_path / "red.png")
+    result = engine.generate("a panda", image=tmp_path / "red.png", strength=0.3, seed=3, **SMALL)
+    path = result.save(tmp_path / "panda.png")[0]
+    record = read_record(path)
+    assert resolve(request_like(record, path, {"denoise": 0.5}), engine.manifest).warnings == ()
+    both = request_like(record, path, {"denoise": 0.5, "strength": 0.3})
+    assert resolve(both, engine.manifest).warnings == (
+        "strength: it does nothing beside `denoise`; leave one of them out",
+    )

@@ -81,6 +81,9 @@ def drawn(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     }
     texts = {"prompt": "an owl", "seed": "5", "num_inference_steps": "5", "strength": "0.7"}
     jobs["edit"] = server.finish(server.client.post("/v1/jobs", data=texts, files=files).json()["id"])
+    turns = f"/v1/sessions/{server.client.post('/v1/sessions').json()['id']}/turns"
+    for task in ("generate", "refine"):
+        jobs[task] = server.finish(server.client.post(f"{turns}/{task}", json=SMALL).json()["id"])
     assert all(job["state"] == "done" for job in jobs.values()), jobs
     cancelled = server.client.post("/v1/jobs", json={**SMALL, "num_inference_steps": 100}).json()["id"]
     server.client.delete(f"/v1/jobs/{cancelled}")
@@ -96,9 +99,9 @@ def ids(*arguments: str) -> list[str]:
 def test_the_record_is_searched(drawn: tuple[Path, dict[str, str]]) -> None:
     config, jobs = drawn
     where = ("--config", str(config))
-    order = ["cancelled", "edit", "scaled", "lora", "two"]
+    order = ["cancelled", "refine", "generate", "edit", "scaled", "lora", "two"]
     assert ids(*where) == ids(*where, "--since", "1h", "--key", "") == [jobs[name] for name in order]
-    assert ids(*where, "--limit", "2") == [jobs["cancelled"], jobs["edit"]]
+    assert ids(*where, "--limit", "2") == [jobs["cancelled"], jobs["refine"]]
     assert ids(*where, "--state", "cancelled") == [jobs["cancelled"]]
     assert ids(*where, "--model", "other") == ids(*where, "--grep", "100% 中") == [jobs["lora"]]
     assert ids(*where, "--grep", "AN OWL", "--state", "done") == [jobs["edit"]]
@@ -114,7 +117,7 @@ def test_the_record_is_searched(drawn: tuple[Path, dict[str, str]]) -> None:
         log(*where, "--since", "yesterday")
 
 
-@pytest.mark.parametrize("name", ["two", "lora", "scaled", "edit"])
+@pytest.mark.parametrize("name", ["two", "lora", "scaled", "edit", "refine"])
 def test_a_record_is_drawn_again_to_the_byte(drawn: tuple[Path, dict[str, str]], name: str, tmp_path: Path) -> None:
     config, jobs = drawn
     status, text = log("repeat", jobs[name], "--config", str(config), "-o", str(tmp_path))

@@ -74,6 +74,8 @@ def request_like(record: ImageRecord, image: Path, overrides: dict[str, Any]) ->
         overrides.setdefault("sigmas", None)  # the recorded ones would contradict the options
     if "strength" in overrides:
         overrides.setdefault("denoise", None)  # a recorded one would override the option
+    elif overrides.get("denoise") is not None:
+        overrides["strength"] = GenerateRequest.strength  # a recorded one would be warned of
     if "image" in overrides:
         overrides |= {name: None for name in ("latents", "image_latents") if name in record.request}
     return record.to_request(image.parent, **overrides)

@@ -72,7 +72,7 @@ def repeat(
     data, config = data or ctx.parent.params["data"], config or ctx.parent.params["config"]
     with contextlib.closing(open_record(data, config)) as database:
         row = find_job(database, job)
-    request = request_again(row, data_folder(data, config) / "inputs")
+    request = request_again(row, data_folder(data, config))
     model = _model(row, config, bundle, loras)
     backend, options = model.backend, dict(model.backend_options)
     if is_given(ctx, "backend") or ctx.params["backend_option"]:

@@ -1,4 +1,4 @@
-"""Warnings about fields of a request that have no effect; they are raised as RequestWarning and recorded."""
+"""Warnings about fields of a request with no effect, or another than asked; raised as RequestWarning and recorded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .types import GenerateRequest, ResolvedRequest, SecondPass
+from .types import GenerateRequest, ResolvedRequest, ResolvedSecondPass, SecondPass
 
 # Fields that have an effect only together with something else, and what. The warning is for values off the default.
 GUIDANCE = "guidance; ask for a guidance_scale of more than 0"
@@ -23,7 +23,7 @@ NEEDS = {
 
 
 def without_effect(request: GenerateRequest, resolved: ResolvedRequest) -> Iterator[str]:
-    """One sentence per field of a request that has no effect."""
+    """One sentence per field of a request that has no effect, or another than asked."""
     guided = resolved.guidance_scale > 0
     if not guided and any(text.strip() for text in resolved.negative_prompts):
         yield f"negative_prompt: it does nothing without {GUIDANCE}"
@@ -46,12 +46,28 @@ def without_effect(request: GenerateRequest, resolved: ResolvedRequest) -> Itera
         what = "image" if resolved.mask is None else "image's part that the mask marks"
         yield from _strength("", what, request, resolved.sigmas)
     if request.second_pass is not None and resolved.second_pass is not None:
+        yield from _scale(request.second_pass.scale, resolved, resolved.second_pass)
         yield from _strength("second_pass.", "first pass", request.second_pass, resolved.second_pass.sigmas)
 
 
+def _scale(scale: float, first: ResolvedRequest, second: ResolvedSecondPass) -> Iterator[str]:
+    """Warn that the second pass has another size than the scaled one, by a pixel or more."""
+    height, width = first.height * scale, first.width * scale
+    if (round(height), round(width)) != (second.height, second.width):
+        yield (
+            f"second_pass.scale: {scale:g} times {first.width}x{first.height} is {width:g}x{height:g}; the second pass "
+            f"is drawn at {second.width}x{second.height}, the nearest size that the bundle serves"
+        )
+
+
 def _strength(prefix: str, what: str, part: GenerateRequest | SecondPass, sigmas: np.ndarray) -> Iterator[str]:
-    """Warn that a strength or a denoise below 1 begins from noise alone, which it does if the first sigma is 1."""
+    """Warn of a strength beside a denoise, which goes before it.
+
+    Warn, too, that a strength or a denoise below 1 begins from noise alone, which it does if the first sigma is 1.
+    """
     steps, strength = len(sigmas) - 1, part.strength
+    if part.denoise is not None and strength != type(part).__dataclass_fields__["strength"].default:
+        yield f"{prefix}strength: it does nothing beside `{prefix}denoise`; leave one of them out"
     if (strength if part.denoise is None else part.denoise) >= 1 or sigmas[0] < 1:
         return
     if part.denoise is not None:

@@ -44,6 +44,7 @@ def create_app(config: ServiceConfig, make_workers: MakeWorkers = worker_process
     async def life(app: FastAPI) -> AsyncIterator[None]:
         service: Service = app.state.service
         await service.start()
+        await sessions_api.resume(service)
         await batches_api.resume(service)
         yield
         await service.stop()

@@ -156,7 +156,13 @@ async def cancel(job_id: str, service: ServiceOf, who: CallerOf) -> dict[str, An
 
 
 async def submit(
-    service: Service, who: Caller, fields: Mapping[str, Any], output: OutputFields, *, detached: bool
+    service: Service,
+    who: Caller,
+    fields: Mapping[str, Any],
+    output: OutputFields,
+    *,
+    detached: bool,
+    job_id: str | None = None,
 ) -> Job:
     """Let a caller's request wait. Raises what `Service.submit` raises, and Forbidden or RateLimited by its key."""
     model = service.model(output.model)
@@ -170,6 +176,7 @@ async def submit(
         priority=output.priority,
         detached=detached,
         admit=who.admit,
+        job_id=job_id,
     )
 
 

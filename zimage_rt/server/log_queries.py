@@ -83,12 +83,12 @@ def read_since(text: str, now: float | None = None) -> float:
         raise RequestError(f"--since: expected a time ago such as 2h or 7d, or a date, got {text!r}") from None
 
 
-def request_again(row: Mapping[str, Any], inputs: Path) -> GenerateRequest:
+def request_again(row: Mapping[str, Any], folder: Path) -> GenerateRequest:
     """The request of a record.
 
     Args:
         row: see `find_job`.
-        inputs: the folder of the input images.
+        folder: the service's, with the input images.
 
     Raises:
         RequestError: no image was made, or the record lacks what it was made from.
@@ -102,9 +102,9 @@ def request_again(row: Mapping[str, Any], inputs: Path) -> GenerateRequest:
             "`record_prompts = false`; it cannot be drawn again"
         )
     for name in inputs_of(fields):
-        if not (inputs / name).is_file():
-            raise RequestError(f"image: {inputs / name}, which {row['id']} was made from, is there no longer")
-    return make_request(**fields_from_json(fields, inputs))
+        if not (folder / name).is_file():
+            raise RequestError(f"image: {folder / name}, which {row['id']} was made from, is there no longer")
+    return make_request(**fields_from_json(fields, folder))
 
 
 def pixels_recorded(row: Mapping[str, Any]) -> list[str]:

@@ -146,7 +146,12 @@ class ImageUrl(BaseModel):
 JobRequest: Any = create_model("JobRequest", __base__=OutputFields, **_request_fields())
 JobRequest.__doc__ = "A request: every field of zimage_rt.GenerateRequest that JSON can say, and how to answer."
 
-TurnRequest: Any = create_model("TurnRequest", __base__=JobRequest, prompt=(str | None, None))
+_TURN_IMAGE = f"{IMAGE_HELP} Of `generate` alone: `edit` and `refine` begin with the session's own image."
+_TURN_FIELDS: dict[str, Any] = {
+    "prompt": (str | None, None),
+    "image": (Annotated[str | None, Field(description=_TURN_IMAGE)], None),
+}
+TurnRequest: Any = create_model("TurnRequest", __base__=JobRequest, **_TURN_FIELDS)
 TurnRequest.__doc__ = "A turn of a session: what it leaves out is the current image's."
 ImagesRequest: Any = create_model("ImagesRequest", __base__=ImagesFields, **_request_fields())
 ImagesRequest.__doc__ = "A request in OpenAI's protocol, with our own fields beside theirs."

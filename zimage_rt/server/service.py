@@ -124,6 +124,9 @@ class Service:
         """Drain, if that was not done before, and end the workers and the record."""
         await self.drain()
         await asyncio.gather(*(worker.stop(END_SECONDS) for worker in self.workers))
+        for job, settling in self.turns.values():
+            if not job.is_finished:
+                settling.cancel()  # it was promised, and stands when it is drawn by the next run
         await asyncio.gather(*(settling for _, settling in self.turns.values()), return_exceptions=True)
         if self._sweeping is not None:
             self._sweeping.cancel()
@@ -170,11 +173,7 @@ class Service:
             has_images = any(fields.get(name) is not None for name in IMAGES)
             resolved = await asyncio.to_thread(read) if has_images else read()
         except RequestError as error:
-            # A client's image is a file of the service's, whose name is nobody's business.
-            message = str(error)
-            for value in fields.values():
-                message = message.replace(str(value), "the uploaded file") if isinstance(value, Path) else message
-            raise RequestError(message, field=error.field) from None
+            raise RequestError(without_paths(str(error), fields), field=error.field) from None
         last = last_pass(resolved)
         if max(resolved.height * resolved.width, last.height * last.width) > limits.max_pixels:
             raise RequestError(
@@ -363,6 +362,7 @@ class Service:
         else:
             is_cancelled = message.error["code"] == "cancelled"
             error = job.cancel_error if is_cancelled and job.cancel_error else message.error
+            error = {**error, "message": without_paths(error["message"], job.fields)}
             self._end(job, "cancelled" if is_cancelled else "failed", error)
         self._dispatch()
 
@@ -409,6 +409,13 @@ class Service:
             too_old = now - (job.finished or now) > self.config.queue.keep_seconds
             if too_old or len(finished) - index > MAX_JOBS:
                 del self.jobs[job.id]
+
+
+def without_paths(message: str, fields: Mapping[str, Any]) -> str:
+    """A message about a request without the names of its images' files, which are the service's business alone."""
+    for value in fields.values():
+        message = message.replace(str(value), "the uploaded file") if isinstance(value, Path) else message
+    return message
 
 
 def last_pass(request: ResolvedRequest) -> ResolvedRequest | ResolvedSecondPass:

@@ -7,11 +7,17 @@ A session is a list of turns, and how many of them are not undone (`standing`). 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
+import functools
+import io
 import json
+import logging
 import sqlite3
 import time
 import uuid
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
@@ -21,22 +27,39 @@ from ..atomic_write import atomic_write
 from ..errors import RequestError
 from ..image.formats import media_type
 from ..request.codec import IMAGES
-from ..session import TASKS
+from ..session import EDIT_STRENGTH, REFINE_STRENGTH, TASKS
 from .access import Caller
 from .errors import Gone, NotFound
 from .jobs import Job
 from .jobs_api import CallerOf, ServiceOf, read_request, submit
 from .openapi import IMAGE_ANSWER, MASK_EXAMPLE, body
-from .schema import TurnRequest
+from .schema import OutputFields, TurnRequest
 from .service import Service
+from .store import SESSIONS, StorageFull
+
+log = logging.getLogger(__name__)
 
 router = APIRouter(prefix="/v1/sessions", tags=["sessions"])
 
 Task = Literal["generate", "edit", "refine"]
 # The roles of `session.TASKS` by those of the configuration.
 ROLE_OF = {"draft": "turbo", "final": "base", "edit": "edit"}
-# A turn's strength if it says none; see `Session.edit` and `Session.refine`.
-REFINE_STRENGTH = 0.3
+
+
+@dataclasses.dataclass(frozen=True)
+class Promise:
+    """A turn that is drawn; a row of the table `promised_turns` until it stands.
+
+    Attributes:
+        session, job: their ids.
+        number: the turn's.
+        said: the turn's `task`, `prompt` and `negative_prompt`; JSON.
+    """
+
+    session: str
+    job: str
+    number: int
+    said: str
 
 
 @router.post("", status_code=201)
@@ -75,9 +98,10 @@ async def delete(session_id: str, service: ServiceOf, who: CallerOf) -> dict[str
 
     def remove(database: sqlite3.Connection) -> None:
         database.execute("DELETE FROM sessions WHERE id = ?", (session_id,))
+        database.execute("DELETE FROM promised_turns WHERE session = ?", (session_id,))
         for turn in json.loads(session["turns"]):
             if turn.get("file"):
-                (service.store.folder / "sessions" / turn["file"]).unlink(missing_ok=True)
+                (service.store.folder / SESSIONS / turn["file"]).unlink(missing_ok=True)
 
     await service.store.run(remove)
     return {"id": session_id, "deleted": True}
@@ -97,16 +121,23 @@ async def take(session_id: str, task: Task, request: Request, service: ServiceOf
     """Take a turn: the fields are those of `/v1/jobs`. What it does not say is the current image's.
 
     `edit` draws the current image anew after another prompt, all of it or where `mask` is white; `refine` draws it
-    again with its own prompt, a little. The answer is the job; its events tell when the turn stands.
+    again with its own prompt, a little. Both refuse `image`; `generate` may begin with one. The answer is the job; its
+    events tell when the turn stands.
     """
-    session = await _find(service, who, session_id)
-    if session_id in service.turns or session_id in service.taking:
-        raise RequestError("session: a turn of it is being drawn; wait for its job, or cancel it", field="session")
+    await _find(service, who, session_id)
+    _check_free(service, session_id)
     service.taking.add(session_id)  # the next lines wait, and another turn may come meanwhile
     try:
-        return await _take(session, task, request, service, who)
+        # Again, as the session may have been moved before it was taken.
+        return await _take(await _find(service, who, session_id), task, request, service, who)
     finally:
         service.taking.discard(session_id)
+
+
+def _check_free(service: Service, session_id: str) -> None:
+    """Raise RequestError while a turn of a session is drawn."""
+    if session_id in service.turns or session_id in service.taking:
+        raise RequestError("session: a turn of it is being drawn; wait for its job, or cancel it", field="session")
 
 
 async def _take(session: dict[str, Any], task: Task, request: Request, service: Service, who: Caller) -> dict[str, Any]:
@@ -115,7 +146,9 @@ async def _take(session: dict[str, Any], task: Task, request: Request, service: 
     turns = json.loads(session["turns"])[: session["standing"]]
     if task != "generate":
         if not turns:
-            raise RequestError("session: there is no image yet; take a turn `generate` first", field="session")
+            undone = ", as its turns are undone; bring one back with `redo`, or"
+            why = " yet;" if session["turns"] == "[]" else undone
+            raise RequestError(f"session: there is no image{why} take a turn `generate` first", field="session")
         fields = _following(service, task, turns[-1], fields)
     if fields.get("num_images", 1) != 1:
         raise RequestError(f"num_images: expected 1, as a session draws one image per turn, got {fields['num_images']}")
@@ -123,11 +156,43 @@ async def _take(session: dict[str, Any], task: Task, request: Request, service: 
         raise RequestError("prompt: expected one, as a session draws one image per turn", field="prompt")
     if output.model is None:
         output = output.model_copy(update={"model": _model_for(service, task)})
-    job = await submit(service, who, fields, output, detached=True)
-    settling = asyncio.ensure_future(_settle(service, session_id, task, job, len(turns)))
-    service.turns[session_id] = (job, settling)
-    settling.add_done_callback(lambda _: service.turns.pop(session_id, None))
+    said = {"task": task, "prompt": fields["prompt"], "negative_prompt": fields.get("negative_prompt", "")}
+    promise = Promise(session_id, uuid.uuid4().hex, len(turns), json.dumps(said))
+    job = await _promised(service, who, fields, output, promise)
+    _let_stand(service, promise, job)
     return job.status() | {"session": session_id, "turn": len(turns)}
+
+
+async def _promised(
+    service: Service, who: Caller, fields: Mapping[str, Any], output: OutputFields, promise: Promise
+) -> Job:
+    """Let a turn's job wait. The turn is written before the job is, so that no job is drawn again without its turn."""
+
+    def insert(database: sqlite3.Connection) -> None:
+        values = vars(promise)
+        database.execute("INSERT OR REPLACE INTO promised_turns VALUES (:session, :job, :number, :said)", values)
+
+    await service.store.run(insert)
+    try:
+        return await submit(service, who, fields, output, detached=True, job_id=promise.job)
+    except BaseException:
+        with contextlib.suppress(StorageFull):  # the next run forgets a turn without a job
+            await service.store.run(functools.partial(_forget, promise=promise))
+        raise
+
+
+async def resume(service: Service) -> None:
+    """Let the turns stand, when they are drawn, that a former run of the service promised."""
+
+    def read(database: sqlite3.Connection) -> list[Promise]:
+        return [Promise(**dict(row)) for row in database.execute("SELECT * FROM promised_turns")]
+
+    for promise in await service.store.run(read):
+        job = service.jobs.get(promise.job) or await service.store.ended(promise.job)
+        if job is None:  # it was refused, or never answered
+            await service.store.run(functools.partial(_forget, promise=promise))
+        else:
+            _let_stand(service, promise, job)
 
 
 @router.post("/{session_id}/undo")
@@ -148,7 +213,7 @@ async def image(session_id: str, number: int, service: ServiceOf, who: CallerOf)
     turns = json.loads((await _find(service, who, session_id))["turns"])
     if not 0 <= number < len(turns):
         raise NotFound(f"turns: there is no turn {number} in this session")
-    path = service.store.folder / "sessions" / turns[number]["file"]
+    path = service.store.folder / SESSIONS / turns[number]["file"]
     try:
         content = await asyncio.to_thread(path.read_bytes)
     except FileNotFoundError as error:
@@ -157,16 +222,20 @@ async def image(session_id: str, number: int, service: ServiceOf, who: CallerOf)
 
 
 def _following(service: Service, task: str, last: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a turn that begins with the last one's image."""
-    image = service.store.folder / "sessions" / last["file"]
+    """The fields of a turn that begins with the last one's image. Raises RequestError if it says another."""
+    if fields.get("image") is not None:
+        raise RequestError(
+            f"image: expected none, as `{task}` begins with the session's own image; take a turn `generate` with "
+            "it first",
+            field="image",
+        )
+    image = service.store.folder / SESSIONS / last["file"]
     kept: dict[str, Any] = {"seed": last["seed"], "image": image}
     if task == "refine":
-        kept |= {"prompt": last["prompt"], "negative_prompt": last["negative_prompt"], "strength": REFINE_STRENGTH}
+        kept |= {"prompt": last["prompt"], "negative_prompt": last["negative_prompt"]}
         kept |= {"fit": "stretch"} if fields.keys() & {"height", "width"} else {}
-    elif "strength" not in fields and "denoise" not in fields:
-        kept["strength"] = 1.0
-    if "denoise" in fields:
-        kept.pop("strength", None)
+    if fields.get("denoise") is None:  # which would go before the strength
+        kept["strength"] = REFINE_STRENGTH if task == "refine" else EDIT_STRENGTH
     return kept | fields | {"image": image}
 
 
@@ -179,46 +248,71 @@ def _model_for(service: Service, task: str) -> str:
     return service.config.default_model
 
 
-async def _settle(service: Service, session_id: str, task: str, job: Job, number: int) -> None:
+def _let_stand(service: Service, promise: Promise, job: Job) -> None:
+    """Keep a turn when its job is done; its session takes no other until then."""
+    settling = asyncio.ensure_future(_settle(service, promise, job))
+    service.turns[promise.session] = (job, settling)
+    settling.add_done_callback(lambda _: service.turns.pop(promise.session, None))
+
+
+async def _settle(service: Service, promise: Promise, job: Job) -> None:
     """When a turn's job is done, keep its image and let the turn stand; turns that were undone are forgotten."""
     await service.wait(job)
-    if job.state != "done":
+    content = None
+    if job.state == "done":
+        try:
+            content = await service.image(job, 0)
+        except FileNotFoundError:
+            log.warning("turn %s of session %s: its image has expired", promise.number, promise.session)
+
+    def end(database: sqlite3.Connection) -> None:
+        if content is not None:
+            _keep(database, service.store.folder / SESSIONS, promise, job, content)
+        _forget(database, promise)
+
+    await service.store.run(end)
+
+
+def _keep(database: sqlite3.Connection, folder: Path, promise: Promise, job: Job, content: bytes) -> None:
+    """Write a turn and its image, unless its session was deleted."""
+    from PIL import Image
+
+    row = database.execute("SELECT turns FROM sessions WHERE id = ?", (promise.session,)).fetchone()
+    if row is None:
         return
-    content = await service.image(job, 0)
-    file = f"{session_id}-{number}-{job.id[:8]}{job.output.suffix}"
-    fields = job.fields
+    folder.mkdir(exist_ok=True)
+    file = f"{promise.session}-{promise.number}-{job.id[:8]}{job.output.suffix}"
+    atomic_write(folder / file, content)
+    with Image.open(io.BytesIO(content)) as opened:
+        size = list(opened.size)
+    said = json.loads(promise.said)
     turn = {
-        "task": task,
+        "task": said["task"],
         "job": job.id,
         "model": job.model,
-        "prompt": fields["prompt"],
-        "negative_prompt": fields.get("negative_prompt", ""),
-        "seed": fields["seed"],
-        "size": list(job.sizes[0]),
+        "prompt": said["prompt"],
+        "negative_prompt": said["negative_prompt"],
+        "seed": job.fields["seed"],
+        "size": size,
         "created": job.created,
         "timings": dict(job.timings),
         "file": file,
     }
+    turns = json.loads(row["turns"])
+    for undone in turns[promise.number :]:
+        (folder / undone["file"]).unlink(missing_ok=True)
+    change = "UPDATE sessions SET turns = ?, standing = ? WHERE id = ?"
+    values = (json.dumps([*turns[: promise.number], turn]), promise.number + 1, promise.session)
+    database.execute(change, values)
 
-    def keep(database: sqlite3.Connection) -> None:
-        folder = service.store.folder / "sessions"
-        folder.mkdir(exist_ok=True)
-        atomic_write(folder / file, content)
-        row = database.execute("SELECT turns FROM sessions WHERE id = ?", (session_id,)).fetchone()
-        if row is None:
-            (folder / file).unlink(missing_ok=True)
-            return
-        turns = json.loads(row["turns"])
-        for undone in turns[number:]:
-            (folder / undone["file"]).unlink(missing_ok=True)
-        change = "UPDATE sessions SET turns = ?, standing = ? WHERE id = ?"
-        database.execute(change, (json.dumps([*turns[:number], turn]), number + 1, session_id))
 
-    await service.store.run(keep)
+def _forget(database: sqlite3.Connection, promise: Promise) -> None:
+    database.execute("DELETE FROM promised_turns WHERE session = ? AND job = ?", (promise.session, promise.job))
 
 
 async def _move(service: Service, who: Caller, session_id: str, by: int, name: str) -> dict[str, Any]:
     session = await _find(service, who, session_id)
+    _check_free(service, session_id)
 
     def move(database: sqlite3.Connection) -> dict[str, Any] | None:
         row = dict(database.execute("SELECT * FROM sessions WHERE id = ?", (session["id"],)).fetchone())

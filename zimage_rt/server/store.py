@@ -32,7 +32,7 @@ from ..metadata.references import to_reference
 from ..request.codec import IMAGES
 from ..request.types import SecondPass
 from .config import ConfigError, ServiceConfig
-from .jobs import Image, Job, Output, State
+from .jobs import FINISHED, Image, Job, Output, State
 from .retention import remove_images, remove_inputs, remove_records
 
 log = logging.getLogger(__name__)
@@ -57,6 +57,9 @@ CREATE TABLE IF NOT EXISTS batches (
 CREATE TABLE IF NOT EXISTS sessions (
     id TEXT PRIMARY KEY, owner TEXT NOT NULL, created REAL NOT NULL, standing INTEGER NOT NULL, turns TEXT NOT NULL
 );
+CREATE TABLE IF NOT EXISTS promised_turns (
+    session TEXT PRIMARY KEY, job TEXT NOT NULL, number INTEGER NOT NULL, said TEXT NOT NULL
+);
 CREATE TABLE IF NOT EXISTS keys (
     name TEXT PRIMARY KEY, sha256 TEXT NOT NULL, created REAL NOT NULL, revoked REAL, limits TEXT NOT NULL
 );
@@ -67,6 +70,8 @@ CREATE INDEX IF NOT EXISTS jobs_state ON jobs (state) WHERE state IN ('queued', 
 RETRY_SECONDS, ANSWER_SECONDS = 1.0, 5.0
 # Seconds between two looks for inputs that no record names.
 INPUTS_SECONDS = 3600.0
+# Folders of a service's data with images that a request may name: those that clients sent, and those of turns.
+INPUTS, SESSIONS = "inputs", "sessions"
 # Bytes of images that may wait to be written; beyond, new jobs are refused.
 MAX_PENDING = 512 << 20
 
@@ -110,7 +115,7 @@ class Store:
         """Make the folder and the database, or take what is there. Raises ConfigError."""
         self._loop = asyncio.get_running_loop()
         try:
-            for name in ("inputs", "images"):
+            for name in (INPUTS, "images"):
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
             with contextlib.closing(connect(self.folder)):
                 pass
@@ -133,11 +138,11 @@ class Store:
 
     def holds_input(self, value: object) -> bool:
         """Whether a field's value is a file of `keep_input` or of a session, not a path that a client wrote."""
-        return isinstance(value, Path) and value.parent in (self.folder / "inputs", self.folder / "sessions")
+        return isinstance(value, Path) and value.parent in (self.folder / INPUTS, self.folder / SESSIONS)
 
     async def keep_input(self, content: bytes) -> Path:
         """Keep an uploaded image under its hash; the file. Raises StorageFull."""
-        path = self.folder / "inputs" / hashlib.sha256(content).hexdigest()
+        path = self.folder / INPUTS / hashlib.sha256(content).hexdigest()
 
         def keep() -> Path:
             with self._inputs:
@@ -217,6 +222,24 @@ class Store:
 
         return await self._do(read)
 
+    async def ended(self, job_id: str) -> Job | None:
+        """A job that a former run of the service ended, with its images on the disk; None if there is none."""
+
+        def read(database: sqlite3.Connection) -> dict[str, Any] | None:
+            found = database.execute("SELECT * FROM jobs WHERE id = ?", (job_id,)).fetchone()
+            return None if found is None else dict(found)
+
+        row = await self._do(read)
+        if row is None or row["state"] not in FINISHED:
+            return None
+        job = self._job(row)
+        job.state, job.finished, job.timings = row["state"], row["finished"], json.loads(row["timings"])
+        job.stored = [
+            StoredImage(self.folder / "images" / image["file"], image["media_type"], image["pixels_sha256"])
+            for image in json.loads(row["images"])
+        ]
+        return job
+
     async def row(self, job_id: str) -> dict[str, Any] | None:
         """The record of a job, its JSON columns parsed; None if there is none."""
 
@@ -246,9 +269,9 @@ class Store:
     def _remove_inputs(self, in_use: Collection[str]) -> None:
         with contextlib.closing(open_reader(self.folder)) as database:
             rows = database.execute("""SELECT fields FROM jobs WHERE fields LIKE '%"input"%'""")
-            named = {name for row in rows for name in inputs_of(json.loads(row["fields"]))}
+            named = {Path(name).name for row in rows for name in inputs_of(json.loads(row["fields"]))}
         keep = self._config.queue.retain_input_bytes
-        remove_inputs(self.folder / "inputs", keep, named=named, in_use=in_use, lock=self._inputs)
+        remove_inputs(self.folder / INPUTS, keep, named=named, in_use=in_use, lock=self._inputs)
 
     # --- rows -----------------------------------------------------------------------------------------------------
 
@@ -281,7 +304,7 @@ class Store:
     def _job(self, row: Mapping[str, Any]) -> Job:
         """A job as it was promised."""
         job = Job(
-            fields_from_json(json.loads(row["fields"]), self.folder / "inputs"),
+            fields_from_json(json.loads(row["fields"]), self.folder),
             model=row["model"],
             owner=row["owner"],
             output=Output(**json.loads(row["output"])),
@@ -461,25 +484,31 @@ def _image_json(image: StoredImage) -> dict[str, str]:
 
 
 def fields_to_json(fields: Mapping[str, Any], *, with_prompts: bool = True) -> dict[str, Any]:
-    """A request's fields as JSON; images, which are files of `inputs`, by their hashes."""
+    """A request's fields as JSON; images, which are files of `inputs` or `sessions`, by their names."""
     found = {}
     for name, value in fields.items():
         if name in IMAGES and isinstance(value, Path):
             found[name] = {"input": value.name}
+            if value.parent.name != INPUTS:
+                found[name]["folder"] = value.parent.name
         elif with_prompts or name not in ("prompt", "negative_prompt"):
             found[name] = to_reference(name, value)
     return found
 
 
 def inputs_of(fields: Mapping[str, Any]) -> list[str]:
-    """The names of the inputs in a record's fields."""
-    return [value["input"] for value in fields.values() if isinstance(value, dict) and "input" in value]
+    """The images in a record's fields, by their paths in the service's folder: `inputs/…` or `sessions/…`."""
+    return [_place(value) for value in fields.values() if isinstance(value, dict) and "input" in value]
 
 
-def fields_from_json(fields: Mapping[str, Any], inputs: Path) -> dict[str, Any]:
-    """The fields of a request from what `fields_to_json` made of them."""
-    found = {
-        name: inputs / value["input"] if isinstance(value, dict) and "input" in value else value
+def _place(value: Mapping[str, str]) -> str:
+    return f"{value.get('folder', INPUTS)}/{value['input']}"
+
+
+def fields_from_json(fields: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The fields of a request from what `fields_to_json` made of them; `folder` is the service's."""
+    found: dict[str, Any] = {
+        name: folder / _place(value) if isinstance(value, dict) and "input" in value else value
         for name, value in fields.items()
     }
     if isinstance(found.get("second_pass"), dict):
