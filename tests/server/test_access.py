@@ -22,9 +22,9 @@ from zimage_rt.cli.main import app
 from zimage_rt.errors import RequestError, ZImageError
 from zimage_rt.server.app import create_app
 from zimage_rt.server.config import KeyLimits, ModelConfig, ServiceConfig
+from zimage_rt.server.database import connect
 from zimage_rt.server.keys import add_key, find_key, hash_key, read_keys, revoke_key
 from zimage_rt.server.main import run
-from zimage_rt.server.store import connect
 
 SMALL: dict[str, Any] = {"prompt": "a panda", "height": 64, "width": 64, "num_inference_steps": 2, "seed": 3}
 

@@ -28,10 +28,10 @@ from services import Server
 from zimage_rt.errors import RequestError
 from zimage_rt.server.bounds import MAX_DEPTH, MAX_FIELD_BYTES, MAX_STRUCTURE, check_pixels, parse_json
 from zimage_rt.server.config import ConfigError, read_config
+from zimage_rt.server.database import connect
 from zimage_rt.server.keys import add_key
 from zimage_rt.server.rate import Rates, seconds_until
 from zimage_rt.server.service import Service
-from zimage_rt.server.store import connect
 
 SMALL: dict[str, Any] = {"prompt": "a panda", "height": 64, "width": 64, "num_inference_steps": 2, "seed": 3}
 LONG: dict[str, Any] = {**SMALL, "height": 256, "width": 256, "num_inference_steps": 100}

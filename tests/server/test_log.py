@@ -30,10 +30,11 @@ from services import Server, kill
 from zimage_rt.cli.main import app
 from zimage_rt.errors import RequestError
 from zimage_rt.server.config import ModelConfig, QueueConfig, ServiceConfig
+from zimage_rt.server.database import connect
 from zimage_rt.server.jobs import Image, Job
 from zimage_rt.server.log_queries import read_since
 from zimage_rt.server.retention import INPUTS_GRACE
-from zimage_rt.server.store import Store, connect
+from zimage_rt.server.store import Store
 
 SMALL: dict[str, Any] = {"prompt": "a panda", "height": 64, "width": 64, "num_inference_steps": 2, "seed": 3}
 LORAS = ROOT / "checkpoints" / "zimage-nano-cyanotype"

@@ -117,6 +117,8 @@ def test_a_stream_has_partial_images_and_then_the_whole(client: Any, engine: zim
     expected = engine.generate("a panda", width=64, height=64, **fields).images[0]
     assert pixels(events[-1].b64_json).tobytes() == expected.tobytes() and events[-1].usage.output_tokens == 16
     image = png(np.zeros((64, 64, 3), np.uint8))
+    warned = client.images.generate(prompt="a panda", size="64x64", extra_body={**STEPS, "negative_prompt": "a cat"})
+    assert "negative_prompt" in warned.model_extra["warnings"][0]
     sized = client.images.generate(prompt="a panda", extra_body={**STEPS, "width": 96, "height": 64})
     assert sized.size == "96x64"
     edited = list(client.images.edit(image=image, prompt="a panda", stream=True, extra_body=STEPS))

@@ -20,7 +20,7 @@ pytest.importorskip("fastapi", reason="the extra `server` is not installed")
 
 from services import Server
 
-from zimage_rt.server.store import connect
+from zimage_rt.server.database import connect
 
 SMALL: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 2}
 

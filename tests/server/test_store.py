@@ -12,9 +12,10 @@ import pytest
 pytest.importorskip("fastapi", reason="the extra `server` is not installed")
 
 from zimage_rt.server.config import ModelConfig, ServiceConfig
+from zimage_rt.server.database import insert
 from zimage_rt.server.jobs import Job
 from zimage_rt.server.service import MAX_JOBS, Service
-from zimage_rt.server.store import StorageFull, Store, insert
+from zimage_rt.server.store import StorageFull, Store
 
 
 def make_job(name: str) -> Job:

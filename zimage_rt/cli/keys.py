@@ -37,7 +37,7 @@ def data_folder(data: Path | None, config: Path | None) -> Path:
 
 def open_record(data: Path | None, config: Path | None, *, write: bool = False) -> sqlite3.Connection:
     """The database of a service that has run, or has keys. Raises RequestError if there is none."""
-    from ..server.store import DATABASE, connect, open_reader
+    from ..server.database import DATABASE, connect, open_reader
 
     folder = data_folder(data, config)
     if not (folder / DATABASE).is_file():
@@ -60,8 +60,8 @@ def add(
     models: Annotated[str | None, typer.Option(metavar="A,B,...", help="The models that it may use.")] = None,
 ) -> None:
     """Make a key and print it, once. Limits that are not given are those of the configuration's [keys]."""
+    from ..server.database import connect
     from ..server.keys import add_key
-    from ..server.store import connect
 
     limits: dict[str, Any] = {
         "requests_per_minute": requests_per_minute,

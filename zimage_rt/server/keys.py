@@ -23,7 +23,7 @@ from typing import Any
 from ..checks import shown
 from ..errors import RequestError, ZImageError
 from .config import KeyLimits
-from .store import DATABASE, open_reader
+from .database import DATABASE, open_reader
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,9 @@ from typing import Any
 from ..errors import RequestError
 from ..request.codec import make_request
 from ..request.types import GenerateRequest
+from .database import parsed
 from .jobs import FINISHED
-from .store import fields_from_json, inputs_of, parsed
+from .recorded_fields import fields_from_json, inputs_of
 
 STATES = ("queued", "running", *FINISHED)
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}

@@ -17,8 +17,8 @@ import uvicorn
 from ..errors import RequestError
 from .app import create_app
 from .config import ConfigError, ModelConfig, ServiceConfig, read_config
+from .database import exclusive
 from .keys import has_key
-from .store import exclusive
 
 log = logging.getLogger(__name__)
 

@@ -232,8 +232,9 @@ async def _body(
         else:
             data.append({"b64_json": Base64(await service.image(job, number))})
     safety = {} if job.safety is None else {"safety": job.safety["action"]}
+    more = safety | ({"warnings": list(job.warnings)} if job.warnings else {})
     usage = await service.usage(job)
-    return {"created": int(job.created), "data": data, **described, **_drawn_size(job), **safety, "usage": usage}
+    return {"created": int(job.created), "data": data, **described, **_drawn_size(job), **more, "usage": usage}
 
 
 def _drawn_size(job: Job) -> dict[str, str]:

@@ -27,12 +27,12 @@ from ray.serve.config import AutoscalingConfig
 from ..errors import RequestWarning
 from .app import create_app
 from .config import ConfigError, ServiceConfig, read_config
+from .database import exclusive
 from .jobs import Job
 from .logs import configure
 from .main import refuse_strangers
 from .messages import Finished, Ready, Run, Step
 from .pool import JobWorker, OnDeath, OnMessage
-from .store import exclusive
 from .worker import Worker
 
 log = logging.getLogger(__name__)

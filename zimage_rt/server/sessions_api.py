@@ -33,9 +33,10 @@ from .errors import Gone, NotFound
 from .jobs import Job
 from .jobs_api import CallerOf, ServiceOf, read_request, submit
 from .openapi import IMAGE_ANSWER, MASK_EXAMPLE, body
+from .recorded_fields import SESSIONS
 from .schema import OutputFields, TurnRequest
 from .service import Service
-from .store import SESSIONS, StorageFull
+from .store import StorageFull
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import logging
@@ -19,8 +18,7 @@ import shutil
 import sqlite3
 import threading
 import time
-import urllib.parse
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,50 +26,20 @@ from .._version import __version__
 from ..atomic_write import atomic_write
 from ..errors import ZImageError
 from ..image.formats import FORMATS, media_type
-from ..metadata.references import to_reference
-from ..request.codec import IMAGES
-from ..request.types import SecondPass
 from .config import ConfigError, ServiceConfig
+from .database import connect, insert, open_reader, parsed
 from .jobs import FINISHED, Image, Job, Output, State
+from .recorded_fields import INPUTS, SESSIONS, fields_from_json, fields_to_json, inputs_of
 from .retention import remove_images, remove_inputs, remove_records
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-DATABASE = "service.sqlite"
-SCHEMA_VERSION = 1
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS jobs (
-    id TEXT PRIMARY KEY, created REAL NOT NULL, started REAL, finished REAL,
-    owner TEXT NOT NULL, model TEXT NOT NULL, bundle_id TEXT NOT NULL, version TEXT NOT NULL,
-    state TEXT NOT NULL, detached INTEGER NOT NULL, priority INTEGER NOT NULL, attempts INTEGER NOT NULL,
-    prompt TEXT, prompt_sha256 TEXT NOT NULL, fields TEXT NOT NULL, output TEXT NOT NULL,
-    timings TEXT NOT NULL DEFAULT '{}', error TEXT, warnings TEXT NOT NULL DEFAULT '[]', safety TEXT,
-    images TEXT NOT NULL DEFAULT '[]'
-);
-CREATE TABLE IF NOT EXISTS batches (
-    id TEXT PRIMARY KEY, owner TEXT NOT NULL, created REAL NOT NULL, file TEXT NOT NULL, options TEXT NOT NULL,
-    rows INTEGER NOT NULL, cancelled INTEGER NOT NULL
-);
-CREATE TABLE IF NOT EXISTS sessions (
-    id TEXT PRIMARY KEY, owner TEXT NOT NULL, created REAL NOT NULL, standing INTEGER NOT NULL, turns TEXT NOT NULL
-);
-CREATE TABLE IF NOT EXISTS promised_turns (
-    session TEXT PRIMARY KEY, job TEXT NOT NULL, number INTEGER NOT NULL, said TEXT NOT NULL
-);
-CREATE TABLE IF NOT EXISTS keys (
-    name TEXT PRIMARY KEY, sha256 TEXT NOT NULL, created REAL NOT NULL, revoked REAL, limits TEXT NOT NULL
-);
-CREATE INDEX IF NOT EXISTS jobs_created ON jobs (created);
-CREATE INDEX IF NOT EXISTS jobs_state ON jobs (state) WHERE state IN ('queued', 'running');
-"""
 # Seconds before the next try while the disk is full, and how long an answer waits for its record.
 RETRY_SECONDS, ANSWER_SECONDS = 1.0, 5.0
 # Seconds between two looks for inputs that no record names.
 INPUTS_SECONDS = 3600.0
-# Folders of a service's data with images that a request may name: those that clients sent, and those of turns.
-INPUTS, SESSIONS = "inputs", "sessions"
 # Bytes of images that may wait to be written; beyond, new jobs are refused.
 MAX_PENDING = 512 << 20
 
@@ -390,70 +358,6 @@ class Store:
             self._loop.call_soon_threadsafe(settle)
 
 
-@contextlib.contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Hold a service's folder: two services would each draw the jobs that are promised in it.
-
-    Raises ConfigError if another service has it, or it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / "lock").open("w")
-    except OSError as error:
-        raise ConfigError(f"data: {folder} cannot be used: {error.strerror or error}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(
-                f"data: {folder} belongs to a service that runs; end that one, or name another folder (--data)"
-            ) from error
-        yield
-
-
-def connect(folder: Path) -> sqlite3.Connection:
-    """The database of a service's folder, made if it is missing. Raises ConfigError for one of a newer version."""
-    database = sqlite3.connect(folder / DATABASE, timeout=30.0, check_same_thread=False)
-    database.row_factory = sqlite3.Row
-    database.execute("PRAGMA journal_mode = WAL")
-    # With NORMAL, losing power could undo commits whose answers were sent.
-    database.execute("PRAGMA synchronous = FULL")
-    _check_version(database, folder)
-    database.executescript(SCHEMA)
-    database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-    database.commit()
-    return database
-
-
-def open_reader(folder: Path) -> sqlite3.Connection:
-    """A connection that only reads the database of a folder, which is there. Raises sqlite3.Error, ConfigError."""
-    path = urllib.parse.quote(str((folder / DATABASE).absolute()))
-    database = sqlite3.connect(f"file:{path}?mode=ro", timeout=5.0, uri=True)
-    database.row_factory = sqlite3.Row
-    _check_version(database, folder)
-    return database
-
-
-def _check_version(database: sqlite3.Connection, folder: Path) -> None:
-    version = database.execute("PRAGMA user_version").fetchone()[0]
-    if version > SCHEMA_VERSION:
-        raise ConfigError(f"{folder}: written by a newer zimage_rt; expected version {SCHEMA_VERSION}, got {version}")
-
-
-def insert(database: sqlite3.Connection, row: Mapping[str, Any]) -> None:
-    """Write a job's row over what is there of it."""
-    names = ", ".join(row)
-    marks = ", ".join(f":{name}" for name in row)
-    changes = ", ".join(f"{name} = excluded.{name}" for name in row if name != "id")
-    database.execute(f"INSERT INTO jobs ({names}) VALUES ({marks}) ON CONFLICT (id) DO UPDATE SET {changes}", dict(row))
-
-
-def parsed(row: dict[str, Any]) -> dict[str, Any]:
-    """A row with its JSON columns as values."""
-    columns = ("fields", "output", "timings", "error", "warnings", "safety", "images")
-    return {name: json.loads(value) if name in columns and value is not None else value for name, value in row.items()}
-
-
 def write_images(folder: Path, images: Sequence[Image], durable: bool) -> list[StoredImage]:
     """Write a job's images as `0.png`, …; all of them, or OSError and none. `durable` waits for the disk."""
     if not images:
@@ -481,36 +385,3 @@ def _image_json(image: StoredImage) -> dict[str, str]:
         "media_type": image.media_type,
         "pixels_sha256": image.pixels_sha256,
     }
-
-
-def fields_to_json(fields: Mapping[str, Any], *, with_prompts: bool = True) -> dict[str, Any]:
-    """A request's fields as JSON; images, which are files of `inputs` or `sessions`, by their names."""
-    found = {}
-    for name, value in fields.items():
-        if name in IMAGES and isinstance(value, Path):
-            found[name] = {"input": value.name}
-            if value.parent.name != INPUTS:
-                found[name]["folder"] = value.parent.name
-        elif with_prompts or name not in ("prompt", "negative_prompt"):
-            found[name] = to_reference(name, value)
-    return found
-
-
-def inputs_of(fields: Mapping[str, Any]) -> list[str]:
-    """The images in a record's fields, by their paths in the service's folder: `inputs/…` or `sessions/…`."""
-    return [_place(value) for value in fields.values() if isinstance(value, dict) and "input" in value]
-
-
-def _place(value: Mapping[str, str]) -> str:
-    return f"{value.get('folder', INPUTS)}/{value['input']}"
-
-
-def fields_from_json(fields: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The fields of a request from what `fields_to_json` made of them; `folder` is the service's."""
-    found: dict[str, Any] = {
-        name: folder / _place(value) if isinstance(value, dict) and "input" in value else value
-        for name, value in fields.items()
-    }
-    if isinstance(found.get("second_pass"), dict):
-        found["second_pass"] = SecondPass(**found["second_pass"])
-    return found
