@@ -259,7 +259,6 @@ def test_all_faults_are_named_at_once() -> None:
         ({}, "expected an object with a node by id"),
         ({"1": 3}, "expected an object with class_type"),
         ({"1": {"class_type": "KSampler", "inputs": []}}, "inputs: expected an object"),
-        ({"nodes": [], "links": []}, "Export"),
         ({str(number): {"class_type": "SaveImage"} for number in range(10_001)}, "at most 10000 nodes"),
     ],
 )

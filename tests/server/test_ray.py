@@ -241,8 +241,7 @@ def test_openai_streams_through_rays_proxy(server: RayServer) -> None:
 
 def test_a_killed_replica_loses_no_request(server: RayServer) -> None:
     victim, other = server.wait_for_workers(2)
-    size = {"width": 128, "height": 128}
-    long = {"prompt": "a fox", **size, "num_inference_steps": 100}
+    long = {"prompt": "a fox", "width": 224, "height": 224, "num_inference_steps": 100}
 
     def generate(seed: int) -> tuple[str, str]:
         answer = httpx.post(f"{server.url}/v1/images/generations", json={"prompt": "a panda", "seed": seed}, timeout=90)

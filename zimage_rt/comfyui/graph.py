@@ -89,17 +89,29 @@ def _prompt_of_png(path: Path) -> bytes:
 
 
 def parse_workflow(data: Any, where: str = "workflow") -> Graph:
-    """The graph of a workflow in API format. Raises WorkflowError."""
+    """The graph of a workflow in API format, or in the editor's. Raises WorkflowError."""
     if isinstance(data, dict) and isinstance(data.get("prompt"), dict) and "class_type" not in data["prompt"]:
         data = data["prompt"]  # the body of `POST /prompt`
     if not isinstance(data, dict) or not data:
         raise WorkflowError(f"{where}: expected an object with a node by id, got {shown(data)}", "no_prompt")
-    if isinstance(data.get("nodes"), list):
-        raise WorkflowError(
-            f"{where}: is in the editor's format; save it with `Export (API)` in ComfyUI's menu, and run that file"
-        )
-    if len(data) > MAX_NODES:
-        raise WorkflowError(f"{where}: expected at most {MAX_NODES} nodes, got {len(data)}")
+    graph = _editor_graph(data, where) if is_editor_format(data) else _api_graph(data, where)
+    if len(graph) > MAX_NODES:
+        raise WorkflowError(f"{where}: expected at most {MAX_NODES} nodes, got {len(graph)}")
+    return graph
+
+
+def is_editor_format(data: Mapping[str, Any]) -> bool:
+    """Whether a workflow is in the format in which ComfyUI's editor saves files."""
+    return isinstance(data.get("nodes"), list)
+
+
+def _editor_graph(data: Mapping[str, Any], where: str) -> Graph:
+    from .ui_format import read_editor_format  # it needs the kinds of nodes, which need this module
+
+    return read_editor_format(data, where)
+
+
+def _api_graph(data: Mapping[str, Any], where: str) -> Graph:
     return {str(name): _node(str(name), value, where) for name, value in data.items()}
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from ..graph import WorkflowError
-from ..inputs import Choice, File, InputError, Number, Text, Whole
+from ..inputs import Choice, File, InputError, Number, Socket, Text, Whole
 from ..registry import node
 from ..resize import resize_images
 from ..run import Made, Run
@@ -16,6 +16,7 @@ from .latents import centre
 from .sockets import Crop, Factor, ImageIn, Method, Pixels
 
 CHANNELS = ("alpha", "red", "green", "blue")
+MaybeImage = Annotated[np.ndarray | None, Socket("IMAGE")]
 
 
 @node("LoadImage", "IMAGE", "MASK", category="image")
@@ -132,6 +133,29 @@ def save(run: Run, images: ImageIn, filename_prefix: Annotated[str, Text()] = "C
 def preview(run: Run, images: ImageIn) -> tuple[Any, ...]:
     """Show images."""
     run.made += [Made(run.node, to_8_bits(image), "preview", True) for image in images]
+    return ()
+
+
+@node("SaveImageAdvanced", category="image", is_output=True)
+def save_advanced(
+    run: Run,
+    images: ImageIn,
+    filename_prefix: Annotated[str, Text()] = "ComfyUI",
+    format: Annotated[str, Choice(("png",))] = "png",
+    bit_depth: Annotated[str, Choice(("8-bit",))] = "8-bit",
+    input_color_space: Annotated[str, Choice(("sRGB",))] = "sRGB",
+) -> tuple[Any, ...]:
+    """Save images; here as PNG of 8 bits alone."""
+    del format, bit_depth, input_color_space
+    return save(run, images, filename_prefix)
+
+
+@node("ImageCompare", category="image", is_output=True)
+def compare(run: Run, image_a: MaybeImage = None, image_b: MaybeImage = None) -> tuple[Any, ...]:
+    """Show images beside each other."""
+    for images in (image_a, image_b):
+        if images is not None:
+            preview(run, images)
     return ()
 
 
