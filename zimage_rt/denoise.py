@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from . import _core
+from ._core import sample as sample_on_host
 from .backends.base import Conditioning, Guidance, OnStep, Pipeline, SampleJob
 from .backends.modules import ModuleDenoiser
 from .errors import Cancelled
@@ -129,6 +129,6 @@ def _run(job: SampleJob, pipeline: Pipeline, masked: LatentMask | None) -> bool:
         return pipeline.sample(job)
     # On the host, with any backend's evaluations: a loop on a device blends after its steps, as diffusers does.
     inner = ModuleDenoiser("transformer", pipeline.module("transformer"), job.conditioning)
-    finished = _core.sample(MaskedDenoiser(inner, masked), job)
+    finished = sample_on_host(MaskedDenoiser(inner, masked), job)
     check_finite(job.latents, "transformer")
     return finished

@@ -14,9 +14,10 @@ from shared import ROOT
 import zimage_rt
 from zimage_rt.comfyui.execute import execute
 from zimage_rt.comfyui.files import FolderFiles
-from zimage_rt.comfyui.graph import Graph, Link, WorkflowError, parse_workflow
+from zimage_rt.comfyui.graph import Graph, Link, WorkflowError
 from zimage_rt.comfyui.plan import plan
 from zimage_rt.comfyui.run import Run
+from zimage_rt.comfyui.workflow_file import parse_workflow
 
 LORAS = ROOT / "checkpoints" / "zimage-nano-cyanotype"
 FILES = FolderFiles({}, "nano", LORAS, (ROOT / "tests" / "data" / "comfyui",))

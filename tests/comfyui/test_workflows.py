@@ -21,12 +21,13 @@ from shared import ROOT
 import zimage_rt
 from zimage_rt.comfyui.execute import Cache, execute
 from zimage_rt.comfyui.files import FolderFiles
-from zimage_rt.comfyui.graph import WorkflowError, parse_workflow, read_workflow
+from zimage_rt.comfyui.graph import WorkflowError
 from zimage_rt.comfyui.nodes import samplers
 from zimage_rt.comfyui.plan import explain, plan
 from zimage_rt.comfyui.run import Run
 from zimage_rt.comfyui.save import save_images, to_api
 from zimage_rt.comfyui.values import Latent
+from zimage_rt.comfyui.workflow_file import parse_workflow, read_workflow
 
 DATA = ROOT / "tests" / "data" / "comfyui"
 GRAPHS: Mapping[str, dict[str, Any]] = json.loads((DATA / "graphs.json").read_text(encoding="utf-8"))

@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from .. import _core
+from .._core import sample as sample_on_host
 from ..errors import RequestError
 from ..image.convert import to_signed, to_uint8
 from ..not_finite import check_finite
@@ -91,7 +91,7 @@ class ModulePipeline:
         """See `Pipeline`; the loop is `csrc/cpu/sampler.cc`."""
         name = "transformer" if job.conditioning.control is None else "controlnet"
         denoiser = ModuleDenoiser(name, self.module(name), job.conditioning)
-        finished = _core.sample(denoiser, job)
+        finished = sample_on_host(denoiser, job)
         check_finite(job.latents, name)  # guidance may overflow where no prediction does
         return finished
 

@@ -12,11 +12,12 @@ import typer
 
 from ..comfyui.execute import execute
 from ..comfyui.files import FolderFiles
-from ..comfyui.graph import Graph, WorkflowError, read_workflow
+from ..comfyui.graph import Graph, WorkflowError
 from ..comfyui.plan import explain as explained
 from ..comfyui.plan import plan
 from ..comfyui.run import Run
 from ..comfyui.save import save_images
+from ..comfyui.workflow_file import read_workflow
 from ..engine import Engine
 from ..errors import RequestError
 from . import interrupt

@@ -1,4 +1,4 @@
-"""What articles about Z-Image print in their workflows, put right: nodes and inputs that ComfyUI never had."""
+"""Workflows as articles about Z-Image print them, put right: nodes and inputs that ComfyUI never had."""
 
 from __future__ import annotations
 

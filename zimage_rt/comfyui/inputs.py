@@ -19,7 +19,7 @@ class InputError(Exception):
 
 
 class Spec(Protocol):
-    """What an input takes. `type` is ComfyUI's name of it, of outputs too."""
+    """The kind of an input. `type` is ComfyUI's name of it, of outputs too."""
 
     @property
     def type(self) -> str:

@@ -1,4 +1,4 @@
-"""What a workflow's nodes work with: engines, files, and the images that were made."""
+"""One run of a workflow: its engines, its files, and the images that were made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Workflows as ComfyUI's editor saves them, turned into API format.
+"""Workflows as ComfyUI's editor saves them, converted to API format.
 
 The editor's file has what is drawn: nodes with lists of widget values, links by number, subgraphs as kinds of nodes of
 their own, nodes that are bypassed or muted, reroutes and notes. Ids of nodes in a subgraph are `57:3`: the subgraph's
@@ -104,7 +104,7 @@ class _Reader:
         return found
 
     def _origin(self, scope: Scope, link: int, depth: int = 0) -> Link | Value | None:
-        """What a link brings: a node's output, a value, or nothing, so that a widget keeps its own value."""
+        """The source of a link: a node's output, a value, or nothing, so that a widget keeps its own value."""
         if depth > MAX_DEPTH * 16:
             raise WorkflowError("workflow: expected links that lead to a node, got some in a circle")
         if link not in scope.links:
@@ -129,7 +129,7 @@ class _Reader:
         return Link(f"{scope.prefix}{number}", slot)
 
     def _from_host(self, scope: Scope, slot: int, depth: int) -> Link | Value | None:
-        """What a subgraph's input brings: its node's link, else its node's value."""
+        """The source of a subgraph's input: its node's link, else its node's value."""
         assert scope.subgraph is not None and scope.host is not None and scope.outer is not None
         inputs = scope.subgraph.get("inputs") or ()
         if not 0 <= slot < len(inputs):

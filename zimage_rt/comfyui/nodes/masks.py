@@ -33,7 +33,7 @@ def from_image(run: Run, image: ImageIn, channel: Annotated[str, Choice(COLOURS)
 
 @node("InvertMask", "MASK", category="mask")
 def invert(run: Run, mask: MaskIn) -> tuple[Any, ...]:
-    """What was not marked."""
+    """The rest of a mask."""
     del run
     return (np.float32(1) - mask,)
 
