@@ -15,6 +15,7 @@ from ..comfyui.files import FolderFiles
 from ..comfyui.graph import Graph, WorkflowError
 from ..comfyui.plan import explain as explained
 from ..comfyui.plan import plan
+from ..comfyui.registry import NODES
 from ..comfyui.run import Run
 from ..comfyui.save import save_images
 from ..comfyui.workflow_file import read_workflow
@@ -101,14 +102,20 @@ def with_values(graph: Graph, texts: list[str]) -> Graph:
         if key not in node.inputs:
             known = ", ".join(node.inputs) or "none"
             raise WorkflowError(f"--set: {node.label} has no input {key!r}; it has: {known}")
-        found[name] = dataclasses.replace(node, inputs={**node.inputs, key: _value(value)})
+        known_kind = NODES.get(node.kind)
+        is_text = (
+            known_kind is not None
+            and key in known_kind.inputs
+            and known_kind.inputs[key].spec.type in ("STRING", "COMBO")
+        )
+        found[name] = dataclasses.replace(node, inputs={**node.inputs, key: value if is_text else _value(value)})
     return found
 
 
 def _value(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from typing import Any
 
+from ..checks import shown
 from ..errors import ZImageError
 from .graph import Link, Node, WorkflowError
 from .inputs import File, InputError, Socket
@@ -78,11 +79,13 @@ def _run_node(node: Node, results: dict[str, tuple[Any, ...]], run: Run) -> tupl
             raise _failed(node, f"{name}: {error}", error.kind) from error
     try:
         return kind.function(run, **given)
-    except WorkflowError as error:
+    except (WorkflowError, InputError) as error:
         raise _failed(node, str(error), "execution_failed") from error
     except ZImageError as error:
         error.args = (f"{node.label}: {error}",)
         raise
+    except Exception as error:  # as ComfyUI does: whatever a node's values lead to, the node is named
+        raise _failed(node, f"failed: {type(error).__name__}: {shown(str(error))}", "execution_failed") from error
 
 
 def _failed(node: Node, message: str, kind: str) -> WorkflowError:

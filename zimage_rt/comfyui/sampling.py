@@ -18,6 +18,8 @@ from .values import Guider, Latent, Noise
 
 # The samplers and schedules that give ComfyUI's numbers.
 SAMPLER_NAMES = tuple(name for name, sampler in SAMPLERS.items() if sampler.source in ("ComfyUI", "both"))
+# Steps of a schedule; ComfyUI's table has 1000 sigmas.
+MAX_STEPS = 10_000
 SCHEDULE_NAMES = tuple(name for name, schedule in SCHEDULES.items() if schedule.source == "ComfyUI")
 
 
@@ -25,6 +27,7 @@ def ksampler_sigmas(scheduler: str, sampler: str, steps: int, shift: float, stre
     """The sigmas of KSampler; `strength` is its denoise. Empty for a denoise of 0."""
     if strength <= 0:
         return np.empty(0, np.float32)
+    _check_steps(steps, strength)
     return denoise_sigmas(scheduler, steps, shift, strength, spare_step=SAMPLERS[sampler].spare_step)
 
 
@@ -32,8 +35,17 @@ def scheduler_sigmas(scheduler: str, steps: int, shift: float, strength: float) 
     """The sigmas of BasicScheduler, which knows no sampler: the last `steps + 1` of the schedule."""
     if strength <= 0:
         return np.empty(0, np.float32)
+    _check_steps(steps, strength)
     total = steps if strength >= 1 else int(steps / strength)
     return schedule_sigmas(scheduler, total, shift)[-(steps + 1) :]
+
+
+def _check_steps(steps: int, strength: float) -> None:
+    """Raise WorkflowError for a schedule of so many steps that its sigmas alone take seconds."""
+    if steps / strength > MAX_STEPS:
+        raise WorkflowError(
+            f"denoise: expected at most {MAX_STEPS} steps in the whole schedule, got {steps} / {strength:g}"
+        )
 
 
 def noise_of(noise: Noise, latent: Latent) -> np.ndarray:
@@ -74,6 +86,7 @@ def sample(
     """
     if len(sigmas) < 2:
         return latent
+    check_size(engine, latent)
     samples, first = latent.samples, sigmas[0]
     drawn = noise_of(noise, latent)
     guided = guider.cfg != 1.0 and guider.negative is not None
@@ -96,6 +109,18 @@ def sample(
     result = engine.denoise(request, on_step=on_step)
     # ComfyUI scales what still has noise, so that the next sampler can begin with it as with an image.
     return dataclasses.replace(latent, samples=result / (np.float32(1) - sigmas[-1]))
+
+
+def check_size(engine: Engine, latent: Latent) -> None:
+    """Raise WorkflowError for latents of a size that the bundle does not serve."""
+    shapes = engine.manifest.shapes
+    height, width = (side * engine.manifest.pipeline.vae_scale_factor for side in latent.samples.shape[2:])
+    for name, size, served in (("height", height, shapes.height), ("width", width, shapes.width)):
+        if not served.min <= size <= served.max or size % served.multiple:
+            raise WorkflowError(
+                f"latent_image: expected a {name} of {served.min} to {served.max} pixels in steps of "
+                f"{served.multiple}, got {size}"
+            )
 
 
 def _latent_mask(latent: Latent, noise: np.ndarray) -> LatentMask:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from ..atomic_write import atomic_write
+from ..checks import shown
 from ..image.formats import encode_image
 from .graph import Graph, Link, WorkflowError
 from .run import Made
+
+# Bytes of a file's name without its number: file systems take 255 in all.
+MAX_NAME = 200
 
 
 def save_images(made: Sequence[Made], graph: Graph, folder: Path) -> list[Path]:
@@ -19,17 +24,31 @@ def save_images(made: Sequence[Made], graph: Graph, folder: Path) -> list[Path]:
     Previews go to the folder `temp` of it. Raises WorkflowError for a prefix that leads out of the folder.
     """
     text = json.dumps(to_api(graph), ensure_ascii=False)
+    places = [_place(image, folder) for image in made]  # all of them before one is written
     saved = []
-    for image in made:
-        place = PurePosixPath(image.prefix.replace("\\", "/"))
-        if place.is_absolute() or ".." in place.parts or not place.name:
-            raise WorkflowError(f"filename_prefix: expected a name in the output folder, got {image.prefix!r}")
-        parent = (folder / "temp" if image.is_preview else folder) / place.parent
-        parent.mkdir(parents=True, exist_ok=True)
-        path = parent / f"{place.name}_{_next_number(parent, place.name):05}_.png"
+    for image, place in zip(made, places, strict=True):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        path = place.with_name(f"{place.name}_{_next_number(place.parent, place.name):05}_.png")
         atomic_write(path, encode_image(image.pixels, ".png", {"prompt": text}, ""))
         saved.append(path)
     return saved
+
+
+def _place(image: Made, folder: Path) -> Path:
+    """The file of an image without its number and ending. Raises WorkflowError."""
+    now = time.localtime()
+    words = {"width": image.pixels.shape[1], "height": image.pixels.shape[0]}
+    words |= {"year": now.tm_year, "month": f"{now.tm_mon:02}", "day": f"{now.tm_mday:02}"}
+    words |= {"hour": f"{now.tm_hour:02}", "minute": f"{now.tm_min:02}", "second": f"{now.tm_sec:02}"}
+    prefix = re.sub(r"%(\w+)%", lambda found: str(words.get(found[1], found[0])), image.prefix)
+    place = PurePosixPath(prefix.replace("\\", "/"))
+    is_long = len(place.name.encode("utf-8", "replace")) > MAX_NAME
+    if place.is_absolute() or ".." in place.parts or not place.name or not prefix.isprintable() or is_long:
+        raise WorkflowError(
+            f"filename_prefix of #{image.node}: expected a name of at most {MAX_NAME} bytes in the output folder, got "
+            f"{shown(image.prefix)}"
+        )
+    return (folder / "temp" if image.is_preview else folder) / place
 
 
 def _next_number(folder: Path, prefix: str) -> int:

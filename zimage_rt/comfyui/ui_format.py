@@ -13,7 +13,7 @@ from typing import Any
 
 from ..checks import shown
 from . import nodes as all_nodes
-from .graph import Link, Node, WorkflowError
+from .graph import MAX_NODES, Link, Node, WorkflowError
 from .inputs import Socket
 from .registry import NODES, NodeKind
 
@@ -30,7 +30,7 @@ REROUTE, PRIMITIVE = "Reroute", "PrimitiveNode"
 SEEDS = ("seed", "noise_seed")
 CONTROL = ("fixed", "increment", "decrement", "randomize")
 # Levels of subgraphs, and links that are followed one after another.
-MAX_DEPTH = 64
+MAX_DEPTH, MAX_FOLLOWED = 16, 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +66,16 @@ class _Reader:
         definitions = data.get("definitions") or {}
         self._subgraphs = {each["id"]: each for each in definitions.get("subgraphs") or ()}
         self.top = _scope("", data)
+        self._seen = 0
 
     def nodes(self, scope: Scope, depth: int = 0) -> Iterator[Node]:
         """The nodes of a level and of those in it, in API format."""
         if depth > MAX_DEPTH:
             raise WorkflowError(f"workflow: expected at most {MAX_DEPTH} levels of subgraphs, got more")
         for number, node in scope.nodes.items():
+            self._seen += 1
+            if self._seen > MAX_NODES:  # before all of them are there: a small file can hold millions
+                raise WorkflowError(f"workflow: expected at most {MAX_NODES} nodes in all subgraphs, got more")
             kind = node["type"]
             if node.get("mode") in (MUTED, BYPASSED) or kind in (*NOTES, REROUTE, PRIMITIVE):
                 continue
@@ -105,8 +109,10 @@ class _Reader:
 
     def _origin(self, scope: Scope, link: int, depth: int = 0) -> Link | Value | None:
         """The source of a link: a node's output, a value, or nothing, so that a widget keeps its own value."""
-        if depth > MAX_DEPTH * 16:
-            raise WorkflowError("workflow: expected links that lead to a node, got some in a circle")
+        if depth > MAX_FOLLOWED:
+            raise WorkflowError(
+                f"workflow: expected links that lead to a node over at most {MAX_FOLLOWED} others, got more or a circle"
+            )
         if link not in scope.links:
             return None
         number, slot = scope.links[link]

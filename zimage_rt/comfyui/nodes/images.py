@@ -36,7 +36,7 @@ def load_mask(
     pixels = _read(run, image)
     if channel != "alpha":
         return (np.ascontiguousarray(pixels[None, ..., CHANNELS.index(channel) - 1]),)
-    mask = 1 - pixels[..., 3] if pixels.shape[2] == 4 else np.zeros((64, 64), np.float32)
+    mask = 1 - pixels[..., 3] if pixels.shape[2] == 4 else np.zeros(pixels.shape[:2], np.float32)
     return (np.ascontiguousarray(mask[None], np.float32),)
 
 
@@ -68,7 +68,7 @@ def scale_by(
 ) -> tuple[Any, ...]:
     """An image of a multiple of its size."""
     del run
-    height, width = (round(side * scale_by) for side in image.shape[1:3])
+    height, width = (max(1, round(side * scale_by)) for side in image.shape[1:3])
     return (resize_images(image, height, width, upscale_method),)
 
 
@@ -83,7 +83,7 @@ def scale_to_pixels(
     """An image of so many times 1024² pixels, its sides multiples of `resolution_steps`."""
     del run
     factor = math.sqrt(megapixels * 1024 * 1024 / (image.shape[1] * image.shape[2]))
-    height, width = (round(side * factor / resolution_steps) * resolution_steps for side in image.shape[1:3])
+    height, width = (max(1, round(side * factor / resolution_steps)) * resolution_steps for side in image.shape[1:3])
     return (resize_images(image, height, width, upscale_method),)
 
 
@@ -173,6 +173,8 @@ def _read(run: Run, name: str) -> np.ndarray:
         path = run.files.image(name)
         with Image.open(path) as opened:
             image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I"):  # 16 bits of grey, which a conversion would cut off
+                image = Image.fromarray(np.rint(np.asarray(image, np.float64) / 257).clip(0, 255).astype(np.uint8))
             mode = "RGBA" if "A" in image.getbands() or "transparency" in image.info else "RGB"
             pixels = np.asarray(image.convert(mode), np.float32)
     except InputError as error:

@@ -45,7 +45,9 @@ def vae_encode_for_inpaint(
 ) -> tuple[Any, ...]:
     """The latents of images that are grey under the mask; the mask becomes hard and grows."""
     height, width = pixels.shape[1:3]
-    hard = np.rint(resize(mask[:, None], height, width, "bilinear"))[:, 0]
+    vertical, horizontal = _whole_latents(height, width)
+    hard = np.rint(resize(mask[:, None], height, width, "bilinear"))[:, 0, vertical, horizontal]
+    pixels = pixels[:, vertical, horizontal]
     grey = (pixels - 0.5) * (1 - hard[..., None]) + 0.5
     return (Latent(encode(run, vae, grey.astype(np.float32)), np.rint(_grown(hard, grow_mask_by))),)
 
@@ -94,8 +96,9 @@ def upscale(
     rows, columns = samples.samples.shape[2:]
     if not width and not height:
         return (samples,)
-    width = width or max(64, round(columns * height / rows))
-    height = height or max(64, round(rows * width / columns))
+    # At least 64 pixels a side, as ComfyUI has it.
+    width = max(64, width or round(columns * height / rows))
+    height = max(64, height or round(rows * width / columns))
     array = samples.samples
     if crop == "center":
         array = array[(..., *centre(rows, columns, height // FACTOR, width // FACTOR))]
@@ -108,7 +111,7 @@ def upscale_by(
 ) -> tuple[Any, ...]:
     """Latents of a multiple of their size."""
     del run
-    rows, columns = (round(side * scale_by) for side in samples.samples.shape[2:])
+    rows, columns = (max(1, round(side * scale_by)) for side in samples.samples.shape[2:])
     return (dataclasses.replace(samples, samples=resize(samples.samples, rows, columns, upscale_method)),)
 
 
@@ -149,10 +152,20 @@ def encode(run: Run, vae: Vae, pixels: np.ndarray) -> np.ndarray:
     engine = run.engine(vae.bundle)
     if f"{vae.name}_vae_encoder" not in engine.manifest.modules:
         raise WorkflowError(f"vae: the bundle {vae.bundle} has no encoder of the {vae.name} VAE")
-    height, width = (side // FACTOR * FACTOR for side in pixels.shape[1:3])
-    top, left = ((before - side) // 2 for before, side in zip(pixels.shape[1:3], (height, width), strict=True))
-    cut = pixels[:, top : top + height, left : left + width, :3]
+    vertical, horizontal = _whole_latents(*pixels.shape[1:3])
+    cut = pixels[:, vertical, horizontal, :3]
+    shapes = engine.manifest.shapes
+    for name, size, served in (("height", cut.shape[1], shapes.height), ("width", cut.shape[2], shapes.width)):
+        if not served.min <= size <= served.max:
+            raise WorkflowError(f"pixels: expected a {name} of {served.min} to {served.max} pixels, got {size}")
     return engine.encode_image(np.rint(np.clip(cut, 0, 1) * 255).astype(np.uint8), vae.name)
+
+
+def _whole_latents(height: int, width: int) -> tuple[slice, slice]:
+    """The middle of an image that is whole latents."""
+    starts = (height % FACTOR // 2, width % FACTOR // 2)
+    sizes = (height // FACTOR * FACTOR, width // FACTOR * FACTOR)
+    return slice(starts[0], starts[0] + sizes[0]), slice(starts[1], starts[1] + sizes[1])
 
 
 def centre(rows: int, columns: int, height: int, width: int) -> tuple[slice, slice]:

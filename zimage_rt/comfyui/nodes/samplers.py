@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from typing import Annotated, Any
@@ -34,14 +35,15 @@ from .sockets import (
 
 Switch = Annotated[str, Choice(("enable", "disable"))]
 Step = Annotated[int, Whole(0, 10_000)]
+MIN_SHIFT = 0.01
 
 
 @node("ModelSamplingAuraFlow", "MODEL", category="advanced/model")
 def model_sampling(run: Run, model: ModelIn, shift: Annotated[float, Number(0.0, 100.0)] = 1.73) -> tuple[Any, ...]:
     """A model with another timestep shift."""
     del run
-    if shift <= 0:
-        raise WorkflowError(f"shift: expected more than 0, got {shift:g}")
+    if shift < MIN_SHIFT:
+        raise WorkflowError(f"shift: expected {MIN_SHIFT} or more, got {shift:g}")
     return (dataclasses.replace(model, shift=shift),)
 
 
@@ -130,8 +132,9 @@ def manual_sigmas(run: Run, sigmas: Annotated[str, Text()]) -> tuple[Any, ...]:
     """The numbers of a text."""
     del run
     found = [float(number) for number in re.findall(r"[-+]?(?:\d*\.*\d+)(?:[eE][-+]?\d+)?", sigmas)]
-    if not all(math.isfinite(each) and 0 <= each <= 1 for each in found) or found != sorted(found, reverse=True):
-        raise WorkflowError(f"sigmas: expected numbers that fall from at most 1, got {sigmas[:80]!r}")
+    falls = all(before > after for before, after in itertools.pairwise(found))
+    if len(found) < 2 or not all(math.isfinite(each) and 0 <= each <= 1 for each in found) or not falls:
+        raise WorkflowError(f"sigmas: expected two or more numbers that fall from at most 1, got {sigmas[:80]!r}")
     return (np.array(found, np.float32),)
 
 
