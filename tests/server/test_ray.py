@@ -240,7 +240,7 @@ def test_openai_streams_through_rays_proxy(server: RayServer) -> None:
 
 
 def test_a_killed_replica_loses_no_request(server: RayServer) -> None:
-    victim, other = server.wait_for_workers(2)
+    replicas = server.wait_for_workers(2)
     long = {"prompt": "a fox", "width": 224, "height": 224, "num_inference_steps": 100}
 
     def generate(seed: int) -> tuple[str, str]:
@@ -252,6 +252,9 @@ def test_a_killed_replica_loses_no_request(server: RayServer) -> None:
         jobs = [server.client.post("/v1/jobs", json={**long, "seed": seed}).json()["id"] for seed in range(2)]
         for job in jobs:  # each replica draws one of them
             next(name for name, _ in server.events(job) if name == "step")
+        before = {pid: cpu_seconds(pid) for pid in replicas}
+        time.sleep(0.3)
+        victim, other = sorted(replicas, key=lambda pid: before[pid] - cpu_seconds(pid))  # the busier one first
         waiting = [clients.submit(generate, seed) for seed in range(6)]
         kill(victim)
         statuses = [server.finish(job, 120) for job in jobs]
