@@ -8,27 +8,12 @@ from collections.abc import Mapping
 import numpy as np
 
 from ._core import sample as sample_on_host
-from .backends.base import Conditioning, Guidance, OnStep, Pipeline, SampleJob
+from .backends.base import Conditioning, Guidance, Inpaint, OnStep, Pipeline, SampleJob
 from .backends.modules import ModuleDenoiser
 from .errors import Cancelled
 from .not_finite import check_finite
 from .prompts import PromptEncoder
 from .sampling.samplers import sampler_table, step_noise
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class LatentMask:
-    """Latents of which a part is kept, as ComfyUI's noise masks do it; see `MaskedDenoiser`.
-
-    Attributes:
-        mask: float32 `[batch, 1, latent_height, latent_width]`: 1 to draw, 0 to keep, anything between for a soft edge.
-        image: float32 like the latents; the image's latents.
-        noise: like `image`; the noise that the first latents were made with.
-    """
-
-    mask: np.ndarray
-    image: np.ndarray
-    noise: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +42,7 @@ class DenoiseRequest:
         shift: the schedule's timestep shift, which some samplers use.
         seed: of the noise between steps.
         guidance_scale: diffusers' scale: ComfyUI's cfg less 1.
-        mask: what is kept, or None.
+        mask: the image and the mask of what is kept, which may be soft, or None; see `MaskedDenoiser`.
         loras: see `GenerateRequest.loras`.
     """
 
@@ -69,7 +54,7 @@ class DenoiseRequest:
     shift: float
     seed: int
     guidance_scale: float = 0.0
-    mask: LatentMask | None = None
+    mask: Inpaint | None = None
     loras: Mapping[str, float] | None = None
 
 
@@ -84,7 +69,7 @@ class MaskedDenoiser:
         masked: the mask, the image and its noise.
     """
 
-    def __init__(self, inner: ModuleDenoiser, masked: LatentMask) -> None:
+    def __init__(self, inner: ModuleDenoiser, masked: Inpaint) -> None:
         self._inner, self._masked = inner, masked
 
     def __call__(self, latents: np.ndarray, timestep: float, guided: bool, noise_pred: np.ndarray) -> None:
@@ -124,7 +109,7 @@ def denoise(
     return latents
 
 
-def _run(job: SampleJob, pipeline: Pipeline, masked: LatentMask | None) -> bool:
+def _run(job: SampleJob, pipeline: Pipeline, masked: Inpaint | None) -> bool:
     if masked is None:
         return pipeline.sample(job)
     # On the host, with any backend's evaluations: a loop on a device blends after its steps, as diffusers does.

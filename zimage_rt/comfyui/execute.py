@@ -38,8 +38,9 @@ def execute(checked: Plan, run: Run, cache: Cache | None = None) -> list[str]:
         node = checked.graph[name]
         signature = signatures[name] = _signature(node, signatures, run)
         is_output = NODES[node.kind].is_output
-        if not is_output and signature in (cache | used):
-            results[name] = used.get(signature) or cache[signature]
+        known = None if is_output else used.get(signature, cache.get(signature))
+        if known is not None:
+            results[name] = known
             reused.append(name)
         else:
             results[name] = _run_node(node, results, run)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from ..checks import shown
@@ -49,12 +49,8 @@ class Whole:
     type: str = "INT"
 
     def check(self, value: Any) -> int:
-        """See `Spec`. Texts and floats of whole numbers are taken, as in ComfyUI."""
-        try:
-            number = int(value)
-        except (TypeError, ValueError, OverflowError):
-            raise InputError("invalid_input_type", f"expected a whole number, got {shown(value)}") from None
-        return int(_bounded(number, self.low, self.high))
+        """See `Spec`. Texts are read, and fractions of a float cut off, as in ComfyUI."""
+        return int(_bounded(_converted(value, int, "a whole number"), self.low, self.high))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +63,7 @@ class Number:
 
     def check(self, value: Any) -> float:
         """See `Spec`."""
-        try:
-            number = float(value)
-        except (TypeError, ValueError, OverflowError):
-            raise InputError("invalid_input_type", f"expected a number, got {shown(value)}") from None
+        number = _converted(value, float, "a number")
         if not math.isfinite(number):
             raise InputError("invalid_input_type", f"expected a finite number, got {shown(value)}")
         return float(_bounded(number, self.low, self.high))
@@ -129,6 +122,13 @@ class File:
         if not isinstance(value, str) or not value:
             raise InputError("value_not_in_list", f"expected the name of a file, got {shown(value)}")
         return value
+
+
+def _converted(value: Any, convert: Callable[[Any], float], what: str) -> float:
+    try:
+        return convert(value)
+    except (TypeError, ValueError, OverflowError):
+        raise InputError("invalid_input_type", f"expected {what}, got {shown(value)}") from None
 
 
 def _bounded(number: float, low: float, high: float) -> float:

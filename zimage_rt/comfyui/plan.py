@@ -68,11 +68,12 @@ class _Check:
         if source is None:
             self.fault(node, "bad_linked_input", f"expected a link to a node, got one to #{link.node}: none", name)
             return
-        outputs = NODES[source.kind].outputs if source.kind in NODES else ()
+        if source.kind not in NODES:
+            return  # a fault of that node
+        outputs = NODES[source.kind].outputs
         if not 0 <= link.output < len(outputs):
-            if outputs or source.kind in NODES:
-                message = f"expected one of {len(outputs)} outputs of {source.label}, got number {link.output}"
-                self.fault(node, "bad_linked_input", message, name)
+            message = f"expected one of {len(outputs)} outputs of {source.label}, got number {link.output}"
+            self.fault(node, "bad_linked_input", message, name)
             return
         got = outputs[link.output]
         if got != wanted.spec.type and (got, wanted.spec.type) not in {("INT", "FLOAT"), ("STRING", "COMBO")}:
@@ -119,7 +120,8 @@ def plan(graph: Graph, files: Files) -> Plan:
             check.node(graph[name])
     if check.faults:
         raise _refusal(graph, check.faults, outputs)
-    left_out = [node.label for node in graph.values() if node.id not in set(order)]
+    needed = set(order)
+    left_out = [node.label for node in graph.values() if node.id not in needed]
     unused = [f"{label}: nothing leads to it; it is left out" for label in left_out]
     return Plan(graph, order, tuple(outputs), (*meant, *check.warnings, *unused))
 

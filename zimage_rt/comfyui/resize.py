@@ -77,6 +77,12 @@ def resize_images(images: np.ndarray, height: int, width: int, method: str) -> n
 
     resized = [
         np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS), np.float32)
-        for image in np.clip(255 * images + 1e-3, 0, 255).astype(np.uint8)
+        for image in to_8_bits(images)
     ]
     return np.stack(resized) / np.float32(255)
+
+
+def to_8_bits(images: np.ndarray) -> np.ndarray:
+    """uint8 of float images: cut off, not rounded. What was 8 bits before stays the same."""
+    # A value of n / 255 times 255 may be just less than n in float32.
+    return np.clip(255 * images + np.float32(1e-3), 0, 255).astype(np.uint8)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -84,7 +84,3 @@ class Run:
         """The callback of a sampler's loop."""
         node = self.node
         return lambda step, steps, *_: self._on_step(node, step + 1, steps)
-
-
-# Outputs of a node by its id.
-Results = Mapping[str, tuple[object, ...]]

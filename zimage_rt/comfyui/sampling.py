@@ -7,8 +7,8 @@ import dataclasses
 import numpy as np
 
 from .._core import randn
-from ..backends.base import OnStep
-from ..denoise import DenoiseRequest, LatentMask
+from ..backends.base import Inpaint, OnStep
+from ..denoise import DenoiseRequest
 from ..engine import Engine
 from ..sampling.samplers import SAMPLERS
 from ..sampling.schedules import SCHEDULES, denoise_sigmas, schedule_sigmas
@@ -123,11 +123,11 @@ def check_size(engine: Engine, latent: Latent) -> None:
             )
 
 
-def _latent_mask(latent: Latent, noise: np.ndarray) -> LatentMask:
+def _latent_mask(latent: Latent, noise: np.ndarray) -> Inpaint:
     assert latent.mask is not None
     batch, _, height, width = latent.samples.shape
     mask = resize(latent.mask[:, None], height, width, "bilinear")
     if len(mask) not in (1, batch):
         mask = mask[np.arange(batch) % len(mask)]
     mask = np.ascontiguousarray(np.broadcast_to(mask, (batch, 1, height, width)))
-    return LatentMask(mask, latent.samples, noise)
+    return Inpaint(mask, latent.samples, noise)

@@ -67,6 +67,7 @@ class _Reader:
         self._subgraphs = {each["id"]: each for each in definitions.get("subgraphs") or ()}
         self.top = _scope("", data)
         self._seen = 0
+        self._scopes: dict[str, Scope] = {}  # of subgraphs' nodes, by prefix
 
     def nodes(self, scope: Scope, depth: int = 0) -> Iterator[Node]:
         """The nodes of a level and of those in it, in API format."""
@@ -88,10 +89,14 @@ class _Reader:
             )
 
     def _inside(self, scope: Scope, number: int) -> Scope:
-        host = scope.nodes[number]
-        subgraph = self._subgraphs[host["type"]]
-        inner = _scope(f"{scope.prefix}{number}:", subgraph)
-        return dataclasses.replace(inner, subgraph=subgraph, host=host, outer=scope)
+        prefix = f"{scope.prefix}{number}:"
+        if prefix not in self._scopes:
+            host = scope.nodes[number]
+            subgraph = self._subgraphs[host["type"]]
+            self._scopes[prefix] = dataclasses.replace(
+                _scope(prefix, subgraph), subgraph=subgraph, host=host, outer=scope
+            )
+        return self._scopes[prefix]
 
     def _inputs(self, scope: Scope, node: Mapping[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = dict(_widget_values(node))

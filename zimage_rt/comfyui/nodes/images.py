@@ -10,7 +10,7 @@ import numpy as np
 from ..graph import WorkflowError
 from ..inputs import Choice, File, InputError, Number, Socket, Text, Whole
 from ..registry import node
-from ..resize import resize_images
+from ..resize import resize_images, to_8_bits
 from ..run import Made, Run
 from .latents import centre
 from .sockets import Crop, Factor, ImageIn, Method, Pixels
@@ -157,12 +157,6 @@ def compare(run: Run, image_a: MaybeImage = None, image_b: MaybeImage = None) ->
         if images is not None:
             preview(run, images)
     return ()
-
-
-def to_8_bits(image: np.ndarray) -> np.ndarray:
-    """uint8 of a float image: cut off, not rounded. What was 8 bits before stays the same."""
-    # A value of n / 255 times 255 may be just less than n in float32.
-    return np.clip(255 * image + np.float32(1e-3), 0, 255).astype(np.uint8)
 
 
 def _read(run: Run, name: str) -> np.ndarray:

@@ -55,8 +55,7 @@ def vae_encode_for_inpaint(
 @node("VAEDecode", "IMAGE", category="latent")
 def vae_decode(run: Run, samples: LatentIn, vae: VaeIn) -> tuple[Any, ...]:
     """The images of latents."""
-    images = run.engine(vae.bundle).decode(samples.samples, vae.name)
-    return (images.astype(np.float32) / np.float32(255),)
+    return (_decoded(run, samples, vae, None),)
 
 
 @node("VAEDecodeTiled", "IMAGE", category="_for_testing")
@@ -71,8 +70,7 @@ def vae_decode_tiled(
 ) -> tuple[Any, ...]:
     """The images of latents, decoded in tiles; their overlap is the engine's own."""
     del overlap, temporal_size, temporal_overlap
-    images = run.engine(vae.bundle).decode(samples.samples, vae.name, tile_size)
-    return (images.astype(np.float32) / np.float32(255),)
+    return (_decoded(run, samples, vae, tile_size),)
 
 
 @node("SetLatentNoiseMask", "LATENT", category="latent/inpaint")
@@ -159,6 +157,12 @@ def encode(run: Run, vae: Vae, pixels: np.ndarray) -> np.ndarray:
         if not served.min <= size <= served.max:
             raise WorkflowError(f"pixels: expected a {name} of {served.min} to {served.max} pixels, got {size}")
     return engine.encode_image(np.rint(np.clip(cut, 0, 1) * 255).astype(np.uint8), vae.name)
+
+
+def _decoded(run: Run, latent: Latent, vae: Vae, tile: int | None) -> np.ndarray:
+    """The images of latents, float32 `[batch, height, width, 3]` from 0 to 1."""
+    images = run.engine(vae.bundle).decode(latent.samples, vae.name, tile)
+    return images.astype(np.float32) / np.float32(255)
 
 
 def _whole_latents(height: int, width: int) -> tuple[slice, slice]:
