@@ -15,16 +15,17 @@ from typing import Any, Self
 import numpy as np
 
 from . import checks, limits
-from .backends.base import Backend, OnStep, Pipeline
+from .backends.base import Backend, Pipeline
 from .backends.registry import load_backend
 from .bundle.manifest import Manifest, read_manifest
 from .bundle.modules import EAGER_MODULES, MODULES
 from .bundle.tokenizer import PromptTokenizer, check_prompt
 from .bundle.verify import BundleFiles
+from .decoding import decode, on_step_of
 from .denoise import DenoiseRequest, denoise
 from .errors import EngineClosed, OutOfMemory, RequestError, RequestWarning
 from .gate import Gate
-from .generation import Generation, decode, explain_not_finite
+from .generation import Generation, explain_not_finite
 from .lora.manager import ActiveLora, LoraSet
 from .metadata.record import make_provenance, make_records, recorded_fields
 from .prompts import PromptEncoder
@@ -247,16 +248,20 @@ class Engine:
         with self._computing():
             return self._prompts.encode(prompt, truncate, literal)
 
-    def denoise(self, request: DenoiseRequest, *, on_step: OnStep | None = None) -> np.ndarray:
+    def denoise(self, request: DenoiseRequest, *, callback: Callback | None = None) -> np.ndarray:
         """Run the sampler loop over given latents, as a workflow's sampler node does: the new latents.
 
+        `callback` is that of `generate`.
+
         Raises:
-            RequestError: a LoRA is not loaded. Cancelled: `on_step` returned False.
+            RequestError: a LoRA is not loaded. Cancelled: the callback returned False.
         """
         with self._gate.place(), _typed_memory_errors(), self._loras.use(request.loras) as loras:
             weights = {lora.name: lora.weight for lora in loras}
             with explain_not_finite(self.manifest, weights, request.guidance_scale):
-                return denoise(request, self._prompts, self.pipeline, on_step)
+                return denoise(
+                    request, self._prompts, self.pipeline, on_step_of(callback, self.pipeline, self.manifest)
+                )
 
     def encode_image(self, images: np.ndarray, vae: str) -> np.ndarray:
         """Encode images uint8 `[batch, height, width, 3]` to latents float32 `[batch, 16, height / 8, width / 8]`."""

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
 
-from .backends.base import Conditioning, Control, Guidance, Inpaint, OnStep, Pipeline, ReadLatents, SampleJob
+from .backends.base import Conditioning, Control, Guidance, Inpaint, Pipeline, SampleJob
 from .bundle.manifest import Manifest
 from .bundle.modules import denoiser, runs
+from .decoding import decode, on_step_of
 from .errors import Cancelled, NotFinite
 from .image.convert import latent_mask, paste, resize_images, resize_latents
-from .image.tiled_decode import decode_tiled
 from .not_finite import with_causes
 from .prompts import PromptEncoder
-from .request.resolve import resolve_vae
-from .request.types import Callback, ResolvedRequest, ResolvedSecondPass, StepInfo
+from .request.types import Callback, ResolvedRequest, ResolvedSecondPass
 from .sampling.guidance import guidance_scales
 from .sampling.noise import prepare_noise
 from .sampling.samplers import sampler_table, step_noise
@@ -194,7 +192,7 @@ class Generation:
         scales = guidance_scales(
             steps[:, 0], request.guidance_scale, request.cfg_truncation, request.dynamic_cfg, lengths
         )
-        on_step = None if self._callback is None else self._on_step(self._callback, which.number)
+        on_step = on_step_of(self._callback, self._pipeline, self._manifest, which.number)
         self._stages.tell("denoise", 0, len(which.sigmas) - 1)
         return SampleJob(
             latents=which.latents,
@@ -205,33 +203,6 @@ class Generation:
             inpaint=which.inpaint,
             on_step=self._stages.with_steps(on_step, decoded),
         )
-
-    def _on_step(self, callback: Callback, number: int) -> OnStep:
-        def on_step(step: int, count: int, sigma: float, sigma_next: float, read: ReadLatents) -> bool:
-            latents = functools.cache(read)  # copied from the device once, and only if the callback asks
-
-            def preview() -> np.ndarray:
-                return decode(self._pipeline, self._manifest, latents(), resolve_vae("tiny", self._manifest))
-
-            return callback(StepInfo(step, count, sigma, sigma_next, latents, preview, number)) is not False
-
-        return on_step
-
-
-def decode(
-    pipeline: Pipeline,
-    manifest: Manifest,
-    latents: np.ndarray,
-    vae: str,
-    tile: int | None = None,
-    stages: Stages | None = None,
-) -> np.ndarray:
-    """Latents to uint8 images `[batch, height, width, 3]`, whole or in tiles of `tile` pixels."""
-    if tile is None:
-        return pipeline.decode(latents, vae)
-    told = functools.partial((stages or Stages()).tell, "decode")
-    factor = manifest.pipeline.vae_scale_factor
-    return decode_tiled(lambda part: pipeline.decode(part, vae), latents, tile, factor, told)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ ORDER = (
     ("metadata",),
     ("result",),
     ("stages", "prompts"),
+    ("decoding",),
     ("generation", "denoise"),
     ("engine",),
     ("session", "explain", "batch", "comfyui"),

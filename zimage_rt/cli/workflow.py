@@ -16,11 +16,12 @@ from ..comfyui.graph import Graph, WorkflowError
 from ..comfyui.plan import explain as explained
 from ..comfyui.plan import plan
 from ..comfyui.registry import NODES
-from ..comfyui.run import Run
+from ..comfyui.run import Events, Run
 from ..comfyui.save import save_images
 from ..comfyui.workflow_file import read_workflow
 from ..engine import Engine
 from ..errors import RequestError
+from ..request.types import StepInfo
 from . import interrupt
 from .common import backend_options, json_line, load_engine, printable, warn
 from .options import BACKEND, AsJson, with_options
@@ -73,7 +74,7 @@ def workflow(
             print(printable(line))
         return
     start = time.perf_counter()
-    run = Run(engine, files, _on_step)
+    run = Run(engine, files, _Interruptible())
     execute(checked, run)
     for made, path in zip(run.made, save_images(run.made, checked.graph, output), strict=True):
         seconds = round(time.perf_counter() - start, 3)
@@ -82,10 +83,13 @@ def workflow(
         )
 
 
-def _on_step(node: str, step: int, steps: int) -> bool:
-    del node, step, steps
-    interrupt.check()
-    return True
+class _Interruptible(Events):
+    """Ends the run after a step if the user asked for it."""
+
+    def step(self, node: str, info: StepInfo) -> bool:
+        """See `Events`."""
+        interrupt.check()
+        return True
 
 
 def with_values(graph: Graph, texts: list[str]) -> Graph:

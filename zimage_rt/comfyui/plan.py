@@ -10,10 +10,12 @@ from . import nodes
 from .articles import as_meant
 from .graph import Graph, Link, Node, WorkflowError
 from .inputs import File, InputError, Socket
-from .registry import NODES, REQUIRED, Input, NodeKind
+from .registry import ANY, NODES, REQUIRED, Input, NodeKind
 from .run import Files
 
 assert nodes.__all__  # importing them registers them
+# Outputs that an input of another type takes, too.
+CONVERTED = {("INT", "FLOAT"), ("STRING", "COMBO")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +78,8 @@ class _Check:
             self.fault(node, "bad_linked_input", message, name)
             return
         got = outputs[link.output]
-        if got != wanted.spec.type and (got, wanted.spec.type) not in {("INT", "FLOAT"), ("STRING", "COMBO")}:
+        is_any = ANY in (got, wanted.spec.type)
+        if not is_any and got != wanted.spec.type and (got, wanted.spec.type) not in CONVERTED:
             message = f"expected {wanted.spec.type}, got {got} of {source.label}"
             self.fault(node, "return_type_mismatch", message, name)
 
@@ -96,6 +99,8 @@ def check_file(files: Files, folder: str, name: str) -> None:
         files.lora(name)
     elif folder == "input":
         files.image(name)
+    elif folder == "upscale_models":
+        files.upscaler(name)
     else:
         files.bundle(folder, name)
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from .inputs import Spec
 
 REQUIRED = inspect.Parameter.empty
+# The type of an input or output that takes any.
+ANY = "*"
+# The names of the lazy inputs that a node needs, by the values of its others.
+Chooses = Callable[[Mapping[str, Any]], Collection[str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +36,8 @@ class NodeKind:
         outputs: ComfyUI's types.
         is_output: whether a workflow is run for its sake.
         category: its place in ComfyUI's menu.
+        chooses: of a switch: the names of the lazy inputs that it needs, by the values of the others; None needs all.
+        lazy: the names of the inputs that are computed only if `chooses` names them.
     """
 
     name: str
@@ -40,6 +46,8 @@ class NodeKind:
     outputs: Sequence[str]
     is_output: bool
     category: str
+    chooses: Chooses | None = None
+    lazy: frozenset[str] = frozenset()
 
 
 # All kinds, by name.
@@ -48,8 +56,15 @@ NODES: dict[str, NodeKind] = {}
 Function = typing.TypeVar("Function", bound=Callable[..., tuple[Any, ...]])
 
 
-def node(name: str, *outputs: str, category: str, is_output: bool = False) -> Callable[[Function], Function]:
-    """Register a function as a kind of node.
+def node(
+    name: str,
+    *outputs: str,
+    category: str,
+    is_output: bool = False,
+    chooses: Chooses | None = None,
+    lazy: Collection[str] = (),
+) -> Callable[[Function], Function]:
+    """Register a function as a kind of node; see `NodeKind`.
 
     Its first parameter is the run; the others are the inputs, `Annotated` with their `Spec`. It returns a tuple with a
     value per output.
@@ -61,7 +76,7 @@ def node(name: str, *outputs: str, category: str, is_output: bool = False) -> Ca
         inputs = {
             parameter.name: Input(hints[parameter.name].__metadata__[0], parameter.default) for parameter in parameters
         }
-        NODES[name] = NodeKind(name, function, inputs, outputs, is_output, category)
+        NODES[name] = NodeKind(name, function, inputs, outputs, is_output, category, chooses, frozenset(lazy))
         return function
 
     return register

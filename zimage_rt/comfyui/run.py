@@ -1,16 +1,16 @@
-"""One run of a workflow: its engines, its files, and the images that were made."""
+"""One run of a workflow: its engines, its files, and what its nodes show."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from ..backends.base import OnStep
 from ..engine import Engine
+from ..request.types import StepInfo
 from .values import Model
 
 
@@ -23,8 +23,11 @@ class Files(Protocol):
     def lora(self, name: str) -> Path:
         """A LoRA's file. Raises InputError."""
 
-    def image(self, name: str) -> Path:
-        """An input image's file. Raises InputError."""
+    def image(self, name: str) -> bytes:
+        """The content of an input image's file. Raises InputError."""
+
+    def upscaler(self, name: str) -> Path:
+        """The file of an upscale model. Raises InputError."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,12 +39,40 @@ class Made:
         pixels: uint8 `[height, width, 3]`.
         prefix: of its file's name.
         is_preview: whether the node only shows it.
+        group: ComfyUI's name of the list that it belongs to in what the node shows.
     """
 
     node: str
     pixels: np.ndarray
     prefix: str
     is_preview: bool
+    group: str = "images"
+
+
+@dataclasses.dataclass(frozen=True)
+class Said:
+    """A text that an output node shows."""
+
+    node: str
+    text: str
+    group: str = "text"
+
+
+class Events:
+    """What is told of a run as it goes on; here nothing."""
+
+    def cached(self, nodes: Sequence[str]) -> None:
+        """The nodes whose results of an earlier run are taken."""
+
+    def begins(self, node: str) -> None:
+        """A node begins."""
+
+    def step(self, node: str, info: StepInfo) -> bool:
+        """A sampler's node made a step; False ends the run."""
+        return True
+
+    def executed(self, node: str, signature: str, shown: Sequence[Made | Said], *, is_cached: bool) -> None:
+        """An output node ended; `shown` is empty if it was not run, because what it shows is there already."""
 
 
 class Run:
@@ -50,22 +81,31 @@ class Run:
     Args:
         engine: gives the engine of a bundle by its name.
         files: what may be named.
-        on_step: called after each step with the node's id; see `SampleJob`.
+        events: is told of the run.
 
     Attributes:
         node: the id of the node that runs.
-        made: the images, in the order of their nodes.
+        shown: images and texts of output nodes, in the order of their nodes.
     """
 
-    def __init__(
-        self,
-        engine: Callable[[str], Engine],
-        files: Files,
-        on_step: Callable[[str, int, int], bool] = lambda node, step, steps: True,
-    ) -> None:
-        self._engine, self.files, self._on_step = engine, files, on_step
+    def __init__(self, engine: Callable[[str], Engine], files: Files, events: Events | None = None) -> None:
+        self._engine, self.files, self.events = engine, files, events or Events()
         self.node = ""
-        self.made: list[Made] = []
+        self.shown: list[Made | Said] = []
+
+    def begin(self, node: str) -> None:
+        """Say that a node begins."""
+        self.node = node
+        self.events.begins(node)
+
+    @property
+    def made(self) -> list[Made]:
+        """The images of output nodes."""
+        return [each for each in self.shown if isinstance(each, Made)]
+
+    def shown_by(self, node: str) -> list[Made | Said]:
+        """What an output node shows."""
+        return [each for each in self.shown if each.node == node]
 
     def engine(self, bundle: str) -> Engine:
         """The engine of a bundle."""
@@ -79,8 +119,6 @@ class Run:
                 engine.load_lora(self.files.lora(name), 0.0, name, strict=False)
         return engine
 
-    @property
-    def on_step(self) -> OnStep:
+    def on_step(self, info: StepInfo) -> bool:
         """The callback of a sampler's loop."""
-        node = self.node
-        return lambda step, steps, *_: self._on_step(node, step + 1, steps)
+        return self.events.step(self.node, info)

@@ -7,9 +7,10 @@ import dataclasses
 import numpy as np
 
 from .._core import randn
-from ..backends.base import Inpaint, OnStep
+from ..backends.base import Inpaint
 from ..denoise import DenoiseRequest
 from ..engine import Engine
+from ..request.types import Callback
 from ..sampling.samplers import SAMPLERS
 from ..sampling.schedules import SCHEDULES, denoise_sigmas, schedule_sigmas
 from .graph import WorkflowError
@@ -68,7 +69,7 @@ def sample(
     sigmas: np.ndarray,
     latent: Latent,
     seed: int,
-    on_step: OnStep | None = None,
+    callback: Callback | None = None,
 ) -> Latent:
     """Run a sampler over a latent.
 
@@ -79,10 +80,10 @@ def sample(
         sampler, sigmas: the loop.
         latent: the input; its mask and batch index stay with the result.
         seed: of the noise between steps.
-        on_step: see `SampleJob`.
+        callback: see `Engine.denoise`.
 
     Raises:
-        WorkflowError: the sampler cannot do it. Cancelled: `on_step` returned False.
+        WorkflowError: the sampler cannot do it. Cancelled: the callback returned False.
     """
     if len(sigmas) < 2:
         return latent
@@ -106,7 +107,7 @@ def sample(
         mask=None if latent.mask is None else _latent_mask(latent, drawn),
         loras=dict(guider.model.loras),
     )
-    result = engine.denoise(request, on_step=on_step)
+    result = engine.denoise(request, callback=callback)
     # ComfyUI scales what still has noise, so that the next sampler can begin with it as with an image.
     return dataclasses.replace(latent, samples=result / (np.float32(1) - sigmas[-1]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from typing import Annotated, Any
 
@@ -125,14 +126,14 @@ def size(run: Run, image: ImageIn) -> tuple[Any, ...]:
 @node("SaveImage", category="image", is_output=True)
 def save(run: Run, images: ImageIn, filename_prefix: Annotated[str, Text()] = "ComfyUI") -> tuple[Any, ...]:
     """Save images, cut off to 8 bits as ComfyUI does."""
-    run.made += [Made(run.node, to_8_bits(image), filename_prefix, False) for image in images]
+    run.shown += [Made(run.node, to_8_bits(image), filename_prefix, False) for image in images]
     return ()
 
 
 @node("PreviewImage", category="image", is_output=True)
 def preview(run: Run, images: ImageIn) -> tuple[Any, ...]:
     """Show images."""
-    run.made += [Made(run.node, to_8_bits(image), "preview", True) for image in images]
+    run.shown += [Made(run.node, to_8_bits(image), "preview", True) for image in images]
     return ()
 
 
@@ -153,9 +154,9 @@ def save_advanced(
 @node("ImageCompare", category="image", is_output=True)
 def compare(run: Run, image_a: MaybeImage = None, image_b: MaybeImage = None) -> tuple[Any, ...]:
     """Show images beside each other."""
-    for images in (image_a, image_b):
+    for group, images in (("a_images", image_a), ("b_images", image_b)):
         if images is not None:
-            preview(run, images)
+            run.shown += [Made(run.node, to_8_bits(image), "compare", True, group) for image in images]
     return ()
 
 
@@ -164,8 +165,8 @@ def _read(run: Run, name: str) -> np.ndarray:
     from PIL import Image, ImageOps
 
     try:
-        path = run.files.image(name)
-        with Image.open(path) as opened:
+        content = run.files.image(name)
+        with Image.open(io.BytesIO(content)) as opened:
             image = ImageOps.exif_transpose(opened)
             if image.mode.startswith("I"):  # 16 bits of grey, which a conversion would cut off
                 image = Image.fromarray(np.rint(np.asarray(image, np.float64) / 257).clip(0, 255).astype(np.uint8))
