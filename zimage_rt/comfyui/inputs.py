@@ -19,7 +19,11 @@ class InputError(Exception):
 
 
 class Spec(Protocol):
-    """The kind of an input. `type` is ComfyUI's name of it, of outputs too."""
+    """The kind of an input. `type` is ComfyUI's name of it, of outputs too; `default` is a new node's value."""
+
+    @property
+    def default(self) -> Any:
+        """The value of a new node; None if it has none."""
 
     @property
     def type(self) -> str:
@@ -34,6 +38,7 @@ class Socket:
     """An input that another node's output fills."""
 
     type: str
+    default: None = None
 
     def check(self, value: Any) -> Any:
         """Raise InputError: a value is no link."""
@@ -47,6 +52,8 @@ class Whole:
     low: int
     high: int
     type: str = "INT"
+    default: int | None = None
+    step: int = 1
 
     def check(self, value: Any) -> int:
         """See `Spec`. Texts are read, and fractions of a float cut off, as in ComfyUI."""
@@ -60,6 +67,8 @@ class Number:
     low: float
     high: float
     type: str = "FLOAT"
+    default: float | None = None
+    step: float = 0.01
 
     def check(self, value: Any) -> float:
         """See `Spec`."""
@@ -74,6 +83,8 @@ class Text:
     """A text."""
 
     type: str = "STRING"
+    default: str = ""
+    is_long: bool = False
 
     def check(self, value: Any) -> str:
         """See `Spec`."""
@@ -87,6 +98,7 @@ class Flag:
     """Yes or no."""
 
     type: str = "BOOLEAN"
+    default: bool = False
 
     def check(self, value: Any) -> bool:
         """See `Spec`."""
@@ -101,6 +113,7 @@ class Choice:
 
     options: Sequence[str]
     type: str = "COMBO"
+    default: str | None = None
 
     def check(self, value: Any) -> str:
         """See `Spec`."""
@@ -116,6 +129,7 @@ class File:
 
     folder: str
     type: str = "COMBO"
+    default: None = None
 
     def check(self, value: Any) -> str:
         """See `Spec`; whether there is such a file, the run's files know."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from . import nodes
@@ -105,8 +105,13 @@ def check_file(files: Files, folder: str, name: str) -> None:
         files.bundle(folder, name)
 
 
-def plan(graph: Graph, files: Files) -> Plan:
+def plan(graph: Graph, files: Files, targets: Sequence[str] | None = None) -> Plan:
     """Check a workflow and put its nodes in order.
+
+    Args:
+        graph: the workflow.
+        files: what it may name.
+        targets: the output nodes that it is run for; None takes all.
 
     Raises WorkflowError with all faults: kinds of nodes that there are not, links to nowhere or in a circle, values out
     of range, unknown files.
@@ -117,6 +122,8 @@ def plan(graph: Graph, files: Files) -> Plan:
         if node.kind not in NODES:
             check.fault(node, "missing_node_type", f"there is no node {node.kind!r} here; docs/comfyui.md lists them")
     outputs = [node.id for node in graph.values() if node.kind in NODES and NODES[node.kind].is_output]
+    if targets is not None:
+        outputs = [name for name in outputs if name in targets]
     if not outputs and not check.faults:
         raise WorkflowError("workflow: expected a node that saves or shows an image, got none", "prompt_no_outputs")
     order = tuple(_ordered(graph, outputs, check))

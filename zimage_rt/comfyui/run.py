@@ -11,6 +11,7 @@ import numpy as np
 
 from ..engine import Engine
 from ..request.types import StepInfo
+from .inputs import InputError
 from .values import Model
 
 
@@ -28,6 +29,20 @@ class Files(Protocol):
 
     def upscaler(self, name: str) -> Path:
         """The file of an upscale model. Raises InputError."""
+
+
+# The bundle with the model of one bundle and a part (`text_encoder`, `controlnet`) of another, given the part and both
+# bundles. Raises InputError if there is none.
+Together = Callable[[str, str, str], str]
+
+
+def only_one(part: str, model: str, other: str) -> str:
+    """See `Together`: bundles that share no parts."""
+    if model != other:
+        raise InputError(
+            "value_not_in_list", f"model and {part}: expected those of one bundle, got {model} and {other}"
+        )
+    return model
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,6 +82,9 @@ class Events:
     def begins(self, node: str) -> None:
         """A node begins."""
 
+    def samples(self, node: str, shape: Sequence[int], steps: int) -> None:
+        """A sampler begins on latents of a shape. May raise WorkflowError to refuse it."""
+
     def step(self, node: str, info: StepInfo) -> bool:
         """A sampler's node made a step; False ends the run."""
         return True
@@ -82,14 +100,21 @@ class Run:
         engine: gives the engine of a bundle by its name.
         files: what may be named.
         events: is told of the run.
+        together: finds the bundle of parts of two.
 
     Attributes:
         node: the id of the node that runs.
         shown: images and texts of output nodes, in the order of their nodes.
     """
 
-    def __init__(self, engine: Callable[[str], Engine], files: Files, events: Events | None = None) -> None:
-        self._engine, self.files, self.events = engine, files, events or Events()
+    def __init__(
+        self,
+        engine: Callable[[str], Engine],
+        files: Files,
+        events: Events | None = None,
+        together: Together = only_one,
+    ) -> None:
+        self._engine, self.files, self.events, self.together = engine, files, events or Events(), together
         self.node = ""
         self.shown: list[Made | Said] = []
 

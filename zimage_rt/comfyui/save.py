@@ -24,18 +24,24 @@ def save_images(made: Sequence[Made], graph: Graph, folder: Path) -> list[Path]:
     Previews go to the folder `temp` of it. Raises WorkflowError for a prefix that leads out of the folder.
     """
     text = json.dumps(to_api(graph), ensure_ascii=False)
-    places = [_place(image, folder) for image in made]  # all of them before one is written
+    places = [place_of(image) for image in made]  # all of them before one is written
     saved = []
-    for image, place in zip(made, places, strict=True):
+    for image, relative in zip(made, places, strict=True):
+        place = (folder / "temp" if image.is_preview else folder) / relative
         place.parent.mkdir(parents=True, exist_ok=True)
-        path = place.with_name(f"{place.name}_{_next_number(place.parent, place.name):05}_.png")
+        path = place.with_name(file_name(place.name, next_number(place.parent, place.name)))
         atomic_write(path, encode_image(image.pixels, ".png", {"prompt": text}, ""))
         saved.append(path)
     return saved
 
 
-def _place(image: Made, folder: Path) -> Path:
-    """The file of an image without its number and ending. Raises WorkflowError."""
+def file_name(prefix: str, number: int) -> str:
+    """The name of an image's file."""
+    return f"{prefix}_{number:05}_.png"
+
+
+def place_of(image: Made) -> PurePosixPath:
+    """The file of an image in the folder of images, without its number and ending. Raises WorkflowError."""
     now = time.localtime()
     words = {"width": image.pixels.shape[1], "height": image.pixels.shape[0]}
     words |= {"year": now.tm_year, "month": f"{now.tm_mon:02}", "day": f"{now.tm_mday:02}"}
@@ -48,10 +54,11 @@ def _place(image: Made, folder: Path) -> Path:
             f"filename_prefix of #{image.node}: expected a name of at most {MAX_NAME} bytes in the output folder, got "
             f"{shown(image.prefix)}"
         )
-    return (folder / "temp" if image.is_preview else folder) / place
+    return place
 
 
-def _next_number(folder: Path, prefix: str) -> int:
+def next_number(folder: Path, prefix: str) -> int:
+    """The number after the largest that the images of a prefix have in a folder; 1 if there are none."""
     pattern = re.compile(rf"{re.escape(prefix)}_(\d+)_?\.\w+")
     found = (pattern.fullmatch(path.name) for path in folder.iterdir())
     return max((int(match[1]) for match in found if match), default=0) + 1

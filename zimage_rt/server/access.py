@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import math
 
@@ -21,6 +22,10 @@ OPEN_PATHS = ("/", "/favicon.ico", "/healthz", "/readyz")
 OPEN_PREFIXES = ("/web/",)
 # Methods of requests that ask for work.
 COUNTED_METHODS = ("POST", "PUT", "PATCH")
+# Those of ComfyUI's protocol that do not, with or without `/api` before them.
+FREE_PREFIXES = (
+    "/settings", "/userdata", "/users", "/queue", "/history", "/interrupt", "/free", "/jobs", "/internal", "/logs",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +97,12 @@ class Caller:
             )
         self.check_draws()
         self._check_jobs()
-        self._spend_megapixel_steps(request)
+        self.spend_megapixel_steps(megapixel_steps(request))
+
+    def admit_workflow(self) -> None:
+        """Count a workflow that is about to wait; what it draws counts when it draws. Raises what `admit` does."""
+        self.check_draws()
+        self._check_jobs()
 
     def _check_jobs(self) -> None:
         most = self.limits.max_jobs
@@ -105,11 +115,11 @@ class Caller:
                 f"{self.title} may have {most} jobs at once (max_jobs), and has {jobs}; ask again in {wait} s", wait
             )
 
-    def _spend_megapixel_steps(self, request: ResolvedRequest) -> None:
+    def spend_megapixel_steps(self, asked: float) -> None:
+        """Count what is drawn against the key's rate. Raises Forbidden, RateLimited."""
         most = self.limits.megapixel_steps_per_minute
         if most is None:
             return
-        asked = megapixel_steps(request)
         cost = math.ceil(asked * UNITS)
         what = f"{self.title} may draw {most} megapixel-steps per minute (megapixel_steps_per_minute)"
         if cost > most * UNITS:
@@ -139,13 +149,13 @@ class KeyGuard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
-        if scope["type"] not in ("http", "websocket") or _is_open(scope):
+        if scope["type"] not in ("http", "websocket") or self._is_open(scope):
             await self._app(scope, receive, send)
             return
         try:
             who = await self._caller(dict(scope["headers"]).get(b"authorization", b"").decode("latin-1"))
             scope.setdefault("state", {})["caller"] = who
-            if scope["type"] == "websocket" or scope["method"] in COUNTED_METHODS:
+            if scope["type"] == "http" and scope["method"] in COUNTED_METHODS and not _asks_no_work(scope["path"]):
                 who.count_request()
                 who.check_draws()
         except ZImageError as error:
@@ -156,8 +166,8 @@ class KeyGuard:
     async def _caller(self, authorization: str) -> Caller:
         config = self._service.config
         keys = await self._service.keyring.keys()
-        scheme, _, text = authorization.partition(" ")
-        key = find_key(keys, text.strip()) if scheme.lower() == "bearer" else None
+        text = key_of(authorization)
+        key = None if text is None else find_key(keys, text)
         if key is not None:
             return Caller(self._service, key.name, key.limits_over(config.keys))
         if config.open or (config.is_local and not keys):
@@ -166,10 +176,29 @@ class KeyGuard:
             raise Unauthorized("a key is needed here; send the header `Authorization: Bearer KEY`")
         raise Unauthorized("the key is unknown or revoked; `zimage keys add` makes one")
 
+    def _is_open(self, scope: Scope) -> bool:
+        path = scope["path"]
+        if path == "/" and self._service.config.comfyui.editor:
+            return False  # so that the browser asks for the key before the editor starts
+        return scope["type"] == "http" and (path in OPEN_PATHS or path.startswith(OPEN_PREFIXES))
 
-def _is_open(scope: Scope) -> bool:
-    path = scope["path"]
-    return scope["type"] == "http" and (path in OPEN_PATHS or path.startswith(OPEN_PREFIXES))
+
+def key_of(authorization: str) -> str | None:
+    """The key in an Authorization header: a bearer token, or Basic's password, which browsers ask their user for."""
+    scheme, _, text = authorization.partition(" ")
+    if scheme.lower() == "bearer":
+        return text.strip()
+    if scheme.lower() != "basic":
+        return None
+    try:
+        return base64.b64decode(text.strip(), validate=True).decode().partition(":")[2]
+    except ValueError:
+        return None
+
+
+def _asks_no_work(path: str) -> bool:
+    """Whether a route of ComfyUI's protocol, which is not counted, keeps settings, files or the queue."""
+    return path.removeprefix("/api").startswith(FREE_PREFIXES)
 
 
 async def caller(request: Request) -> Caller:

@@ -19,6 +19,8 @@ from .._version import __version__
 from ..errors import ZImageError
 from . import batches_api, jobs_api, openai_api, page, sessions_api
 from .access import KeyGuard
+from .comfyui import catalogue_api, files_api, prompt_api
+from .comfyui.workflows import Workflows
 from .config import ServiceConfig
 from .errors import answer, answer_to, error_body
 from .guard import BodyGuard, HostGuard
@@ -46,8 +48,10 @@ def create_app(config: ServiceConfig, make_workers: MakeWorkers = worker_process
         await service.start()
         await sessions_api.resume(service)
         await batches_api.resume(service)
+        await app.state.workflows.start()
         yield
         await service.stop()
+        await app.state.workflows.stop()
 
     app = FastAPI(
         title="zimage_rt",
@@ -59,6 +63,7 @@ def create_app(config: ServiceConfig, make_workers: MakeWorkers = worker_process
     app.state.service = service = Service(config, make_workers)
     app.state.metrics = metrics = Metrics(service)
     service.on_end += [metrics.job_ended, log_job]
+    app.state.workflows = Workflows(service)
     # The last one comes first: what is refused is logged, and a page that may call can read why it has no key.
     app.add_middleware(BodyGuard, max_bytes=config.limits.max_body_bytes)
     app.add_middleware(KeyGuard, service=service)
@@ -82,6 +87,9 @@ def create_app(config: ServiceConfig, make_workers: MakeWorkers = worker_process
     app.include_router(sessions_api.router)
     app.include_router(batches_api.router)
     app.include_router(page.router)
+    for prefix in ("", "/api"):  # each route of ComfyUI's is at both
+        for router in (prompt_api.router, files_api.router, catalogue_api.router):
+            app.include_router(router, prefix=prefix)
     app.add_api_route("/healthz", healthz, tags=["health"])
     app.add_api_route("/readyz", readyz, tags=["health"])
     app.add_api_route("/metrics", metrics_text, response_class=PlainTextResponse, include_in_schema=False)

@@ -45,16 +45,16 @@ async def read_json(request: Request) -> dict[str, Any]:
         raise
 
 
-def parse_json(body: bytes) -> dict[str, Any]:
+def parse_json(body: bytes, max_structure: int = MAX_STRUCTURE, max_depth: int = MAX_DEPTH) -> dict[str, Any]:
     """An object in JSON of bounded structure. Raises RequestError."""
     structure = TEXT.sub(b"", body)
-    if len(structure) > MAX_STRUCTURE:
-        raise RequestError(f"body: expected JSON with at most {MAX_STRUCTURE} bytes outside of texts, got more")
+    if len(structure) > max_structure:
+        raise RequestError(f"body: expected JSON with at most {max_structure} bytes outside of texts, got more")
     depth = 0
     for bracket in re.findall(rb"[\[\]{}]", structure):
         depth += 1 if bracket in b"[{" else -1
-        if depth > MAX_DEPTH:
-            raise RequestError(f"body: expected JSON with at most {MAX_DEPTH} levels, got more")
+        if depth > max_depth:
+            raise RequestError(f"body: expected JSON with at most {max_depth} levels, got more")
     try:
         said = json.loads(body or b"{}")
     except (ValueError, RecursionError) as error:

@@ -173,6 +173,26 @@ def _check_not_negative(part: Any, name: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class ComfyuiConfig:
+    """ComfyUI's workflows on this service.
+
+    Attributes:
+        files: models by the names of files that stand for them in workflows, beside those that `names_of` knows.
+        editor: serve ComfyUI's editor at `/`; needs the extra `comfyui`.
+        upscalers: a folder of upscale models, or None.
+        keep_bytes: of the images that an owner's workflows saved and uploaded; the oldest go first.
+    """
+
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    editor: bool = False
+    upscalers: str | None = None
+    keep_bytes: int = 16 << 30
+
+    def __post_init__(self) -> None:
+        _check_not_negative(self, "comfyui")
+
+
+@dataclasses.dataclass(frozen=True)
 class ServiceConfig:
     """A service.
 
@@ -210,6 +230,7 @@ class ServiceConfig:
     limits: LimitsConfig = dataclasses.field(default_factory=LimitsConfig)
     keys: KeyLimits = dataclasses.field(default_factory=KeyLimits)
     safety: SafetyConfig = dataclasses.field(default_factory=SafetyConfig)
+    comfyui: ComfyuiConfig = dataclasses.field(default_factory=ComfyuiConfig)
 
     def __post_init__(self) -> None:
         if not self.models:
@@ -225,6 +246,8 @@ class ServiceConfig:
             raise ConfigError(f"devices: expected numbers of GPUs, each once, got {list(self.devices)}")
         if self.log_format not in LOG_FORMATS:
             raise ConfigError(f"log_format: expected one of {', '.join(LOG_FORMATS)}, got {self.log_format!r}")
+        if strange := next((name for name in self.comfyui.files.values() if name not in self.models), None):
+            raise ConfigError(f"comfyui.files: there is no model {strange!r}; there are: {', '.join(self.models)}")
         if strange := next((name for name in self.keys.models or () if name not in self.models), None):
             raise ConfigError(f"keys.models: there is no model {strange!r}; there are: {', '.join(self.models)}")
 
@@ -257,4 +280,7 @@ def read_config(path: Path) -> ServiceConfig:
     }
     words = config.safety.words
     safety = dataclasses.replace(config.safety, words=None if words is None else str(folder / words))
-    return dataclasses.replace(config, models=models, data=str(folder / config.data), safety=safety)
+    upscalers = config.comfyui.upscalers
+    comfyui = dataclasses.replace(config.comfyui, upscalers=None if upscalers is None else str(folder / upscalers))
+    place = str(folder / config.data)
+    return dataclasses.replace(config, models=models, data=place, safety=safety, comfyui=comfyui)

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Literal
 
 from ..errors import ZImageError
+from .workflow_task import Task
 
 State = Literal["queued", "running", "done", "failed", "cancelled"]
 FINISHED: tuple[State, ...] = ("done", "failed", "cancelled")
@@ -80,7 +81,7 @@ class Output:
 
 
 class Job:
-    """One request on its way through the service. Only the event loop's thread uses it."""
+    """One request, or one workflow, on its way through the service. Only the event loop's thread uses it."""
 
     def __init__(
         self,
@@ -92,8 +93,10 @@ class Job:
         priority: int = 0,
         detached: bool = False,
         job_id: str | None = None,
+        workflow: Task | None = None,
     ) -> None:
         self.id = job_id or uuid.uuid4().hex
+        self.workflow = workflow
         self.fields, self.model, self.owner = dict(fields), model, owner
         self.output = output or Output()
         self.priority, self.detached = priority, detached

@@ -102,6 +102,8 @@ def request_again(row: Mapping[str, Any], folder: Path) -> GenerateRequest:
             f"prompt: the record of {row['id']} holds its SHA-256 alone, because the service runs with "
             "`record_prompts = false`; it cannot be drawn again"
         )
+    if "workflow" in fields:
+        raise RequestError(f"id: {row['id']} is a workflow; its PNGs carry it, and `zimage workflow` runs them again")
     for name in inputs_of(fields):
         if not (folder / name).is_file():
             raise RequestError(f"image: {folder / name}, which {row['id']} was made from, is there no longer")

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .jobs import Image, Output
+from .workflow_task import Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Run:
     model: str
     fields: Mapping[str, Any]
     output: Output
+    workflow: Task | None = None  # what to run in place of a request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,16 @@ class Step:
     steps: int
     sigma: float
     preview: bytes | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """A workflow goes on: an event of its job, see `comfyui.runner`."""
+
+    job: str
+    attempt: int
+    name: str
+    data: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)

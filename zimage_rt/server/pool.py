@@ -129,7 +129,7 @@ class WorkerProcess:
     def give(self, job: Job) -> None:
         """Send a job. If the process dies meanwhile, its death gives the job back."""
         self.running[job.id] = job
-        self._send(Run(job.id, job.attempts, job.model, job.fields, job.output))
+        self._send(Run(job.id, job.attempts, job.model, job.fields, job.output, job.workflow))
 
     def cancel(self, job: Job) -> None:
         """Stop a job after the step that runs."""

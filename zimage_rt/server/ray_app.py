@@ -31,7 +31,7 @@ from .database import exclusive
 from .jobs import Job
 from .logs import configure
 from .main import refuse_strangers
-from .messages import Finished, Ready, Run, Step
+from .messages import Finished, Ready, Run, Step, Told
 from .pool import JobWorker, OnDeath, OnMessage
 from .worker import Worker
 
@@ -139,7 +139,7 @@ class EngineReplica:
             raise RuntimeError(f"the last {self._failures} jobs failed unexpectedly; the log has the reasons")
 
     async def draw(self, run: Run) -> AsyncIterator[object]:
-        """Draw a job; yields a `Step` after every step, and `Finished`. A caller that stops listening cancels it."""
+        """Draw a job; yields what happens, and then `Finished`. A caller that stops listening cancels it."""
         loop = asyncio.get_running_loop()
         messages: asyncio.Queue[object] = asyncio.Queue()
         attempt = (run.job, run.attempt)
@@ -165,7 +165,7 @@ class EngineReplica:
         if isinstance(message, Finished):
             is_unexpected = message.error is not None and message.error["code"] == "internal"
             self._failures = self._failures + 1 if is_unexpected else 0
-        if isinstance(message, (Step, Finished)):
+        if isinstance(message, (Step, Told, Finished)):
             listener = self._listeners.get((message.job, message.attempt))
             if listener is not None:
                 listener(message)
@@ -302,7 +302,7 @@ class ReplicaWorker:
     async def _messages(self, job: Job) -> AsyncIterator[object]:
         """The messages of an attempt. A replica that is lost before its first message is replaced by another."""
         fields = await asyncio.to_thread(read_inputs, job.fields)
-        run = Run(job.id, job.attempts, job.model, fields, job.output)
+        run = Run(job.id, job.attempts, job.model, fields, job.output, job.workflow)
         for last in (*[False] * (SEND_ATTEMPTS - 1), True):
             has_begun = False
             answer = self._handle.draw.remote(run)

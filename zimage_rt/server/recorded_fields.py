@@ -12,6 +12,8 @@ from ..request.types import SecondPass
 
 # Folders of a service's data with images that a request may name: those that clients sent, and those of turns.
 INPUTS, SESSIONS = "inputs", "sessions"
+# Fields with prompts: a workflow has those of its nodes.
+PROMPTS = ("prompt", "negative_prompt", "workflow")
 
 
 def fields_to_json(fields: Mapping[str, Any], *, with_prompts: bool = True) -> dict[str, Any]:
@@ -22,7 +24,7 @@ def fields_to_json(fields: Mapping[str, Any], *, with_prompts: bool = True) -> d
             found[name] = {"input": value.name}
             if value.parent.name != INPUTS:
                 found[name]["folder"] = value.parent.name
-        elif with_prompts or name not in ("prompt", "negative_prompt"):
+        elif with_prompts or name not in PROMPTS:
             found[name] = to_reference(name, value)
     return found
 

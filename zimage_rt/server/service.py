@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from .bounds import check_inputs
 from .config import ConfigError, ServiceConfig
 from .jobs import MAX_ATTEMPTS, FairQueue, Job, Output
 from .keys import Keyring
-from .messages import Drawn, Finished, Ready, Step
+from .messages import Drawn, Finished, Ready, Step, Told
 from .pool import JobWorker, MakeWorkers, worker_processes
 from .rate import Rates
 from .safety import SafetyFilter
@@ -59,6 +59,8 @@ class Service:
         jobs: those that can be asked for, by id.
         queue, workers, store, keyring, rates: see their classes.
         on_end: called with every job that has ended.
+        on_sweep: awaited when what has expired is removed.
+        on_told: called with a job, a name and data for what its workflow tells.
     """
 
     def __init__(self, config: ServiceConfig, make_workers: MakeWorkers = worker_processes) -> None:
@@ -74,6 +76,8 @@ class Service:
         self.store.bundle_ids = {name: manifest.bundle_id for name, manifest in self.manifests.items()}
         self.keyring, self.rates = Keyring(self.store.folder), Rates()
         self.on_end: list[Callable[[Job], None]] = []
+        self.on_sweep: list[Callable[[], Awaitable[None]]] = []
+        self.on_told: Callable[[Job, str, Mapping[str, Any]], None] = lambda job, name, data: None
         self.queue = FairQueue(config.queue.max_waiting)
         self.jobs: dict[str, Job] = {}
         self._tokenizers: dict[str, PromptTokenizer] = {}
@@ -216,10 +220,7 @@ class Service:
         Raises:
             RequestError: it cannot be drawn. QueueFull: too many wait. Draining: the service ends.
         """
-        if self._is_draining:
-            raise Draining("the service ends and takes no more jobs; ask another, or again later")
-        self.store.check_room()
-        self._check_room()  # before anything is decoded
+        self.check_takes_jobs()  # before anything is decoded
         resolved = await self.check(model, fields)
         # The seed is chosen here, so that the record has it whatever becomes of the job.
         has_seeds = resolved.batch_noise == "separate" and len(resolved.seeds) > 1
@@ -234,10 +235,7 @@ class Service:
         )
         self._check_room()
         admit(resolved)
-        self.jobs[job.id] = job
-        self.queue.add(job)
-        job.tell("queued", position=self.queue.position(job))
-        self._dispatch()
+        self._add(job)
         if detached:
             try:
                 await self.store.promise(job)
@@ -245,6 +243,24 @@ class Service:
                 self.cancel(job)
                 raise
         return job
+
+    def check_takes_jobs(self) -> None:
+        """Raise Draining, StorageFull or QueueFull unless a job may come now."""
+        if self._is_draining:
+            raise Draining("the service ends and takes no more jobs; ask another, or again later")
+        self.store.check_room()
+        self._check_room()
+
+    def submit_workflow(self, job: Job, *, first: bool = False) -> None:
+        """Let a workflow's job wait, before the others of its owner if `first`. Raises what `check_takes_jobs` does."""
+        self.check_takes_jobs()
+        self._add(job, first=first)
+
+    def _add(self, job: Job, *, first: bool = False) -> None:
+        self.jobs[job.id] = job
+        (self.queue.add_first if first else self.queue.add)(job)
+        job.tell("queued", position=self.queue.position(job))
+        self._dispatch()
 
     def reject(self, job_id: str, model: str, owner: str, error: Exception) -> None:
         """Record a request that cannot be drawn as a failed job."""
@@ -337,7 +353,7 @@ class Service:
     def _on_message(self, worker: JobWorker, message: object) -> None:
         if isinstance(message, Ready):
             self._dispatch()
-        if not isinstance(message, (Step, Drawn, Finished)):
+        if not isinstance(message, (Step, Told, Drawn, Finished)):
             return
         job = worker.running.get(message.job)
         if job is None or job.attempts != message.attempt:
@@ -347,6 +363,9 @@ class Service:
             if message.preview is not None:
                 data["preview"] = message.preview
             job.tell("step", **data)
+            return
+        if isinstance(message, Told):
+            self.on_told(job, message.name, message.data)
             return
         if isinstance(message, Drawn):
             job.is_drawn = True
@@ -396,6 +415,8 @@ class Service:
                 self.forget_expired()
                 unfinished = (value for job in self._unfinished() for value in job.fields.values())
                 await self.store.prune({value.name for value in unfinished if isinstance(value, Path)})
+                for sweep in self.on_sweep:
+                    await sweep()
             except Exception:  # the next round may do better; without any, the disk would fill
                 log.exception("what has expired was not removed")
 

@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from ..comfyui.graph import WorkflowError
 from ..engine import Engine
 from ..errors import Cancelled, EngineClosed, OutOfMemory, RequestError, RequestWarning, ZImageError
 from ..image.formats import media_type
@@ -25,6 +26,7 @@ from ..metadata.references import pixels_sha256
 from ..request.codec import IMAGES, make_request
 from ..request.types import GenerateRequest, StepInfo
 from ..result import GenerateResult
+from .comfyui.runner import WorkflowRunner
 from .config import ModelConfig, ServiceConfig
 from .jobs import Image
 from .logs import configure
@@ -163,6 +165,15 @@ class Worker:
         self._loras = threading.Lock()
         self._safety = SafetyFilter(config.safety)
         self._previews = Previews(config.preview_share)
+        self._workflows = WorkflowRunner(
+            config,
+            self.engines.get,
+            self.engines.make_room,
+            self._safety,
+            self._previews,
+            lambda job: job in self._cancelled,
+            send,
+        )
         self._lora_counts: Counter[str] = Counter()
         self._memory_read = -MEMORY_SECONDS
 
@@ -203,6 +214,9 @@ class Worker:
         try:
             if message.job in self._cancelled:
                 raise Cancelled("the job was cancelled; no image was made")
+            if message.workflow is not None:
+                self._finish(self._workflows.run(message))
+                return
             request = make_request(**message.fields)
             words = self._safety.check_prompt(request.prompt)
             result = self._draw(message, request)
@@ -351,7 +365,8 @@ def scrubbed(record: ImageRecord) -> ImageRecord:
 def error_json(error: BaseException) -> dict[str, Any]:
     """An error as `{code, message, field}` for a client. An unexpected one does not reveal the service's internals."""
     if isinstance(error, ZImageError):
-        return {"code": error.code, "message": str(error), "field": getattr(error, "field", None)}
+        found = {"code": error.code, "message": str(error), "field": getattr(error, "field", None)}
+        return found | ({"node_errors": error.node_errors} if isinstance(error, WorkflowError) else {})
     return {"code": "internal", "message": "the service failed; its log has the reason", "field": None}
 
 
