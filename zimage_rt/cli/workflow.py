@@ -51,13 +51,16 @@ def workflow(
     input_: Annotated[
         Path | None, typer.Option("--input", help="The folder of its input images. By default the workflow's own.")
     ] = None,
+    upscalers: Annotated[
+        Path | None, typer.Option(help="The folder of the upscale models that it names. By default none.")
+    ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Print what it would do, and do nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a workflow of ComfyUI on bundles, and save its images with the workflow inside."""
     graph = with_values(read_workflow(file), set_ or [])
     named, default = _bundles(bundle)
-    files = FolderFiles(named, default, loras, (input_ or file.parent,))
+    files = FolderFiles(named, default, loras, (input_ or file.parent,), upscalers)
     engines: dict[str, Engine] = {}
 
     def engine(name: str) -> Engine:

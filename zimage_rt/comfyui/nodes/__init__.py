@@ -1,5 +1,5 @@
 """All nodes: importing this package registers them."""
 
-from . import conditioning, images, latents, loaders, masks, primitives, samplers
+from . import conditioning, images, latents, loaders, masks, primitives, samplers, upscale
 
-__all__ = ["conditioning", "images", "latents", "loaders", "masks", "primitives", "samplers"]
+__all__ = ["conditioning", "images", "latents", "loaders", "masks", "primitives", "samplers", "upscale"]

@@ -1,0 +1,1 @@
+"""Upscale models of the ESRGAN type, from their files to images, on ONNX Runtime."""
