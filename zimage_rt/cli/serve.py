@@ -39,6 +39,9 @@ def serve(
     log_format: Annotated[
         str | None, typer.Option(help="text, or json: one object per line. By default text.", metavar="text|json")
     ] = None,
+    comfyui: Annotated[
+        bool, typer.Option("--comfyui", help="ComfyUI's editor at /, and the page at /zimage; docs/comfyui.md.")
+    ] = False,
 ) -> None:
     """Serve images over HTTP: OpenAI's protocol, jobs with progress, and a page in the browser."""
     try:
@@ -59,6 +62,7 @@ def serve(
         devices=None if devices is None else [int(item) for item in devices.split(",")],
         drain_seconds=drain_seconds,
         log_format=log_format,
+        editor=comfyui,
     )
     configure(service.log_format)
     run(service, warn)

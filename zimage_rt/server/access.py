@@ -18,8 +18,10 @@ from .rate import UNITS
 from .service import Service, last_pass, total_steps
 
 # Paths that need no key: the page, which asks for one, and what tells a balancer whether the service lives.
-OPEN_PATHS = ("/", "/favicon.ico", "/healthz", "/readyz")
+OPEN_PATHS = ("/", "/zimage", "/favicon.ico", "/healthz", "/readyz")
 OPEN_PREFIXES = ("/web/",)
+# Any user's name with the key as its password; clients may send the key as a bearer token all the same.
+BASIC = 'Basic realm="zimage", charset="UTF-8", Bearer'
 # Methods of requests that ask for work.
 COUNTED_METHODS = ("POST", "PUT", "PATCH")
 # Those of ComfyUI's protocol that do not, with or without `/api` before them.
@@ -159,9 +161,19 @@ class KeyGuard:
                 who.count_request()
                 who.check_draws()
         except ZImageError as error:
-            await answer_to(error)(scope, receive, send)
+            answer = answer_to(error)
+            if isinstance(error, Unauthorized) and self._asks_the_user(scope["path"]):
+                answer.headers["WWW-Authenticate"] = BASIC
+            await answer(scope, receive, send)
             return
         await self._app(scope, receive, send)
+
+    def _asks_the_user(self, path: str) -> bool:
+        """Whether a browser is to ask its user for the key, and to send it from then on, also with websockets.
+
+        Our own page asks for the key itself, and calls `/v1` alone.
+        """
+        return self._service.config.comfyui.editor and not path.startswith("/v1/")
 
     async def _caller(self, authorization: str) -> Caller:
         config = self._service.config

@@ -19,7 +19,9 @@ from .._version import __version__
 from ..errors import ZImageError
 from . import batches_api, jobs_api, openai_api, page, sessions_api
 from .access import KeyGuard
-from .comfyui import catalogue_api, files_api, prompt_api
+from .comfyui import catalogue_api, editor_api, files_api, prompt_api
+from .comfyui.editor import EditorFiles, editor_router
+from .comfyui.templates import Templates
 from .comfyui.workflows import Workflows
 from .config import ServiceConfig
 from .errors import answer, answer_to, error_body
@@ -40,7 +42,7 @@ Draws images with Z-Image models. `POST /v1/jobs` takes every field of a request
 
 
 def create_app(config: ServiceConfig, make_workers: MakeWorkers = worker_processes) -> FastAPI:
-    """The application of a service, which starts and stops with it."""
+    """The application of a service, which starts and stops with it. Raises ConfigError."""
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -64,6 +66,8 @@ def create_app(config: ServiceConfig, make_workers: MakeWorkers = worker_process
     app.state.metrics = metrics = Metrics(service)
     service.on_end += [metrics.job_ended, log_job]
     app.state.workflows = Workflows(service)
+    editor = EditorFiles() if config.comfyui.editor else None
+    app.state.templates = None if editor is None else Templates(app.state.workflows.files)
     # The last one comes first: what is refused is logged, and a page that may call can read why it has no key.
     app.add_middleware(BodyGuard, max_bytes=config.limits.max_body_bytes)
     app.add_middleware(KeyGuard, service=service)
@@ -87,8 +91,9 @@ def create_app(config: ServiceConfig, make_workers: MakeWorkers = worker_process
     app.include_router(sessions_api.router)
     app.include_router(batches_api.router)
     app.include_router(page.router)
+    app.include_router(page.home if editor is None else editor_router(editor))
     for prefix in ("", "/api"):  # each route of ComfyUI's is at both
-        for router in (prompt_api.router, files_api.router, catalogue_api.router):
+        for router in (prompt_api.router, files_api.router, catalogue_api.router, editor_api.router):
             app.include_router(router, prefix=prefix)
     app.add_api_route("/healthz", healthz, tags=["health"])
     app.add_api_route("/readyz", readyz, tags=["health"])

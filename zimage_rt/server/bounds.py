@@ -46,7 +46,15 @@ async def read_json(request: Request) -> dict[str, Any]:
 
 
 def parse_json(body: bytes, max_structure: int = MAX_STRUCTURE, max_depth: int = MAX_DEPTH) -> dict[str, Any]:
-    """An object in JSON of bounded structure. Raises RequestError."""
+    """An object in JSON of bounded structure; an empty body is an empty one. Raises RequestError."""
+    said = parse_json_value(body or b"{}", max_structure, max_depth)
+    if not isinstance(said, dict):
+        raise RequestError("body: expected a JSON object")
+    return said
+
+
+def parse_json_value(body: bytes, max_structure: int = MAX_STRUCTURE, max_depth: int = MAX_DEPTH) -> Any:
+    """A value in JSON of bounded structure. Raises RequestError."""
     structure = TEXT.sub(b"", body)
     if len(structure) > max_structure:
         raise RequestError(f"body: expected JSON with at most {max_structure} bytes outside of texts, got more")
@@ -56,12 +64,9 @@ def parse_json(body: bytes, max_structure: int = MAX_STRUCTURE, max_depth: int =
         if depth > max_depth:
             raise RequestError(f"body: expected JSON with at most {max_depth} levels, got more")
     try:
-        said = json.loads(body or b"{}")
+        return json.loads(body)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"body: expected JSON: {error}") from error
-    if not isinstance(said, dict):
-        raise RequestError("body: expected a JSON object")
-    return said
 
 
 class _FormParser(MultiPartParser):

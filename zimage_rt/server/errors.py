@@ -24,6 +24,7 @@ STATUS: Mapping[str, int] = {
     "queue_full": 429,
     "blocked": 400,
     "cancelled": 409,
+    "already_exists": 409,
     "out_of_memory": 503,
     "draining": 503,
     "storage_full": 507,
@@ -38,6 +39,12 @@ class NotFound(ZImageError):
     """There is nothing of the name, or not for this key."""
 
     code = "not_found"
+
+
+class AlreadyExists(ZImageError):
+    """The name is taken."""
+
+    code = "already_exists"
 
 
 class Gone(ZImageError):

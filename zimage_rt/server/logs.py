@@ -19,8 +19,8 @@ access_log = logging.getLogger("zimage_rt.server.access")
 TEXT_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 # What a record of `logging` has of its own; all else was given as `extra`.
 OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
-# Routes that are asked every few seconds and are told at level DEBUG.
-QUIET_ROUTES = ("/healthz", "/readyz", "/metrics")
+# Routes that are asked every few seconds, or hundreds of times by one page, and are told at level DEBUG.
+QUIET_ROUTES = ("/healthz", "/readyz", "/metrics", "/assets/{name:path}")
 # The route of a path that none has.
 NO_ROUTE = "none"
 

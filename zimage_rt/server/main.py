@@ -34,6 +34,7 @@ def service_config(
     backend_options: Mapping[str, Any],
     devices: Sequence[int] | None = None,
     drain_seconds: int | None = None,
+    editor: bool = False,
     **given: Any,
 ) -> ServiceConfig:
     """The configuration of one bundle or of a file, with what the command line says over it. Raises RequestError."""
@@ -49,6 +50,8 @@ def service_config(
         changes["devices"] = tuple(devices)
     if drain_seconds is not None:
         changes["queue"] = dataclasses.replace(base.queue, drain_seconds=drain_seconds)
+    if editor:
+        changes["comfyui"] = dataclasses.replace(base.comfyui, editor=True)
     return dataclasses.replace(base, **changes)
 
 

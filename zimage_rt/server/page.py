@@ -1,4 +1,7 @@
-"""The page at `/`: static files of the package, under headers that let nothing else in."""
+"""The page at `/zimage`: static files of the package, under headers that let nothing else in.
+
+It is at `/` too, unless ComfyUI's editor is there.
+"""
 
 from __future__ import annotations
 
@@ -45,6 +48,7 @@ HEADERS: Mapping[str, str] = {
 }
 
 router = APIRouter(include_in_schema=False)
+home = APIRouter(include_in_schema=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +72,8 @@ def static_files() -> Mapping[str, StaticFile]:
     return found
 
 
-@router.api_route("/", methods=["GET", "HEAD"])
+@home.api_route("/", methods=["GET", "HEAD"])
+@router.api_route("/zimage", methods=["GET", "HEAD"])
 async def index(request: Request) -> Response:
     """The page."""
     return answer(request, INDEX)

@@ -17,6 +17,7 @@ from ...comfyui.inputs import InputError
 from ...comfyui.save import file_name, next_number
 from ...errors import RequestError
 from ..store import StorageFull
+from .user_data import UserData
 
 FOLDER = "comfyui"
 TYPES = ("input", "output", "temp")
@@ -30,10 +31,16 @@ Reference = dict[str, str]
 
 
 class OwnerFolder:
-    """The files of one owner. Used from the event loop's thread; what is slow runs on another."""
+    """The files of one owner. Used from the event loop's thread; what is slow runs on another.
+
+    Attributes:
+        root: the folder.
+        user: what the editor keeps in it.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.user = UserData(root)
         self._numbers: dict[tuple[str, str], int] = {}  # the next one, by folder and prefix
         self._writing: dict[Path, bytes] = {}
 
