@@ -9,21 +9,23 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from ..comfyui.execute import execute
 from ..comfyui.files import FolderFiles
 from ..comfyui.graph import Graph, WorkflowError
+from ..comfyui.models_folder import ModelsFolder, WorkflowFiles
 from ..comfyui.plan import explain as explained
 from ..comfyui.plan import plan
 from ..comfyui.registry import NODES
-from ..comfyui.run import Events, Run
+from ..comfyui.run import Events, Files, Run, only_one
 from ..comfyui.save import save_images
 from ..comfyui.workflow_file import read_workflow
 from ..engine import Engine
 from ..errors import RequestError
 from ..request.types import StepInfo
 from . import interrupt
-from .common import backend_options, json_line, load_engine, printable, warn
+from .common import backend_options, json_line, load_engine, printable, stderr, warn
 from .options import BACKEND, AsJson, with_options
 
 
@@ -34,14 +36,23 @@ def workflow(
         Path, typer.Argument(help="A workflow: JSON as ComfyUI's Export (API) writes it, or a PNG that carries one.")
     ],
     bundle: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             "-b",
             "--bundle",
             metavar="BUNDLE|FILE=BUNDLE",
             help="The bundle that the workflow's model files stand for, or that one file stands for; may be repeated.",
         ),
-    ],
+    ] = None,
+    models: Annotated[
+        Path | None,
+        typer.Option(
+            help="ComfyUI's models folder, in place of -b: what the workflow names there is exported once, and kept."
+        ),
+    ] = None,
+    bundles: Annotated[
+        Path | None, typer.Option(help="Where exported bundles are kept. By default the folder zimage_rt in --models.")
+    ] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder of the images.")] = Path("out"),
     set_: Annotated[
         list[str] | None,
@@ -59,12 +70,23 @@ def workflow(
 ) -> None:
     """Run a workflow of ComfyUI on bundles, and save its images with the workflow inside."""
     graph = with_values(read_workflow(file), set_ or [])
-    named, default = _bundles(bundle)
-    files = FolderFiles(named, default, loras, (input_ or file.parent,), upscalers)
+    if (bundle is None) == (models is None) or (bundles is not None and models is None):
+        raise RequestError("expected either -b BUNDLE or --models FOLDER; --bundles FOLDER goes with the latter")
+    named, default = _bundles(bundle or [])
+    images = (input_ or file.parent,)
+    files: Files
+    if models is None:
+        files, exported = FolderFiles(named, default, loras, images, upscalers), None
+    else:
+        folder = ModelsFolder(models, bundles, ctx.params["backend"])
+        others = FolderFiles({}, None, loras or models / "loras", images, upscalers or models / "upscale_models")
+        files = exported = folder.files(graph, others)
     engines: dict[str, Engine] = {}
 
     def engine(name: str) -> Engine:
         if name not in engines:
+            if exported is not None:
+                _export(exported, name)
             options = backend_options(ctx.params["backend_option"] or [])
             engines[name] = load_engine(Path(name), ctx.params["backend"], options)
         return engines[name]
@@ -77,12 +99,29 @@ def workflow(
             print(printable(line))
         return
     start = time.perf_counter()
-    run = Run(engine, files, _Interruptible())
+    run = Run(engine, files, _Interruptible(), only_one if exported is None else exported.together)
     execute(checked, run)
     for made, path in zip(run.made, save_images(run.made, checked.graph, output), strict=True):
         seconds = round(time.perf_counter() - start, 3)
         print(
             json_line({"file": str(path), "node": made.node, "seconds": seconds}) if as_json else printable(str(path))
+        )
+
+
+def _export(files: WorkflowFiles, bundle: str) -> None:
+    """Export a bundle if need be; on a terminal the exporter's steps are shown."""
+    with Progress(
+        TextColumn("{task.description}", markup=False),
+        TimeElapsedColumn(),
+        console=stderr,
+        transient=True,
+        disable=not stderr.is_terminal,
+    ) as progress:
+        task = progress.add_task(f"checking {Path(bundle).name}", total=None)
+        files.ready(
+            bundle,
+            lambda text: stderr.print(printable(text), markup=False, highlight=False, soft_wrap=True),
+            lambda text: progress.update(task, description=printable(text)),
         )
 
 

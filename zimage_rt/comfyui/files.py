@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
+from ..checks import shown
 from .inputs import InputError
+
+# Endings of the files that ComfyUI lists in its loaders, and that of ComfyUI-GGUF.
+EXTENSIONS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
+# Names of files that a message lists.
+MAX_LISTED = 60
 
 
 class FolderFiles:
@@ -48,8 +55,8 @@ class FolderFiles:
         """See `Files`."""
         found = find_file(name, () if self._loras is None else (self._loras,))
         if found is None:
-            where = "there is no folder of LoRAs; name one with --loras" if self._loras is None else str(self._loras)
-            raise InputError("value_not_in_list", f"there is no LoRA {name!r}: {where}")
+            where = "there is no folder of LoRAs; name one with --loras" if self._loras is None else there(self._loras)
+            raise InputError("value_not_in_list", f"there is no LoRA {shown(name)}: {where}")
         return found
 
     def image(self, name: str) -> bytes:
@@ -66,8 +73,8 @@ class FolderFiles:
         """See `Files`."""
         found = find_file(name, () if self._upscalers is None else (self._upscalers,))
         if found is None:
-            where = "name their folder with --upscalers" if self._upscalers is None else str(self._upscalers)
-            raise InputError("value_not_in_list", f"there is no upscale model {name!r}: {where}")
+            where = "name their folder with --upscalers" if self._upscalers is None else there(self._upscalers)
+            raise InputError("value_not_in_list", f"there is no upscale model {shown(name)}: {where}")
         return found
 
 
@@ -84,10 +91,47 @@ def read_image(path: Path, name: str) -> bytes:
         raise InputError("value_not_in_list", f"{name!r} cannot be read: {error.strerror or error}") from error
 
 
-def find_file(name: str, folders: tuple[Path, ...]) -> Path | None:
-    """A file of a folder; names that lead out of it are not found."""
-    relative = PurePosixPath(name.replace("\\", "/"))
-    if relative.is_absolute() or ".." in relative.parts or not relative.parts:
+def find_file(name: str, folders: Sequence[Path]) -> Path | None:
+    """A file of the first folder that has it; names that lead out of it are not found.
+
+    Either separator parts a name's folders.
+    """
+    relative = relative_name(name)
+    if relative is None:
         return None
-    paths = (folder / relative for folder in folders)
-    return next((path for path in paths if path.is_file()), None)
+    for folder in folders:
+        try:
+            if (folder / relative).is_file():
+                return folder / relative
+        except (OSError, ValueError):  # a name that no file can have: too long, or a lone surrogate
+            return None
+    return None
+
+
+def relative_name(name: str) -> str | None:
+    """A file's name inside its folder, with `/` between its parts; None if it leads out of the folder."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts or not path.parts or PureWindowsPath(name).drive:
+        return None
+    return path.as_posix()
+
+
+def list_files(folders: Sequence[Path], extensions: Sequence[str] = EXTENSIONS) -> list[str]:
+    """The names of the files of folders and of all folders in them, sorted, as ComfyUI's loaders list them."""
+    return sorted({name for folder in folders for name in _names(folder) if name.lower().endswith(tuple(extensions))})
+
+
+def _names(folder: Path) -> Iterator[str]:
+    seen: set[str] = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(place))
+        # Links that lead back into a folder above would never end.
+        folders[:] = [each for each in folders if os.path.realpath(Path(place, each)) not in seen and each != ".git"]
+        yield from (Path(place, file).relative_to(folder).as_posix() for file in files)
+
+
+def there(*folders: Path) -> str:
+    """The files of folders for a message."""
+    names = list_files(folders)
+    more = "" if len(names) <= MAX_LISTED else f" and {len(names) - MAX_LISTED} more"
+    return f"{' and '.join(map(str, folders))} has {', '.join(names[:MAX_LISTED]) or 'none'}{more}"

@@ -186,7 +186,9 @@ def sampler_custom_advanced(
 def _sampled(
     run: Run, guider: Guider, noise: Noise, sampler: str, sigmas: np.ndarray, latent: Latent, seed: int
 ) -> Latent:
-    bundles = {guider.model.bundle, guider.positive.clip.bundle, (guider.negative or guider.positive).clip.bundle}
+    clips = (guider.positive.clip, (guider.negative or guider.positive).clip)
+    bundles = {run.together("text_encoder", guider.model.bundle, clip.bundle) for clip in clips}
     if len(bundles) > 1:
-        raise WorkflowError(f"model and clip: expected those of one bundle, got {', '.join(sorted(bundles))}")
+        raise WorkflowError(f"positive and negative: expected one text encoder, got those of {' and '.join(bundles)}")
+    guider = dataclasses.replace(guider, model=dataclasses.replace(guider.model, bundle=bundles.pop()))
     return sample(run.model_engine(guider.model), guider, noise, sampler, sigmas, latent, seed, run.on_step)
