@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 
 from .._core import randn
-from ..backends.base import Inpaint
+from ..backends.base import Control, Inpaint
 from ..denoise import DenoiseRequest
 from ..engine import Engine
 from ..request.types import Callback
@@ -70,6 +71,7 @@ def sample(
     latent: Latent,
     seed: int,
     callback: Callback | None = None,
+    control: Control | None = None,
 ) -> Latent:
     """Run a sampler over a latent.
 
@@ -81,30 +83,31 @@ def sample(
         latent: the input; its mask and batch index stay with the result.
         seed: of the noise between steps.
         callback: see `Engine.denoise`.
+        control: the ControlNet's input, or None.
 
     Raises:
-        WorkflowError: the sampler cannot do it. Cancelled: the callback returned False.
+        WorkflowError: the bundle does not serve the latents. Cancelled: the callback returned False.
     """
     if len(sigmas) < 2:
         return latent
     check_size(engine, latent)
     samples, first = latent.samples, sigmas[0]
     drawn = noise_of(noise, latent)
-    guided = guider.cfg != 1.0 and guider.negative is not None
-    if guided and guider.cfg < 1:
-        raise WorkflowError(f"cfg: expected 1 or more, got {guider.cfg:g}; less than 1 leads away from the prompt")
-    if sampler == "ddim" and latent.mask is not None:
-        raise WorkflowError("sampler_name: ddim takes other noise for a noise mask than it begins with; use euler")
+    # ComfyUI does not evaluate the negative prompt at a cfg this close to 1.
+    guided = guider.negative is not None and not math.isclose(guider.cfg, 1.0)
     request = DenoiseRequest(
         latents=first * drawn + (np.float32(1) - first) * samples,
-        prompt=guider.positive.prompt,
-        negative=(guider.negative or guider.positive).prompt,
+        prompts=guider.positive.prompts,
+        negatives=(guider.negative or guider.positive).prompts,
         sigmas=sigmas,
         sampler=sampler,
         shift=guider.model.shift,
         seed=seed,
         guidance_scale=guider.cfg - 1 if guided else 0.0,
-        mask=None if latent.mask is None else _latent_mask(latent, drawn),
+        cfg_norm=guider.model.cfg_norm,
+        timestep_multiplier=guider.model.timestep_multiplier,
+        control=control,
+        mask=None if latent.mask is None else _latent_mask(latent, drawn, sampler, seed),
         loras=dict(guider.model.loras),
     )
     result = engine.denoise(request, callback=callback)
@@ -124,8 +127,11 @@ def check_size(engine: Engine, latent: Latent) -> None:
             )
 
 
-def _latent_mask(latent: Latent, noise: np.ndarray) -> Inpaint:
+def _latent_mask(latent: Latent, noise: np.ndarray, sampler: str, seed: int) -> Inpaint:
     assert latent.mask is not None
+    if sampler == "ddim":
+        # ComfyUI keeps the image under other noise than the loop begins with, for this sampler alone.
+        noise = randn((seed + 1) % 2**64, list(latent.samples.shape))
     batch, _, height, width = latent.samples.shape
     mask = resize(latent.mask[:, None], height, width, "bilinear")
     if len(mask) not in (1, batch):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ..denoise import Prompt
+from ..denoise import CfgNorm, Prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,11 +18,16 @@ class Model:
         bundle: the name of its bundle.
         shift: the schedule's timestep shift.
         loras: weights by the names of their files.
+        cfg_norm, timestep_multiplier: see `DenoiseRequest`.
+        control: what its ControlNet follows, or None.
     """
 
     bundle: str
     shift: float
     loras: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    cfg_norm: CfgNorm = dataclasses.field(default_factory=CfgNorm)
+    timestep_multiplier: float = 1.0
+    control: Followed | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +46,39 @@ class Vae:
 
 
 @dataclasses.dataclass(frozen=True)
-class Conditioning:
-    """A prompt: CONDITIONING. It is encoded when it is used, because a LoRA of the model changes its context."""
+class ModelPatch:
+    """A ControlNet: MODEL_PATCH."""
 
-    prompt: Prompt
+    bundle: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Followed:
+    """What a ControlNet follows. It is encoded when it is used, because its size is that of the latents.
+
+    Attributes:
+        vae: encodes the images.
+        image: the control image as IMAGE, or None.
+        inpaint_image: the image of which parts are kept as IMAGE, or None.
+        mask: 1 to draw, 0 to keep as MASK, or None.
+        strength: the factor of the ControlNet's outputs.
+    """
+
+    vae: Vae
+    image: np.ndarray | None
+    inpaint_image: np.ndarray | None
+    mask: np.ndarray | None
+    strength: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Conditioning:
+    """Prompts, of whose predictions the mean counts: CONDITIONING.
+
+    They are encoded when they are used, because a LoRA of the model changes their contexts.
+    """
+
+    prompts: tuple[Prompt, ...]
     clip: Clip
 
 

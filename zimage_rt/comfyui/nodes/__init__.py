@@ -1,5 +1,15 @@
 """All nodes: importing this package registers them."""
 
-from . import conditioning, images, latents, loaders, masks, primitives, samplers, upscale
+from . import conditioning, images, latents, loaders, masks, model_patches, primitives, samplers, upscale
 
-__all__ = ["conditioning", "images", "latents", "loaders", "masks", "primitives", "samplers", "upscale"]
+__all__ = [
+    "conditioning",
+    "images",
+    "latents",
+    "loaders",
+    "masks",
+    "model_patches",
+    "primitives",
+    "samplers",
+    "upscale",
+]

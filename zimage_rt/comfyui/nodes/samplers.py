@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 import re
@@ -11,11 +10,12 @@ from typing import Annotated, Any
 import numpy as np
 
 from ..graph import WorkflowError
-from ..inputs import Choice, Number, Text, Whole
+from ..inputs import Choice, Text, Whole
 from ..registry import node
 from ..run import Run
 from ..sampling import ksampler_sigmas, sample, scheduler_sigmas
 from ..values import Guider, Latent, Noise
+from .model_patches import control_of
 from .sockets import (
     Cfg,
     ConditioningIn,
@@ -35,16 +35,6 @@ from .sockets import (
 
 Switch = Annotated[str, Choice(("enable", "disable"))]
 Step = Annotated[int, Whole(0, 10_000)]
-MIN_SHIFT = 0.01
-
-
-@node("ModelSamplingAuraFlow", "MODEL", category="advanced/model")
-def model_sampling(run: Run, model: ModelIn, shift: Annotated[float, Number(0.0, 100.0)] = 1.73) -> tuple[Any, ...]:
-    """A model with another timestep shift."""
-    del run
-    if shift < MIN_SHIFT:
-        raise WorkflowError(f"shift: expected {MIN_SHIFT} or more, got {shift:g}")
-    return (dataclasses.replace(model, shift=shift),)
 
 
 @node("KSampler", "LATENT", category="sampling")
@@ -191,4 +181,6 @@ def _sampled(
     if len(bundles) > 1:
         raise WorkflowError(f"positive and negative: expected one text encoder, got those of {' and '.join(bundles)}")
     guider = dataclasses.replace(guider, model=dataclasses.replace(guider.model, bundle=bundles.pop()))
-    return sample(run.model_engine(guider.model), guider, noise, sampler, sigmas, latent, seed, run.on_step)
+    control = control_of(run, guider.model, latent) if len(sigmas) > 1 else None
+    engine = run.model_engine(guider.model)
+    return sample(engine, guider, noise, sampler, sigmas, latent, seed, run.on_step, control)
