@@ -1,15 +1,43 @@
 """All nodes: importing this package registers them."""
 
-from . import conditioning, images, latents, loaders, masks, model_patches, primitives, samplers, upscale
+from . import (
+    compose,
+    conditioning,
+    filters,
+    images,
+    latent_math,
+    latents,
+    loaders,
+    logic,
+    masks,
+    model_patches,
+    numbers,
+    omni,
+    primitives,
+    resizing,
+    samplers,
+    sigmas,
+    text,
+    upscale,
+)
 
 __all__ = [
+    "compose",
     "conditioning",
+    "filters",
     "images",
+    "latent_math",
     "latents",
     "loaders",
+    "logic",
     "masks",
     "model_patches",
+    "numbers",
+    "omni",
     "primitives",
+    "resizing",
     "samplers",
+    "sigmas",
+    "text",
     "upscale",
 ]
