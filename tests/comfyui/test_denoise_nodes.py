@@ -308,6 +308,18 @@ def test_masked_samplers_are_comfyuis(case: str, expected: np.ndarray, mask: np.
     assert difference(job.latents[0], expected) < TOLERANCES.get(name, TOLERANCE)
 
 
+# --- sizes -----------------------------------------------------------------------------------------------------------
+
+
+def test_latents_of_more_than_2_28_numbers_are_refused(nodes: Nodes) -> None:
+    for make in (latents.empty, latents.empty_image):
+        with pytest.raises(WorkflowError, match="batch_size: expected at most 268435456 numbers"):
+            make(nodes.run, 16384, 16384, 5)
+    with pytest.raises(WorkflowError, match="amount: expected at most 268435456 numbers"):
+        latents.repeat(nodes.run, Latent(np.zeros((64, 16, 512, 512), np.float32)), 2)
+    assert len(latents.repeat(nodes.run, nodes.empty(), 64)[0].samples) == 64
+
+
 # --- ControlNets -----------------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from ..graph import WorkflowError
 from ..inputs import Whole
 from ..registry import node
-from ..resize import resize
+from ..resize import check_numbers, resize
 from ..run import Run
 from ..values import Latent, Vae
 from .sockets import Batch, Crop, Factor, ImageIn, LatentIn, LatentMethod, MaskIn, Pixels, VaeIn
@@ -24,7 +24,9 @@ Size = Annotated[int, Whole(16, 16384)]
 def empty(run: Run, width: Size = 1024, height: Size = 1024, batch_size: Batch = 1) -> tuple[Any, ...]:
     """Latents of nothing, of which only noise is left at a denoise of 1."""
     del run
-    return (Latent(np.zeros((batch_size, CHANNELS, height // FACTOR, width // FACTOR), np.float32)),)
+    shape = (batch_size, CHANNELS, height // FACTOR, width // FACTOR)
+    check_numbers("batch_size", *shape)
+    return (Latent(np.zeros(shape, np.float32)),)
 
 
 @node("EmptyLatentImage", "LATENT", category="latent")
@@ -137,6 +139,7 @@ def repeat(run: Run, samples: LatentIn, amount: Annotated[int, Whole(1, 64)] = 1
     """A batch several times over, each with noise of its own."""
     del run
     mask, places = samples.mask, samples.batch_index
+    check_numbers("amount", amount, *samples.samples.shape)
     if mask is not None and len(mask) > 1:
         mask = np.tile(mask[np.arange(len(samples.samples)) % len(mask)], (amount, 1, 1))
     if places is not None:
