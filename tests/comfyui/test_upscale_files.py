@@ -297,11 +297,20 @@ ATTENTION = "layers.0.residual_group.blocks.0.norm1.weight"
         (SMALL | {"body.2.bias": torch.full((8,), float("nan"))}, "body.2.bias: expected finite numbers"),
         (SMALL | {"body.2.bias": torch.zeros(8, dtype=torch.int64)}, "body.2.bias: expected floating-point"),
         (renamed(without(BIG, "model.8.weight"), "basicsr"), "expected model.8.weight"),
+        (BIG | {"model.1.sub.0.RDB1.conv1.1.weight": torch.zeros(32)}, "further weights: model.1.sub.0.RDB1.conv1.1"),
+        (SMALL | {"body.3.bias": torch.zeros(8)}, "got one with further weights: body.3.bias"),
     ],
 )
 def test_a_model_that_is_not_served_is_named(state: State, message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=rf"x\.pth: .*{message}"):
         load_upscaler(save(state, tmp_path / "x.pth"), "x.pth")
+
+
+def test_what_new_names_have_beside_the_network_is_left_out(tmp_path: Path) -> None:
+    """As in ComfyUI, which takes the weights that it knows from such files."""
+    state = renamed(BIG, "basicsr")
+    more = save(state | {"discriminator.weight": torch.zeros(3)}, tmp_path / "more.pth")
+    assert model_bytes(more) == model_bytes(save(state, tmp_path / "x.pth"))
 
 
 def test_what_is_no_dict_is_refused(tmp_path: Path) -> None:

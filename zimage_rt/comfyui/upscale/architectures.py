@@ -59,17 +59,26 @@ def build(weights: Weights) -> Network:
     """The network that weights belong to. Raises ValueError if it is not of the ESRGAN type, or lacks weights."""
     names = weights.shapes
     if {"body.0.weight", "body.1.weight"} <= names.keys():
-        return _compact(weights)
-    if "model.0.weight" in names and any(name.startswith("model.1.sub.0.RDB1.conv1") for name in names):
-        return _Rrdb(weights).build()
+        return _whole(_compact(weights), weights)
     if "conv_first.weight" in names and names.keys() & {"body.0.rdb1.conv1.weight", "RRDB_trunk.0.RDB1.conv1.weight"}:
-        return _Rrdb(_in_old_names(weights)).build()
+        weights = _in_old_names(weights)
+        return _whole(_Rrdb(weights).build(), weights)
+    if "model.0.weight" in names and any(name.startswith("model.1.sub.0.RDB1.conv1") for name in names):
+        return _whole(_Rrdb(weights).build(), weights)
     what = next((f"a {other} model" for name, other in _OTHERS.items() if name in names), "")
     what = what or f"weights named {', '.join(name[:80] for name in list(names)[:3])}"
     raise ValueError(
         f"expected an ESRGAN-type model (RRDBNet or SRVGGNetCompact), got {what}; "
         "take one such as RealESRGAN_x4plus or 4x-UltraSharp"
     )
+
+
+def _whole(network: Network, weights: Weights) -> Network:
+    """The network, if it has all of the weights: a variant of it would give another image. Raises ValueError."""
+    left = weights.shapes.keys() - weights.used
+    if left:
+        raise ValueError(f"expected an RRDBNet or SRVGGNetCompact, got one with further weights: {min(left)[:80]}")
+    return network
 
 
 def _in_old_names(weights: Weights) -> Weights:

@@ -29,10 +29,12 @@ class Weights:
     Attributes:
         shapes: by name.
         load: the numbers of a name, fp32.
+        used: the names that were read.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     load: Callable[[str], np.ndarray]
+    used: set[str] = dataclasses.field(default_factory=set)
 
     def read(self, name: str, *shape: int) -> np.ndarray:
         """The numbers of a name, fp32. Raises ValueError if it is missing, has another shape, or is not finite."""
@@ -46,6 +48,7 @@ class Weights:
             raise ValueError(f"{name}: {error}") from error
         if not np.isfinite(found).all():
             raise ValueError(f"{name}: expected finite numbers, got NaN or infinity; the file is damaged")
+        self.used.add(name)
         return found
 
     def renamed(self, rename: Callable[[str], str | None]) -> Weights:
