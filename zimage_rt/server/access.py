@@ -21,7 +21,7 @@ from .service import Service, last_pass, total_steps
 OPEN_PATHS = ("/", "/zimage", "/favicon.ico", "/healthz", "/readyz")
 OPEN_PREFIXES = ("/web/",)
 # Any user's name with the key as its password; clients may send the key as a bearer token all the same.
-BASIC = 'Basic realm="zimage", charset="UTF-8", Bearer'
+BASIC = 'Basic realm="zimage", charset="UTF-8"'
 # Methods of requests that ask for work.
 COUNTED_METHODS = ("POST", "PUT", "PATCH")
 # Those of ComfyUI's protocol that do not, with or without `/api` before them.
@@ -163,7 +163,7 @@ class KeyGuard:
         except ZImageError as error:
             answer = answer_to(error)
             if isinstance(error, Unauthorized) and self._asks_the_user(scope["path"]):
-                answer.headers["WWW-Authenticate"] = BASIC
+                answer.headers.append("WWW-Authenticate", BASIC)  # not in one line: Chromium takes the first alone
             await answer(scope, receive, send)
             return
         await self._app(scope, receive, send)
