@@ -253,7 +253,8 @@ class KeptBundles:
                 f"hand: zimage-export {path}"
             )
         size = sum(file.stat().st_size for file in (self.folder / name).iterdir())
-        say(f"exported in {time.monotonic() - start:.0f} s, {size / 1e9:.1f} GB")
+        shown_size = f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+        say(f"exported in {time.monotonic() - start:.0f} s, {shown_size}")
 
     def _share(self, name: str, manifest: Manifest) -> None:
         """Make files that another bundle of the folder has, too, hard links to them: models share a text encoder."""

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..atomic_write import atomic_write
-from ..bundle.safetensors_file import TensorFile
 from ..errors import ZImageError
 from .files import list_files
+from .upscale.weights import open_weights
 
 # Z-Image's template, in place of a tokenizer's own: that of Qwen2.5 has a system prompt.
 TEMPLATE = "<|im_start|>user\n{{ messages[0].content }}<|im_end|>\n<|im_start|>assistant{{ '\\n' }}"
@@ -20,6 +22,8 @@ _SPLIT = (
 _TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 # The file of the weights in a folder of diffusers.
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+# Endings of TAEF1's files: those of safetensors, and of `torch.save`, as its author gives them for ComfyUI.
+TINY_ENDINGS = (".safetensors", ".sft", ".pth", ".pt")
 # config.json of madebyollin/taef1: no tensor shows these numbers.
 _TINY_CONFIG = {
     "_class_name": "AutoencoderTiny", "act_fn": "relu", "in_channels": 3, "out_channels": 3, "latent_channels": 16,
@@ -114,40 +118,35 @@ def _joined(vocabulary: Path, merges: Path, config: Path) -> bytes:
 
 
 def tiny_vae_sources(models: Path) -> list[Path]:
-    """The files of TAEF1: ComfyUI's pair in `vae_approx`, or one in `vae`; none if there is none that is read.
-
-    ComfyUI also takes pickles (`.pth`), which nothing here reads.
-    """
-    endings = (".safetensors", ".sft")
+    """The files of TAEF1: ComfyUI's pair in `vae_approx`, or one in `vae`; none if there is none."""
+    names = list_files([models / "vae_approx"], TINY_ENDINGS)
     pair = [
-        next((name for name in list_files([models / "vae_approx"], endings) if name.startswith(f"taef1_{part}.")), None)
-        for part in ("encoder", "decoder")
+        next((name for name in names if name.startswith(f"taef1_{part}.")), None) for part in ("encoder", "decoder")
     ]
     if all(pair):
         return [models / "vae_approx" / str(name) for name in pair]
-    single = [name for name in list_files([models / "vae"], endings) if name.lower().startswith("taef1")]
+    single = [name for name in list_files([models / "vae"], TINY_ENDINGS) if name.lower().startswith("taef1")]
     return [models / "vae" / single[0]] if single else []
 
 
 def make_tiny_vae(sources: list[Path], folder: Path) -> None:
     """Write TAEF1 as diffusers' folder, from the files of `tiny_vae_sources`. Raises MissingPart."""
-    tensors: dict[str, tuple[str, list[int], bytes]] = {}
+    tensors: dict[str, np.ndarray] = {}
     for source in sources:
+        prefix = source.name.partition(".")[0].replace("taef1_", "taesd_") + "." if len(sources) == 2 else ""
         try:
-            file = TensorFile(source)
-            prefix = source.name.partition(".")[0].replace("taef1_", "taesd_") + "." if len(sources) == 2 else ""
-            for name in file.tensors:
-                content = file.stored(name).tobytes()
-                tensors[_diffusers_name(prefix + name)] = (file.dtype(name), list(file.shape(name)), content)
+            weights = open_weights(source)
+            tensors |= {_diffusers_name(prefix + name): weights.load(name) for name in weights.shapes}
         except (OSError, ValueError) as error:
             raise MissingPart(f"{source} cannot be read as TAEF1: {error}; fetch it again") from error
     header: dict[str, Any] = {}
     place = 0
-    for name, (dtype, shape, content) in tensors.items():
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [place, place + len(content)]}
-        place += len(content)
+    for name, numbers in tensors.items():
+        places = [place, place + numbers.nbytes]
+        header[name] = {"dtype": "F32", "shape": list(numbers.shape), "data_offsets": places}
+        place = places[1]
     head = _padded(json.dumps(header).encode())
-    body = b"".join(content for _, _, content in tensors.values())
+    body = b"".join(numbers.astype("<f4", copy=False).tobytes() for numbers in tensors.values())
     _write(folder / WEIGHTS, len(head).to_bytes(8, "little") + head + body)
     _write(folder / "config.json", json.dumps(_TINY_CONFIG, indent=1).encode())
 

@@ -41,7 +41,7 @@ FOLDERS: Mapping[str, Sequence[str]] = {
 }
 OLD_NAMES = {"unet": "diffusion_models", "clip": "text_encoders"}
 # The VAE that ComfyUI lists if `vae_approx` has its two files.
-TAEF1 = "taef1"
+TAEF1, PAIR = "taef1", "taef1_encoder and taef1_decoder (.safetensors or .pth)"
 FULL, TINY = vae_decoder("full"), vae_decoder("tiny")
 
 
@@ -71,10 +71,11 @@ class ModelsFolder:
     def list(self, name: str) -> Sequence[str]:
         """The files of one of ComfyUI's folders, relative to it and sorted, as its loaders offer them."""
         found = list_files(self.folders(name))
-        return [*found, TAEF1] if name == "vae" and self._has_taef1 else found
+        return [*found, TAEF1] if name == "vae" and self.has_taef1 else found
 
     @property
-    def _has_taef1(self) -> bool:
+    def has_taef1(self) -> bool:
+        """Whether `vae_approx` has the two files of TAEF1."""
         return len(tiny_vae_sources(self.folder)) == 2
 
     def find(self, name: str, file: str) -> Path:
@@ -176,16 +177,16 @@ class WorkflowFiles:
 
     def bundle(self, folder: str, name: str) -> str:
         """See `Files`: the path of the first bundle that has a file, which may not have been exported yet."""
-        is_tiny = is_tiny_vae((folder, name))
-        if not is_tiny:
+        named: Named = (folder, relative_name(name) or name)
+        is_tiny = is_tiny_vae(named)
+        if named != ("vae", TAEF1):
             self._models.find(folder, name)
-        elif not (tiny_vae_sources(self._models.folder) or "tiny_vae" in self._settings.get("parts", {})):
+        elif not (self._models.has_taef1 or "tiny_vae" in self._settings.get("parts", {})):
             raise InputError(
                 "value_not_in_list",
-                f"there is no {name!r}: expected taef1_encoder.safetensors and taef1_decoder.safetensors in "
-                f"{self._models.folder / 'vae_approx'}; {there(*self._models.folders('vae'))}",
+                f"there is no {name!r}: expected {PAIR} in {self._models.folder / 'vae_approx'}; "
+                f"{there(*self._models.folders('vae'))}",
             )
-        named: Named = (folder, relative_name(name) or name)
         for path, bundle in self._bundles.items():
             if is_tiny or named in dataclasses.astuple(bundle.parts):
                 return path
@@ -246,7 +247,7 @@ class WorkflowFiles:
             if TINY not in manifest.modules:
                 raise MissingPart(
                     f"the backend has no full VAE, so that {found.parts.vae[1]} is not used, and there is no tiny "
-                    "one; put taef1_encoder.safetensors and taef1_decoder.safetensors into vae_approx"
+                    f"one; put {PAIR} into vae_approx"
                 )
             say(f"the backend has no full VAE: TAEF1 is used in place of {found.parts.vae[1]}")
         return Path(bundle)
