@@ -292,3 +292,25 @@ def test_saved_images_are_numbered_and_carry_the_workflow(tmp_path: Path, engine
     (tmp_path / "plain.png").write_bytes((DATA / "input_mask.png").read_bytes())
     with pytest.raises(WorkflowError, match="expected a PNG that carries a workflow"):
         read_workflow(tmp_path / "plain.png")
+
+
+# --- switches and outputs --------------------------------------------------------------------------------------------
+
+
+def test_a_node_that_shows_and_is_needed_shows_again(engine: zimage_rt.Engine) -> None:
+    def graph(end: str) -> dict[str, Any]:
+        return {
+            "1": {"class_type": "PrimitiveString", "inputs": {"value": "a"}},
+            "z": {"class_type": "PreviewAny", "inputs": {"source": ["3", 0]}},
+            "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}},
+            "3": {
+                "class_type": "StringConcatenate",
+                "inputs": {"string_a": ["2", 0], "string_b": end, "delimiter": ""},
+            },
+        }
+
+    cache: Cache = {}
+    first, _ = draw(graph("b"), engine, cache)
+    again, reused = draw(graph("c"), engine, cache)
+    assert [each.text for each in first.shown] == ["a", "ab"]
+    assert [each.text for each in again.shown] == ["a", "ac"] and reused == ["1"]

@@ -44,16 +44,16 @@ class _Execution:
         known = {signature: cache[signature] for signature in self._signatures.values() if signature in cache}
         cache.clear()
         cache.update(known)
+        self._outputs = set(checked.outputs)
         self._shown = {
             name for name in checked.outputs if is_shown(self._signatures[name]) and self._signatures[name] in cache
         }
 
     def run(self) -> list[str]:
-        outputs = set(self._plan.outputs)
         reused = [
             name
             for name in self._plan.order
-            if (name in self._shown if name in outputs else self._signatures[name] in self._cache)
+            if (name in self._shown if name in self._outputs else self._signatures[name] in self._cache)
         ]
         self._run.events.cached(reused)
         for output in self._plan.outputs:
@@ -71,7 +71,9 @@ class _Execution:
             if name in self._results:
                 waiting.pop()
                 continue
-            if name != output and (known := self._cache.get(self._signatures[name])) is not None:
+            known = self._cache.get(self._signatures[name])
+            # An output node is taken from the cache only if what it shows is there already.
+            if known is not None and (name in self._shown or name not in self._outputs):
                 self._results[name] = known
                 continue
             missing = [each for each in self._needs(self._graph[name]) if each not in self._results]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .inputs import Choice, File, Flag, Number, Socket, Spec, Text, Whole
+from .nodes.dynamic import GROUPS, Group
 from .registry import REQUIRED, Input, NodeKind
 
 # The titles that ComfyUI's editor shows, if they are not the class's own words.
@@ -29,6 +30,16 @@ OUTPUT_NAMES: Mapping[str, Sequence[str]] = {
     "InpaintModelConditioning": ("positive", "negative", "latent"),
     "SamplerCustom": ("output", "denoised_output"),
     "SamplerCustomAdvanced": ("output", "denoised_output"),
+    "SplitSigmas": ("high_sigmas", "low_sigmas"),
+    "SplitSigmasDenoise": ("high_sigmas", "low_sigmas"),
+    "StringLength": ("length",),
+    "StringContains": ("contains",),
+    "RegexMatch": ("matches",),
+    "ComfySwitchNode": ("output",),
+    "ComfyPassOrNoneNode": ("output", "is_none"),
+    "ComfyMathExpression": ("FLOAT", "INT", "BOOL"),
+    "ResizeImageMaskNode": ("resized",),
+    "MaskPreview": ("mask",),
 }
 # The widgets of seeds, beside which the editor has `control_after_generate`.
 SEEDS = ("seed", "noise_seed")
@@ -40,7 +51,11 @@ ListFiles = Callable[[str], Sequence[str]]
 def object_info(kind: NodeKind, list_files: ListFiles) -> dict[str, Any]:
     """The description of a kind of node; `list_files` names what loaders may choose."""
     inputs: dict[str, dict[str, Any]] = {"required": {}, "optional": {}}
+    group = GROUPS.get(kind.name)
     for name, wanted in kind.inputs.items():
+        if group is not None and name.startswith(f"{group.name}."):
+            inputs["required"][group.name] = _group(group)
+            continue
         is_optional = isinstance(wanted.spec, Socket) and wanted.default is not REQUIRED
         inputs["optional" if is_optional else "required"][name] = _input(name, wanted, name in kind.lazy, list_files)
     used = {place: given for place, given in inputs.items() if given or place == "required"}
@@ -66,13 +81,20 @@ def _input(name: str, wanted: Input, is_lazy: bool, list_files: ListFiles) -> li
     spec = wanted.spec
     if isinstance(spec, Socket):
         return [spec.type, {"lazy": True}] if is_lazy else [spec.type]
-    default = spec.default if wanted.default is REQUIRED else wanted.default
+    default = spec.default if wanted.default in (REQUIRED, None) else wanted.default
     if isinstance(spec, File):
         more = {"image_upload": True} if spec.folder == "input" else {}
         return [list(list_files(spec.folder)), more]
     if isinstance(spec, Choice):
         return [list(spec.options), {"default": spec.options[0] if default is None else default}]
     return [spec.type, _options(name, spec, default)]
+
+
+def _group(group: Group) -> list[Any]:
+    """ComfyUI's form of a group that grows in the editor."""
+    place = "required" if group.least else "optional"
+    template = {"input": {place: {"value": [group.spec.type, {}]}}, "names": list(group.names), "min": group.least}
+    return ["COMFY_AUTOGROW_V3", {"template": template}]
 
 
 def _options(name: str, spec: Spec, default: Any) -> dict[str, Any]:

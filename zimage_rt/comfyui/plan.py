@@ -62,7 +62,7 @@ class _Check:
     def _missing(self, node: Node, name: str, wanted: Input) -> None:
         if wanted.default is REQUIRED:
             self.fault(node, "required_input_missing", f"expected {wanted.spec.type}, got nothing", name)
-        else:
+        elif wanted.default is not None:
             self.warnings.append(f"{node.label}: {name} is left out; {wanted.default!r} is taken")
 
     def _link(self, node: Node, name: str, wanted: Input, link: Link) -> None:

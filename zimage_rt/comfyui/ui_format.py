@@ -15,6 +15,7 @@ from ..checks import shown
 from . import nodes as all_nodes
 from .graph import MAX_NODES, Link, Node, WorkflowError
 from .inputs import Socket
+from .nodes.dynamic import Branch
 from .registry import NODES, NodeKind
 
 assert all_nodes.__all__  # importing them registers them
@@ -211,12 +212,15 @@ def _widget_values(node: Mapping[str, Any]) -> dict[str, Any]:
 
 def _by_place(kind: NodeKind, values: Sequence[Any]) -> Iterator[tuple[str, Any]]:
     place = 0
-    for name, wanted in kind.inputs.items():
-        if isinstance(wanted.spec, Socket):
-            continue
-        if place >= len(values):
-            return
+    names = [name for name, wanted in kind.inputs.items() if not isinstance(wanted.spec, Socket)]
+    while names and place < len(values):
+        name = names.pop(0)
         yield name, values[place]
+        spec = kind.inputs[name].spec
+        if isinstance(spec, Branch):  # the inputs of the option that is chosen, and of no other
+            parts = [f"{name}.{part}" for part in spec.parts.get(str(values[place]), ())]
+            later = [each for each in names if not each.startswith(f"{name}.")]
+            names = [each for each in parts if each in names] + later
         place += 1
         if name in SEEDS and place < len(values) and values[place] in CONTROL:
             place += 1
