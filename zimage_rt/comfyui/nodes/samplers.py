@@ -182,6 +182,7 @@ def _sampled(
     if len(bundles) > 1:
         raise WorkflowError(f"positive and negative: expected one text encoder, got those of {' and '.join(bundles)}")
     guider = dataclasses.replace(guider, model=dataclasses.replace(guider.model, bundle=bundles.pop()))
+    run.events.samples(run.node, latent.samples.shape, len(sigmas) - 1)
     control = control_of(run, guider.model, latent) if len(sigmas) > 1 else None
     engine = run.model_engine(guider.model)
     return sample(engine, guider, noise, sampler, sigmas, latent, seed, run.on_step, control)
