@@ -179,6 +179,14 @@ def test_prompts_of_two_bundles_are_not_combined(nodes: Nodes) -> None:
         conditioning.combine(nodes.run, nodes.text(SHORT), other)
 
 
+def test_combining_without_end_is_refused(nodes: Nodes) -> None:
+    found = nodes.text(SHORT)
+    for _ in range(6):
+        (found,) = conditioning.combine(nodes.run, found, found)
+    with pytest.raises(WorkflowError, match="conditioning_2: expected at most 64 prompts in all, got 128"):
+        conditioning.combine(nodes.run, found, found)
+
+
 # --- guidance --------------------------------------------------------------------------------------------------------
 
 

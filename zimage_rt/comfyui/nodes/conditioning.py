@@ -13,6 +13,9 @@ from ..values import Conditioning, Latent
 from .latents import encode
 from .sockets import ClipIn, ConditioningIn, ImageIn, MaskIn, Prompt, VaeIn, YesNo
 
+# Prompts of one CONDITIONING: combining one with itself, and that again, doubles them each time.
+MAX_PROMPTS = 64
+
 
 @node("CLIPTextEncode", "CONDITIONING", category="conditioning")
 def encode_text(run: Run, text: Prompt, clip: ClipIn) -> tuple[Any, ...]:
@@ -39,6 +42,9 @@ def combine(run: Run, conditioning_1: ConditioningIn, conditioning_2: Conditioni
             f"conditioning_2: expected prompts of the bundle {one.clip.bundle}, got those of {two.clip.bundle}; "
             "use one CLIP for both"
         )
+    count = len(one.prompts) + len(two.prompts)
+    if count > MAX_PROMPTS:
+        raise WorkflowError(f"conditioning_2: expected at most {MAX_PROMPTS} prompts in all, got {count}")
     return (Conditioning((*one.prompts, *two.prompts), one.clip),)
 
 
