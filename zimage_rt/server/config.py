@@ -263,7 +263,10 @@ class ServiceConfig:
 
 
 def read_config(path: Path) -> ServiceConfig:
-    """Read a TOML file. Relative folders begin at the file's own. Raises ConfigError."""
+    """Read a TOML file. Relative folders begin at the file's own. Raises ConfigError.
+
+    Its mappings are plain dicts: the configuration is pickled for the workers' processes.
+    """
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -275,12 +278,17 @@ def read_config(path: Path) -> ServiceConfig:
             model,
             bundle=str(folder / model.bundle),
             loras=None if model.loras is None else str(folder / model.loras),
+            backend_options=dict(model.backend_options),
         )
         for name, model in config.models.items()
     }
     words = config.safety.words
     safety = dataclasses.replace(config.safety, words=None if words is None else str(folder / words))
     upscalers = config.comfyui.upscalers
-    comfyui = dataclasses.replace(config.comfyui, upscalers=None if upscalers is None else str(folder / upscalers))
+    comfyui = dataclasses.replace(
+        config.comfyui,
+        files=dict(config.comfyui.files),
+        upscalers=None if upscalers is None else str(folder / upscalers),
+    )
     place = str(folder / config.data)
     return dataclasses.replace(config, models=models, data=place, safety=safety, comfyui=comfyui)
