@@ -129,11 +129,18 @@ def _reference(text: str | None) -> dict[str, str]:
 
 
 def _masked(original: bytes, mask: bytes) -> bytes:
-    image = _opened(original).convert("RGBA")
+    """The original's colours and texts, and the alpha of the mask."""
+    from PIL.PngImagePlugin import PngInfo
+
+    opened = _opened(original)
+    texts = PngInfo()
+    for name, text in getattr(opened, "text", {}).items():  # a saved image has its workflow in them
+        texts.add_text(name, text)
+    image = opened.convert("RGBA")
     alpha = _opened(mask).convert("RGBA").getchannel("A")
     image.putalpha(alpha.resize(image.size) if alpha.size != image.size else alpha)
     encoded = io.BytesIO()
-    image.save(encoded, "PNG", compress_level=4)
+    image.save(encoded, "PNG", compress_level=4, pnginfo=texts)
     return encoded.getvalue()
 
 

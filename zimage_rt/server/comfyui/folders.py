@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -43,6 +44,7 @@ class OwnerFolder:
         self.user = UserData(root)
         self._numbers: dict[tuple[str, str], int] = {}  # the next one, by folder and prefix
         self._writing: dict[Path, bytes] = {}
+        self._uploading = threading.Lock()  # two uploads of one name must not find it free both
 
     def folder(self, kind: str, subfolder: str = "") -> Path:
         """A folder by its type and a path below it. Raises RequestError for one that leads elsewhere."""
@@ -100,12 +102,13 @@ class OwnerFolder:
 
         def keep() -> Path:
             target, number = path, 0
-            while not overwrite and target.exists():
-                if target.stat().st_size == len(content) and target.read_bytes() == content:
-                    return target
-                number += 1
-                target = path.with_name(f"{path.stem} ({number}){path.suffix}")
-            _write(target, content)
+            with self._uploading:
+                while not overwrite and target.exists():
+                    if target.stat().st_size == len(content) and target.read_bytes() == content:
+                        return target
+                    number += 1
+                    target = path.with_name(f"{path.stem} ({number}){path.suffix}")
+                _write(target, content)
             return target
 
         kept = await asyncio.to_thread(keep)
