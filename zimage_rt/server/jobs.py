@@ -246,6 +246,12 @@ class FairQueue:
         """Let a job wait again, before its owner's others of its priority; never refused."""
         self._put(job, next(self._fronts))
 
+    def add_before(self, job: Job, other: Job) -> None:
+        """Let a job wait right before another of its owner and priority, which waits."""
+        jobs = self._owners[job.owner]
+        place = next(i for i, entry in enumerate(jobs) if entry[2] is other)
+        jobs.insert(place, (*jobs[place][:2], job))  # sorting keeps the order of equal ones
+
     def _put(self, job: Job, order: int) -> None:
         jobs = self._owners.setdefault(job.owner, [])
         jobs.append((-job.priority, order, job))

@@ -251,14 +251,17 @@ class Service:
         self.store.check_room()
         self._check_room()
 
-    def submit_workflow(self, job: Job, *, first: bool = False) -> None:
-        """Let a workflow's job wait, before the others of its owner if `first`. Raises what `check_takes_jobs` does."""
+    def submit_workflow(self, job: Job, *, before: Job | None = None) -> None:
+        """Let a workflow's job wait, right before another of its owner or last. Raises what `check_takes_jobs` does."""
         self.check_takes_jobs()
-        self._add(job, first=first)
+        self._add(job, before)
 
-    def _add(self, job: Job, *, first: bool = False) -> None:
+    def _add(self, job: Job, before: Job | None = None) -> None:
         self.jobs[job.id] = job
-        (self.queue.add_first if first else self.queue.add)(job)
+        if before is None:
+            self.queue.add(job)
+        else:
+            self.queue.add_before(job, before)
         job.tell("queued", position=self.queue.position(job))
         self._dispatch()
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import time
 import uuid
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, WebSocket, WebSocketDisconnect
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 
 from ...checks import shown
 from ...comfyui.graph import MAX_BYTES, WorkflowError
@@ -33,6 +34,8 @@ MAX_STRUCTURE, MAX_DEPTH = MAX_BYTES, 64
 FEATURES: Mapping[str, Any] = {"supports_preview_metadata": True, "max_upload_size": 64 << 20}
 # Characters of a client's id.
 MAX_CLIENT = 200
+# Keys of Comfy's own services, which clients send along: nothing here needs them, and they are not kept.
+SECRETS = ("api_key_comfy_org", "auth_token_comfy_org")
 
 
 def workflows_of(request: Request) -> Workflows:
@@ -92,9 +95,11 @@ async def _submit(body: Mapping[str, Any], client: str | None, workflows: Workfl
     extra = body.get("extra_data", {})
     if not isinstance(extra, dict):
         raise WorkflowError(f"extra_data: expected an object, got {shown(extra)}")
+    extra = {name: value for name, value in extra.items() if name not in SECRETS}
     client = body.get("client_id", client)
     if isinstance(client, str):
-        extra = {**extra, "client_id": client[:MAX_CLIENT]}
+        extra["client_id"] = client[:MAX_CLIENT]
+    extra["create_time"] = int(time.time() * 1000)
     graph = await asyncio.to_thread(parse_workflow, sent, "prompt")
     run, _ = await workflows.submit(
         who,
@@ -143,30 +148,32 @@ async def queue(workflows: WorkflowsOf, who: CallerOf) -> dict[str, Any]:
 
 
 @router.post("/queue")
-async def change_queue(request: Request, workflows: WorkflowsOf, who: CallerOf) -> JSONResponse:
+async def change_queue(request: Request, workflows: WorkflowsOf, who: CallerOf) -> Response:
     """Take all workflows that wait out of the queue (`clear`), or some (`delete`)."""
     body = await read_body(request)
     named = ids_of(body, "delete")
     for run in workflows.of(who.name):
         if run.job.state == "queued" and (body.get("clear") or run.job.id in named):
             workflows.cancel(run)
-    return JSONResponse(None)
+    return Response()
 
 
 @router.post("/interrupt")
-async def interrupt(request: Request, workflows: WorkflowsOf, who: CallerOf) -> JSONResponse:
-    """Stop the workflow that runs, or the one of `prompt_id` if it runs."""
-    wanted = (await read_body(request)).get("prompt_id")
+async def interrupt(request: Request, workflows: WorkflowsOf, who: CallerOf) -> Response:
+    """Stop the workflows that run, or the one of `prompt_id` if it runs. A body that is no JSON says nothing."""
+    wanted = None
+    with contextlib.suppress(RequestError):
+        wanted = (await read_body(request)).get("prompt_id")
     for run in workflows.of(who.name):
-        if run.job.state == "running" and wanted in (None, run.job.id):
+        if run.job.state == "running" and (not wanted or wanted == run.job.id):
             workflows.cancel(run)
-    return JSONResponse(None)
+    return Response()
 
 
 @router.post("/free")
-async def free(who: CallerOf) -> JSONResponse:
+async def free(who: CallerOf) -> Response:
     """Nothing: models stay loaded as the configuration has it."""
-    return JSONResponse(None)
+    return Response()
 
 
 def ids_of(body: Mapping[str, Any], name: str) -> list[str]:
@@ -196,7 +203,7 @@ async def one_of_history(job_id: str, workflows: WorkflowsOf, who: CallerOf) -> 
 
 
 @router.post("/history")
-async def change_history(request: Request, workflows: WorkflowsOf, who: CallerOf) -> JSONResponse:
+async def change_history(request: Request, workflows: WorkflowsOf, who: CallerOf) -> Response:
     """Forget all workflows that have ended (`clear`), or some (`delete`). Their images stay."""
     body = await read_body(request)
     named = ids_of(body, "delete")
@@ -204,7 +211,7 @@ async def change_history(request: Request, workflows: WorkflowsOf, who: CallerOf
         await workflows.history.remove(who.name)
     elif named:
         await workflows.history.remove(who.name, named)
-    return JSONResponse(None)
+    return Response()
 
 
 @router.get("/jobs")
@@ -217,15 +224,17 @@ async def jobs(
     sort_order: str = "desc",
     limit: int | None = None,
     offset: int = 0,
-) -> dict[str, Any]:
+) -> JSONResponse:
     """All workflows, or those in some states."""
-    wanted = set(messages.STATUSES.values()) if status is None else set(status.lower().split(","))
-    if strange := wanted - set(messages.STATUSES.values()):
-        raise RequestError(f"status: expected some of {', '.join(messages.STATUSES.values())}, got {shown(strange)}")
+    known = set(messages.STATUSES.values())
+    wanted = {each.strip().lower() for each in (status or "").split(",") if each.strip()} or known
+    if strange := wanted - known:
+        return _fault(f"status: expected some of {', '.join(messages.STATUSES.values())}, got {shown(sorted(strange))}")
+    sort_by, sort_order, offset = sort_by.lower(), sort_order.lower(), max(offset, 0)
     if sort_by not in ("created_at", "execution_duration") or sort_order not in ("asc", "desc"):
-        raise RequestError("sort_by: expected created_at or execution_duration, and sort_order asc or desc")
-    if (limit is not None and limit < 1) or offset < 0:
-        raise RequestError("limit: expected 1 or more, and an offset of 0 or more")
+        return _fault("sort_by: expected created_at or execution_duration, and sort_order asc or desc")
+    if limit is not None and limit < 1:
+        return _fault(f"limit: expected 1 or more, got {limit}")
     found = [messages.listed_job(run) for run in workflows.of(who.name)]
     found = [job for job in found if job["status"] in wanted]
     ended = sorted(wanted - {"pending", "in_progress"})
@@ -236,10 +245,13 @@ async def jobs(
     found.sort(key=key, reverse=sort_order == "desc")
     page = found[offset:] if limit is None else found[offset : offset + limit]
     more = offset + len(page) < len(found)
-    return {
-        "jobs": page,
-        "pagination": {"offset": offset, "limit": limit, "total": len(found), "has_more": more},
-    }
+    pagination = {"offset": offset, "limit": limit, "total": len(found), "has_more": more}
+    return JSONResponse({"jobs": page, "pagination": pagination})
+
+
+def _fault(text: str) -> JSONResponse:
+    """A refusal as ComfyUI's list of jobs says it."""
+    return JSONResponse({"error": text}, 400)
 
 
 def _created(job: Mapping[str, Any]) -> float:
@@ -261,7 +273,7 @@ async def job(job_id: str, workflows: WorkflowsOf, who: CallerOf) -> JSONRespons
     else:
         found = await workflows.history.entry(who.name, job_id)
         if found is None:
-            return JSONResponse({"error": "Job not found"}, 404)
+            return JSONResponse({"error": f"job: there is no {shown(job_id)}"}, 404)
         entry, listed = found
         outputs, graph, extra = entry["outputs"], entry["prompt"][2], entry["prompt"][3]
     return JSONResponse(
@@ -270,10 +282,19 @@ async def job(job_id: str, workflows: WorkflowsOf, who: CallerOf) -> JSONRespons
 
 
 @router.post("/jobs/cancel")
-async def cancel_jobs(request: Request, workflows: WorkflowsOf, who: CallerOf) -> dict[str, Any]:
-    """Stop some workflows; those that have ended stay as they are."""
-    named = ids_of(await read_body(request), "job_ids")
-    return {"cancelled": [job_id for job_id in named if _cancel(workflows, who, job_id)]}
+async def cancel_jobs(request: Request, workflows: WorkflowsOf, who: CallerOf) -> JSONResponse:
+    """Stop some workflows, and say whether any was stopped; those that have ended stay as they are."""
+    try:
+        named = (await read_body(request)).get("job_ids")
+    except RequestError as error:
+        return _fault(str(error))
+    if not isinstance(named, list):
+        return _fault(f"job_ids: expected a list of ids, got {shown(named)}")
+    if strange := [each for each in named if not (isinstance(each, str) and UUID.fullmatch(each))]:
+        said = [each if isinstance(each, str) else shown(each) for each in strange]
+        return JSONResponse({"error": "job_ids: expected UUIDs in lower case", "invalid_ids": said}, 400)
+    stopped = [job_id for job_id in named if _cancel(workflows, who, job_id)]
+    return JSONResponse({"cancelled": bool(stopped)})
 
 
 @router.post("/jobs/{job_id}/cancel")

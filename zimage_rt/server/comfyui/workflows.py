@@ -8,8 +8,8 @@ import itertools
 import json
 import logging
 import time
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..._version import __version__
@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 STATUS_SECONDS = 5.0
 # Output nodes whose files are known, so that an unchanged one need not be run again.
 MAX_SHOWN = 10_000
+# Values of `preview_method` that ask for previews; there is one kind of them here.
+PREVIEW_METHODS = ("auto", "latent2rgb", "taesd")
 # The text of a PNG with our own record of the workflow's image.
 RECORD = "zimage_rt_workflow"
 
@@ -95,6 +97,7 @@ class Workflows:
         self.runs: dict[str, WorkflowRun] = {}
         self._numbers = itertools.count()
         self._shown: OrderedDict[tuple[str, str], dict[str, list[Any]]] = OrderedDict()
+        self._held: dict[str, deque[tuple[Job, Callable[..., None], tuple[Any, ...]]]] = {}
         self._tasks: set[asyncio.Future[None]] = set()
         self._repeating: asyncio.Future[None] | None = None
         service.on_told = self._told
@@ -170,8 +173,8 @@ class Workflows:
         models = sorted(set(files.models.values())) or [self._service.config.default_model]
         for model in models:
             who.check_model(model)
-        count = next(self._numbers)
-        place = (-count if first else count) if number is None else number
+        if number is None:
+            number = next(self._numbers) * (-1 if first else 1)
         task = Task(
             owner=who.name,
             plan=checked,
@@ -183,10 +186,12 @@ class Workflows:
         )
         fields = {"prompt": prompt_of(checked), "workflow": dict(sent)}
         job = Job(fields, model=models[0], owner=who.name, job_id=job_id, workflow=task)
-        run = WorkflowRun(job, who, place, sent, extra_data, checked.outputs)
+        run = WorkflowRun(job, who, number, sent, extra_data, checked.outputs)
         self.runs[job.id] = run
         try:
-            self._service.submit_workflow(job, first=place < 0)
+            waiting = (each for each in self.of(who.name) if each.job.state == "queued" and each is not run)
+            following = next((each.job for each in waiting if each.number > number), None)
+            self._service.submit_workflow(job, before=following)
         except BaseException:
             del self.runs[job.id]
             raise
@@ -215,9 +220,11 @@ class Workflows:
         method = extra_data.get("preview_method", "default")
         if method == "none":
             return 0
+        if method in PREVIEW_METHODS:
+            return 1
         client = extra_data.get("client_id")
         socket = self.hub.client(owner, client if isinstance(client, str) else None)
-        return int(socket is not None and (socket.takes_metadata or method != "default"))
+        return int(socket is not None and socket.takes_metadata)
 
     def of(self, owner: str) -> list[WorkflowRun]:
         """The workflows of an owner that wait or run, in their order."""
@@ -238,9 +245,30 @@ class Workflows:
     # --- what a worker tells ----------------------------------------------------------------------------------------
 
     def _told(self, job: Job, name: str, data: Mapping[str, Any]) -> None:
+        self._in_order(job, getattr(self, f"_on_{name}"), data)
+
+    def _in_order(self, job: Job, handle: Callable[..., None], *data: Any) -> None:
+        """Handle what is told of a workflow after the end of the owner's one before it, which takes a moment.
+
+        A client hears of one workflow's end before the next begins, as of ComfyUI, which has one worker.
+        """
         run = self.runs.get(job.id)
-        if run is not None:
-            getattr(self, f"_on_{name}")(run, data)
+        if run is None:
+            return
+        held = self._held.get(job.owner)
+        if held is None:
+            handle(run, *data)
+        else:
+            held.append((job, handle, data))
+
+    def _release(self, owner: str) -> None:
+        """Handle what was held back, to the end of another workflow."""
+        held = self._held.pop(owner)
+        while held and owner not in self._held:
+            job, handle, data = held.popleft()
+            self._in_order(job, handle, *data)
+        if held:
+            self._held[owner].extend(held)
 
     def _on_cached(self, run: WorkflowRun, data: Mapping[str, Any]) -> None:
         run.outputs.clear()
@@ -274,13 +302,15 @@ class Workflows:
             return
         if socket.takes_metadata:
             socket.send(preview_with_metadata(data["preview"], messages.place_of_node(run.job.id, node)))
-        else:
+        elif run.extra_data.get("preview_method") in PREVIEW_METHODS:  # others take every binary message for a result
             socket.send(plain_preview(data["preview"]))
 
     def _on_executed(self, run: WorkflowRun, data: Mapping[str, Any]) -> None:
         node, key = data["node"], (run.job.owner, data["signature"])
         if data["is_cached"]:
             output = self._shown.get(key, {})
+            if output:
+                self._shown.move_to_end(key)
         else:
             output = self._keep(run, data)
             self._shown[key] = output
@@ -319,22 +349,33 @@ class Workflows:
     # --- the end ----------------------------------------------------------------------------------------------------
 
     def _ended(self, job: Job) -> None:
-        run = self.runs.get(job.id)
-        if run is not None:
-            self._background(self._finish(run))
+        self._in_order(job, self._end)
+
+    def _end(self, run: WorkflowRun) -> None:
+        self._held[run.job.owner] = deque()
+        self._background(self._finish_and_release(run))
+
+    async def _finish_and_release(self, run: WorkflowRun) -> None:
+        try:
+            await self._finish(run)
+        finally:
+            self._release(run.job.owner)
 
     async def _finish(self, run: WorkflowRun) -> None:
         """File a workflow that has ended, and tell it: clients read the history when they hear of the end."""
         failed = [each for each in await asyncio.gather(*run.writes, return_exceptions=True) if each is not None]
         for failure in failed:
             log.error("an image of workflow %s was not written: %s", run.job.id, failure)
+        if run.job.state == "cancelled" and run.job.started is None:
+            # What is taken from the queue leaves nothing, as in ComfyUI.
+            self.runs.pop(run.job.id, None)
+            self._send_status(run.job.owner)
+            return
         kind, said = messages.end_of(run, failed)
         logged = {**said, "prompt_id": run.job.id, "timestamp": int(time.time() * 1000)}
         run.log.append((kind, logged))
-        has_begun = any(name == "execution_start" for name, _ in run.log)
         try:
-            if has_begun or run.job.state != "cancelled":  # as in ComfyUI, what was taken from the queue leaves nothing
-                await self.history.add(run.job.owner, messages.listed_job(run), messages.history_entry(run))
+            await self.history.add(run.job.owner, messages.listed_job(run), messages.history_entry(run))
         except Exception:  # a full disk; the client gets its images all the same
             log.exception("workflow %s is not kept in the history", run.job.id)
         finally:
