@@ -133,6 +133,11 @@ class _Interruptible(Events):
         interrupt.check()
         return True
 
+    def progress(self, node: str, done: int, count: int) -> bool:
+        """See `Events`."""
+        interrupt.check()
+        return True
+
 
 def with_values(graph: Graph, texts: list[str]) -> Graph:
     """A graph with values of `NODE.INPUT=VALUE`; values are JSON, or text if they are no JSON. Raises WorkflowError."""

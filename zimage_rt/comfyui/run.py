@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from ..engine import Engine
+from ..errors import Cancelled
 from ..request.types import StepInfo
 from .inputs import InputError
 from .values import Model
@@ -89,6 +90,10 @@ class Events:
         """A sampler's node made a step; False ends the run."""
         return True
 
+    def progress(self, node: str, done: int, count: int) -> bool:
+        """A node that is no sampler did a part of its work; False ends the run."""
+        return True
+
     def executed(self, node: str, signature: str, shown: Sequence[Made | Said], *, is_cached: bool) -> None:
         """An output node ended; `shown` is empty if it was not run, because what it shows is there already."""
 
@@ -143,6 +148,11 @@ class Run:
             if name not in engine.loras:
                 engine.load_lora(self.files.lora(name), 0.0, name, strict=False)
         return engine
+
+    def tell(self, done: int, count: int) -> None:
+        """Say how much of its work the node has done. Raises Cancelled."""
+        if not self.events.progress(self.node, done, count):
+            raise Cancelled("the run was cancelled; no image was made")
 
     def on_step(self, info: StepInfo) -> bool:
         """The callback of a sampler's loop."""

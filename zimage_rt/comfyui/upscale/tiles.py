@@ -32,6 +32,11 @@ def upscale_in_tiles(image: np.ndarray, upscale: Upscale, scale: int, tile: int)
     return total
 
 
+def count_tiles(height: int, width: int, tile: int) -> int:
+    """The number of tiles of an image."""
+    return 1 if max(height, width) <= tile else len(_positions(height, tile)) * len(_positions(width, tile))
+
+
 def _positions(size: int, tile: int) -> list[int]:
     """The first pixels of the tiles along a side; one if it fits."""
     return list(range(0, size - OVERLAP, tile - OVERLAP)) if size > tile else [0]

@@ -26,8 +26,10 @@ VAES, TINY_VAES = ("ae.safetensors",), ("taef1.safetensors",)
 PATCHES = ("Z-Image-Turbo-Fun-Controlnet-Union.safetensors", "Z-Image-Turbo-Fun-Controlnet-Union-2.1.safetensors")
 # ComfyUI's older names of folders.
 FORMER_FOLDERS: Mapping[str, str] = {"unet": "diffusion_models", "clip": "text_encoders"}
+# What a text encoder that every model has stands for: that of the model that it meets.
+ANY_MODEL = "*"
 TRANSFORMER_FOLDERS = ("diffusion_models", "checkpoints")
-UPSCALER_SUFFIXES = (".pth", ".pt", ".safetensors")
+UPSCALER_SUFFIXES = (".pth", ".pt", ".safetensors", ".sft")
 
 
 class ModelFiles:
@@ -38,6 +40,7 @@ class ModelFiles:
         self._names: dict[str, dict[str, str]] = {
             folder: {} for folder in ("diffusion_models", "checkpoints", "text_encoders", "vae", "model_patches")
         }
+        self._controlled = [name for name, manifest in manifests.items() if "controlnet" in manifest.modules]
         for name, model in config.models.items():
             for file in (name, *TRANSFORMERS[model.role]):
                 self._names["diffusion_models"].setdefault(file, name)
@@ -46,7 +49,7 @@ class ModelFiles:
                 self._names["text_encoders"].setdefault(file, name)
             for file in (*VAES, *TINY_VAES, name):
                 self._names["vae"].setdefault(file, name)
-            if "controlnet" in manifests[name].modules:
+            if name in self._controlled:
                 for file in (*PATCHES, name):
                     self._names["model_patches"].setdefault(file, name)
         for names in self._names.values():
@@ -67,6 +70,11 @@ class ModelFiles:
             return _upscalers(self._config)
         return list(self._names.get(folder, ()))
 
+    def has(self, folder: str, name: str, model: str) -> bool:
+        """Whether a model has a file of its own that several models have."""
+        is_vae = folder == "vae" and name in (*VAES, *TINY_VAES)
+        return is_vae or (folder == "model_patches" and name in PATCHES and model in self._controlled)
+
     def model(self, folder: str, name: str) -> str:
         """The model that a file stands for. Raises InputError."""
         names = self._names[folder]
@@ -82,7 +90,7 @@ class WorkflowFiles:
     """The files that one workflow names; see `comfyui.run.Files`.
 
     Attributes:
-        models: those of the service, by folder and name.
+        models: those of the service, by folder and name; ANY_MODEL for a text encoder that all have.
         images: the contents of input images, by name.
     """
 
@@ -94,10 +102,12 @@ class WorkflowFiles:
 
     def bundle(self, folder: str, name: str) -> str:
         """See `Files`."""
-        model = self._files.model(folder, name)
-        shared = {"text_encoders": TEXT_ENCODERS, "vae": (*VAES, *TINY_VAES), "model_patches": PATCHES}
-        if self._main is not None and PurePosixPath(name).name in shared.get(folder, ()):
-            model = self._main  # every model has them
+        model, file = self._files.model(folder, name), PurePosixPath(name).name
+        if file not in self._config.comfyui.files:
+            if folder == "text_encoders" and file in TEXT_ENCODERS:
+                model = ANY_MODEL
+            elif self._main is not None and self._files.has(folder, file, self._main):
+                model = self._main
         self.models[folder, name] = model
         return model
 

@@ -14,7 +14,7 @@ from ...comfyui.graph import WorkflowError
 from ...comfyui.inputs import File, InputError
 from ...comfyui.plan import Plan
 from ...comfyui.registry import NODES
-from ...comfyui.run import Events, Made, Run, Said
+from ...comfyui.run import Events, Made, Run, Said, only_one
 from ...comfyui.save import place_of
 from ...engine import Engine
 from ...errors import Cancelled, EngineClosed, OutOfMemory
@@ -27,6 +27,7 @@ from ..previews import JobPreviews, Previews
 from ..safety import SafetyFilter, severest
 from ..workflow_task import Bounds, Task
 from .lora_files import find_lora
+from .models import ANY_MODEL
 
 # Keys whose results of nodes a worker keeps, each of its last workflow.
 MAX_OWNERS = 8
@@ -129,7 +130,7 @@ class WorkflowRunner:
 
     def _execute(self, model: str, task: Task, events: _JobEvents, results: Cache, shown: frozenset[str]) -> None:
         while True:
-            run = Run(self._engine, SentFiles(task, self._config), events)
+            run = Run(self._engine, SentFiles(task, self._config), events, together)
             try:
                 execute(task.plan, run, results, lambda signature: signature in shown or signature in events.shown)
                 return
@@ -182,6 +183,11 @@ class _JobEvents(Events):
         self._previews.step(info)
         return True
 
+    def progress(self, node: str, done: int, count: int) -> bool:
+        """See `Events`."""
+        self._tell("step", node=node, step=done, steps=count)
+        return not self._runner._is_cancelled(self._message.job)
+
     def executed(self, node: str, signature: str, shown: Sequence[Made | Said], *, is_cached: bool) -> None:
         """See `Events`."""
         self._check_cancelled()
@@ -215,6 +221,11 @@ class _JobEvents(Events):
 
     def _tell(self, name: str, **data: Any) -> None:
         self._runner._send(Told(self._message.job, self._message.attempt, name, data))
+
+
+def together(part: str, model: str, other: str) -> str:
+    """The model that has both a transformer and another part; see `Run`."""
+    return model if other == ANY_MODEL else only_one(part, model, other)
 
 
 def check_bounds(bounds: Bounds, batch: int, pixels: int, steps: int) -> None:
