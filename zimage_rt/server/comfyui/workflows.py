@@ -135,7 +135,8 @@ class Workflows:
         self.hub.close()
         if self._repeating is not None:
             self._repeating.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        while self._tasks:  # the end of one workflow may begin that of the next
+            await asyncio.gather(*self._tasks, return_exceptions=True)
 
     # --- queueing ---------------------------------------------------------------------------------------------------
 
