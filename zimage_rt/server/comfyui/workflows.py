@@ -25,7 +25,7 @@ from . import messages
 from .folders import Folders, OwnerFolder
 from .history import History
 from .hub import Hub, plain_preview, preview_with_metadata
-from .models import ModelFiles, WorkflowFiles
+from .models import ANY_MODEL, ModelFiles, WorkflowFiles
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +171,7 @@ class Workflows:
         who.admit_workflow()
         files = WorkflowFiles(self.files, self._service.config, self.folders.of(who.name), graph)
         checked = await asyncio.to_thread(plan, graph, files, targets)
-        models = sorted(set(files.models.values())) or [self._service.config.default_model]
+        models = sorted(set(files.models.values()) - {ANY_MODEL}) or [self._service.config.default_model]
         for model in models:
             who.check_model(model)
         if number is None:
