@@ -21,7 +21,7 @@ from .bundle.manifest import Manifest, read_manifest
 from .bundle.modules import EAGER_MODULES, MODULES
 from .bundle.tokenizer import PromptTokenizer, check_prompt
 from .bundle.verify import BundleFiles
-from .decoding import decode, on_step_of
+from .decoding import decode, decode_floats, encode_floats, on_step_of
 from .denoise import DenoiseRequest, denoise
 from .errors import EngineClosed, OutOfMemory, RequestError, RequestWarning
 from .gate import Gate
@@ -264,10 +264,15 @@ class Engine:
                 )
 
     def encode_image(self, images: np.ndarray, vae: str) -> np.ndarray:
-        """Encode images uint8 `[batch, height, width, 3]` to latents float32 `[batch, 16, height / 8, width / 8]`."""
+        """Encode images to latents float32 `[batch, 16, height / 8, width / 8]`.
+
+        Images are uint8 `[batch, height, width, 3]`, or float32 from 0 to 1.
+        """
         vae = resolve_vae(vae, self.manifest)
         with self._computing():
-            return self.pipeline.encode_image(images, vae)
+            if images.dtype == np.uint8:
+                return self.pipeline.encode_image(images, vae)
+            return encode_floats(self.pipeline, images, vae)
 
     def decode(self, latents: np.ndarray, vae: str, tile: int | None = None) -> np.ndarray:
         """Decode latents `[batch, 16, h, w]` to uint8 images `[batch, height, width, 3]`, in tiles of `tile` pixels.
@@ -278,6 +283,16 @@ class Engine:
         vae, tile = resolve_vae(vae, self.manifest), resolve_tile(tile, self.manifest)
         with self._computing():
             return decode(self.pipeline, self.manifest, latents, vae, tile)
+
+    def decode_floats(self, latents: np.ndarray, vae: str) -> np.ndarray:
+        """Decode latents `[batch, 16, h, w]` to images float32 `[batch, height, width, 3]` from 0 to 1.
+
+        Raises RequestError for latents of another shape or dtype.
+        """
+        check_latents(latents, self.manifest)
+        vae = resolve_vae(vae, self.manifest)
+        with self._computing():
+            return decode_floats(self.pipeline, latents, vae)
 
     @contextmanager
     def _computing(self) -> Iterator[None]:

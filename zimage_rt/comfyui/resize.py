@@ -105,4 +105,6 @@ def resize_images(images: np.ndarray, height: int, width: int, method: str) -> n
 def to_8_bits(images: np.ndarray) -> np.ndarray:
     """uint8 of float images: cut off, not rounded. What was 8 bits before stays the same."""
     # A value of n / 255 times 255 may be just less than n in float32.
-    return np.clip(255 * images + np.float32(1e-3), 0, 255).astype(np.uint8)
+    scaled = images * np.float32(255)
+    scaled += np.float32(1e-3)
+    return np.ascontiguousarray(np.clip(scaled, 0, 255, out=scaled).astype(np.uint8))

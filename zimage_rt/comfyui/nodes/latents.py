@@ -159,13 +159,15 @@ def encode(run: Run, vae: Vae, pixels: np.ndarray) -> np.ndarray:
     for name, size, served in (("height", cut.shape[1], shapes.height), ("width", cut.shape[2], shapes.width)):
         if not served.min <= size <= served.max:
             raise WorkflowError(f"pixels: expected a {name} of {served.min} to {served.max} pixels, got {size}")
-    return engine.encode_image(np.rint(np.clip(cut, 0, 1) * 255).astype(np.uint8), vae.name)
+    return engine.encode_image(np.ascontiguousarray(cut, np.float32), vae.name)
 
 
 def _decoded(run: Run, latent: Latent, vae: Vae, tile: int | None) -> np.ndarray:
     """The images of latents, float32 `[batch, height, width, 3]` from 0 to 1."""
-    images = run.engine(vae.bundle).decode(latent.samples, vae.name, tile)
-    return images.astype(np.float32) / np.float32(255)
+    engine = run.engine(vae.bundle)
+    if tile is None:
+        return engine.decode_floats(latent.samples, vae.name)
+    return engine.decode(latent.samples, vae.name, tile).astype(np.float32) / np.float32(255)
 
 
 def _whole_latents(height: int, width: int) -> tuple[slice, slice]:
