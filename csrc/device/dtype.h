@@ -4,9 +4,14 @@
 
 namespace zimage_rt {
 
-// Number formats of tensors on the device.
-enum class DType { kFloat32, kFloat16, kBFloat16 };
+// Number formats of tensors on the device. kFloat8 is e4m3, without infinities.
+enum class DType { kFloat32, kFloat16, kBFloat16, kInt8, kFloat8 };
 
-constexpr std::size_t size_of(DType type) { return type == DType::kFloat32 ? 4 : 2; }
+// Whether a format's numbers need a scale per row.
+constexpr bool is_8bit(DType type) { return type == DType::kInt8 || type == DType::kFloat8; }
+
+constexpr std::size_t size_of(DType type) {
+  return type == DType::kFloat32 ? 4 : is_8bit(type) ? 1 : 2;
+}
 
 }  // namespace zimage_rt

@@ -3,11 +3,14 @@
 #include <cuda_runtime_api.h>
 
 #include "device/dtype.h"
+#include "device/matrix.h"
 
 namespace zimage_rt {
 
 // Norms of a residual stream x, fp32 [rows, dim], in one pass over memory each. dim is a multiple
-// of 8, at most 4096. Vectors (`weight`, `post`, `pre`, `scale`) are fp32 [dim].
+// of 8, at most 4096. Vectors (`weight`, `post`, `pre`, `scale`) are fp32 [dim]. If `quantized` has
+// memory, the output is written there, from fp32, and `out` is not used; dim is then a multiple of
+// 16, with a rotation of 256.
 
 // out = x / sqrt(mean(x^2) + eps) * weight, in `type`.
 struct RmsNorm {
@@ -18,6 +21,7 @@ struct RmsNorm {
   int rows;
   int dim;
   float eps;
+  QuantizedRows quantized = {};
 };
 void rms_norm(const RmsNorm& args, cudaStream_t stream);
 
@@ -36,6 +40,7 @@ struct ResidualNorm {
   DType type;
   int rows;
   int dim;
+  QuantizedRows quantized = {};
 };
 void residual_norm(const ResidualNorm& args, cudaStream_t stream);
 

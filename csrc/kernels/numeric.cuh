@@ -93,11 +93,11 @@ void for_half_type(DType type, Function&& function) {
       function(__nv_bfloat16{});
       return;
     default:
-      throw std::invalid_argument("expected fp16 or bf16, got fp32");
+      throw std::invalid_argument("expected fp16 or bf16");
   }
 }
 
-// The same for every DType.
+// The same for fp32, fp16 and bf16.
 template <typename Function>
 void for_type(DType type, Function&& function) {
   if (type == DType::kFloat32)

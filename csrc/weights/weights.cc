@@ -39,7 +39,19 @@ constexpr std::size_t kGroupChunk = std::size_t{2} << 20;
 constexpr unsigned kReaders = 8;
 
 const char* name_of(DType type) {
-  return type == DType::kFloat32 ? "fp32" : type == DType::kFloat16 ? "fp16" : "bf16";
+  switch (type) {
+    case DType::kFloat32:
+      return "fp32";
+    case DType::kFloat16:
+      return "fp16";
+    case DType::kBFloat16:
+      return "bf16";
+    case DType::kInt8:
+      return "int8";
+    case DType::kFloat8:
+      return "float8";
+  }
+  return "an unknown format";
 }
 
 template <typename Shape>
