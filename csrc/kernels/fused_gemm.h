@@ -21,19 +21,28 @@ std::size_t fused_gemm_workspace_bytes();
 // Blocks of a cluster along m and n.
 enum class ClusterShape { kAny, k2x1, k1x2 };
 
-// a [m, k] · weight [k, n], both row-major; the weight is [n, k] in memory with Layout::kOutIn.
+// The product of a [m, k] and a weight [k, n], both row-major; the weight is [n, k] in memory with
+// Layout::kOutIn. Operands of 8 bits, K-major alone, have scales: the product is the sums times
+// row_scales[m] * column_scales[n].
 struct FusedGemm {
   const void* a;
   const void* weight;
   void* out;
-  DType type;  // of all three: fp16 or bf16
+  DType type;  // of a and the weight, and if it has 16 bits, of out
   int m;
   int n;  // a multiple of 64
-  int k;  // a multiple of 8
+  int k;  // a multiple of 8, with 8 bits of 16
   void* workspace;
   Layout layout;
   ClusterShape cluster = ClusterShape::kAny;  // kAny: the one that is expected to be fastest
+  DType out_type = DType::kBFloat16;          // with 8-bit operands
+  const float* row_scales = nullptr;
+  const float* column_scales = nullptr;
 };
+
+// out [m, n] = alpha * product of 8-bit operands, in fp32, fp16 or bf16. cuBLASLt computes those of
+// 16 bits.
+void gemm_8bit(const FusedGemm& args, float alpha, cudaStream_t stream);
 
 // out [m, n / 2] = silu(gate) * up * scale; the weight holds the columns of the gate, then those of
 // up. n / 2 is a multiple of 64.

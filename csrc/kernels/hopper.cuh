@@ -6,6 +6,7 @@
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 
 #include <cstdint>
 
@@ -141,15 +142,18 @@ __device__ inline void warpgroup_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-#define ZRT_SUMS4(i) "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3])
-#define ZRT_SUMS16(i) ZRT_SUMS4(i), ZRT_SUMS4(i + 4), ZRT_SUMS4(i + 8), ZRT_SUMS4(i + 12)
-#define ZRT_SUMS64(i) ZRT_SUMS16(i), ZRT_SUMS16(i + 16), ZRT_SUMS16(i + 32), ZRT_SUMS16(i + 48)
-#define ZRT_WGMMA(type, b_mn_major)                                                               \
+#define ZRT_SUMS4(r, i) r(sums[i]), r(sums[i + 1]), r(sums[i + 2]), r(sums[i + 3])
+#define ZRT_SUMS16(r, i) \
+  ZRT_SUMS4(r, i), ZRT_SUMS4(r, i + 4), ZRT_SUMS4(r, i + 8), ZRT_SUMS4(r, i + 12)
+#define ZRT_SUMS64(r, i) \
+  ZRT_SUMS16(r, i), ZRT_SUMS16(r, i + 16), ZRT_SUMS16(r, i + 32), ZRT_SUMS16(r, i + 48)
+// `r` is the constraint of the sums, "+f" or "+r"; `flags` follow the predicate.
+#define ZRT_WGMMA(shape_and_types, r, flags)                                                      \
   asm volatile(                                                                                   \
       "{\n"                                                                                       \
       ".reg .pred p;\n"                                                                           \
       "setp.ne.b32 p, %130, 0;\n"                                                                 \
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type                                \
+      "wgmma.mma_async.sync.aligned.m64n256" shape_and_types                                      \
       " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "   \
       "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "     \
       "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "     \
@@ -157,11 +161,10 @@ __device__ inline void warpgroup_wait() {
       "%70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, "     \
       "%87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, " \
       "%104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, "      \
-      "%118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, %128, %129, p, 1, 1, "        \
-      "0, " b_mn_major                                                                            \
+      "%118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, %128, %129, p" flags          \
       ";\n"                                                                                       \
       "}"                                                                                         \
-      : ZRT_SUMS64(0), ZRT_SUMS64(64)                                                             \
+      : ZRT_SUMS64(r, 0), ZRT_SUMS64(r, 64)                                                       \
       : "l"(a), "l"(b), "r"(add))
 
 // sums [64, 256] (+)= a [64, 16] · b [16, 256] by the four warps of a warpgroup; `add` 0
@@ -172,17 +175,27 @@ template <bool kBIsKMajor>
 __device__ inline void wgmma_m64n256k16(float (&sums)[128], std::uint64_t a, std::uint64_t b,
                                         int add, const __nv_bfloat16*) {
   if constexpr (kBIsKMajor)
-    ZRT_WGMMA("bf16", "0");
+    ZRT_WGMMA("k16.f32.bf16.bf16", "+f", ", 1, 1, 0, 0");
   else
-    ZRT_WGMMA("bf16", "1");
+    ZRT_WGMMA("k16.f32.bf16.bf16", "+f", ", 1, 1, 0, 1");
 }
 template <bool kBIsKMajor>
 __device__ inline void wgmma_m64n256k16(float (&sums)[128], std::uint64_t a, std::uint64_t b,
                                         int add, const __half*) {
   if constexpr (kBIsKMajor)
-    ZRT_WGMMA("f16", "0");
+    ZRT_WGMMA("k16.f32.f16.f16", "+f", ", 1, 1, 0, 0");
   else
-    ZRT_WGMMA("f16", "1");
+    ZRT_WGMMA("k16.f32.f16.f16", "+f", ", 1, 1, 0, 1");
+}
+
+// The same for 8-bit numbers, a [64, 32] · b [32, 256], both K-major.
+__device__ inline void wgmma_m64n256k32(int (&sums)[128], std::uint64_t a, std::uint64_t b, int add,
+                                        const std::int8_t*) {
+  ZRT_WGMMA("k32.s32.s8.s8", "+r", "");
+}
+__device__ inline void wgmma_m64n256k32(float (&sums)[128], std::uint64_t a, std::uint64_t b,
+                                        int add, const __nv_fp8_e4m3*) {
+  ZRT_WGMMA("k32.f32.e4m3.e4m3", "+f", ", 1, 1");
 }
 
 #undef ZRT_WGMMA
