@@ -1,7 +1,7 @@
 #pragma once
 
-// numpy arrays on the device, for the bindings of single kernels: fp32, fp16, and bf16 as the
-// uint16 of its bits, because numpy has no bf16.
+// numpy arrays on the device, for the bindings of single kernels: fp32, fp16, int8, and bf16 and
+// float8 (e4m3) as the uint16 and uint8 of their bits, because numpy has neither.
 
 #include <cuda_runtime_api.h>
 #include <pybind11/numpy.h>
@@ -26,17 +26,35 @@ inline DType dtype_of(const pybind11::array& array) {
   if (kind == 'f' && size == 4) return DType::kFloat32;
   if (kind == 'f' && size == 2) return DType::kFloat16;
   if (kind == 'u' && size == 2) return DType::kBFloat16;
-  throw std::invalid_argument("expected float32, float16 or uint16 (bf16 bits)");
+  if (kind == 'i' && size == 1) return DType::kInt8;
+  if (kind == 'u' && size == 1) return DType::kFloat8;
+  throw std::invalid_argument(
+      "expected float32, float16, uint16 (bf16 bits), int8 or uint8 (float8 bits)");
 }
 
 inline DType dtype_named(const std::string& name) {
-  return name == "float32"   ? DType::kFloat32
-         : name == "float16" ? DType::kFloat16
-                             : DType::kBFloat16;
+  if (name == "float32") return DType::kFloat32;
+  if (name == "float16") return DType::kFloat16;
+  if (name == "bfloat16") return DType::kBFloat16;
+  if (name == "int8") return DType::kInt8;
+  if (name == "float8") return DType::kFloat8;
+  throw std::invalid_argument("expected float32, float16, bfloat16, int8 or float8, got " + name);
 }
 
 inline pybind11::dtype numpy_dtype(DType type) {
-  return pybind11::dtype(type == DType::kFloat32 ? "f4" : type == DType::kFloat16 ? "f2" : "u2");
+  switch (type) {
+    case DType::kFloat32:
+      return pybind11::dtype("f4");
+    case DType::kFloat16:
+      return pybind11::dtype("f2");
+    case DType::kBFloat16:
+      return pybind11::dtype("u2");
+    case DType::kInt8:
+      return pybind11::dtype("i1");
+    case DType::kFloat8:
+      break;
+  }
+  return pybind11::dtype("u1");
 }
 
 // A device copy of an array; `download` returns the memory in the same shape and type.
@@ -49,7 +67,8 @@ class DeviceArray {
     const auto dense = pybind11::array::ensure(array, pybind11::array::c_style);
     ZRT_CUDA(cudaMemcpy(buffer_.data(), dense.data(), buffer_.bytes(), cudaMemcpyHostToDevice));
   }
-  // An output filled with 0xff bytes, NaN in every format, to show what a kernel does not write.
+  // An output filled with 0xff bytes, NaN in every format but int8, to show what a kernel does not
+  // write.
   DeviceArray(std::vector<pybind11::ssize_t> shape, DType dtype)
       : shape_(std::move(shape)), dtype_(dtype), buffer_(size(), "test array") {
     ZRT_CUDA(cudaMemset(buffer_.data(), 0xff, buffer_.bytes()));

@@ -22,12 +22,20 @@
 namespace py = pybind11;
 
 namespace zimage_rt {
-namespace {
 
 CublasLtGemm& library_gemm(const std::string& library) {
   static std::unique_ptr<CublasLtGemm> gemm;
   if (!gemm) gemm = std::make_unique<CublasLtGemm>(library, "");
   return *gemm;
+}
+
+void* fused_workspace() {
+  static const DeviceBuffer workspace = [] {
+    DeviceBuffer buffer(fused_gemm_workspace_bytes(), "test workspace");
+    ZRT_CUDA(cudaMemset(buffer.data(), 0, buffer.bytes()));
+    return buffer;
+  }();
+  return workspace.data();
 }
 
 ClusterShape cluster_named(const std::string& name) {
@@ -36,6 +44,8 @@ ClusterShape cluster_named(const std::string& name) {
   if (name == "any") return ClusterShape::kAny;
   throw std::invalid_argument("cluster: expected any, 2x1 or 1x2, got " + name);
 }
+
+namespace {
 
 // a [m, k] and a weight [k, n], or [n, k] if `transposed`.
 struct Operands {
@@ -66,11 +76,6 @@ struct Operands {
             .rows = m()};
   }
   FusedGemm fused(const DeviceArray& out) const {
-    static const DeviceBuffer workspace = [] {
-      DeviceBuffer buffer(fused_gemm_workspace_bytes(), "test workspace");
-      ZRT_CUDA(cudaMemset(buffer.data(), 0, buffer.bytes()));
-      return buffer;
-    }();
     return {.a = a.data(),
             .weight = weight.data(),
             .out = out.data(),
@@ -78,7 +83,7 @@ struct Operands {
             .m = m(),
             .n = n(),
             .k = k(),
-            .workspace = workspace.data(),
+            .workspace = fused_workspace(),
             .layout = layout,
             .cluster = cluster};
   }

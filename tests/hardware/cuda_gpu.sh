@@ -27,7 +27,7 @@ run() {
   [[ $status -eq 0 ]] || failed+=("$name")
 }
 
-kernels=(tests/backends/test_cuda_elementwise.py tests/backends/test_cuda_samplers.py tests/backends/test_cuda_gemm.py tests/backends/test_cuda_attention.py tests/backends/test_cuda_conv.py)
+kernels=(tests/backends/test_cuda_elementwise.py tests/backends/test_cuda_samplers.py tests/backends/test_cuda_gemm.py tests/backends/test_cuda_quantized.py tests/backends/test_cuda_attention.py tests/backends/test_cuda_conv.py)
 engine=(tests/backends/test_cuda_loading.py tests/backends/test_cuda_engine.py tests/backends/test_cuda_features.py tests/backends/test_cuda_controlnet.py)
 pytest=("$python" -m pytest -q -p no:cacheprovider --tb=short)
 

@@ -1,4 +1,4 @@
-"""What the tests of single CUDA kernels share: bf16 in numpy, and how far a result is from its float64 reference."""
+"""What the tests of single CUDA kernels share: bf16 and float8 in numpy, and how far a result is from its reference."""
 
 from __future__ import annotations
 
@@ -28,8 +28,32 @@ def to_bf16(values: np.ndarray) -> np.ndarray:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
+def _e4m3_values() -> np.ndarray:
+    """The float64 values of all 256 codes of e4m3: bias 7, no infinities, NaN at magnitude 0x7f."""
+    code = np.arange(256)
+    exponent, mantissa = code >> 3 & 15, (code & 7) / 8
+    values = np.where(exponent == 0, mantissa * 2.0**-6, (1 + mantissa) * 2.0 ** (exponent - 7.0))
+    values[code & 0x7F == 0x7F] = np.nan
+    return np.where(code < 128, values, -values)
+
+
+E4M3 = _e4m3_values()
+
+
+def to_float8(values: np.ndarray) -> np.ndarray:
+    """Round float values to e4m3, ties to even, returned as the uint8 of its bits; saturates at 448."""
+    between = (E4M3[:0x7E] + E4M3[1:0x7F]) / 2
+    magnitude = np.abs(np.asarray(values, np.float64))
+    code = np.searchsorted(between, magnitude)
+    tie = (code < 0x7E) & (magnitude == between[np.minimum(code, 0x7D)])
+    code += tie & (code % 2 == 1)
+    return (code + 128 * np.signbit(values)).astype(np.uint8)
+
+
 def to_float(values: np.ndarray) -> np.ndarray:
-    """float64 values of a float32, float16 or bf16 (uint16 bits) array."""
+    """float64 values of a float32, float16, bf16 (uint16 bits), int8 or float8 (uint8 bits) array."""
+    if values.dtype == np.uint8:
+        return E4M3[values]
     if values.dtype == np.uint16:
         return (values.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     return values.astype(np.float64)
