@@ -35,11 +35,11 @@ endef
 
 # What the demo needs, and what tests and checks need beside it.
 $(VENV)/installed: $(SOURCES)
-	$(call install,onnxruntime$(comma)cli$(comma)server$(comma)export$(comma)reference)
+	$(call install,onnxruntime$(comma)cli$(comma)server$(comma)comfyui$(comma)export$(comma)reference)
 	touch $@
 
 $(VENV)/dev: $(SOURCES)
-	$(call install,onnxruntime$(comma)tensorrt-rtx$(comma)cli$(comma)server$(comma)export$(comma)gguf$(comma)xlsx$(comma)reference$(comma)build$(comma)dev)
+	$(call install,onnxruntime$(comma)tensorrt-rtx$(comma)cli$(comma)server$(comma)comfyui$(comma)export$(comma)gguf$(comma)xlsx$(comma)reference$(comma)build$(comma)dev)
 	touch $(VENV)/installed $@
 
 comma := ,

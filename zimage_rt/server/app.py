@@ -52,8 +52,9 @@ def create_app(config: ServiceConfig, make_workers: MakeWorkers = worker_process
         await batches_api.resume(service)
         await app.state.workflows.start()
         yield
+        await service.drain()
+        await app.state.workflows.stop()  # which still writes to the record
         await service.stop()
-        await app.state.workflows.stop()
 
     app = FastAPI(
         title="zimage_rt",
