@@ -38,7 +38,9 @@ def decode_floats(pipeline: Pipeline, latents: np.ndarray, vae: str) -> np.ndarr
     parts = [module({"latents": np.ascontiguousarray(latents[i : i + 1])})["image"] for i in range(len(latents))]
     images = parts[0] if len(parts) == 1 else np.concatenate(parts)
     check_finite(images, name)
-    images = images * np.float32(0.5)
+    if not images.flags.writeable:
+        images = images.copy()
+    images *= np.float32(0.5)  # in place: a new array of this size costs as much as the arithmetic
     images += np.float32(0.5)
     return np.clip(images, 0, 1, out=images).transpose(0, 2, 3, 1)
 
