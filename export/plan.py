@@ -105,6 +105,12 @@ def layout_config(precision: Precision) -> dict[str, Any]:
     }
 
 
+def quantization_config(precision: Precision) -> dict[str, Any]:
+    """The format of matrices with 8 bits, for backends that run no ONNX graph; nothing without them."""
+    found = precision.quantization
+    return {} if found is None else {"quantization": found.name, "rotates": found.rotates}
+
+
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without its private keys, such as `_class_name`."""
     return {key: value for key, value in config.items() if not key.startswith("_")}
@@ -180,6 +186,8 @@ def _plan_transformer(
         "rope_layout": "half_split",
         **layout_config(precision),
     }
+    # It runs once per prompt, so that 8 bits would save nothing.
+    refiner = dataclasses.replace(precision, quantization=None)
     patch = config.patch_size
 
     def sequence(sizes: Mapping[str, int]) -> int:
@@ -190,8 +198,8 @@ def _plan_transformer(
         ModulePlan(
             "context_refiner",
             component,
-            precision,
-            build=lambda: ContextRefiner(config, precision),
+            refiner,
+            build=lambda: ContextRefiner(config, refiner),
             inputs=(tensors.embeds,),
             outputs=(tensors.context,),
             multiples={},
@@ -205,7 +213,7 @@ def _plan_transformer(
             inputs=(tensors.latents, TensorSpec("timestep", "float32", ("batch",)), tensors.context),
             outputs=(TensorSpec("noise_pred", "float32", tensors.latents.dims),),
             multiples={"latent_height": patch, "latent_width": patch, "context_tokens": SEQUENCE_MULTIPLE},
-            config=numbers,
+            config={**numbers, **quantization_config(precision)},
             blocks=Blocks(config.n_layers, config.dim, sequence),
         ),
     ]

@@ -13,6 +13,25 @@ import torch
 
 
 @dataclasses.dataclass(frozen=True)
+class Quantization:
+    """The 8-bit format of the blocks' matrices.
+
+    Attributes:
+        name: in the module's config.
+        storage: of their numbers: int8 or float8_e4m3fn.
+        limit: the number that a column's largest value becomes.
+        rotates: whether inputs and matrices are rotated; see `modeling.quantized`.
+        per_token: whether a row of an input has a scale of its own; otherwise the whole input has one.
+    """
+
+    name: str
+    storage: torch.dtype
+    limit: float
+    rotates: bool
+    per_token: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Precision:
     """A number format of a bundle.
 
@@ -23,6 +42,8 @@ class Precision:
             are fp32 in every format.
         attention_scale: factor of `to_out`'s input.
         gate_scale, up_scale: factors of SiLU(w1 x) and w3 x before their product, the input of `w2`.
+        quantization: the format of the blocks' matrices in place of `storage`, if it has 8 bits. Embedders, adaLN,
+            timestep embedder, final layer and VAE stay in `storage`.
         wide_values: attention's probabilities and values are rounded to `compute`, then multiplied as fp32 numbers.
         twin: the precision that parity measures instead, if ONNX Runtime cannot run this one's graphs; both have the
             same weight files.
@@ -35,6 +56,7 @@ class Precision:
     gate_scale: float = 1.0
     up_scale: float = 1.0
     wide_values: bool = False
+    quantization: Quantization | None = None
     twin: Precision | None = None
 
     @property
@@ -56,4 +78,17 @@ FP16_WIDE = dataclasses.replace(FP16, wide_values=True)
 # bf16 as GPUs compute it.
 BF16_NATIVE = dataclasses.replace(BF16, compute=torch.bfloat16, twin=BF16)
 
-PRECISIONS = {precision.name: precision for precision in (FP32, FP16, BF16)}
+# What is not in 8 bits is as in bf16. Rows have scales of their own, as GPUs compute it.
+INT8 = dataclasses.replace(
+    BF16, name="int8", quantization=Quantization("int8", torch.int8, 127.0, rotates=True, per_token=True)
+)
+# On a CPU a rotation costs as much as the product, and ONNX Runtime has a fused kernel for one scale per input.
+INT8_CPU = dataclasses.replace(
+    INT8, storage=torch.float32, quantization=Quantization("int8", torch.int8, 127.0, rotates=False, per_token=False)
+)
+# float8's three bits of mantissa are as coarse after a rotation. ONNX Runtime has no product in it.
+FP8 = dataclasses.replace(
+    BF16, name="fp8", quantization=Quantization("float8", torch.float8_e4m3fn, 448.0, rotates=False, per_token=True)
+)
+
+PRECISIONS = {precision.name: precision for precision in (FP32, FP16, BF16, INT8, FP8)}

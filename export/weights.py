@@ -23,6 +23,8 @@ _DTYPES = {
     torch.float32: ("F32", ir.DataType.FLOAT),
     torch.float16: ("F16", ir.DataType.FLOAT16),
     torch.bfloat16: ("BF16", ir.DataType.BFLOAT16),
+    torch.int8: ("I8", ir.DataType.INT8),
+    torch.float8_e4m3fn: ("F8_E4M3", ir.DataType.FLOAT8E4M3FN),
 }
 _ALIGNMENT = 4096  # bytes; data that starts on a page needs no copy when the file is mapped
 

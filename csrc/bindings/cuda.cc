@@ -52,7 +52,9 @@ DType parse_dtype(const std::string& name) {
   if (name == "F32") return DType::kFloat32;
   if (name == "F16") return DType::kFloat16;
   if (name == "BF16") return DType::kBFloat16;
-  throw std::invalid_argument("dtype: expected F32, F16 or BF16, got " + name);
+  if (name == "I8") return DType::kInt8;
+  if (name == "F8_E4M3") return DType::kFloat8;
+  throw std::invalid_argument("dtype: expected F32, F16, BF16, I8 or F8_E4M3, got " + name);
 }
 
 // tensors: (name, dtype, shape, offset, stays on the host).

@@ -154,7 +154,8 @@ py::tuple run_low_rank_update(const py::array& matrix, const py::array& down, co
 py::array run_transpose(const py::array& matrix) {
   const DeviceArray in(matrix);
   const DeviceArray out({matrix.shape(1), matrix.shape(0)}, in.dtype());
-  transpose(in.data(), out.data(), rows_of(in), columns_of(in), rows_of(in), nullptr);
+  transpose(in.data(), out.data(), static_cast<int>(matrix.itemsize()), rows_of(in), columns_of(in),
+            rows_of(in), nullptr);
   return out.download();
 }
 

@@ -63,6 +63,10 @@ TransformerConfig transformer_config(const py::dict& config) {
                         .attention_scale = get<float>(config, "attention_scale"),
                         .gate_scale = get<float>(config, "gate_scale"),
                         .up_scale = get<float>(config, "up_scale")};
+  if (config.contains("quantization")) {
+    out.has_8bit = true;
+    out.rotates = get<bool>(config, "rotates");
+  }
   if (out.axes_dims.size() != kRopeAxes || out.axes_lens.size() != kRopeAxes)
     throw WeightError("axes_dims, axes_lens: expected three numbers each");
   return out;

@@ -13,10 +13,10 @@ namespace {
 constexpr int kTile = kTransposeTile;
 constexpr int kRowsAtOnce = 4;  // rows of a tile that a block reads or writes at a time
 
-__global__ void transpose_kernel(const std::uint16_t* in, std::uint16_t* out, int rows, int columns,
-                                 int out_stride) {
-  // Padded by two elements, so that the elements of a column are in different banks.
-  __shared__ std::uint16_t tile[kTile][kTile + 2];
+template <typename T>
+__global__ void transpose_kernel(const T* in, T* out, int rows, int columns, int out_stride) {
+  // Padded by a word, so that the elements of a column are in different banks.
+  __shared__ T tile[kTile][kTile + 4 / sizeof(T)];
   const int x = threadIdx.x % kTile, y = threadIdx.x / kTile;
   const int first_row = blockIdx.y * kTile, first_column = blockIdx.x * kTile;
   for (int i = y; i < kTile; i += kRowsAtOnce)
@@ -28,17 +28,24 @@ __global__ void transpose_kernel(const std::uint16_t* in, std::uint16_t* out, in
       out[static_cast<std::size_t>(first_column + i) * out_stride + first_row + x] = tile[x][i];
 }
 
-}  // namespace
-
-void transpose(const void* in, void* out, int rows, int columns, int out_stride,
-               cudaStream_t stream) {
-  if (rows == 0 || columns == 0) return;
+template <typename T>
+void launch(const void* in, void* out, int rows, int columns, int out_stride, cudaStream_t stream) {
   const dim3 blocks(static_cast<unsigned>(ceil_div(columns, kTile)),
                     static_cast<unsigned>(ceil_div(rows, kTile)));
   transpose_kernel<<<blocks, kTile * kRowsAtOnce, 0, stream>>>(
-      static_cast<const std::uint16_t*>(in), static_cast<std::uint16_t*>(out), rows, columns,
-      out_stride);
+      static_cast<const T*>(in), static_cast<T*>(out), rows, columns, out_stride);
   ZRT_LAUNCHED();
+}
+
+}  // namespace
+
+void transpose(const void* in, void* out, int element_bytes, int rows, int columns, int out_stride,
+               cudaStream_t stream) {
+  if (rows == 0 || columns == 0) return;
+  if (element_bytes == 1)
+    launch<std::uint8_t>(in, out, rows, columns, out_stride, stream);
+  else
+    launch<std::uint16_t>(in, out, rows, columns, out_stride, stream);
 }
 
 }  // namespace zimage_rt

@@ -7,7 +7,9 @@
 
 #include "device/arena.h"
 #include "device/dtype.h"
+#include "device/matrix.h"
 #include "kernels/norm.h"
+#include "kernels/quantize_rows.h"
 #include "ops/attention.h"
 #include "ops/linear.h"
 
@@ -18,10 +20,30 @@ const std::byte* at(const void* data, std::size_t elements, DType type) {
   return static_cast<const std::byte*>(data) + elements * size_of(type);
 }
 
+// The input of an 8-bit matrix, written by the pass before it; without memory for a 16-bit one.
+QuantizedRows input_of(const Matrix& weight, const BlockBuffers& buffers) {
+  if (!is_8bit(weight.dtype)) return {};
+  return {.data = buffers.quantized,
+          .scales = buffers.quantized_scales,
+          .dtype = weight.dtype,
+          .rotation = weight.rotation};
+}
+
+// Quantises the rows of a 16-bit matrix for an 8-bit weight; nothing for a 16-bit one.
+QuantizedRows quantized(const void* x, const Matrix& weight, int rows, DType type,
+                        const BlockBuffers& buffers, const Ops& ops) {
+  const QuantizedRows out = input_of(weight, buffers);
+  if (out.data != nullptr)
+    quantize_rows({.x = x, .type = type, .rows = rows, .columns = weight.in, .out = out},
+                  ops.stream);
+  return out;
+}
+
 void attend(const BlockShape& shape, const BlockWeights& weights, const Sequences& sequences,
             const BlockBuffers& buffers, const Ops& ops) {
   const int width = shape.qkv_width(), out_width = shape.heads * shape.head_dim;
   linear_qk_norm_rope({.x = buffers.normed,
+                       .quantized = input_of(weights.qkv, buffers),
                        .weight = weights.qkv,
                        .qkv = buffers.wide,
                        .type = shape.type,
@@ -60,6 +82,8 @@ void attend(const BlockShape& shape, const BlockWeights& weights, const Sequence
 
   // The scale is applied to the fp32 sums, so that the branch fits the format.
   linear({.x = buffers.normed,
+          .quantized =
+              quantized(buffers.normed, weights.out, sequences.rows, shape.type, buffers, ops),
           .weight = weights.out,
           .out = buffers.branch,
           .out_type = shape.type,
@@ -71,6 +95,7 @@ void attend(const BlockShape& shape, const BlockWeights& weights, const Sequence
 void feed_forward(const BlockShape& shape, const BlockWeights& weights, int rows,
                   const BlockBuffers& buffers, const Ops& ops) {
   linear_swiglu({.x = buffers.normed,
+                 .quantized = input_of(weights.gate_up, buffers),
                  .weight = weights.gate_up,
                  .gate_up = buffers.wide,
                  .out = buffers.hidden,
@@ -80,6 +105,7 @@ void feed_forward(const BlockShape& shape, const BlockWeights& weights, int rows
                  .up_scale = shape.up_scale},
                 ops);
   linear({.x = buffers.hidden,
+          .quantized = quantized(buffers.hidden, weights.down, rows, shape.type, buffers, ops),
           .weight = weights.down,
           .out = buffers.branch,
           .out_type = shape.type,
@@ -96,6 +122,10 @@ BlockBuffers::BlockBuffers(const BlockShape& shape, std::size_t rows, Arena& are
   wide = arena.take(row * std::max(shape.qkv_width(), 2 * shape.hidden));
   hidden = arena.take(row * shape.hidden);
   branch = arena.take(row * shape.dim);
+  if (shape.has_8bit) {
+    quantized = arena.take(rows * std::max({shape.dim, attended, shape.hidden}));
+    quantized_scales = arena.take<float>(rows);
+  }
 }
 
 void run_blocks(const BlockShape& shape, const std::vector<BlockWeights>& blocks,
@@ -105,7 +135,7 @@ void run_blocks(const BlockShape& shape, const std::vector<BlockWeights>& blocks
   const int rows = sequences.rows;
   // Ends a branch and begins the next one. A scaled branch is normed with a scaled eps or, without
   // a norm, unscaled as it is added.
-  const auto join = [&](float scale, const float* post, const float* pre) {
+  const auto join = [&](float scale, const float* post, const float* pre, const Matrix* next) {
     residual_norm({.x = x,
                    .branch = buffers.branch,
                    .post = post,
@@ -116,7 +146,8 @@ void run_blocks(const BlockShape& shape, const std::vector<BlockWeights>& blocks
                    .out = buffers.normed,
                    .type = shape.type,
                    .rows = rows,
-                   .dim = shape.dim},
+                   .dim = shape.dim,
+                   .quantized = next == nullptr ? QuantizedRows{} : input_of(*next, buffers)},
                   ops.stream);
   };
   rms_norm({.x = x,
@@ -125,14 +156,18 @@ void run_blocks(const BlockShape& shape, const std::vector<BlockWeights>& blocks
             .type = shape.type,
             .rows = rows,
             .dim = shape.dim,
-            .eps = shape.norm_eps},
+            .eps = shape.norm_eps,
+            .quantized = input_of(blocks[0].qkv, buffers)},
            ops.stream);
   for (std::size_t i = 0; i < blocks.size(); ++i) {
     attend(shape, blocks[i], sequences, buffers, ops);
-    join(shape.attention_scale, modulations[i].post_attention, modulations[i].pre_ffn);
+    join(shape.attention_scale, modulations[i].post_attention, modulations[i].pre_ffn,
+         &blocks[i].gate_up);
     feed_forward(shape, blocks[i], rows, buffers, ops);
+    const bool is_last = i + 1 == blocks.size();
     join(shape.gate_scale * shape.up_scale, modulations[i].post_ffn,
-         i + 1 < blocks.size() ? modulations[i + 1].pre_attention : nullptr);
+         is_last ? nullptr : modulations[i + 1].pre_attention,
+         is_last ? nullptr : &blocks[i + 1].qkv);
   }
 }
 

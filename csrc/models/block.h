@@ -27,6 +27,7 @@ struct BlockShape {
   float attention_scale;
   float gate_scale;
   float up_scale;
+  bool has_8bit = false;  // whether matrices may have 8 bits
 
   int qkv_width() const { return (heads + 2 * kv_heads) * head_dim; }
 };
@@ -58,6 +59,9 @@ struct BlockBuffers {
   void* wide;    // [rows, max(qkv, 2 * hidden)]
   void* hidden;  // [rows, hidden]
   void* branch;  // [rows, dim]
+  // The inputs of 8-bit matrices: [rows, max(dim, hidden)], and a scale per row.
+  void* quantized = nullptr;
+  float* quantized_scales = nullptr;
 };
 
 // Consecutive sequences of the same length.

@@ -60,7 +60,8 @@ BlockShape TransformerConfig::block_shape(DType type) const {
           .type = type,
           .attention_scale = attention_scale,
           .gate_scale = gate_scale,
-          .up_scale = up_scale};
+          .up_scale = up_scale,
+          .has_8bit = has_8bit};
 }
 
 std::vector<RopeAxis> rope_axes(const TransformerConfig& config, const Weights& weights,
@@ -81,7 +82,13 @@ std::vector<RopeAxis> rope_axes(const TransformerConfig& config, const Weights& 
 BlockWeights block_weights(const TransformerConfig& config, const BlockShape& shape,
                            const Weights& weights, const std::string& layer) {
   const auto matrix = [&](const char* name, int in, int out) {
-    return weights.matrix(layer + name, in, out);
+    Matrix found = weights.matrix(layer + name, in, out);
+    if (is_8bit(found.dtype) && !config.has_8bit)
+      throw WeightError(layer + name + " has 8 bits, but the module's config does not say so");
+    // As export/modeling/quantized.py stores them.
+    if (is_8bit(found.dtype) && config.rotates && in % kRotationColumns == 0)
+      found.rotation = Rotation::kConvRot;
+    return found;
   };
   const auto norm = [&](const char* name) {
     return config.qk_norm ? weights.vector(layer + name, shape.head_dim) : nullptr;

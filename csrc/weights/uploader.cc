@@ -17,11 +17,6 @@
 #include "kernels/transpose.h"
 
 namespace zimage_rt {
-namespace {
-
-constexpr std::size_t kElementBytes = 2;
-
-}  // namespace
 
 // The buffers and the stream of one thread.
 class Uploader::Worker {
@@ -59,7 +54,8 @@ class Uploader::Worker {
     std::memcpy(from, part.source, part.bytes);
     ZRT_CUDA(cudaMemcpyAsync(target, from, part.bytes, cudaMemcpyHostToDevice, stream_.get()));
     if (part.columns > 0)
-      transpose(target, part.target, part.rows, part.columns, chunk.stride, stream_.get());
+      transpose(target, part.target, part.element_bytes, part.rows, part.columns, chunk.stride,
+                stream_.get());
   }
 
   Stream stream_;
@@ -78,19 +74,20 @@ std::vector<Uploader::Chunk> Uploader::split(const std::vector<Part>& parts, std
                                    .bytes = std::min(chunk, part.bytes - at)}});
       continue;
     }
-    const std::size_t row = static_cast<std::size_t>(part.columns) * kElementBytes;
+    const auto element = static_cast<std::size_t>(part.element_bytes);
+    const std::size_t row = static_cast<std::size_t>(part.columns) * element;
     const int fitting = std::max(1, static_cast<int>(chunk / row));
     // Whole tiles of the kernel, if one fits.
     const int step = fitting < kTransposeTile ? fitting : fitting / kTransposeTile * kTransposeTile;
     for (int first = 0; first < part.rows; first += step) {
       const int rows = std::min(step, part.rows - first);
-      chunks.push_back(
-          {.part = {.source = part.source + static_cast<std::size_t>(first) * row,
-                    .target = part.target + static_cast<std::size_t>(first) * kElementBytes,
-                    .bytes = static_cast<std::size_t>(rows) * row,
-                    .rows = rows,
-                    .columns = part.columns},
-           .stride = part.rows});
+      chunks.push_back({.part = {.source = part.source + static_cast<std::size_t>(first) * row,
+                                 .target = part.target + static_cast<std::size_t>(first) * element,
+                                 .bytes = static_cast<std::size_t>(rows) * row,
+                                 .rows = rows,
+                                 .columns = part.columns,
+                                 .element_bytes = part.element_bytes},
+                        .stride = part.rows});
     }
   }
   return chunks;

@@ -18,8 +18,9 @@ class Uploader {
     const std::byte* source;
     std::byte* target;
     std::size_t bytes;
-    // A 16-bit matrix to transpose on the way; with 0 columns the bytes are copied unchanged.
+    // A matrix to transpose on the way; with 0 columns the bytes are copied unchanged.
     int rows = 0, columns = 0;
+    int element_bytes = 2;  // of a matrix to transpose: 1 or 2
   };
   // The number of chunks that these parts are copied in.
   static std::size_t count(const std::vector<Part>& parts, std::size_t chunk);

@@ -112,7 +112,7 @@ Weights::Weights(const std::string& path, std::vector<WeightEntry> entries) : pa
 
 // Kernels compute a module in one format, which all 16-bit tensors must share.
 void Weights::check_storage(const WeightEntry& entry) {
-  if (entry.dtype == DType::kFloat32) return;
+  if (entry.dtype == DType::kFloat32 || is_8bit(entry.dtype)) return;
   if (storage_ == DType::kFloat32) {
     storage_ = entry.dtype;
     storage_from_ = entry.name;
@@ -189,6 +189,7 @@ Uploader::Part Weights::part(const Place& place, std::byte* device) const {
   if (place.layout == Layout::kOutIn) {
     part.rows = static_cast<int>(place.entry.shape[0]);
     part.columns = static_cast<int>(place.entry.shape[1]);
+    part.element_bytes = static_cast<int>(size_of(place.entry.dtype));
   }
   return part;
 }
@@ -206,6 +207,9 @@ const Weights::Place& Weights::place_of(const WeightPatch& patch) const {
   const auto found = entries_.find(patch.tensor);
   bool fits = found != entries_.end() && !found->second.entry.host &&
               (!streams() || found->second.group >= 0);
+  if (fits && is_8bit(found->second.entry.dtype))
+    throw WeightError(path_ + ": " + patch.tensor + " has 8 bits, which take no LoRA on this " +
+                      "backend; use a bf16 bundle, or merge the LoRA before the export");
   if (fits) {
     const std::vector<std::int64_t>& shape = found->second.entry.shape;
     fits = (shape.size() == 2 || shape.size() == 1) && patch.first_column >= 0 &&
@@ -380,12 +384,15 @@ TensorView Weights::get(const std::string& name, std::initializer_list<std::int6
 }
 
 Matrix Weights::matrix(const std::string& name, int in, int out) const {
-  const TensorView view = get(name, {in, out}, storage_);
+  const auto found = entries_.find(name);
+  const bool quantized = found != entries_.end() && is_8bit(found->second.entry.dtype);
+  const TensorView view = get(name, {in, out}, quantized ? found->second.entry.dtype : storage_);
   return {.data = view.data,
           .dtype = view.dtype,
           .layout = entries_.at(name).layout,
           .in = in,
-          .out = out};
+          .out = out,
+          .scales = quantized ? vector(name + "_scale", out) : nullptr};
 }
 
 const float* Weights::vector(const std::string& name, std::int64_t size) const {

@@ -51,7 +51,8 @@ struct RangeError : std::runtime_error {
 class Weights {
  public:
   // Throws WeightError if the file is shorter than an entry says, or if its 16-bit tensors are not
-  // all fp16 or all bf16; std::runtime_error if it cannot be mapped.
+  // all fp16 or all bf16; std::runtime_error if it cannot be mapped. 8-bit matrices have scales:
+  // `NAME_scale`, fp32 [out].
   Weights(const std::string& path, std::vector<WeightEntry> entries);
   Weights(const Weights&) = delete;
   Weights& operator=(const Weights&) = delete;
@@ -95,13 +96,14 @@ class Weights {
   // missing or has another shape or dtype.
   TensorView get(const std::string& name, std::initializer_list<std::int64_t> shape,
                  DType dtype) const;
-  // A matrix in the format and layout that it has on the device. Throws WeightError.
+  // A matrix in the format and layout that it has on the device, with its scales if it has 8 bits.
+  // Throws WeightError.
   Matrix matrix(const std::string& name, int in, int out) const;
   // An fp32 vector. Throws WeightError.
   const float* vector(const std::string& name, std::int64_t size) const;
   // The size of one axis of a tensor of `rank` axes. Throws WeightError.
   int axis(const std::string& name, std::size_t rank, std::size_t index) const;
-  // The format of all matrices: fp16 or bf16.
+  // The format of all matrices that do not have 8 bits: fp16 or bf16.
   DType storage() const { return storage_; }
 
  private:

@@ -16,7 +16,7 @@ precisions = PRECISIONS
 
 def check(recipe: ExportRecipe) -> None:
     """Raises RecipeError: fp32 or the full VAE, which the backend does not run."""
-    if recipe.precision not in ("fp16", "bf16"):
-        raise RecipeError(f"precision: the cuda backend runs fp16 and bf16, got {recipe.precision!r}")
+    if recipe.precision == "fp32":
+        raise RecipeError("precision: the cuda backend runs bf16, fp16, int8 and fp8, got 'fp32'")
     if recipe.vae is not None and "full" in recipe.vae:
         raise RecipeError("vae: the cuda backend has no full VAE; ask for vae = ['tiny'], or export for onnxruntime")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from ..errors import RecipeError
 from ..graph.optimize import simplify
-from ..precision import PRECISIONS
+from ..precision import INT8_CPU, PRECISIONS
 from ..recipe import ExportRecipe
 
 __all__ = ["build", "check", "precisions", "simplify", "tables", "vaes"]
@@ -11,8 +12,10 @@ __all__ = ["build", "check", "precisions", "simplify", "tables", "vaes"]
 build = None
 vaes = ("tiny", "full")
 tables = ()
-precisions = PRECISIONS
+precisions = {**PRECISIONS, "int8": INT8_CPU}
 
 
 def check(recipe: ExportRecipe) -> None:
-    """Accepts every recipe."""
+    """Raises RecipeError: fp8, for which ONNX Runtime has no product."""
+    if recipe.precision == "fp8":
+        raise RecipeError("precision: onnxruntime has no product in fp8; export in int8, or for the cuda backend")

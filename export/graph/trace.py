@@ -16,6 +16,7 @@ from torch.export import Dim
 from zimage_rt.bundle.manifest import TensorSpec
 
 from ..errors import ExportError
+from .quantized import translations
 
 OPSET = 20
 
@@ -94,6 +95,7 @@ def trace(
             opset_version=OPSET,
             dynamo=True,
             optimize=False,
+            custom_translation_table=translations(),
             verbose=False,
         )
     if program is None:  # only if it writes a file itself

@@ -26,6 +26,7 @@ from .layers import (
     signed_halves,
     swiglu,
 )
+from .quantized import linear
 
 SEQUENCE_MULTIPLE = 32  # SEQ_MULTI_OF in diffusers: rows of a sequence are padded to a multiple of it
 ADALN_DIM = 256  # ADALN_EMBED_DIM
@@ -93,7 +94,7 @@ class Attention(nn.Module):
         super().__init__()
         dim, head_dim = config.dim, config.head_dim
         self.heads, self.head_dim, self.precision = config.n_heads, head_dim, precision
-        self.qkv = Linear(
+        self.qkv = linear(
             dim,
             (Part("to_q", dim, head_dim), Part("to_k", dim, head_dim), Part("to_v", dim)),
             precision,
@@ -101,7 +102,7 @@ class Attention(nn.Module):
         reorder = functools.partial(half_split, head_dim=head_dim)
         self.norm_q = RMSNorm(head_dim, QK_NORM_EPS, reorder=reorder) if config.qk_norm else None
         self.norm_k = RMSNorm(head_dim, QK_NORM_EPS, reorder=reorder) if config.qk_norm else None
-        self.to_out = nn.ModuleList([Linear(dim, dim, precision)])
+        self.to_out = nn.ModuleList([linear(dim, dim, precision)])
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, queries: int | None = None) -> Tensor:
         """[batch, tokens, dim] -> [batch, queries or tokens, dim], times `precision.attention_scale`."""
@@ -127,8 +128,8 @@ class FeedForward(nn.Module):
         super().__init__()
         hidden = config.hidden_dim
         self.precision = precision
-        self.w13 = Linear(config.dim, (Part("w1", hidden), Part("w3", hidden)), precision)
-        self.w2 = Linear(hidden, config.dim, precision)
+        self.w13 = linear(config.dim, (Part("w1", hidden), Part("w3", hidden)), precision)
+        self.w2 = linear(hidden, config.dim, precision)
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, tokens, dim] -> the same, times `precision.ffn_scale`."""

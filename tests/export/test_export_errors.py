@@ -127,7 +127,7 @@ def test_a_folder_that_is_no_bundle_is_left_alone(small_checkpoint: Path, tmp_pa
     [
         ("checkpont = 'x'", "unknown key 'checkpont'"),
         ("name = 'x'", "`checkpoint` is missing"),
-        ("checkpoint = 'x'\nprecision = 'fp8'", "expected one of fp32, fp16, bf16"),
+        ("checkpoint = 'x'\nprecision = 'fp4'", "expected one of fp32, fp16, bf16"),
         ("checkpoint = 'x'\nvae = ['huge']", "expected any of tiny, full"),
         ("checkpoint = 'x'\n[shapes.height]\nmin = 60", "multiples of 16"),
         ("checkpoint = 'x'\n[shapes.depth]\nmin = 1", "unknown key 'depth'"),

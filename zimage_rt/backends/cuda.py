@@ -169,9 +169,9 @@ class CudaPipeline:
                 f"the cuda backend has no model for {name}; it runs: {', '.join(MODELS)}. "
                 "Ask for vae='tiny', or load the bundle with backend='onnxruntime'"
             )
-        if spec.precision not in ("fp16", "bf16"):
+        if spec.precision == "fp32":
             raise BundleMismatch(
-                f"{name}: the cuda backend runs fp16 and bf16, got {spec.precision}; "
+                f"{name}: the cuda backend runs bf16, fp16, int8 and fp8, got fp32; "
                 "export the bundle with --precision bf16"
             )
         if spec.config.get("weight_layout") != "in_out" or (

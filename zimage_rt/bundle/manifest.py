@@ -22,7 +22,7 @@ from .modules import MODULES
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
-PRECISIONS = ("fp32", "fp16", "bf16")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 
 # Advice for manifests that cannot be read.
 _AGAIN = "export the bundle again"
