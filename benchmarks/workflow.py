@@ -102,7 +102,7 @@ def main(
         vae = "full" if "full_vae_decoder" in engine.manifest.modules else "tiny"
         sampler = {"sampler": "res_multistep", "schedule": "simple", "guidance_scale": 0.0}
         sides = {"height": size, "width": size}
-        request = {**sides, **sampler, "num_inference_steps": evaluations, "vae": vae, "seed": seed}
+        request: dict[str, Any] = {**sides, **sampler, "num_inference_steps": evaluations, "vae": vae, "seed": seed}
         return engine.generate(PROMPT, **request).images[0]
 
     def run_workflow(seed: int) -> Any:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from onnxscript import opset20
 
-
 op: Any = opset20  # its generated types know fewer combinations than the operators
 
 
