@@ -163,6 +163,8 @@ def plan_modules(checkpoint: Checkpoint, precision: Precision, vaes: tuple[str, 
 
 def _plan_text_encoder(component: Component, precision: Precision, tensors: _Tensors) -> ModulePlan:
     config = TextEncoderConfig.from_dict(component.config)
+    if precision.quantization is not None and not precision.quantization.text_encoder:
+        precision = dataclasses.replace(precision, quantization=None)
     return ModulePlan(
         "text_encoder",
         component,
@@ -171,7 +173,7 @@ def _plan_text_encoder(component: Component, precision: Precision, tensors: _Ten
         inputs=(TensorSpec("input_ids", "int64", ("batch", "prompt_tokens")),),
         outputs=(tensors.embeds,),
         multiples={},
-        config={**dataclasses.asdict(config), **layout_config(precision)},
+        config={**dataclasses.asdict(config), **layout_config(precision), **quantization_config(precision)},
         blocks=Blocks(config.num_hidden_layers - 1, config.hidden_size, lambda sizes: sizes["prompt_tokens"]),
     )
 

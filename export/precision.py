@@ -22,6 +22,8 @@ class Quantization:
         limit: the number that a column's largest value becomes.
         rotates: whether inputs and matrices are rotated; see `modeling.quantized`.
         per_token: whether a row of an input has a scale of its own; otherwise the whole input has one.
+        text_encoder: whether the text encoder has 8 bits, too. A few of its channels are a thousand times larger than
+            the others, which a scale per input does not bear.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Quantization:
     limit: float
     rotates: bool
     per_token: bool
+    text_encoder: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +87,9 @@ INT8 = dataclasses.replace(
 )
 # On a CPU a rotation costs as much as the product, and ONNX Runtime has a fused kernel for one scale per input.
 INT8_CPU = dataclasses.replace(
-    INT8, storage=torch.float32, quantization=Quantization("int8", torch.int8, 127.0, rotates=False, per_token=False)
+    INT8,
+    storage=torch.float32,
+    quantization=Quantization("int8", torch.int8, 127.0, rotates=False, per_token=False, text_encoder=False),
 )
 # float8's three bits of mantissa are as coarse after a rotation. ONNX Runtime has no product in it.
 FP8 = dataclasses.replace(

@@ -21,6 +21,7 @@
 #include "kernels/fused_gemm.h"
 #include "kernels/mma_gemm_8bit.h"
 #include "kernels/norm.h"
+#include "kernels/patch_8bit.h"
 #include "kernels/quantize_rows.h"
 #include "kernels/swiglu.h"
 #include "ops/linear.h"
@@ -69,6 +70,31 @@ py::tuple run_quantize_rows(const py::array& x, const std::string& dtype,
                  .out = out.rows()},
                 nullptr);
   return out.download();
+}
+
+// The matrix and its scales after a change, and whether a number was not finite.
+py::tuple run_patch_8bit(const py::array& matrix, const py::array& scales,
+                         const std::optional<py::array>& down, const py::array& up,
+                         const std::string& rotation) {
+  const DeviceArray stored(matrix), stored_scales(scales), u(up);
+  const std::optional<DeviceArray> d = down ? std::optional<DeviceArray>(*down) : std::nullopt;
+  const DeviceArray overflow(py::array_t<float>(std::vector<py::ssize_t>{1}));
+  ZRT_CUDA(cudaMemset(overflow.data(), 0, sizeof(int)));
+  patch_8bit({.matrix = stored.data(),
+              .scales = stored_scales.data<float>(),
+              .type = stored.dtype(),
+              .rotation = rotation_named(rotation),
+              .rows = rows_of(stored),
+              .in = columns_of(stored),
+              .rank = d ? rows_of(*d) : 0,
+              .down = d ? d->data<float>() : nullptr,
+              .up = u.data<float>(),
+              .delta = d ? nullptr : u.data<float>(),
+              .overflow = overflow.data<int>()},
+             nullptr);
+  int flag = 0;
+  ZRT_CUDA(cudaMemcpy(&flag, overflow.data(), sizeof(int), cudaMemcpyDeviceToHost));
+  return py::make_tuple(stored.download(), stored_scales.download(), flag != 0);
 }
 
 py::tuple run_swiglu_quantized(const py::array& gate_up, float gate_scale, float up_scale,
@@ -355,6 +381,7 @@ void bind_quantized(py::module_& m) {
              weight_scales = py::arg("weight_scales"), out_type = py::arg("out_type");
   const auto cluster = py::arg("cluster") = "any";
   m.def("quantize_rows", &run_quantize_rows);
+  m.def("patch_8bit", &run_patch_8bit);
   m.def("swiglu_quantized", &run_swiglu_quantized);
   m.def("rms_norm_quantized", &run_rms_norm_quantized);
   m.def("residual_norm_quantized", &run_residual_norm_quantized);

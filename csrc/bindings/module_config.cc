@@ -32,6 +32,11 @@ T get(const py::dict& config, const char* key) {
   }
 }
 
+Quantization quantization(const py::dict& config) {
+  if (!config.contains("quantization")) return {};
+  return {.is_on = true, .rotates = get<bool>(config, "rotates")};
+}
+
 TextEncoderConfig text_encoder_config(const py::dict& config) {
   return {.vocab_size = get<int>(config, "vocab_size"),
           .hidden_size = get<int>(config, "hidden_size"),
@@ -43,7 +48,8 @@ TextEncoderConfig text_encoder_config(const py::dict& config) {
           .rms_norm_eps = get<float>(config, "rms_norm_eps"),
           .attention_scale = get<float>(config, "attention_scale"),
           .gate_scale = get<float>(config, "gate_scale"),
-          .up_scale = get<float>(config, "up_scale")};
+          .up_scale = get<float>(config, "up_scale"),
+          .quantization = quantization(config)};
 }
 
 TransformerConfig transformer_config(const py::dict& config) {
@@ -62,11 +68,8 @@ TransformerConfig transformer_config(const py::dict& config) {
                         .axes_lens = get<std::vector<int>>(config, "axes_lens"),
                         .attention_scale = get<float>(config, "attention_scale"),
                         .gate_scale = get<float>(config, "gate_scale"),
-                        .up_scale = get<float>(config, "up_scale")};
-  if (config.contains("quantization")) {
-    out.has_8bit = true;
-    out.rotates = get<bool>(config, "rotates");
-  }
+                        .up_scale = get<float>(config, "up_scale"),
+                        .quantization = quantization(config)};
   if (out.axes_dims.size() != kRopeAxes || out.axes_lens.size() != kRopeAxes)
     throw WeightError("axes_dims, axes_lens: expected three numbers each");
   return out;

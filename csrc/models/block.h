@@ -32,6 +32,12 @@ struct BlockShape {
   int qkv_width() const { return (heads + 2 * kv_heads) * head_dim; }
 };
 
+// The 8-bit format of a module's blocks, from its config in the manifest.
+struct Quantization {
+  bool is_on = false;  // matrices may have 8 bits
+  bool rotates = false;
+};
+
 struct BlockWeights {
   Matrix qkv;
   const float* q_norm;  // [head_dim]; null, like k_norm, without these norms

@@ -16,6 +16,7 @@
 #include "device/arena.h"
 #include "device/check.h"
 #include "device/dtype.h"
+#include "device/matrix.h"
 #include "kernels/rope_table.h"
 
 namespace zimage_rt {
@@ -36,7 +37,10 @@ Layers layers_of(const BlockShape& shape, const Weights& weights, int first, int
   for (int i = first; i < last; ++i) {
     const std::string layer = "layers." + std::to_string(i) + ".";
     const auto matrix = [&](const char* name, int in, int out) {
-      return weights.matrix(layer + name, in, out);
+      const Matrix found = weights.matrix(layer + name, in, out);
+      if (is_8bit(found.dtype) && !shape.has_8bit)
+        throw WeightError(layer + name + " has 8 bits, but the module's config does not say so");
+      return found;
     };
     const auto vector = [&](const char* name, int size) {
       return weights.vector(layer + name, size);
@@ -83,7 +87,8 @@ TextEncoder::TextEncoder(const TextEncoderConfig& config, Weights& weights)
              .type = weights.storage(),
              .attention_scale = config.attention_scale,
              .gate_scale = config.gate_scale,
-             .up_scale = config.up_scale} {
+             .up_scale = config.up_scale,
+             .has_8bit = config.quantization.is_on} {
   layers_of(shape_, weights_, 0, config.num_hidden_layers - 1);
   weights_.get("embed_tokens.weight", {config.vocab_size, config.hidden_size}, shape_.type);
   weights_.vector("rope.inv_freq", config.head_dim / 2);

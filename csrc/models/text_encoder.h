@@ -24,6 +24,7 @@ struct TextEncoderConfig {
   float attention_scale;
   float gate_scale;
   float up_scale;
+  Quantization quantization = {};
 };
 
 // Qwen3's hidden_states[-2]. The embedding table stays on the host, because a prompt reads few rows

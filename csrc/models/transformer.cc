@@ -61,7 +61,7 @@ BlockShape TransformerConfig::block_shape(DType type) const {
           .attention_scale = attention_scale,
           .gate_scale = gate_scale,
           .up_scale = up_scale,
-          .has_8bit = has_8bit};
+          .has_8bit = quantization.is_on};
 }
 
 std::vector<RopeAxis> rope_axes(const TransformerConfig& config, const Weights& weights,
@@ -82,12 +82,9 @@ std::vector<RopeAxis> rope_axes(const TransformerConfig& config, const Weights& 
 BlockWeights block_weights(const TransformerConfig& config, const BlockShape& shape,
                            const Weights& weights, const std::string& layer) {
   const auto matrix = [&](const char* name, int in, int out) {
-    Matrix found = weights.matrix(layer + name, in, out);
-    if (is_8bit(found.dtype) && !config.has_8bit)
+    const Matrix found = weights.matrix(layer + name, in, out);
+    if (is_8bit(found.dtype) && !shape.has_8bit)
       throw WeightError(layer + name + " has 8 bits, but the module's config does not say so");
-    // As export/modeling/quantized.py stores them.
-    if (is_8bit(found.dtype) && config.rotates && in % kRotationColumns == 0)
-      found.rotation = Rotation::kConvRot;
     return found;
   };
   const auto norm = [&](const char* name) {

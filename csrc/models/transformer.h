@@ -35,8 +35,7 @@ struct TransformerConfig {
   float attention_scale;
   float gate_scale;
   float up_scale;
-  bool has_8bit = false;  // the blocks' matrices have 8 bits
-  bool rotates = false;   // and are rotated, as their inputs are
+  Quantization quantization = {};
 
   BlockShape block_shape(DType type) const;
 };

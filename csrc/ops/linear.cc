@@ -16,8 +16,6 @@ namespace {
 
 // With fewer rows the smaller tiles of cuBLASLt are faster (benchmarks/LOG.md).
 constexpr int kFusedRows = 2048;
-// The other 8-bit product uses mma.sync, far from the rate of wgmma, so that fewer rows are enough.
-constexpr int kFusedRows8bit = 256;
 // Columns of a head, and of a tile of the hidden layer, that the fused products compute.
 constexpr int kFusedHeadDim = 128;
 constexpr int kFusedMultiple = 64;
@@ -48,9 +46,10 @@ bool check_operands(const void* x, const QuantizedRows& quantized, const Matrix&
   return true;
 }
 
+// Of 8 bits any number of rows: the other product uses mma.sync, and does not split k, so that few
+// rows would leave most of the device idle while the weights are read.
 bool can_fuse(const Ops& ops, const Matrix& weight, int rows) {
-  return ops.fused_workspace != nullptr &&
-         rows >= (is_8bit(weight.dtype) ? kFusedRows8bit : kFusedRows);
+  return ops.fused_workspace != nullptr && (is_8bit(weight.dtype) || rows >= kFusedRows);
 }
 
 FusedGemm fused_gemm(const void* x, const QuantizedRows& quantized, const Matrix& weight, int rows,

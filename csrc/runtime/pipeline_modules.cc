@@ -8,6 +8,7 @@
 #include <variant>
 #include <vector>
 
+#include "models/block.h"
 #include "models/controlnet.h"
 #include "models/text_encoder.h"
 #include "models/tiny_vae.h"
@@ -16,6 +17,20 @@
 #include "weights/weights.h"
 
 namespace zimage_rt {
+
+namespace {
+
+// The 8-bit format of a module; none of those without blocks.
+Quantization quantization(const ModuleConfig& config) {
+  if (const auto* transformer = std::get_if<TransformerConfig>(&config))
+    return transformer->quantization;
+  if (const auto* controlled = std::get_if<ControlNetConfig>(&config))
+    return controlled->transformer.quantization;
+  if (const auto* encoder = std::get_if<TextEncoderConfig>(&config)) return encoder->quantization;
+  return {};
+}
+
+}  // namespace
 
 // The steps of loading a module.
 struct Pipeline::ModuleKind {
@@ -103,6 +118,7 @@ void Pipeline::load(const std::string& module, std::unique_ptr<Weights> weights,
   if (weights_.count(module) != 0)
     throw std::invalid_argument(module + " is loaded already; open a new pipeline to replace it");
   const ModuleKind& kind = found->second;
+  if (quantization(config).rotates) weights->set_rotated();
   if (kind.prepare != nullptr) kind.prepare(*this, *weights);
   check_limit(weights->bytes() + weights->staging_bytes(), kind.weights);
   weights->upload(kind.weights);

@@ -27,6 +27,7 @@
 #include "device/dtype.h"
 #include "device/matrix.h"
 #include "kernels/low_rank.h"
+#include "kernels/patch_8bit.h"
 
 namespace zimage_rt {
 namespace {
@@ -87,6 +88,7 @@ Weights::Weights(const std::string& path, std::vector<WeightEntry> entries) : pa
     const std::size_t bytes = TensorView{.dtype = entry.dtype, .shape = entry.shape}.bytes();
     check_storage(entry);
     Place place{.entry = std::move(entry), .bytes = bytes, .device_offset = bytes_};
+    if (is_8bit(place.entry.dtype) && place.entry.shape.size() == 2) place.layout = Layout::kOutIn;
     if (!place.entry.host) bytes_ += aligned(bytes);
     const std::string name = place.entry.name;
     entries_.emplace(name, std::move(place));
@@ -159,7 +161,7 @@ std::size_t Weights::bytes_with(const std::vector<WeightPatch>& patches, bool ad
 void Weights::transpose_on_upload(const std::function<bool(const std::string&)>& selects) {
   for (auto& [name, place] : entries_) {
     const bool transposed = place.entry.dtype != DType::kFloat32 && place.entry.shape.size() == 2 &&
-                            !place.entry.host && selects(name);
+                            !place.entry.host && (is_8bit(place.entry.dtype) || selects(name));
     place.layout = transposed ? Layout::kOutIn : Layout::kInOut;
   }
 }
@@ -207,9 +209,6 @@ const Weights::Place& Weights::place_of(const WeightPatch& patch) const {
   const auto found = entries_.find(patch.tensor);
   bool fits = found != entries_.end() && !found->second.entry.host &&
               (!streams() || found->second.group >= 0);
-  if (fits && is_8bit(found->second.entry.dtype))
-    throw WeightError(path_ + ": " + patch.tensor + " has 8 bits, which take no LoRA on this " +
-                      "backend; use a bf16 bundle, or merge the LoRA before the export");
   if (fits) {
     const std::vector<std::int64_t>& shape = found->second.entry.shape;
     fits = (shape.size() == 2 || shape.size() == 1) && patch.first_column >= 0 &&
@@ -253,6 +252,7 @@ void Weights::patch(const std::vector<WeightPatch>& patches, cudaStream_t stream
         patch.down == nullptr ? nullptr : upload_factor(patch.down, down_count(patch));
     const float* const up = upload_factor(patch.up, up_count(patch));
     patched_.insert(patch.tensor);
+    if (is_8bit(place_of(patch).entry.dtype)) patched_.insert(patch.tensor + "_scale");
     apply(place_of(patch), patch, down, up, device_.data(), overflow, stream);
   }
   check_range(overflow, stream);
@@ -260,6 +260,24 @@ void Weights::patch(const std::vector<WeightPatch>& patches, cudaStream_t stream
 
 void Weights::apply(const Place& place, const WeightPatch& patch, const float* down,
                     const float* up, std::byte* device, int* overflow, cudaStream_t stream) const {
+  if (is_8bit(place.entry.dtype)) {
+    const Place& scales = find(patch.tensor + "_scale", "");
+    const auto first = static_cast<std::size_t>(patch.first_column);
+    patch_8bit(
+        {.matrix = device + place.device_offset + first * static_cast<std::size_t>(patch.rows),
+         .scales = reinterpret_cast<float*>(device + scales.device_offset) + first,
+         .type = place.entry.dtype,
+         .rotation = rotation(patch.rows),
+         .rows = patch.columns,
+         .in = patch.rows,
+         .rank = down == nullptr ? 0 : patch.rank,
+         .down = down,
+         .up = up,
+         .delta = down == nullptr ? up : nullptr,
+         .overflow = overflow},
+        stream);
+    return;
+  }
   LowRankUpdate args{};
   args.matrix = device + place.device_offset;
   args.type = place.entry.dtype;
@@ -392,7 +410,8 @@ Matrix Weights::matrix(const std::string& name, int in, int out) const {
           .layout = entries_.at(name).layout,
           .in = in,
           .out = out,
-          .scales = quantized ? vector(name + "_scale", out) : nullptr};
+          .scales = quantized ? vector(name + "_scale", out) : nullptr,
+          .rotation = quantized ? rotation(in) : Rotation::kNone};
 }
 
 const float* Weights::vector(const std::string& name, std::int64_t size) const {

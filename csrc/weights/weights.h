@@ -54,6 +54,9 @@ class Weights {
   // all fp16 or all bf16; std::runtime_error if it cannot be mapped. 8-bit matrices have scales:
   // `NAME_scale`, fp32 [out].
   Weights(const std::string& path, std::vector<WeightEntry> entries);
+  // Says that 8-bit matrices of a multiple of kRotationColumns inputs are rotated, as
+  // export/modeling/quantized.py stores them.
+  void set_rotated() { rotated_ = true; }
   Weights(const Weights&) = delete;
   Weights& operator=(const Weights&) = delete;
   ~Weights();
@@ -64,7 +67,7 @@ class Weights {
   bool streams() const { return !groups_.empty(); }
   // Stores the selected matrices, [in, out] in the file, as [out, in] on the device: products of
   // that layout are faster at the power limit (benchmarks/LOG.md). Call it before the first upload;
-  // not for streamed weights.
+  // not for streamed weights. Matrices of 8 bits always are, which their products need.
   void transpose_on_upload(const std::function<bool(const std::string&)>& selects);
   // Loads a group with its patches, in stream order. Until the next group is loaded, get() is valid
   // for its tensors and for no other group's. Uploaded weights only.
@@ -103,6 +106,10 @@ class Weights {
   const float* vector(const std::string& name, std::int64_t size) const;
   // The size of one axis of a tensor of `rank` axes. Throws WeightError.
   int axis(const std::string& name, std::size_t rank, std::size_t index) const;
+  // The rotation of an 8-bit matrix of so many inputs.
+  Rotation rotation(std::int64_t in) const {
+    return rotated_ && in % kRotationColumns == 0 ? Rotation::kConvRot : Rotation::kNone;
+  }
   // The format of all matrices that do not have 8 bits: fp16 or bf16.
   DType storage() const { return storage_; }
 
@@ -148,6 +155,7 @@ class Weights {
   std::size_t bytes_ = 0;
   DType storage_ = DType::kFloat32;  // until the first 16-bit tensor
   std::string storage_from_;         // the name of that tensor
+  bool rotated_ = false;
   DeviceBuffer device_;
   std::set<std::string> patched_;  // since the last upload
 

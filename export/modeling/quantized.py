@@ -82,6 +82,10 @@ class QuantizedLinear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         x = rotated(x.float(), self.group)
+        if self.quantization.storage != torch.int8:  # no ONNX form
+            numbers, scale = quantized_columns(x.flatten(0, -2).T, self.quantization)
+            y = (numbers.T.float() @ self.weight.float()) * scale[:, None] * self.weight_scale
+            return y.unflatten(0, x.shape[:-1]).to(self.compute)
         y = torch.ops.zimage_rt.matmul_8_bits(x, self.weight, self.weight_scale, self.quantization.per_token)
         return y.to(self.compute)
 

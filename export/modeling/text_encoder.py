@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..precision import Precision
-from .layers import Constants, Linear, Part, RMSNorm, attention, rotate, signed_halves, swiglu
+from .layers import Constants, Part, RMSNorm, attention, rotate, signed_halves, swiglu
+from .quantized import linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +57,8 @@ class SelfAttention(nn.Module):
         q, kv = config.num_attention_heads * config.head_dim, self.kv_heads * config.head_dim
         self.sizes = (q, kv, kv)
         parts = tuple(map(Part, ("q_proj", "k_proj", "v_proj"), self.sizes))
-        self.qkv_proj = Linear(config.hidden_size, parts, precision)
-        self.o_proj = Linear(q, config.hidden_size, precision)
+        self.qkv_proj = linear(config.hidden_size, parts, precision)
+        self.o_proj = linear(q, config.hidden_size, precision)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
@@ -93,8 +94,8 @@ class MLP(nn.Module):
         hidden = config.intermediate_size
         self.precision = precision
         parts = (Part("gate_proj", hidden), Part("up_proj", hidden))
-        self.gate_up_proj = Linear(config.hidden_size, parts, precision)
-        self.down_proj = Linear(hidden, config.hidden_size, precision)
+        self.gate_up_proj = linear(config.hidden_size, parts, precision)
+        self.down_proj = linear(hidden, config.hidden_size, precision)
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, tokens, hidden] -> the same, times `precision.ffn_scale`."""

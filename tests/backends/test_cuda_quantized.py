@@ -114,6 +114,28 @@ def test_a_row_that_is_not_finite_says_so(kernels, rng, dtype, rotation, value):
     assert np.isfinite(scales).tolist() == [True, False, True]
 
 
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize(
+    ("rows", "columns", "rotation"), [(3, 384, "none"), (65, 3840, "convrot"), (2, 10240, "convrot")]
+)
+@pytest.mark.parametrize("rank", [0, 1, 33])
+def test_a_change_of_8bit_rows(kernels, rng, dtype, rows, columns, rotation, rank):
+    codes, scales = kernels.quantize_rows(cast(f32(rng, rows, columns), "float16"), dtype, rotation)
+    # A dense change without a rank: [in, rows].
+    down = f32(rng, rank, columns, scale=0.3) if rank else None
+    up = f32(rng, rank, rows, scale=0.3) if rank else f32(rng, columns, rows, scale=0.3)
+    change = up.T.astype(np.float64) @ down if rank else up.T.astype(np.float64)
+    after, after_scales, overflow = kernels.patch_8bit(codes, scales, down, up, rotation)
+    assert not overflow
+    check_rows(after, after_scales, to_float(codes) * scales[:, None] + rotated(change, rotation), dtype)
+
+
+def test_a_change_that_is_not_finite_says_so(kernels, rng):
+    codes, scales = kernels.quantize_rows(cast(f32(rng, 2, 256), "float16"), "int8", "convrot")
+    up = np.full((256, 2), np.inf, np.float32)
+    assert kernels.patch_8bit(codes, scales, None, up, "convrot")[2]
+
+
 def test_rows_of_odd_widths_are_refused(kernels, rng):
     with pytest.raises(ValueError, match="a multiple of 16 columns"):
         kernels.quantize_rows(cast(f32(rng, 2, 24), "float16"), "int8", "none")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..bundle.quantized import SCALE
 from ..bundle.safetensors_file import TensorFile, narrow, widen
 from ..errors import BundleMismatch, LoraError
 from .base import Change, Dense
@@ -19,6 +20,8 @@ _CHUNK = 1 << 18
 def merged(path: Path, changes: Sequence[Change]) -> dict[str, np.ndarray]:
     """The changed tensors of a weight file in their stored formats, bf16 as uint16: summed in fp32, then rounded.
 
+    A matrix of int8 comes with its scales, which are those of the sum.
+
     Raises LoraError if fp16 cannot hold the result, and BundleMismatch if the file does not have a tensor.
     """
     by_tensor: dict[str, list[Change]] = {}
@@ -26,11 +29,24 @@ def merged(path: Path, changes: Sequence[Change]) -> dict[str, np.ndarray]:
         by_tensor.setdefault(change.tensor, []).append(change)
     try:
         file = TensorFile(path)
-        return {name: _merge(name, file.stored(name), found) for name, found in by_tensor.items()}
+        result: dict[str, np.ndarray] = {}
+        for name, found in by_tensor.items():
+            if file.dtype(name) == "I8":
+                total = _merge(name, file.stored(name) * file.stored(f"{name}{SCALE}"), found)
+                result[name], result[f"{name}{SCALE}"] = quantized_columns(total)
+            else:
+                result[name] = _merge(name, file.stored(name), found)
+        return result
     except (KeyError, ValueError) as error:
         if isinstance(error, LoraError):
             raise
         raise BundleMismatch(f"{path}: {error}; export the bundle again") from error
+
+
+def quantized_columns(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A float32 matrix `[in, out]` as int8 and scales float32 `[out]`: each its column's largest number / 127."""
+    scales = np.abs(matrix).max(axis=0) / np.float32(127)
+    return np.rint(matrix / np.where(scales > 0, scales, np.float32(1))).astype(np.int8), scales
 
 
 def _merge(name: str, stored: np.ndarray, changes: Sequence[Change]) -> np.ndarray:

@@ -79,10 +79,10 @@ class TensorFile:
         return tuple(self.tensors[name]["shape"])
 
     def stored(self, name: str) -> np.ndarray:
-        """The tensor in its stored format, bf16 as uint16. Raises ValueError for other formats than fp32/16/bf16."""
-        dtype = _STORED.get(self.dtype(name))
+        """The tensor in its stored format, bf16 as uint16. Raises ValueError for others than fp32/16, bf16 and int8."""
+        dtype = {**_STORED, "I8": np.int8}.get(self.dtype(name))
         if dtype is None:
-            raise ValueError(f"{name}: expected F32, F16 or BF16, got {self.dtype(name)}")
+            raise ValueError(f"{name}: expected F32, F16, BF16 or I8, got {self.dtype(name)}")
         return self._array(name, dtype)
 
     def read(self, name: str) -> np.ndarray:

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..bundle.manifest import LinearPlace, Manifest
 from ..bundle.modules import LORA_MODULES
+from ..bundle.quantized import QUANTIZED, dequantized
 from ..bundle.safetensors_file import TensorFile, widen
 from ..errors import LoraError
 from .file import LoraFile
@@ -57,8 +58,12 @@ class BaseWeights:
 
     def columns(self, module: str, tensor: str, first: int, count: int) -> np.ndarray:
         """Columns of a tensor, float32 `[rows, count]`; a vector has one row."""
-        stored = self._file(module).stored(tensor)
-        return widen((stored[None] if stored.ndim == 1 else stored)[:, first : first + count])
+        file, columns = self._file(module), slice(first, first + count)
+        if file.dtype(tensor) in QUANTIZED:
+            rotates = bool(self._manifest.module(module).config.get("rotates", False))
+            return dequantized(file, tensor, columns, rotates=rotates)
+        stored = file.stored(tensor)
+        return widen((stored[None] if stored.ndim == 1 else stored)[:, columns])
 
     def size(self, module: str, tensor: str) -> int:
         """The length of a vector."""

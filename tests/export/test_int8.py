@@ -1,0 +1,146 @@
+"""Bundles in int8: their numbers, their graphs, and their images against fp32."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from shared import ROOT
+from zimage_rt.export.bundle import export
+from zimage_rt.export.graph.trace import trace
+from zimage_rt.export.modeling.quantized import QuantizedLinear, quantized_columns, rotated, rotation_matrix
+from zimage_rt.export.precision import FP8, INT8, INT8_CPU, Precision
+from zimage_rt.export.recipe import read_recipe
+
+import zimage_rt
+from zimage_rt.backends.merge import quantized_columns as quantized_by_numpy
+from zimage_rt.bundle.manifest import TensorSpec
+from zimage_rt.bundle.quantized import dequantized
+from zimage_rt.bundle.safetensors_file import TensorFile
+
+PROMPTS = ("a red fox on a blue background", "一只熊猫，绿色背景")
+
+
+@pytest.fixture(scope="module")
+def int8_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    recipe = read_recipe(ROOT / "engines" / "nano.toml")
+    out = tmp_path_factory.mktemp("int8") / "nano"
+    export(dataclasses.replace(recipe, precision="int8", out=out, vae=("tiny",), parity=False))
+    return out
+
+
+def test_a_rotation_is_its_own_inverse() -> None:
+    matrix = rotation_matrix(256)
+    assert torch.equal(matrix, matrix.T) and torch.allclose(matrix @ matrix, torch.eye(256), atol=1e-6)
+    assert torch.equal(matrix.abs(), torch.full((256, 256), 1 / 16))
+
+
+@pytest.mark.parametrize("precision", [INT8, FP8, INT8_CPU], ids=["int8", "fp8", "int8 for the CPU"])
+@pytest.mark.parametrize("outliers", [False, True])
+def test_a_product_is_close(precision: Precision, outliers: bool) -> None:
+    torch.manual_seed(3)
+    layer = QuantizedLinear(512, 96, precision)
+    matrix = torch.randn(96, 512)
+    (weight, scale) = (layer.sources[name].assemble([matrix]) for name in ("weight", "weight_scale"))
+    layer.load_state_dict({"weight": weight, "weight_scale": scale}, assign=True)
+    x = torch.randn(33, 512)
+    if outliers:
+        x[:, 7] *= 300
+    expected = x.double() @ matrix.double().T
+    error = float((layer(x).double() - expected).norm() / expected.norm())
+    # Rotated int8 bears a channel that is far larger than the others; a scale for the whole input does not.
+    assert error < {"int8": 0.015, "fp8": 0.040}[precision.name] * (8 if outliers and precision is INT8_CPU else 1)
+
+
+@pytest.mark.parametrize("precision", [INT8, INT8_CPU], ids=["int8", "int8 for the CPU"])
+def test_the_graph_computes_what_the_layer_does(precision: Precision) -> None:
+    torch.manual_seed(4)
+
+    class Module(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = QuantizedLinear(256, 64, precision)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x)
+
+    with torch.device("meta"):
+        traced = Module()
+    spec = TensorSpec("image", "float32", ("batch", 5, 256))
+    model = trace(traced, (spec,), (TensorSpec("out", "float32", ("batch", 5, 64)),), {})
+    module = Module()
+    sources = module.layer.sources
+    matrix = torch.randn(64, 256)
+    state = {f"layer.{name}": source.assemble([matrix]) for name, source in sources.items()}
+    module.load_state_dict(state, assign=True)
+    import onnx_ir
+
+    for name, value in list(model.graph.initializers.items()):
+        if name in state:
+            value.const_value = onnx_ir.tensor(state[name].numpy(), name=name)
+    session = onnxruntime.InferenceSession(onnx_ir.to_proto(model).SerializeToString())
+    x = torch.randn(3, 5, 256)
+    found = session.run(None, {"image": x.numpy()})[0]
+    assert np.abs(found - module(x).numpy()).max() < 1e-3 * np.abs(found).max()
+    # Whole numbers of unsigned activations and signed weights: the fast form of ONNX Runtime.
+    assert any(node.op_type == "MatMulInteger" for node in model.graph)
+
+
+def test_numbers_are_rounded_once() -> None:
+    """A matrix that has 8 bits already, such as one of Comfy-Org's `int8_convrot` files, keeps its numbers."""
+    torch.manual_seed(5)
+    numbers = torch.randint(-127, 128, (40, 512), dtype=torch.int8)
+    numbers[:, 0] = 127  # each row's largest, as such files have it
+    scales = torch.rand(40) + 0.1
+    stored = rotated(numbers.float() * scales[:, None], 256)  # as the reader gives it: rotated back
+    layer = QuantizedLinear(512, 40, INT8)
+    assert torch.equal(layer.sources["weight"].assemble([stored]).T, numbers)
+    assert torch.allclose(layer.sources["weight_scale"].assemble([stored]), scales, rtol=1e-5)
+
+
+def test_a_lora_is_rounded_as_the_export_rounds() -> None:
+    matrix = torch.randn(64, 48)
+    weight, scale = quantized_columns(matrix, INT8.quantization)  # type: ignore[arg-type]
+    found, scales = quantized_by_numpy(matrix.numpy())
+    assert np.array_equal(found, weight.numpy()) and np.allclose(scales, scale.numpy())
+
+
+def test_stored_numbers_are_read_back(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    matrix = torch.randn(512, 40)  # [in, out]
+    numbers, scale = quantized_columns(rotated(matrix.T, 256).T, INT8.quantization)  # type: ignore[arg-type]
+    save_file({"w": numbers.contiguous(), "w_scale": scale}, tmp_path / "w.safetensors")
+    found = dequantized(TensorFile(tmp_path / "w.safetensors"), "w", slice(3, 30), rotates=True)
+    assert np.linalg.norm(found - matrix[:, 3:30].numpy()) < 0.015 * np.linalg.norm(matrix[:, 3:30])
+
+
+def draw(engine: zimage_rt.Engine, prompt: str, seed: int) -> np.ndarray:
+    return engine.generate(prompt, seed=seed, height=256, width=256, num_inference_steps=8, vae="tiny").images[0]
+
+
+def psnr(one: np.ndarray, other: np.ndarray) -> float:
+    return float(10 * np.log10(255**2 / ((one.astype(float) - other.astype(float)) ** 2).mean()))
+
+
+def test_images_are_those_of_fp32(int8_bundle: Path, engine: zimage_rt.Engine) -> None:
+    file = TensorFile(int8_bundle / "transformer.safetensors")
+    assert file.dtype("layers.0.feed_forward.w2.weight") == "I8" and file.dtype("all_x_embedder.2-1.weight") == "F32"
+    lora = ROOT / "checkpoints" / "zimage-nano-cyanotype" / "cyanotype.safetensors"
+    with zimage_rt.Engine.load(int8_bundle) as quantized:
+        assert quantized.manifest.precision == "int8"
+        for seed, prompt in enumerate(PROMPTS):
+            assert psnr(draw(quantized, prompt, seed), draw(engine, prompt, seed)) > 38  # measured: 44 to 49
+        plain = draw(quantized, PROMPTS[0], 0)
+        name, other = quantized.load_lora(lora), engine.load_lora(lora)
+        try:
+            changed, wanted = draw(quantized, PROMPTS[0], 0), draw(engine, PROMPTS[0], 0)
+        finally:
+            engine.unload_lora(other)
+        assert psnr(changed, wanted) > 34 and psnr(changed, plain) < 25
+        quantized.unload_lora(name)
+        assert np.array_equal(draw(quantized, PROMPTS[0], 0), plain)
