@@ -139,7 +139,7 @@ OutPath = Annotated[
 PrecisionName = Annotated[
     str | None,
     typer.Option(
-        help="Number format of matrices and their products: fp32, fp16 or bf16. "
+        help="Number format of matrices and their products: fp32, fp16, bf16, int8 or fp8. "
         "By default the recipe's, or fp32 without a recipe."
     ),
 ]

@@ -36,7 +36,7 @@ class ExportRecipe:
         checkpoint: a diffusers folder, or a single `.safetensors` or `.gguf` file.
         out: the bundle's folder.
         name: the bundle's name in the manifest.
-        precision: `fp32`, `fp16` or `bf16`.
+        precision: `fp32`, `fp16`, `bf16`, `int8` or `fp8`.
         vae: the VAEs to include, of `tiny` and `full`; None for all that the checkpoint has and the backend runs.
         parts: paths of parts that are not in the checkpoint; a `controlnet` is always given here.
         config: changes to a component's config, for numbers that a single file's tensors do not show.
