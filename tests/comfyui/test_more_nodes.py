@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from shared import ROOT
 
+from zimage_rt.comfyui.bislerp import bislerp
 from zimage_rt.comfyui.canny import canny
 from zimage_rt.comfyui.files import FolderFiles
 from zimage_rt.comfyui.graph import WorkflowError
@@ -340,3 +342,29 @@ def test_the_omni_prompt_is_a_prompt_and_takes_no_images() -> None:
     assert omni.encode(RUN, clip, "a red fox") == wanted == omni.encode(RUN, clip, "a red fox", False, None, None)
     with pytest.raises(WorkflowError, match="image2: expected none, got an image; models that edit images"):
         omni.encode(RUN, clip, "a red fox", image2=SMALL)
+
+
+def test_bislerp_is_torchs() -> None:
+    """ComfyUI's rule in torch: neighbours by bilinear interpolation of their numbers, turned by slerp."""
+    latents = torch.randn(2, 16, 7, 10, generator=torch.Generator().manual_seed(4))
+    latents[:, :, 2, 3] = latents[:, :, 2, 4]  # the same direction, which has no angle
+
+    def along(x: torch.Tensor, size: int) -> torch.Tensor:
+        old = x.shape[-1]
+        numbers = torch.arange(old, dtype=torch.float32)
+        following = torch.cat([numbers[1:], numbers[-1:]])
+        places, others = (
+            torch.nn.functional.interpolate(each[None, None, None], (1, size), mode="bilinear")[0, 0, 0]
+            for each in (numbers, following)
+        )
+        share, one, other = places - places.floor(), x[..., places.long()], x[..., others.long()]
+        lengths = [each.norm(dim=1, keepdim=True) for each in (one, other)]
+        cosine = ((one / lengths[0]) * (other / lengths[1])).sum(1, keepdim=True)
+        angle = torch.acos(cosine.clamp(-1, 1))
+        turned = torch.sin((1 - share) * angle) * one / lengths[0] + torch.sin(share * angle) * other / lengths[1]
+        turned = turned / torch.sin(angle) * (lengths[0] * (1 - share) + lengths[1] * share)
+        return torch.where(cosine > 1 - 1e-5, one, turned)
+
+    wide = along(latents, 15)
+    expected = along(wide.transpose(2, 3), 11).transpose(2, 3)
+    assert np.abs(bislerp(latents.numpy(), 11, 15) - expected.numpy()).max() < 1e-4

@@ -142,7 +142,7 @@ def test_names_are_expanded_and_checked_before_anything_is_written(tmp_path: Pat
     parsed = parse_workflow(graph())
     (path,) = save_images([Made("10", pixels, "a/%width%x%height%_%none%", False)], parsed, tmp_path)
     assert path == tmp_path / "a" / "96x64_%none%_00001_.png"
-    for bad in ("../x", "/x", "", "x\0y", "\ud800", "x" * 300):
+    for bad in ("../x", "/x", "x\0y", "\ud800", "x" * 300):
         with pytest.raises(WorkflowError, match="filename_prefix of #11"):
             save_images([Made("10", pixels, "good", False), Made("11", pixels, bad, False)], parsed, tmp_path)
     assert not list(tmp_path.glob("good*"))

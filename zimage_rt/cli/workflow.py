@@ -33,7 +33,10 @@ from .options import BACKEND, AsJson, with_options
 def workflow(
     ctx: typer.Context,
     file: Annotated[
-        Path, typer.Argument(help="A workflow: JSON as ComfyUI's Export (API) writes it, or a PNG that carries one.")
+        Path,
+        typer.Argument(
+            help="A workflow of ComfyUI: JSON in API format or as its editor saves it, or a PNG that carries one."
+        ),
     ],
     bundle: Annotated[
         list[str] | None,

@@ -91,6 +91,11 @@ def sample(
     if len(sigmas) < 2:
         return latent
     check_size(engine, latent)
+    if not sigmas[-1] < 1:
+        raise WorkflowError(
+            f"sigmas: expected the last one below 1, where an image is left, got {sigmas[-1]:g}; a flipped schedule "
+            "leads back to noise, which this model's latents cannot be scaled from"
+        )
     samples, first = latent.samples, sigmas[0]
     drawn = noise_of(noise, latent)
     # ComfyUI does not evaluate the negative prompt at a cfg this close to 1.

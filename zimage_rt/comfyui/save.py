@@ -9,13 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from ..atomic_write import atomic_write
-from ..checks import shown
 from ..image.formats import encode_image
 from .graph import Graph, Link, WorkflowError
+from .inputs import InputError
+from .prefix import NO_NAME, place_of_prefix
 from .run import Made
-
-# Bytes of a file's name without its number: file systems take 255 in all.
-MAX_NAME = 200
 
 
 def save_images(made: Sequence[Made], graph: Graph, folder: Path) -> list[Path]:
@@ -37,7 +35,7 @@ def save_images(made: Sequence[Made], graph: Graph, folder: Path) -> list[Path]:
 
 def file_name(prefix: str, number: int) -> str:
     """The name of an image's file."""
-    return f"{prefix}_{number:05}_.png"
+    return f"{prefix.removeprefix(NO_NAME)}_{number:05}_.png"
 
 
 def place_of(image: Made) -> PurePosixPath:
@@ -47,19 +45,15 @@ def place_of(image: Made) -> PurePosixPath:
     words |= {"year": now.tm_year, "month": f"{now.tm_mon:02}", "day": f"{now.tm_mday:02}"}
     words |= {"hour": f"{now.tm_hour:02}", "minute": f"{now.tm_min:02}", "second": f"{now.tm_sec:02}"}
     prefix = re.sub(r"%(\w+)%", lambda found: str(words.get(found[1], found[0])), image.prefix)
-    place = PurePosixPath(prefix.replace("\\", "/"))
-    is_long = len(place.name.encode("utf-8", "replace")) > MAX_NAME
-    if place.is_absolute() or ".." in place.parts or not place.name or not prefix.isprintable() or is_long:
-        raise WorkflowError(
-            f"filename_prefix of #{image.node}: expected a name of at most {MAX_NAME} bytes in the output folder, got "
-            f"{shown(image.prefix)}"
-        )
-    return place
+    try:
+        return place_of_prefix(prefix)
+    except InputError as error:
+        raise WorkflowError(f"filename_prefix of #{image.node}: {error}") from error
 
 
 def next_number(folder: Path, prefix: str) -> int:
     """The number after the largest that the images of a prefix have in a folder; 1 if there are none."""
-    pattern = re.compile(rf"{re.escape(prefix)}_(\d+)_?\.\w+")
+    pattern = re.compile(rf"{re.escape(prefix.removeprefix(NO_NAME))}_(\d+)_?\.\w+")
     found = (pattern.fullmatch(path.name) for path in folder.iterdir())
     return max((int(match[1]) for match in found if match), default=0) + 1
 

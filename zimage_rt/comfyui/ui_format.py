@@ -11,7 +11,6 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..checks import shown
 from . import nodes as all_nodes
 from .graph import MAX_NODES, Link, Node, WorkflowError
 from .inputs import Socket
@@ -166,7 +165,9 @@ def read_editor_format(data: Mapping[str, Any], where: str) -> dict[str, Node]:
         reader = _Reader(data)
         return {node.id: node for node in reader.nodes(reader.top)}
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        raise WorkflowError(f"{where}: is damaged: {type(error).__name__}: {shown(str(error))}") from error
+        raise WorkflowError(
+            f"{where}: expected nodes and links as ComfyUI's editor writes them, got others; save the file again"
+        ) from error
 
 
 def _scope(prefix: str, data: Mapping[str, Any]) -> Scope:

@@ -9,6 +9,9 @@ import numpy as np
 
 from ..denoise import CfgNorm, Prompt
 
+# From the VAE's space, in which ComfyUI has latents, to the transformer's: `(latent - SHIFT) * SCALE`.
+SCALE, SHIFT = 0.3611, 0.1159
+
 
 @dataclasses.dataclass(frozen=True)
 class Model:
@@ -96,6 +99,17 @@ class Latent:
     samples: np.ndarray
     mask: np.ndarray | None = None
     batch_index: tuple[int, ...] | None = None
+
+
+def in_vae_space(samples: np.ndarray) -> np.ndarray:
+    """float64 samples of a latent as ComfyUI has them."""
+    return samples / SCALE + SHIFT if samples.any() else samples.astype(np.float64)
+
+
+def with_vae_samples(latent: Latent, samples: np.ndarray) -> Latent:
+    """A latent with other samples, which are in the VAE's space."""
+    found = (samples - SHIFT) * SCALE if samples.any() else samples
+    return dataclasses.replace(latent, samples=np.ascontiguousarray(found, np.float32))
 
 
 @dataclasses.dataclass(frozen=True)

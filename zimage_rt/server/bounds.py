@@ -27,6 +27,8 @@ MAX_STRUCTURE, MAX_DEPTH = 256 << 10, 16
 # Bodies up to here are parsed on the event loop's thread; it takes less time than to hand them over.
 SMALL_BODY = 64 << 10
 # A text with its quotes, to the end of the body if it is cut off: every start matches, so that the time is linear.
+# Half of a character in JSON: of one that UTF-16 writes in two.
+HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 
 
@@ -53,6 +55,22 @@ def parse_json(body: bytes, max_structure: int = MAX_STRUCTURE, max_depth: int =
     return said
 
 
+def parse_whole_json(body: bytes, max_structure: int, max_depth: int) -> Any:
+    """A value in JSON whose texts can be written and sent again: without halves of characters. Raises RequestError."""
+    said = parse_json_value(body, max_structure, max_depth)
+    if HALF.search(body):
+        try:
+            json.dumps(said, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start : error.start + 1].encode("unicode_escape").decode()
+            raise RequestError(f"body: expected whole characters, got the half {half} of one; send it whole") from error
+    return said
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
 def parse_json_value(body: bytes, max_structure: int = MAX_STRUCTURE, max_depth: int = MAX_DEPTH) -> Any:
     """A value in JSON of bounded structure. Raises RequestError."""
     structure = TEXT.sub(b"", body)
@@ -64,7 +82,7 @@ def parse_json_value(body: bytes, max_structure: int = MAX_STRUCTURE, max_depth:
         if depth > max_depth:
             raise RequestError(f"body: expected JSON with at most {max_depth} levels, got more")
     try:
-        return json.loads(body)
+        return json.loads(body, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"body: expected JSON: {error}") from error
 

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import numpy as np
 
 from ..graph import WorkflowError
-from ..inputs import Choice, File, InputError, Number, Socket, Text, Whole
+from ..inputs import Choice, File, InputError, Number, Socket, Whole
+from ..prefix import Prefix
 from ..registry import node
 from ..resize import resize_images, to_8_bits
 from ..run import Made, Run
@@ -124,7 +125,7 @@ def size(run: Run, image: ImageIn) -> tuple[Any, ...]:
 
 
 @node("SaveImage", category="image", is_output=True)
-def save(run: Run, images: ImageIn, filename_prefix: Annotated[str, Text()] = "ComfyUI") -> tuple[Any, ...]:
+def save(run: Run, images: ImageIn, filename_prefix: Annotated[str, Prefix()] = "ComfyUI") -> tuple[Any, ...]:
     """Save images, cut off to 8 bits as ComfyUI does."""
     run.shown += [Made(run.node, to_8_bits(image), filename_prefix, False) for image in images]
     return ()
@@ -141,7 +142,7 @@ def preview(run: Run, images: ImageIn) -> tuple[Any, ...]:
 def save_advanced(
     run: Run,
     images: ImageIn,
-    filename_prefix: Annotated[str, Text()] = "ComfyUI",
+    filename_prefix: Annotated[str, Prefix()] = "ComfyUI",
     format: Annotated[str, Choice(("png",))] = "png",
     bit_depth: Annotated[str, Choice(("8-bit",))] = "8-bit",
     input_color_space: Annotated[str, Choice(("sRGB",))] = "sRGB",

@@ -16,15 +16,13 @@ from ..inputs import Choice, Number, Whole
 from ..registry import node
 from ..resize import check_numbers
 from ..run import Run
-from ..values import Latent
+from ..values import Latent, in_vae_space, with_vae_samples
 from .compose import FLIPS, ROTATIONS, composite, repeated, sized
 from .dynamic import filled, growing_node
 from .latents import FACTOR
 from .masks import MaybeMask
 from .sockets import MAX_SIZE, LatentIn, Pixels, Share, YesNo
 
-# Those of the Flux VAE, which is Z-Image's.
-SCALE, SHIFT = 0.3611, 0.1159
 MAX_GROUP = 50
 LatentSide = Annotated[int, Whole(64, MAX_SIZE)]
 
@@ -34,7 +32,7 @@ def add(run: Run, samples1: LatentIn, samples2: LatentIn) -> tuple[Any, ...]:
     """The sum of two latents."""
     del run
     one, other = _alike(samples1, samples2)
-    return (_with(samples1, one + other),)
+    return (with_vae_samples(samples1, one + other),)
 
 
 @node("LatentSubtract", "LATENT", category="latent/advanced")
@@ -42,14 +40,14 @@ def subtract(run: Run, samples1: LatentIn, samples2: LatentIn) -> tuple[Any, ...
     """The difference of two latents."""
     del run
     one, other = _alike(samples1, samples2)
-    return (_with(samples1, one - other),)
+    return (with_vae_samples(samples1, one - other),)
 
 
 @node("LatentMultiply", "LATENT", category="latent/advanced")
 def multiply(run: Run, samples: LatentIn, multiplier: Annotated[float, Number(-10.0, 10.0)] = 1.0) -> tuple[Any, ...]:
     """A latent times a number."""
     del run
-    return (_with(samples, _in_vae_space(samples.samples) * multiplier),)
+    return (with_vae_samples(samples, in_vae_space(samples.samples) * multiplier),)
 
 
 @node("LatentInterpolate", "LATENT", category="latent/advanced")
@@ -59,18 +57,18 @@ def interpolate(run: Run, samples1: LatentIn, samples2: LatentIn, ratio: Share =
     one, other = _alike(samples1, samples2)
     lengths = [np.linalg.norm(each, axis=1, keepdims=True) for each in (one, other)]
     mixed = _directions(one) * ratio + _directions(other) * (1 - ratio)
-    return (_with(samples1, _directions(mixed) * (lengths[0] * ratio + lengths[1] * (1 - ratio))),)
+    return (with_vae_samples(samples1, _directions(mixed) * (lengths[0] * ratio + lengths[1] * (1 - ratio))),)
 
 
 @node("LatentBlend", "LATENT", category="_for_testing")
 def blend(run: Run, samples1: LatentIn, samples2: LatentIn, blend_factor: Share = 0.5) -> tuple[Any, ...]:
     """A mixture of two latents: `blend_factor` of the first."""
     del run
-    one, other = (_in_vae_space(each.samples) for each in (samples1, samples2))
+    one, other = (in_vae_space(each.samples) for each in (samples1, samples2))
     if len(other) not in (1, len(one)):
         raise WorkflowError(f"samples2: expected 1 or {len(one)} latents, got {len(other)}")
     other = sized(other, 2, one.shape[2], one.shape[3], "bicubic")
-    return (_with(samples1, one * blend_factor + other * (1 - blend_factor)),)
+    return (with_vae_samples(samples1, one * blend_factor + other * (1 - blend_factor)),)
 
 
 @node("LatentComposite", "LATENT", category="latent")
@@ -79,7 +77,7 @@ def compose(
 ) -> tuple[Any, ...]:
     """A latent drawn over another at a place in pixels, with edges that fade where they are inside."""
     del run
-    under, over = (_in_vae_space(each.samples) for each in (samples_to, samples_from))
+    under, over = (in_vae_space(each.samples) for each in (samples_to, samples_from))
     if len(over) not in (1, len(under)):
         raise WorkflowError(f"samples_from: expected 1 or {len(under)} latents, got {len(over)}")
     corner = (y // FACTOR, x // FACTOR)
@@ -93,7 +91,7 @@ def compose(
     found = under.copy()
     window = found[:, :, top : top + over.shape[2], left : left + over.shape[3]]
     window[:] = over * share + window * (1 - share)
-    return (_with(samples_to, found),)
+    return (with_vae_samples(samples_to, found),)
 
 
 @node("LatentCompositeMasked", "LATENT", category="latent")
@@ -108,8 +106,8 @@ def compose_masked(
 ) -> tuple[Any, ...]:
     """A latent drawn over another at a place in pixels, where the mask is 1."""
     del run
-    under, over = (_in_vae_space(each.samples) for each in (destination, source))
-    return (_with(destination, composite(under, over, (y // FACTOR, x // FACTOR), mask, resize_source)),)
+    under, over = (in_vae_space(each.samples) for each in (destination, source))
+    return (with_vae_samples(destination, composite(under, over, (y // FACTOR, x // FACTOR), mask, resize_source)),)
 
 
 @node("LatentCrop", "LATENT", category="latent/transform")
@@ -166,20 +164,9 @@ def seed_behavior(
     return (dataclasses.replace(samples, batch_index=(first,) * len(samples.samples)),)
 
 
-def _in_vae_space(samples: np.ndarray) -> np.ndarray:
-    """float64 samples as ComfyUI has them."""
-    return samples / SCALE + SHIFT if samples.any() else samples.astype(np.float64)
-
-
-def _with(latent: Latent, samples: np.ndarray) -> Latent:
-    """A latent with other samples, which are in the VAE's space."""
-    found = (samples - SHIFT) * SCALE if samples.any() else samples
-    return dataclasses.replace(latent, samples=np.ascontiguousarray(found, np.float32))
-
-
 def _alike(first: Latent, second: Latent) -> tuple[np.ndarray, np.ndarray]:
     """The samples of two latents in the VAE's space, the second's of the first's size and number."""
-    one, other = (_in_vae_space(each.samples) for each in (first, second))
+    one, other = (in_vae_space(each.samples) for each in (first, second))
     return one, repeated(sized(other, 2, one.shape[2], one.shape[3], "bilinear"), len(one))
 
 
@@ -187,9 +174,9 @@ def _batched(latents: list[Latent]) -> Latent:
     height, width = latents[0].samples.shape[2:]
     counts = [len(each.samples) for each in latents]
     check_numbers("latents", sum(counts), *latents[0].samples.shape[1:])
-    samples = [sized(_in_vae_space(each.samples), 2, height, width, "bilinear") for each in latents]
+    samples = [sized(in_vae_space(each.samples), 2, height, width, "bilinear") for each in latents]
     places = [place for each, count in zip(latents, counts, strict=True) for place in each.batch_index or range(count)]
-    return dataclasses.replace(_with(latents[0], np.concatenate(samples)), batch_index=tuple(places))
+    return dataclasses.replace(with_vae_samples(latents[0], np.concatenate(samples)), batch_index=tuple(places))
 
 
 def _directions(samples: np.ndarray) -> np.ndarray:

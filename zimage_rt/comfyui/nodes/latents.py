@@ -7,17 +7,22 @@ from typing import Annotated, Any
 
 import numpy as np
 
+from ..bislerp import BISLERP, bislerp
 from ..graph import WorkflowError
 from ..inputs import Whole
 from ..registry import node
 from ..resize import check_numbers, resize
 from ..run import Run
-from ..values import Latent, Vae
-from .sockets import Batch, Crop, Factor, ImageIn, LatentIn, LatentMethod, MaskIn, Pixels, VaeIn
+from ..values import Latent, Vae, in_vae_space, with_vae_samples
+from .sockets import MAX_SIZE, Batch, Crop, Factor, ImageIn, LatentIn, LatentMethod, MaskIn, VaeIn
 
 # Pixels per latent, and channels of Z-Image's latents.
 FACTOR, CHANNELS = 8, 16
-Size = Annotated[int, Whole(16, 16384)]
+# The engine's smallest tile, in pixels.
+MIN_TILE = 128
+Size = Annotated[int, Whole(16, 16384, step=16)]
+SizeBy8 = Annotated[int, Whole(16, 16384, step=8)]
+UpscaledSize = Annotated[int, Whole(0, MAX_SIZE, step=8)]
 
 
 @node("EmptySD3LatentImage", "LATENT", category="latent/sd3")
@@ -30,7 +35,7 @@ def empty(run: Run, width: Size = 1024, height: Size = 1024, batch_size: Batch =
 
 
 @node("EmptyLatentImage", "LATENT", category="latent")
-def empty_image(run: Run, width: Size = 512, height: Size = 512, batch_size: Batch = 1) -> tuple[Any, ...]:
+def empty_image(run: Run, width: SizeBy8 = 512, height: SizeBy8 = 512, batch_size: Batch = 1) -> tuple[Any, ...]:
     """The same: ComfyUI gives it the model's channels."""
     return empty(run, width, height, batch_size)
 
@@ -70,9 +75,9 @@ def vae_decode_tiled(
     temporal_size: Annotated[int, Whole(8, 4096)] = 64,
     temporal_overlap: Annotated[int, Whole(4, 4096)] = 8,
 ) -> tuple[Any, ...]:
-    """The images of latents, decoded in tiles; their overlap is the engine's own."""
+    """The images of latents, decoded in tiles of at least 128 pixels; their overlap is the engine's own."""
     del overlap, temporal_size, temporal_overlap
-    return (_decoded(run, samples, vae, tile_size),)
+    return (_decoded(run, samples, vae, max(tile_size, MIN_TILE)),)
 
 
 @node("SetLatentNoiseMask", "LATENT", category="latent/inpaint")
@@ -87,8 +92,8 @@ def upscale(
     run: Run,
     samples: LatentIn,
     upscale_method: LatentMethod = "nearest-exact",
-    width: Pixels = 512,
-    height: Pixels = 512,
+    width: UpscaledSize = 512,
+    height: UpscaledSize = 512,
     crop: Crop = "disabled",
 ) -> tuple[Any, ...]:
     """Latents of another size in pixels; a side of 0 keeps the aspect ratio."""
@@ -102,7 +107,7 @@ def upscale(
     array = samples.samples
     if crop == "center":
         array = array[(..., *centre(rows, columns, height // FACTOR, width // FACTOR))]
-    return (dataclasses.replace(samples, samples=resize(array, height // FACTOR, width // FACTOR, upscale_method)),)
+    return (_resized(samples, array, height // FACTOR, width // FACTOR, upscale_method),)
 
 
 @node("LatentUpscaleBy", "LATENT", category="latent")
@@ -112,7 +117,7 @@ def upscale_by(
     """Latents of a multiple of their size."""
     del run
     rows, columns = (max(1, round(side * scale_by)) for side in samples.samples.shape[2:])
-    return (dataclasses.replace(samples, samples=resize(samples.samples, rows, columns, upscale_method)),)
+    return (_resized(samples, samples.samples, rows, columns, upscale_method),)
 
 
 @node("LatentFromBatch", "LATENT", category="latent/batch")
@@ -146,6 +151,13 @@ def repeat(run: Run, samples: LatentIn, amount: Annotated[int, Whole(1, 64)] = 1
         offset = max(places) - min(places) + 1
         places = tuple(place + round_ * offset for round_ in range(amount) for place in places)
     return (Latent(np.tile(samples.samples, (amount, 1, 1, 1)), mask, places),)
+
+
+def _resized(latent: Latent, samples: np.ndarray, rows: int, columns: int, method: str) -> Latent:
+    """A latent with samples of another size."""
+    if method != BISLERP:
+        return dataclasses.replace(latent, samples=resize(samples, rows, columns, method))
+    return with_vae_samples(latent, bislerp(in_vae_space(samples), rows, columns))  # whose directions are ComfyUI's
 
 
 def encode(run: Run, vae: Vae, pixels: np.ndarray) -> np.ndarray:

@@ -15,6 +15,8 @@ from .dynamic import filled, growing_node
 from .latents import centre
 from .sockets import MAX_SIZE, ImageIn, MaskIn, Pixels, Share, YesNo
 
+# Pixels that a mask grows by until it is said how far it is, and may be cancelled.
+TELL_STEPS = 64
 COLOURS = ("red", "green", "blue", "alpha")
 OPERATIONS = ("multiply", "add", "subtract", "and", "or", "xor")
 MAX_GROUP = 50
@@ -51,9 +53,11 @@ def grow(
     run: Run, mask: MaskIn, expand: Annotated[int, Whole(-16384, 16384)] = 0, tapered_corners: YesNo = True
 ) -> tuple[Any, ...]:
     """A mask whose edge moves by so many pixels; tapered corners are those of a diamond."""
-    del run
     grown = mask if expand >= 0 else 1 - mask
-    for _ in range(min(abs(expand), max(mask.shape))):
+    count = min(abs(expand), max(mask.shape))
+    for step in range(count):
+        if step and step % TELL_STEPS == 0:
+            run.tell(step, count)
         grown = _one_pixel_larger(grown, corners=not tapered_corners)
     return ((grown if expand >= 0 else 1 - grown).astype(np.float32),)
 

@@ -40,7 +40,7 @@ def text(run: Run, value: Annotated[str, Text()]) -> tuple[Any, ...]:
 
 
 @node("PrimitiveStringMultiline", "STRING", category="utils/primitive")
-def long_text(run: Run, value: Annotated[str, Text()]) -> tuple[Any, ...]:
+def long_text(run: Run, value: Annotated[str, Text(is_long=True)]) -> tuple[Any, ...]:
     """A text of several lines."""
     del run
     return (value,)

@@ -7,6 +7,7 @@ from typing import Annotated
 import numpy as np
 
 from ...sampling.noise import MAX_SEED
+from ..bislerp import BISLERP
 from ..inputs import Choice, Flag, Number, Socket, Text, Whole
 from ..resize import METHODS
 from ..sampling import SAMPLER_NAMES, SCHEDULE_NAMES
@@ -38,7 +39,7 @@ Factor = Annotated[float, Number(0.01, 8.0)]
 Prompt = Annotated[str, Text(is_long=True)]
 YesNo = Annotated[bool, Flag(default=True)]
 Method = Annotated[str, Choice((*METHODS, "lanczos"))]
-LatentMethod = Annotated[str, Choice(tuple(METHODS))]
+LatentMethod = Annotated[str, Choice((*METHODS, BISLERP))]
 Crop = Annotated[str, Choice(("disabled", "center"))]
 SamplerName = Annotated[str, Choice(SAMPLER_NAMES)]
 SchedulerName = Annotated[str, Choice(SCHEDULE_NAMES)]

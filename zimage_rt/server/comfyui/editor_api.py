@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse, Response
 
 from ...errors import RequestError
 from ..access import Caller
-from ..bounds import parse_json, parse_json_value
+from ..bounds import MAX_DEPTH, MAX_STRUCTURE, parse_whole_json
 from ..errors import NotFound
 from ..jobs_api import CallerOf
 from .prompt_api import WorkflowsOf
@@ -60,17 +60,24 @@ async def setting(name: str, workflows: WorkflowsOf, who: CallerOf) -> JSONRespo
     return JSONResponse((await user_data(workflows, who).settings()).get(name))
 
 
+def _whole(body: bytes) -> Any:
+    return parse_whole_json(body, MAX_STRUCTURE, MAX_DEPTH)
+
+
 @router.post("/settings")
 async def change_settings(request: Request, workflows: WorkflowsOf, who: CallerOf) -> Response:
     """Change some settings."""
-    await user_data(workflows, who).change_settings(parse_json(await request.body()))
+    settings = _whole(await request.body())
+    if not isinstance(settings, dict):
+        raise RequestError("body: expected an object of settings")
+    await user_data(workflows, who).change_settings(settings)
     return Response()
 
 
 @router.post("/settings/{name}")
 async def change_setting(name: str, request: Request, workflows: WorkflowsOf, who: CallerOf) -> Response:
     """Change a setting."""
-    await user_data(workflows, who).change_settings({name: parse_json_value(await request.body())})
+    await user_data(workflows, who).change_settings({name: _whole(await request.body())})
     return Response()
 
 

@@ -164,5 +164,5 @@ def _check_image(content: bytes, most: int) -> None:
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
             opened.verify()
-    except Exception as error:  # Pillow has no error of its own for damaged files
-        raise RequestError(f"image: it cannot be read as an image: {error}", field="image") from error
+    except Exception as error:  # Pillow has no error of its own for damaged files, and some name an address
+        raise RequestError(f"image: expected a whole file of {', '.join(FORMATS)}", field="image") from error

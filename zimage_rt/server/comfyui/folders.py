@@ -51,7 +51,8 @@ class OwnerFolder:
         if kind not in TYPES:
             raise RequestError(f"type: expected one of {', '.join(TYPES)}, got {shown(kind)}", field="type")
         parts = PurePosixPath(subfolder.replace("\\", "/"))
-        if parts.is_absolute() or ".." in parts.parts or len(parts.parts) > MAX_PARTS or not _is_plain(subfolder):
+        is_long = len(parts.parts) > MAX_PARTS or any(len(each.encode()) > MAX_NAME for each in parts.parts)
+        if not _is_plain(subfolder) or parts.is_absolute() or ".." in parts.parts or is_long:
             raise RequestError(f"subfolder: expected a folder below {kind}, got {shown(subfolder)}", field="subfolder")
         return self.root / kind / parts
 

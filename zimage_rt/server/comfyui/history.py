@@ -96,6 +96,14 @@ class History:
         row = await self._do(read)
         return None if row is None else (json.loads(row["entry"]), json.loads(row["job"]))
 
+    async def knows(self, job_id: str) -> bool:
+        """Whether a workflow of any owner has an id."""
+
+        def read(database: sqlite3.Connection) -> bool:
+            return database.execute("SELECT 1 FROM comfyui_history WHERE id = ?", (job_id,)).fetchone() is not None
+
+        return await self._do(read)
+
     async def jobs(self, owner: str, statuses: Collection[str]) -> list[dict[str, Any]]:
         """The jobs of an owner that ended in one of some states, the newest first."""
 

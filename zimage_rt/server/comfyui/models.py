@@ -22,7 +22,7 @@ TRANSFORMERS: Mapping[str, tuple[str, ...]] = {
     "edit": ("z_image_edit_bf16.safetensors",),
 }
 TEXT_ENCODERS = ("qwen_3_4b.safetensors", "qwen_3_4b_fp8_mixed.safetensors")
-VAES, TINY_VAES = ("ae.safetensors",), ("taef1.safetensors",)
+VAES, TINY_VAES = ("ae.safetensors",), ("taef1", "taef1.safetensors")
 PATCHES = ("Z-Image-Turbo-Fun-Controlnet-Union.safetensors", "Z-Image-Turbo-Fun-Controlnet-Union-2.1.safetensors")
 # ComfyUI's older names of folders.
 FORMER_FOLDERS: Mapping[str, str] = {"unet": "diffusion_models", "clip": "text_encoders"}

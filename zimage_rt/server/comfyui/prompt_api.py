@@ -18,7 +18,7 @@ from ...comfyui.graph import MAX_BYTES, WorkflowError
 from ...comfyui.workflow_file import is_editor_format, parse_workflow
 from ...errors import RequestError, ZImageError
 from ..access import Caller
-from ..bounds import parse_json
+from ..bounds import parse_json, parse_whole_json
 from ..errors import answer_to
 from ..jobs_api import CallerOf
 from . import messages
@@ -34,6 +34,8 @@ MAX_STRUCTURE, MAX_DEPTH = MAX_BYTES, 64
 FEATURES: Mapping[str, Any] = {"supports_preview_metadata": True, "max_upload_size": 64 << 20}
 # Characters of a client's id.
 MAX_CLIENT = 200
+# A workflow's number in the queue, and entries of a page of the history.
+MAX_PLACE, MAX_PAGE = 2**53, 10_000
 # Keys of Comfy's own services, which clients send along: nothing here needs them, and they are not kept.
 SECRETS = ("api_key_comfy_org", "auth_token_comfy_org")
 
@@ -49,7 +51,10 @@ WorkflowsOf = Annotated[Workflows, Depends(workflows_of)]
 async def read_body(request: Request) -> dict[str, Any]:
     """The object in a request's body, whatever its Content-Type says. Raises RequestError."""
     body = await request.body()
-    return await asyncio.to_thread(parse_json, body, MAX_STRUCTURE, MAX_DEPTH)
+    said = await asyncio.to_thread(parse_whole_json, body or b"{}", MAX_STRUCTURE, MAX_DEPTH)
+    if not isinstance(said, dict):
+        raise RequestError("body: expected a JSON object")
+    return said
 
 
 # --- queueing -------------------------------------------------------------------------------------------------------
@@ -85,11 +90,9 @@ async def _submit(body: Mapping[str, Any], client: str | None, workflows: Workfl
     job_id = body.get("prompt_id")
     if job_id is not None and not (isinstance(job_id, str) and UUID.fullmatch(job_id)):
         raise WorkflowError(f"prompt_id: expected a UUID in lower case, got {shown(job_id)}", "invalid_prompt_id")
-    if job_id is not None and (job_id in workflows.runs or await workflows.history.entry(who.name, job_id)):
-        raise WorkflowError(f"prompt_id: {job_id} has been used; send another, or none", "invalid_prompt_id")
     number, targets = body.get("number"), body.get("partial_execution_targets")
-    if number is not None and (isinstance(number, bool) or not isinstance(number, (int, float))):
-        raise WorkflowError(f"number: expected a number, got {shown(number)}")
+    if number is not None and not _is_place(number):
+        raise WorkflowError(f"number: expected a number from -{MAX_PLACE} to {MAX_PLACE}, got {shown(number)}")
     if targets is not None and not (isinstance(targets, list) and all(isinstance(each, str) for each in targets)):
         raise WorkflowError(f"partial_execution_targets: expected a list of node ids, got {shown(targets)}")
     extra = body.get("extra_data", {})
@@ -106,12 +109,18 @@ async def _submit(body: Mapping[str, Any], client: str | None, workflows: Workfl
         graph,
         sent,
         extra,
-        job_id=job_id or str(uuid.uuid4()),
+        job_id=job_id,
         number=None if number is None else float(number),
         first=bool(body.get("front", False)),
         targets=targets,
     )
     return run
+
+
+def _is_place(number: Any) -> bool:
+    """Whether a number is one of the queue's: no yes or no, and no more than JSON's readers keep exactly."""
+    is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
+    return is_number and -MAX_PLACE <= number <= MAX_PLACE
 
 
 def _what_it_is(data: Mapping[str, Any]) -> str:
@@ -192,7 +201,8 @@ async def history(
     workflows: WorkflowsOf, who: CallerOf, max_items: int | None = None, offset: int = -1
 ) -> dict[str, Any]:
     """The workflows that have ended, by id."""
-    return await workflows.history.entries(who.name, max_items, offset)
+    most = None if max_items is None else max(0, min(max_items, MAX_PAGE))
+    return await workflows.history.entries(who.name, most, max(-1, min(offset, MAX_PLACE)))
 
 
 @router.get("/history/{job_id}")
@@ -243,6 +253,7 @@ async def jobs(
         found = [job for job in found if job["workflow_id"] == workflow_id]
     key = _duration if sort_by == "execution_duration" else _created
     found.sort(key=key, reverse=sort_order == "desc")
+    limit = None if limit is None else min(limit, MAX_PAGE)
     page = found[offset:] if limit is None else found[offset : offset + limit]
     more = offset + len(page) < len(found)
     pagination = {"offset": offset, "limit": limit, "total": len(found), "has_more": more}

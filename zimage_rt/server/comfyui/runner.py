@@ -205,7 +205,9 @@ class _JobEvents(Events):
             }
             for each, place, pixels in zip(made, places, decision.images, strict=True)
         ]
-        texts = [{"group": each.group, "text": each.text} for each in shown if isinstance(each, Said)]
+        # Nodes can make halves of characters, which cannot be sent.
+        said = [(each.group, each.text.encode("utf-8", "replace").decode()) for each in shown if isinstance(each, Said)]
+        texts = [{"group": group, "text": text} for group, text in said]
         self._tell("executed", node=node, signature=signature, is_cached=is_cached, images=images, texts=texts)
         self.shown.add(signature)
 

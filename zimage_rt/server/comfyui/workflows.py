@@ -8,12 +8,13 @@ import itertools
 import json
 import logging
 import time
+import uuid
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..._version import __version__
-from ...comfyui.graph import Graph
+from ...comfyui.graph import Graph, WorkflowError
 from ...comfyui.plan import Plan, plan
 from ...errors import ZImageError
 from ..access import Caller
@@ -100,6 +101,7 @@ class Workflows:
         self._held: dict[str, deque[tuple[Job, Callable[..., None], tuple[Any, ...]]]] = {}
         self._tasks: set[asyncio.Future[None]] = set()
         self._repeating: asyncio.Future[None] | None = None
+        self._reserved: set[str] = set()  # ids of workflows that are being checked
         service.on_told = self._told
         service.on_end.append(self._ended)
         service.on_sweep.append(self._prune)
@@ -147,7 +149,7 @@ class Workflows:
         sent: Mapping[str, Any],
         extra_data: Mapping[str, Any],
         *,
-        job_id: str,
+        job_id: str | None = None,
         number: float | None = None,
         first: bool = False,
         targets: Sequence[str] | None = None,
@@ -159,7 +161,7 @@ class Workflows:
             graph: the workflow.
             sent: the same as it came.
             extra_data: texts for the images, and the client's id.
-            job_id: its id.
+            job_id: its id, which nobody's job may have had; None takes a new one.
             number: its place in the queue, the lowest first; None takes the next.
             first: whether it comes before all that wait.
             targets: the output nodes that it is run for; None takes all.
@@ -169,6 +171,30 @@ class Workflows:
         """
         self._service.check_takes_jobs()
         who.admit_workflow()
+        if job_id is None:
+            return await self._submit(who, graph, sent, extra_data, str(uuid.uuid4()), number, first, targets)
+        if job_id in self._reserved:  # another request has sent it at the same time
+            raise _used(job_id)
+        self._reserved.add(job_id)
+        try:
+            is_known = job_id in self._service.jobs or await self._service.store.row(job_id) is not None
+            if is_known or await self.history.knows(job_id):
+                raise _used(job_id)
+            return await self._submit(who, graph, sent, extra_data, job_id, number, first, targets)
+        finally:
+            self._reserved.discard(job_id)
+
+    async def _submit(
+        self,
+        who: Caller,
+        graph: Graph,
+        sent: Mapping[str, Any],
+        extra_data: Mapping[str, Any],
+        job_id: str,
+        number: float | None,
+        first: bool,
+        targets: Sequence[str] | None,
+    ) -> tuple[WorkflowRun, Plan]:
         files = WorkflowFiles(self.files, self._service.config, self.folders.of(who.name), graph)
         checked = await asyncio.to_thread(plan, graph, files, targets)
         models = sorted(set(files.models.values()) - {ANY_MODEL}) or [self._service.config.default_model]
@@ -407,6 +433,10 @@ class Workflows:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _used(job_id: str) -> WorkflowError:
+    return WorkflowError(f"prompt_id: {job_id} has been used; send another, or none", "invalid_prompt_id")
 
 
 def prompt_of(checked: Plan) -> str:
