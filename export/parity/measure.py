@@ -62,6 +62,7 @@ def session(graph: Path) -> onnxruntime.InferenceSession:
     """An ONNX Runtime session on the CPU, as the bundle's default backend uses."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry("session.x64quantprecision", "1")  # as the backend has it
     return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 

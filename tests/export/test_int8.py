@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -117,6 +118,20 @@ def test_stored_numbers_are_read_back(tmp_path: Path) -> None:
     save_file({"w": numbers.contiguous(), "w_scale": scale}, tmp_path / "w.safetensors")
     found = dequantized(TensorFile(tmp_path / "w.safetensors"), "w", slice(3, 30), rotates=True)
     assert np.linalg.norm(found - matrix[:, 3:30].numpy()) < 0.015 * np.linalg.norm(matrix[:, 3:30])
+
+
+def test_products_do_not_saturate_on_older_processors(monkeypatch: pytest.MonkeyPatch, int8_bundle: Path) -> None:
+    seen: list[str] = []
+    original = onnxruntime.InferenceSession
+
+    def record(path: Any, options: onnxruntime.SessionOptions, *rest: Any, **more: Any) -> Any:
+        seen.append(options.get_session_config_entry("session.x64quantprecision"))
+        return original(path, options, *rest, **more)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", record)
+    with zimage_rt.Engine.load(int8_bundle) as engine:
+        engine.pipeline.load(["transformer"])
+    assert set(seen) == {"1"}
 
 
 def draw(engine: zimage_rt.Engine, prompt: str, seed: int) -> np.ndarray:
