@@ -16,7 +16,7 @@ from shared import ROOT
 
 pytest.importorskip("fastapi", reason="the extra `server` is not installed")
 
-from comfyui_service import DATA, graph, is_comfyui_image, pixels, psnr, run_here, small, start_service
+from comfyui_service import DATA, graph, is_comfyui_image, misplaced, pixels, psnr, run_here, small, start_service
 from services import Server
 
 import zimage_rt
@@ -88,9 +88,9 @@ def test_saintno_uploads(call: Call, engine: zimage_rt.Engine) -> None:
 
 
 def test_saintno_hears_of_failures(call: Call) -> None:
-    invalid, failing = call(
-        "saintno_fails", graphs=[small(n8_sampler_name="no_such_sampler"), small(n10_filename_prefix="../out")]
-    )["failed"]
+    invalid, failing = call("saintno_fails", graphs=[small(n8_sampler_name="no_such_sampler"), misplaced(small())])[
+        "failed"
+    ]
     assert invalid["message"] == "Failed to queue prompt"
     assert failing["cause"]["node_id"] == "10" and "filename_prefix" in failing["cause"]["exception_message"]
 

@@ -26,6 +26,7 @@ from comfyui_service import (
     Comfy,
     graph,
     is_comfyui_image,
+    misplaced,
     new_id,
     pixels,
     psnr,
@@ -197,7 +198,7 @@ def test_comfy_api_simplified_hears_of_failures(simplified: Any) -> None:
         simplified.queue_prompt(graph(n8_sampler_name="no_such_sampler"))
     # What a node finds when it runs; a shorter run would end before this client opens its websocket.
     with pytest.raises(ComfyApiError, match="Execution error"):
-        simplified.queue_and_wait_images(graph(n8_seed=77, n10_filename_prefix="../out"), "SaveImage")
+        simplified.queue_and_wait_images(misplaced(graph(n8_seed=77)), "SaveImage")
 
 
 def test_comfy_api_simplified_asks_and_stops(simplified: Any, comfy: Comfy) -> None:

@@ -74,6 +74,13 @@ def small(seed: int = 1, **values: Any) -> dict[str, Any]:
     return graph(**{"n7_width": 64, "n7_height": 64, "n8_steps": 2, "n8_seed": seed, **values})
 
 
+def misplaced(sent: dict[str, Any]) -> dict[str, Any]:
+    """A graph that fails in its last node: the file's prefix comes from a node, and leads out of the folder."""
+    sent["prefix"] = {"class_type": "PrimitiveString", "inputs": {"value": "../out"}}
+    sent["10"]["inputs"]["filename_prefix"] = ["prefix", 0]
+    return sent
+
+
 def slow(seed: int = 1) -> dict[str, Any]:
     """A graph that takes some seconds, and stops between two steps."""
     return graph(n8_steps=90, n8_seed=seed)

@@ -252,18 +252,24 @@ class Service:
         self._check_room()
 
     def submit_workflow(self, job: Job, *, before: Job | None = None) -> None:
-        """Let a workflow's job wait, right before another of its owner or last. Raises what `check_takes_jobs` does."""
-        self.check_takes_jobs()
-        self._add(job, before)
+        """Let a workflow's job wait, right before another of its owner or last; `dispatch` gives it to a worker.
 
-    def _add(self, job: Job, before: Job | None = None) -> None:
+        Raises what `check_takes_jobs` does.
+        """
+        self.check_takes_jobs()
+        self._wait(job, before)
+
+    def _add(self, job: Job) -> None:
+        self._wait(job)
+        self.dispatch()
+
+    def _wait(self, job: Job, before: Job | None = None) -> None:
         self.jobs[job.id] = job
         if before is None:
             self.queue.add(job)
         else:
             self.queue.add_before(job, before)
         job.tell("queued", position=self.queue.position(job))
-        self._dispatch()
 
     def reject(self, job_id: str, model: str, owner: str, error: Exception) -> None:
         """Record a request that cannot be drawn as a failed job."""
@@ -338,7 +344,8 @@ class Service:
             "total_tokens": text + read + drawn,
         }
 
-    def _dispatch(self) -> None:
+    def dispatch(self) -> None:
+        """Give jobs that wait to workers that have room."""
         while len(self.queue):
             free = [worker for worker in self.workers if worker.has_room()]
             if not free:
@@ -355,7 +362,7 @@ class Service:
 
     def _on_message(self, worker: JobWorker, message: object) -> None:
         if isinstance(message, Ready):
-            self._dispatch()
+            self.dispatch()
         if not isinstance(message, (Step, Told, Drawn, Finished)):
             return
         job = worker.running.get(message.job)
@@ -372,7 +379,7 @@ class Service:
             return
         if isinstance(message, Drawn):
             job.is_drawn = True
-            self._dispatch()
+            self.dispatch()
             return
         del worker.running[job.id]
         job.safety = message.safety
@@ -386,7 +393,7 @@ class Service:
             error = job.cancel_error if is_cancelled and job.cancel_error else message.error
             error = {**error, "message": without_paths(error["message"], job.fields)}
             self._end(job, "cancelled" if is_cancelled else "failed", error)
-        self._dispatch()
+        self.dispatch()
 
     def _end(self, job: Job, state: Any, error: Mapping[str, Any] | None, **data: Any) -> None:
         """End a job and keep its record; the answer waits for that, see `wait`."""
@@ -408,7 +415,7 @@ class Service:
             else:
                 message = f"the worker died {job.attempts} times while it drew this"
                 self._end(job, "failed", {"code": "worker_died", "message": message, "field": None})
-        self._dispatch()
+        self.dispatch()
 
     async def _sweep(self) -> None:
         """Forget jobs whose images have expired, and prune the record, for ever."""

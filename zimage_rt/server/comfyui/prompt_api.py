@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, WebSocket, WebSocketDisconnect
 from fastapi.responses import JSONResponse, Response
+from starlette.background import BackgroundTask
 
 from ...checks import shown
 from ...comfyui.graph import MAX_BYTES, WorkflowError
@@ -76,7 +77,10 @@ async def prompt(request: Request, workflows: WorkflowsOf, who: CallerOf) -> JSO
         return refusal(error)
     except ZImageError as error:
         return _with_details(error)
-    return JSONResponse({"prompt_id": run.job.id, "number": run.number, "node_errors": {}})
+    said = {"prompt_id": run.job.id, "number": run.number, "node_errors": {}}
+    # It begins when the client has its id: some look for their workflow's messages only then, and miss those of one
+    # whose nodes are all cached.
+    return JSONResponse(said, background=BackgroundTask(workflows.begin))
 
 
 async def _submit(body: Mapping[str, Any], client: str | None, workflows: Workflows, who: Caller) -> WorkflowRun:

@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 # Seconds between two `status` messages while a workflow runs: a client calls a silent server disconnected.
 STATUS_SECONDS = 5.0
+# Seconds after which a workflow begins although nobody has read its id.
+BEGIN_SECONDS = 1.0
 # Output nodes whose files are known, so that an unchanged one need not be run again.
 MAX_SHOWN = 10_000
 # Values of `preview_method` that ask for previews; there is one kind of them here.
@@ -154,7 +156,7 @@ class Workflows:
         first: bool = False,
         targets: Sequence[str] | None = None,
     ) -> tuple[WorkflowRun, Plan]:
-        """Check a workflow and let it wait.
+        """Check a workflow and let it wait; `begin` then starts it.
 
         Args:
             who: sends it.
@@ -223,6 +225,7 @@ class Workflows:
             del self.runs[job.id]
             raise
         self._send_status(who.name)
+        asyncio.get_running_loop().call_later(BEGIN_SECONDS, self._service.dispatch)  # if its client has gone meanwhile
         return run, checked
 
     def _texts(self, sent: Mapping[str, Any], extra_data: Mapping[str, Any], models: Sequence[str]) -> dict[str, str]:
@@ -252,6 +255,10 @@ class Workflows:
         client = extra_data.get("client_id")
         socket = self.hub.client(owner, client if isinstance(client, str) else None)
         return int(socket is not None and socket.takes_metadata)
+
+    async def begin(self) -> None:
+        """Let the workflows that wait begin, if there is room."""
+        self._service.dispatch()
 
     def of(self, owner: str) -> list[WorkflowRun]:
         """The workflows of an owner that wait or run, in their order."""
