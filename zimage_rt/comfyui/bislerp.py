@@ -1,6 +1,6 @@
 """Resizing of latents along arcs: ComfyUI's `bislerp`, which keeps the lengths that a linear mean would shorten.
 
-A latent is a vector of its channels. Along each side, the two neighbours of a place are turned into one another by
+A latent is a vector of its channels. Along each side, the two neighbours of a place are joined by
 spherical interpolation (Shoemake, SIGGRAPH 1985), and the length of the result is the linear mean of theirs.
 """
 
@@ -34,7 +34,7 @@ def _along(latents: np.ndarray, size: int, axis: int) -> np.ndarray:
 
 
 def _slerp(one: np.ndarray, other: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """Vectors along axis 1, turned from one to the other by a share of the way."""
+    """Vectors along axis 1, a share of the way along the arc from one to the other."""
     lengths = [np.linalg.norm(each, axis=1, keepdims=True) for each in (one, other)]
     directions = [
         np.divide(each, length, out=np.zeros_like(each), where=length > 0)
@@ -43,7 +43,7 @@ def _slerp(one: np.ndarray, other: np.ndarray, share: np.ndarray) -> np.ndarray:
     cosine = (directions[0] * directions[1]).sum(axis=1, keepdims=True)
     angle = np.arccos(np.clip(cosine, -1, 1))
     sine = np.where(np.abs(cosine) > SAME, 1, np.sin(angle))
-    turned = (np.sin((1 - share) * angle) * directions[0] + np.sin(share * angle) * directions[1]) / sine
-    turned *= lengths[0] * (1 - share) + lengths[1] * share
-    turned = np.where(cosine > SAME, one, turned)
-    return np.where(cosine < -SAME, one * (1 - share) + other * share, turned).astype(np.float32)
+    found = (np.sin((1 - share) * angle) * directions[0] + np.sin(share * angle) * directions[1]) / sine
+    found *= lengths[0] * (1 - share) + lengths[1] * share
+    found = np.where(cosine > SAME, one, found)
+    return np.where(cosine < -SAME, one * (1 - share) + other * share, found).astype(np.float32)

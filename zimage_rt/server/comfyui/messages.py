@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from .workflows import WorkflowRun
+from .workflow_run import WorkflowRun
 
 # ComfyUI's states of a job by ours.
 STATUSES: Mapping[str, str] = {

@@ -24,7 +24,8 @@ from ..errors import answer_to
 from ..jobs_api import CallerOf
 from . import messages
 from .hub import Socket
-from .workflows import WorkflowRun, Workflows
+from .workflow_run import WorkflowRun
+from .workflows import Workflows
 
 router = APIRouter(include_in_schema=False)
 
