@@ -120,7 +120,7 @@ def test_the_template_runs_and_its_image_opens_it_again(editor: Editor, bundle: 
     editor.wait_for("app.graph.nodes.length === 0")
     page.mouse.click(640, 760)  # away from the tabs, which show their name to a mouse that rests on them
     expect(page.get_by_role("dialog")).to_have_count(0)
-    editor.open_file({"name": "saved.png", "mimeType": "image/png", "buffer": saved})
+    editor.drop_file("saved.png", saved, "image/png")
     editor.wait_for("app.graph.nodes.length > 0")
     assert editor.widgets(HOST)["width"] == 256
     assert editor.graph() == editor.posted[0]["prompt"]

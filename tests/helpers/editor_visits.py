@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import time
 from typing import Any
 from urllib.parse import urlsplit
 
-from playwright.sync_api import TimeoutError, expect
+from playwright.sync_api import expect
 from services import Server
 
 # The middle of a node's widget, or of its title, in the window.
@@ -22,6 +23,15 @@ PLACE = """([id, name]) => {
 IS_READY = "Boolean(window.app?.graph && window.app.extensionManager)"
 # What the editor would like to know from elsewhere; the page's policy refuses it.
 ELSEWHERE = {"api.comfy.org"}
+
+# Drops a file, given in base64, on the graph.
+DROP = """([content, name, type]) => {
+    const transfer = new DataTransfer();
+    transfer.items.add(new File([Uint8Array.from(atob(content), (each) => each.charCodeAt(0))], name, { type }));
+    const event = { dataTransfer: transfer, bubbles: true, cancelable: true, clientX: 640, clientY: 400 };
+    for (const kind of ["dragover", "drop"])
+        document.querySelector("#graph-canvas").dispatchEvent(new DragEvent(kind, event));
+}"""
 
 
 class Editor:
@@ -88,17 +98,9 @@ class Editor:
         expect(dialog).to_be_hidden()
         self.wait_for("app.graph.nodes.length > 0")
 
-    def open_file(self, file: Any) -> None:
-        """Press Ctrl and O, and choose a file. On a busy machine the editor misses keys while it changes its graph."""
-        for tries_left in (2, 1, 0):
-            try:
-                with self.page.expect_file_chooser(timeout=7000) as chooser:
-                    self.page.keyboard.press("Control+o")
-                chooser.value.set_files(file)
-                return
-            except TimeoutError:
-                if not tries_left:
-                    raise
+    def drop_file(self, name: str, content: bytes, media_type: str) -> None:
+        """Drop a file on the graph."""
+        self.page.evaluate(DROP, [base64.b64encode(content).decode(), name, media_type])
 
     def close_dialog(self) -> None:
         """Close the dialog of templates that a new user sees."""
