@@ -9,10 +9,11 @@
 
 namespace zimage_rt {
 
-// Shared by the bindings of matrix products: cuBLASLt, opened once, and the workspace of fused
-// products.
+// Shared by the bindings of matrix products: cuBLASLt, opened once, and the workspaces of fused
+// products and of 8-bit ones.
 CublasLtGemm& library_gemm(const std::string& library);
 void* fused_workspace();
+void* split_workspace();
 // "any", "2x1" or "1x2".
 ClusterShape cluster_named(const std::string& name);
 

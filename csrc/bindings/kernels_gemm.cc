@@ -16,6 +16,7 @@
 #include "device/dtype.h"
 #include "device/matrix.h"
 #include "kernels/fused_gemm.h"
+#include "kernels/mma_gemm_8bit.h"
 #include "ops/cublaslt_gemm.h"
 #include "ops/linear_args.h"
 
@@ -30,11 +31,14 @@ CublasLtGemm& library_gemm(const std::string& library) {
 }
 
 void* fused_workspace() {
-  static const DeviceBuffer workspace = [] {
-    DeviceBuffer buffer(fused_gemm_workspace_bytes(), "test workspace");
-    ZRT_CUDA(cudaMemset(buffer.data(), 0, buffer.bytes()));
-    return buffer;
-  }();
+  static const DeviceBuffer workspace =
+      DeviceBuffer::zeroed(fused_gemm_workspace_bytes(), "test workspace");
+  return workspace.data();
+}
+
+void* split_workspace() {
+  static const DeviceBuffer workspace =
+      DeviceBuffer::zeroed(mma_gemm_8bit_workspace_bytes(), "test workspace");
   return workspace.data();
 }
 

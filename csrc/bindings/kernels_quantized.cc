@@ -18,6 +18,7 @@
 #include "device/device.h"
 #include "device/dtype.h"
 #include "device/matrix.h"
+#include "kernels/few_rows_gemm_8bit.h"
 #include "kernels/fused_gemm.h"
 #include "kernels/mma_gemm_8bit.h"
 #include "kernels/norm.h"
@@ -190,24 +191,39 @@ py::array run_gemm_8bit(const py::array& a, const py::array& a_scales, const py:
   return out.download();
 }
 
-py::array run_mma_gemm_8bit(const py::array& a, const py::array& a_scales, const py::array& weight,
-                            const py::array& weight_scales, float alpha,
-                            const std::string& out_type) {
+py::array run_gemm(void (*gemm)(const Gemm8bit&, cudaStream_t), const py::array& a,
+                   const py::array& a_scales, const py::array& weight,
+                   const py::array& weight_scales, float alpha, const std::string& out_type,
+                   void* workspace) {
   const QuantizedOperands in(a, a_scales, weight, weight_scales);
   const DeviceArray out({in.m(), in.n()}, dtype_named(out_type));
-  mma_gemm_8bit({.a = in.a.data(),
-                 .row_scales = in.a_scales.data<float>(),
-                 .weight = in.weight.data(),
-                 .column_scales = in.weight_scales.data<float>(),
-                 .type = in.a.dtype(),
-                 .out = out.data(),
-                 .out_type = out.dtype(),
-                 .m = in.m(),
-                 .n = in.n(),
-                 .k = columns_of(in.a),
-                 .alpha = alpha},
-                nullptr);
+  gemm({.a = in.a.data(),
+        .row_scales = in.a_scales.data<float>(),
+        .weight = in.weight.data(),
+        .column_scales = in.weight_scales.data<float>(),
+        .type = in.a.dtype(),
+        .out = out.data(),
+        .out_type = out.dtype(),
+        .m = in.m(),
+        .n = in.n(),
+        .k = columns_of(in.a),
+        .alpha = alpha,
+        .workspace = workspace},
+       nullptr);
   return out.download();
+}
+
+py::array run_mma_gemm_8bit(const py::array& a, const py::array& a_scales, const py::array& weight,
+                            const py::array& weight_scales, float alpha,
+                            const std::string& out_type, bool split) {
+  return run_gemm(mma_gemm_8bit, a, a_scales, weight, weight_scales, alpha, out_type,
+                  split ? split_workspace() : nullptr);
+}
+
+py::array run_few_rows_gemm_8bit(const py::array& a, const py::array& a_scales,
+                                 const py::array& weight, const py::array& weight_scales,
+                                 float alpha, const std::string& out_type) {
+  return run_gemm(few_rows_gemm_8bit, a, a_scales, weight, weight_scales, alpha, out_type, nullptr);
 }
 
 py::array run_gemm_8bit_swiglu(const py::array& a, const py::array& a_scales,
@@ -262,7 +278,8 @@ class LinearLayer {
              .cudnn = nullptr,
              .stream = nullptr,
              .fused_workspace =
-                 fused && fused_gemm_runs_here() ? zimage_rt::fused_workspace() : nullptr} {
+                 fused && fused_gemm_runs_here() ? zimage_rt::fused_workspace() : nullptr,
+             .split_workspace = split_workspace()} {
     if (kind != "linear" && kind != "swiglu" && kind != "qk_norm_rope")
       throw std::invalid_argument("kind: expected linear, swiglu or qk_norm_rope, got " + kind);
     if (x_scales) x_scales_.emplace(*x_scales);
@@ -387,7 +404,10 @@ void bind_quantized(py::module_& m) {
   m.def("residual_norm_quantized", &run_residual_norm_quantized);
   m.def("gemm_8bit", &run_gemm_8bit, a, a_scales, weight, weight_scales, py::arg("alpha"), out_type,
         cluster);
-  m.def("mma_gemm_8bit", &run_mma_gemm_8bit);
+  m.def("mma_gemm_8bit", &run_mma_gemm_8bit, a, a_scales, weight, weight_scales, py::arg("alpha"),
+        out_type, py::arg("split") = true);
+  m.def("few_rows_gemm_8bit", &run_few_rows_gemm_8bit, a, a_scales, weight, weight_scales,
+        py::arg("alpha"), out_type);
   m.def("mma_gemm_8bit_runs_here",
         [](const std::string& dtype) { return mma_gemm_8bit_runs_here(dtype_named(dtype)); });
   m.def("gemm_8bit_swiglu", &run_gemm_8bit_swiglu, a, a_scales, weight, weight_scales,

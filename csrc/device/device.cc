@@ -40,6 +40,19 @@ DeviceBuffer::DeviceBuffer(std::size_t bytes, const char* purpose) {
   bytes_ = bytes;
 }
 
+int multiprocessors() {
+  int device = 0, count = 0;
+  ZRT_CUDA(cudaGetDevice(&device));
+  ZRT_CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
+DeviceBuffer DeviceBuffer::zeroed(std::size_t bytes, const char* purpose) {
+  DeviceBuffer buffer(bytes, purpose);
+  ZRT_CUDA(cudaMemset(buffer.data(), 0, bytes));
+  return buffer;
+}
+
 DeviceBuffer::~DeviceBuffer() { cudaFree(data_); }
 
 void DeviceBuffer::release() { DeviceBuffer().swap(*this); }

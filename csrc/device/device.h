@@ -24,6 +24,8 @@ class DeviceBuffer {
   std::byte* data() const { return data_; }
   std::size_t bytes() const { return bytes_; }
   void release();
+  // Allocates memory that is zero. `purpose` is for errors.
+  static DeviceBuffer zeroed(std::size_t bytes, const char* purpose);
 
  private:
   void swap(DeviceBuffer& other) noexcept {
@@ -86,6 +88,9 @@ class Event {
  private:
   cudaEvent_t event_ = nullptr;
 };
+
+// Of the current device.
+int multiprocessors();
 
 // An instantiated CUDA graph.
 class GraphExec {

@@ -9,7 +9,9 @@
 #include <string>
 
 #include "device/check.h"
+#include "device/device.h"
 #include "device/dtype.h"
+#include "kernels/early_start.cuh"
 #include "kernels/flash_attention.h"
 #include "kernels/numeric.cuh"
 #include "kernels/tensor_core.cuh"
@@ -227,6 +229,8 @@ __device__ void store_outputs(const Outputs<Tile>& out, const RowValues<Tile>& r
 template <typename T, typename Tile>
 __global__ void __launch_bounds__(kThreads, Tile::kBlocks)
     flash_attention_kernel(const FlashAttention args) {
+  allow_early_start();
+  wait_for_previous_kernel();
   extern __shared__ __align__(1024) char shared[];
   constexpr int kHeadDim = Tile::kHeadDim;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -333,8 +337,7 @@ void launch(const FlashAttention& args, cudaStream_t stream) {
   ZRT_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                 Shape::kSharedBytes));
   const dim3 grid(ceil_div(args.queries, Shape::kQueries), args.heads, args.batch);
-  kernel<<<grid, kThreads, Shape::kSharedBytes, stream>>>(args);
-  ZRT_LAUNCHED();
+  launch_early(kernel, grid, kThreads, Shape::kSharedBytes, 1, stream, args);
 }
 
 void require(bool condition, const std::string& wanted) {
@@ -374,12 +377,9 @@ void check(const FlashAttention& args) {
 // is unbalanced, and the smaller tile is faster.
 int choose_query_tile(const FlashAttention& args) {
   if (args.query_tile != 0) return args.query_tile;
-  int device = 0, multiprocessors = 0;
-  ZRT_CUDA(cudaGetDevice(&device));
-  ZRT_CUDA(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
   const std::int64_t blocks =
       static_cast<std::int64_t>(ceil_div(args.queries, 128)) * args.heads * args.batch;
-  return blocks >= 3 * multiprocessors ? 128 : 64;
+  return blocks >= 3 * multiprocessors() ? 128 : 64;
 }
 
 template <typename T>

@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "device/check.h"
+#include "device/device.h"
 #include "device/dtype.h"
 #include "device/matrix.h"
 #include "kernels/fused_gemm.h"
@@ -39,10 +40,8 @@ void for_operand_type(DType type, Function&& function) {
 }  // namespace
 
 std::size_t fused_gemm_workspace_bytes() {
-  int device = 0, multiprocessors = 0;
-  ZRT_CUDA(cudaGetDevice(&device));
-  ZRT_CUDA(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  return kFlagBytes + static_cast<std::size_t>(multiprocessors) * kBlockM * kBlockN * sizeof(float);
+  return kFlagBytes +
+         static_cast<std::size_t>(multiprocessors()) * kBlockM * kBlockN * sizeof(float);
 }
 
 bool fused_gemm_runs_here() {

@@ -14,8 +14,10 @@
 #include "kernels/fused_gemm_epilogues.cuh"
 #include "kernels/hopper.cuh"
 #include "kernels/numeric.cuh"
+#include "kernels/partial_sums.cuh"
 #include "kernels/stream_k.cuh"
 #include "kernels/tensor_core.cuh"
+#include "kernels/tensor_map.h"
 
 namespace zimage_rt::fused_gemm_detail {
 
@@ -23,8 +25,8 @@ namespace zimage_rt::fused_gemm_detail {
 // consumer warpgroups multiply 64 rows each. Two blocks are a cluster that shares the operand tile
 // they have in common by multicast.
 constexpr int kBlockM = 128, kBlockN = 256;
-constexpr int kRowBytes = 128;  // of a TMA box: the widest swizzle
-constexpr int kBox = 64;        // rows of a box, and 16-bit columns
+constexpr int kRowBytes = kTensorMapRowBytes;
+constexpr int kBox = 64;  // rows of a box, and 16-bit columns
 constexpr int kBoxBytes = kBox * kRowBytes;
 constexpr int kABoxes = kBlockM / kBox, kBBoxes = kBlockN / kBox;
 [[maybe_unused]] constexpr int kHalfBytes = kBBoxes / 2 * kBoxBytes;  // of the weight's tile
@@ -55,28 +57,11 @@ __device__ inline void multiply_slice(typename Operand<T>::Sum (&sums)[128], std
                                       std::uint64_t b, int add) {
   constexpr const T* kType = nullptr;
   if constexpr (sizeof(T) == 1)
-    wgmma_m64n256k32(sums, a, b, add, kType);
+    wgmma_k32<kBlockN>(sums, a, b, add, kType);
   else
     wgmma_m64n256k16<kBIsKMajor>(sums, a, b, add, kType);
 }
 #endif
-
-// Partial sums travel as their bits.
-__device__ inline float4 to_partial(const float* sums) {
-  return make_float4(sums[0], sums[1], sums[2], sums[3]);
-}
-__device__ inline float4 to_partial(const int* sums) {
-  return make_float4(__int_as_float(sums[0]), __int_as_float(sums[1]), __int_as_float(sums[2]),
-                     __int_as_float(sums[3]));
-}
-__device__ inline void add_partial(float* sums, const float4& more) {
-  sums[0] += more.x, sums[1] += more.y;
-  sums[2] += more.z, sums[3] += more.w;
-}
-__device__ inline void add_partial(int* sums, const float4& more) {
-  sums[0] += __float_as_int(more.x), sums[1] += __float_as_int(more.y);
-  sums[2] += __float_as_int(more.z), sums[3] += __float_as_int(more.w);
-}
 
 // A cluster is kClusterM blocks along m, which share the tile of the weight, times kClusterN blocks
 // along n, which share the tile of `a`: each loads its part of a shared tile and multicasts it.
@@ -218,7 +203,7 @@ __global__ void __cluster_dims__(kClusterM* kClusterN, 1, 1) __launch_bounds__(k
       release_stage(before);
       if (row >= problem.m) continue;
       if (unit.begin > 0) {
-        float4* const to = partials(cluster);
+        uint4* const to = partials(cluster);
 #pragma unroll
         for (int i = 0; i < 32; ++i) __stcg(to + i * 128, to_partial(sums + 4 * i));
         __threadfence();
@@ -235,7 +220,7 @@ __global__ void __cluster_dims__(kClusterM* kClusterN, 1, 1) __launch_bounds__(k
           while (load_acquire(problem.flags + slot(of)) == 0) {
           }
         named_barrier_sync(group);
-        const float4* const from = partials(of);
+        const uint4* const from = partials(of);
 #pragma unroll
         for (int i = 0; i < 32; ++i) add_partial(sums + 4 * i, __ldcg(from + i * 128));
         named_barrier_sync(group);

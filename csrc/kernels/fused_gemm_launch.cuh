@@ -1,19 +1,17 @@
 #pragma once
 
-// Launches of the fused products: TMA descriptors, cluster shapes, the share of stream-K tiles.
+// Launches of the fused products: cluster shapes, the share of stream-K tiles.
 
-#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstddef>
-#include <stdexcept>
-#include <string>
 #include <type_traits>
 
 #include "device/check.h"
+#include "device/device.h"
 #include "device/dtype.h"
 #include "device/matrix.h"
 #include "kernels/fused_gemm.h"
@@ -21,52 +19,9 @@
 #include "kernels/fused_gemm_kernel.cuh"
 #include "kernels/numeric.cuh"
 #include "kernels/stream_k.cuh"
+#include "kernels/tensor_map.h"
 
 namespace zimage_rt::fused_gemm_detail {
-
-inline CUtensorMapDataType tensor_map_type(DType type) {
-  switch (type) {
-    case DType::kFloat16:
-      return CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-    case DType::kBFloat16:
-      return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-    default:
-      return CU_TENSOR_MAP_DATA_TYPE_UINT8;
-  }
-}
-
-// The TMA descriptor of a row-major matrix. A load copies `box_rows` rows of `boxes` neighbouring
-// strips of 128 bytes, which are consecutive in shared memory.
-inline CUtensorMap tensor_map(const void* data, DType type, int rows, int columns, int box_rows,
-                              int boxes) {
-  static const auto encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found{};
-    ZRT_CUDA(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                              cudaEnableDefault, &found));
-    if (found != cudaDriverEntryPointSuccess)
-      throw CudaError("the driver has no cuTensorMapEncodeTiled");
-    return reinterpret_cast<decltype(&::cuTensorMapEncodeTiled)>(function);
-  }();
-  CUtensorMap map;
-  const auto wide = [](auto value) { return static_cast<cuuint64_t>(value); };
-  // A load of a single box needs no third dimension: the strip is the whole matrix.
-  const bool stripped = boxes > 1;
-  const int strip = kRowBytes / static_cast<int>(size_of(type));
-  const cuuint64_t size[] = {wide(stripped ? strip : columns), wide(rows),
-                             wide(stripped ? columns / strip : 1)};
-  const cuuint64_t stride[] = {wide(columns) * size_of(type), wide(kRowBytes)};
-  const cuuint32_t box[] = {static_cast<cuuint32_t>(strip), static_cast<cuuint32_t>(box_rows),
-                            static_cast<cuuint32_t>(boxes)};
-  const cuuint32_t one[] = {1, 1, 1};
-  const CUresult status =
-      encode(&map, tensor_map_type(type), 3, const_cast<void*>(data), size, stride, box, one,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (status != CUDA_SUCCESS)
-    throw CudaError("cuTensorMapEncodeTiled failed with status " + std::to_string(status));
-  return map;
-}
 
 // The number of clusters of a kernel that are resident at once on the current device. Clusters of
 // stream-K tiles wait for one another, so a launch must not have more.
@@ -81,8 +36,7 @@ int resident_clusters() {
   if (clusters.load() == 0) {
     ZRT_CUDA(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-    int count = 0;
-    ZRT_CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    const int count = multiprocessors();
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(count / kCluster * kCluster);
     config.blockDim = dim3(kThreads);
@@ -115,8 +69,7 @@ void launch(const FusedGemm& args, Problem problem, const Epilogue& epilogue, cu
       tiles % clusters == 0 ? tiles : std::max(0, tiles / clusters - 1) * clusters;
   problem.stream_k_tiles = tiles - problem.data_parallel_tiles;
   problem.flags = static_cast<unsigned*>(args.workspace);
-  problem.partials =
-      reinterpret_cast<float4*>(static_cast<std::byte*>(args.workspace) + kFlagBytes);
+  problem.partials = reinterpret_cast<uint4*>(static_cast<std::byte*>(args.workspace) + kFlagBytes);
   kernel<<<clusters * kClusterM * kClusterN, kThreads, kSharedBytes, stream>>>(
       tensor_map(args.a, args.type, args.m, args.k, kClusterN == 1 ? kBlockM : kBox, 1),
       kLayout == Layout::kOutIn

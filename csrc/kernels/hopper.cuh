@@ -35,6 +35,10 @@ __device__ inline void mbarrier_arrive_expect_tx(std::uint32_t barrier, std::uin
                : "memory");
 }
 
+__device__ inline void mbarrier_arrive(std::uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
 // Arrives at the mbarrier at the same address in block `rank` of the cluster. It orders no ordinary
 // writes: a release at cluster scope would cost a device-wide fence.
 __device__ inline void mbarrier_arrive_remote(std::uint32_t barrier, std::uint32_t rank) {
@@ -75,6 +79,21 @@ __device__ inline std::uint32_t cluster_rank() {
   return rank;
 }
 
+// Reads 16 bytes of the shared memory of block `rank` of the cluster, at an address of this block.
+__device__ inline uint4 load_cluster_16(std::uint32_t address, std::uint32_t rank) {
+  uint4 value;
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %4, %5;\n"
+      "ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [remote];\n"
+      "}"
+      : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+      : "r"(address), "r"(rank)
+      : "memory");
+  return value;
+}
+
 // TMA load of the box at (x, y, z) of a tensor to shared memory; elements outside of the tensor are
 // zeros. The bytes complete on `barrier`. The multicast form writes to every block of the cluster
 // in `mask`, and completes on the barrier of each.
@@ -98,9 +117,10 @@ __device__ inline void prefetch_tensormap(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// Synchronises the 128 threads of a warpgroup on named barrier 1 to 15.
+// Synchronises `kThreads` threads, by default those of a warpgroup, on named barrier 1 to 15.
+template <int kThreads = 128>
 __device__ inline void named_barrier_sync(int barrier) {
-  asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory");
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
 }
 
 __device__ inline void store_release(unsigned* to, unsigned value) {
@@ -147,24 +167,51 @@ __device__ inline void warpgroup_wait() {
   ZRT_SUMS4(r, i), ZRT_SUMS4(r, i + 4), ZRT_SUMS4(r, i + 8), ZRT_SUMS4(r, i + 12)
 #define ZRT_SUMS64(r, i) \
   ZRT_SUMS16(r, i), ZRT_SUMS16(r, i + 16), ZRT_SUMS16(r, i + 32), ZRT_SUMS16(r, i + 48)
-// `r` is the constraint of the sums, "+f" or "+r"; `flags` follow the predicate.
-#define ZRT_WGMMA(shape_and_types, r, flags)                                                      \
-  asm volatile(                                                                                   \
-      "{\n"                                                                                       \
-      ".reg .pred p;\n"                                                                           \
-      "setp.ne.b32 p, %130, 0;\n"                                                                 \
-      "wgmma.mma_async.sync.aligned.m64n256" shape_and_types                                      \
-      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "   \
-      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "     \
-      "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "     \
-      "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, "     \
-      "%70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, "     \
-      "%87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, " \
-      "%104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, "      \
-      "%118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, %128, %129, p" flags          \
-      ";\n"                                                                                       \
-      "}"                                                                                         \
-      : ZRT_SUMS64(r, 0), ZRT_SUMS64(r, 64)                                                       \
+// The registers of the sums [64, n] as operands of the instruction, by n.
+#define ZRT_REGISTERS_32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define ZRT_REGISTERS_64                                                             \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, " \
+  "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define ZRT_REGISTERS_128                                                            \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, " \
+  "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, " \
+  "%34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
+  "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define ZRT_REGISTERS_256                                                            \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, " \
+  "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, " \
+  "%34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
+  "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, " \
+  "%66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, " \
+  "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, " \
+  "%98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, "     \
+  "%111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, "   \
+  "%124, %125, %126, %127"
+#define ZRT_SUMS_32(r) ZRT_SUMS16(r, 0)
+#define ZRT_SUMS_64(r) ZRT_SUMS16(r, 0), ZRT_SUMS16(r, 16)
+#define ZRT_SUMS_128(r) ZRT_SUMS64(r, 0)
+#define ZRT_SUMS_256(r) ZRT_SUMS64(r, 0), ZRT_SUMS64(r, 64)
+// `a`, `b` and `add` are the operands after the n / 2 sums; `r` is the constraint of the sums, "+f"
+// or "+r"; `flags` follow the predicate.
+#define ZRT_WGMMA_OPERANDS_32 "%16, %17, p"
+#define ZRT_WGMMA_OPERANDS_64 "%32, %33, p"
+#define ZRT_WGMMA_OPERANDS_128 "%64, %65, p"
+#define ZRT_WGMMA_OPERANDS_256 "%128, %129, p"
+#define ZRT_WGMMA_ADD_32 "%18"
+#define ZRT_WGMMA_ADD_64 "%34"
+#define ZRT_WGMMA_ADD_128 "%66"
+#define ZRT_WGMMA_ADD_256 "%130"
+#define ZRT_WGMMA(n, k_and_types, r, flags)                                     \
+  asm volatile(                                                                 \
+      "{\n"                                                                     \
+      ".reg .pred p;\n"                                                         \
+      "setp.ne.b32 p, " ZRT_WGMMA_ADD_##n                                       \
+      ", 0;\n"                                                                  \
+      "wgmma.mma_async.sync.aligned.m64n" #n k_and_types " {" ZRT_REGISTERS_##n \
+      "}, " ZRT_WGMMA_OPERANDS_##n flags                                        \
+      ";\n"                                                                     \
+      "}"                                                                       \
+      : ZRT_SUMS_##n(r)                                                         \
       : "l"(a), "l"(b), "r"(add))
 
 // sums [64, 256] (+)= a [64, 16] · b [16, 256] by the four warps of a warpgroup; `add` 0
@@ -175,30 +222,64 @@ template <bool kBIsKMajor>
 __device__ inline void wgmma_m64n256k16(float (&sums)[128], std::uint64_t a, std::uint64_t b,
                                         int add, const __nv_bfloat16*) {
   if constexpr (kBIsKMajor)
-    ZRT_WGMMA("k16.f32.bf16.bf16", "+f", ", 1, 1, 0, 0");
+    ZRT_WGMMA(256, "k16.f32.bf16.bf16", "+f", ", 1, 1, 0, 0");
   else
-    ZRT_WGMMA("k16.f32.bf16.bf16", "+f", ", 1, 1, 0, 1");
+    ZRT_WGMMA(256, "k16.f32.bf16.bf16", "+f", ", 1, 1, 0, 1");
 }
 template <bool kBIsKMajor>
 __device__ inline void wgmma_m64n256k16(float (&sums)[128], std::uint64_t a, std::uint64_t b,
                                         int add, const __half*) {
   if constexpr (kBIsKMajor)
-    ZRT_WGMMA("k16.f32.f16.f16", "+f", ", 1, 1, 0, 0");
+    ZRT_WGMMA(256, "k16.f32.f16.f16", "+f", ", 1, 1, 0, 0");
   else
-    ZRT_WGMMA("k16.f32.f16.f16", "+f", ", 1, 1, 0, 1");
+    ZRT_WGMMA(256, "k16.f32.f16.f16", "+f", ", 1, 1, 0, 1");
 }
 
-// The same for 8-bit numbers, a [64, 32] · b [32, 256], both K-major.
-__device__ inline void wgmma_m64n256k32(int (&sums)[128], std::uint64_t a, std::uint64_t b, int add,
-                                        const std::int8_t*) {
-  ZRT_WGMMA("k32.s32.s8.s8", "+r", "");
+// sums [64, kN] (+)= a [64, 32] · b [32, kN] of 8-bit numbers, both K-major.
+template <int kN>
+__device__ inline void wgmma_k32(int (&sums)[kN / 2], std::uint64_t a, std::uint64_t b, int add,
+                                 const std::int8_t*) {
+  static_assert(kN == 32 || kN == 64 || kN == 128 || kN == 256);
+  if constexpr (kN == 32)
+    ZRT_WGMMA(32, "k32.s32.s8.s8", "+r", "");
+  else if constexpr (kN == 64)
+    ZRT_WGMMA(64, "k32.s32.s8.s8", "+r", "");
+  else if constexpr (kN == 128)
+    ZRT_WGMMA(128, "k32.s32.s8.s8", "+r", "");
+  else
+    ZRT_WGMMA(256, "k32.s32.s8.s8", "+r", "");
 }
-__device__ inline void wgmma_m64n256k32(float (&sums)[128], std::uint64_t a, std::uint64_t b,
-                                        int add, const __nv_fp8_e4m3*) {
-  ZRT_WGMMA("k32.f32.e4m3.e4m3", "+f", ", 1, 1");
+template <int kN>
+__device__ inline void wgmma_k32(float (&sums)[kN / 2], std::uint64_t a, std::uint64_t b, int add,
+                                 const __nv_fp8_e4m3*) {
+  static_assert(kN == 32 || kN == 64 || kN == 128 || kN == 256);
+  if constexpr (kN == 32)
+    ZRT_WGMMA(32, "k32.f32.e4m3.e4m3", "+f", ", 1, 1");
+  else if constexpr (kN == 64)
+    ZRT_WGMMA(64, "k32.f32.e4m3.e4m3", "+f", ", 1, 1");
+  else if constexpr (kN == 128)
+    ZRT_WGMMA(128, "k32.f32.e4m3.e4m3", "+f", ", 1, 1");
+  else
+    ZRT_WGMMA(256, "k32.f32.e4m3.e4m3", "+f", ", 1, 1");
 }
 
 #undef ZRT_WGMMA
+#undef ZRT_WGMMA_ADD_256
+#undef ZRT_WGMMA_OPERANDS_256
+#undef ZRT_SUMS_256
+#undef ZRT_REGISTERS_256
+#undef ZRT_WGMMA_ADD_128
+#undef ZRT_WGMMA_OPERANDS_128
+#undef ZRT_SUMS_128
+#undef ZRT_REGISTERS_128
+#undef ZRT_WGMMA_ADD_64
+#undef ZRT_WGMMA_OPERANDS_64
+#undef ZRT_SUMS_64
+#undef ZRT_REGISTERS_64
+#undef ZRT_WGMMA_ADD_32
+#undef ZRT_WGMMA_OPERANDS_32
+#undef ZRT_SUMS_32
+#undef ZRT_REGISTERS_32
 #undef ZRT_SUMS64
 #undef ZRT_SUMS16
 #undef ZRT_SUMS4

@@ -5,6 +5,7 @@
 
 #include "device/check.h"
 #include "device/matrix.h"
+#include "kernels/early_start.cuh"
 #include "kernels/norm.h"
 #include "kernels/numeric.cuh"
 #include "kernels/quantize.cuh"
@@ -41,6 +42,8 @@ template <typename Output>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     rms_norm_kernel(const float* x, const float* weight, Output out, int dim, float eps) {
   __shared__ float scratch[32];
+  allow_early_start();
+  wait_for_previous_kernel();
   const int i = threadIdx.x * 8;
   const std::size_t at = static_cast<std::size_t>(blockIdx.x) * dim + i;
   float values[8] = {};
@@ -61,6 +64,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     residual_norm_kernel(float* x, const T* branch, const float* post, float post_eps,
                          float branch_scale, const float* pre, float pre_eps, Output out, int dim) {
   __shared__ float scratch[2][32];
+  allow_early_start();
+  wait_for_previous_kernel();
   const int i = threadIdx.x * 8;
   const std::size_t at = static_cast<std::size_t>(blockIdx.x) * dim + i;
   const bool active = i < dim;
@@ -129,9 +134,9 @@ void launch_residual_norm(const ResidualNorm& args, Output out, cudaStream_t str
   const int threads = threads_for(args.dim);
   if (args.rows == 0) return;
   const auto launch = [&](auto kernel) {
-    kernel<<<args.rows, threads, 0, stream>>>(args.x, static_cast<const T*>(args.branch), args.post,
-                                              args.post_eps, args.branch_scale, args.pre,
-                                              args.pre_eps, out, args.dim);
+    launch_early(kernel, args.rows, threads, 0, 1, stream, args.x,
+                 static_cast<const T*>(args.branch), args.post, args.post_eps, args.branch_scale,
+                 args.pre, args.pre_eps, out, args.dim);
   };
   if (args.post != nullptr)
     args.pre != nullptr ? launch(residual_norm_kernel<T, true, true, Output>)
@@ -147,8 +152,8 @@ void rms_norm(const RmsNorm& args, cudaStream_t stream) {
   const int threads = threads_for(args.dim);
   const auto launch = [&](auto out) {
     if (args.rows == 0) return;
-    rms_norm_kernel<<<args.rows, threads, 0, stream>>>(args.x, args.weight, out, args.dim,
-                                                       args.eps);
+    launch_early(rms_norm_kernel<decltype(out)>, args.rows, threads, 0, 1, stream, args.x,
+                 args.weight, out, args.dim, args.eps);
   };
   if (args.quantized.data != nullptr) {
     check_quantized_columns(args.dim, args.quantized);
@@ -161,7 +166,6 @@ void rms_norm(const RmsNorm& args, cudaStream_t stream) {
       launch(PlainOutput<T>{.out = static_cast<T*>(args.out)});
     });
   }
-  ZRT_LAUNCHED();
 }
 
 void residual_norm(const ResidualNorm& args, cudaStream_t stream) {
@@ -177,7 +181,6 @@ void residual_norm(const ResidualNorm& args, cudaStream_t stream) {
                               stream);
     });
   });
-  ZRT_LAUNCHED();
 }
 
 void layer_norm(const LayerNorm& args, cudaStream_t stream) {

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <stdexcept>
 
-#include "device/check.h"
+#include "kernels/early_start.cuh"
 #include "kernels/numeric.cuh"
 #include "kernels/qk_norm_rope.h"
 
@@ -17,6 +17,8 @@ template <typename T, int kHeadDim>
 __global__ void qk_norm_rope_kernel(T* qkv, std::int64_t row_stride, const float* q_weight,
                                     const float* k_weight, const float* cos, const float* sin,
                                     int q_heads, int k_heads, float eps) {
+  allow_early_start();
+  wait_for_previous_kernel();
   constexpr int kLanes = kHeadDim / 8;
   const int lane = threadIdx.x % kLanes;
   const int groups = blockDim.x / kLanes;
@@ -62,9 +64,9 @@ void launch(const QkNormRope& args, cudaStream_t stream) {
   // Half of the heads at a time: 480 threads for 30 + 30 heads of 128.
   const int wanted = ceil_div((args.q_heads + args.k_heads) * kLanes, 2);
   const int threads = ceil_div(wanted < 1024 ? wanted : 1024, 32) * 32;
-  qk_norm_rope_kernel<T, kHeadDim><<<args.rows, threads, 0, stream>>>(
-      static_cast<T*>(args.qkv), args.row_stride, args.q_weight, args.k_weight, args.cos, args.sin,
-      args.q_heads, args.k_heads, args.eps);
+  launch_early(qk_norm_rope_kernel<T, kHeadDim>, args.rows, threads, 0, 1, stream,
+               static_cast<T*>(args.qkv), args.row_stride, args.q_weight, args.k_weight, args.cos,
+               args.sin, args.q_heads, args.k_heads, args.eps);
 }
 
 }  // namespace
@@ -80,7 +82,6 @@ void qk_norm_rope(const QkNormRope& args, cudaStream_t stream) {
     else
       throw std::invalid_argument("qk_norm_rope: expected head_dim 64 or 128");
   });
-  ZRT_LAUNCHED();
 }
 
 }  // namespace zimage_rt

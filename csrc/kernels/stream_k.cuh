@@ -14,8 +14,8 @@ struct Problem {
   int tile_stride;       // columns between neighbouring tiles
   int data_parallel_tiles;
   int stream_k_tiles;
-  float4* partials;  // [blocks, kConsumerWarpgroups, 32, 128]
-  unsigned* flags;   // [blocks, kConsumerWarpgroups]
+  uint4* partials;  // [blocks, kConsumerWarpgroups, 32, 128]
+  unsigned* flags;  // [blocks, kConsumerWarpgroups]
 };
 
 // A range of k tiles of one output tile.

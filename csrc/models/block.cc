@@ -29,16 +29,6 @@ QuantizedRows input_of(const Matrix& weight, const BlockBuffers& buffers) {
           .rotation = weight.rotation};
 }
 
-// Quantises the rows of a 16-bit matrix for an 8-bit weight; nothing for a 16-bit one.
-QuantizedRows quantized(const void* x, const Matrix& weight, int rows, DType type,
-                        const BlockBuffers& buffers, const Ops& ops) {
-  const QuantizedRows out = input_of(weight, buffers);
-  if (out.data != nullptr)
-    quantize_rows({.x = x, .type = type, .rows = rows, .columns = weight.in, .out = out},
-                  ops.stream);
-  return out;
-}
-
 void attend(const BlockShape& shape, const BlockWeights& weights, const Sequences& sequences,
             const BlockBuffers& buffers, const Ops& ops) {
   const int width = shape.qkv_width(), out_width = shape.heads * shape.head_dim;
@@ -80,10 +70,17 @@ void attend(const BlockShape& shape, const BlockWeights& weights, const Sequence
               ops);
   }
 
+  const QuantizedRows attended = input_of(weights.out, buffers);
+  if (attended.data != nullptr)
+    quantize_rows({.x = buffers.normed,
+                   .type = shape.type,
+                   .rows = sequences.rows,
+                   .columns = weights.out.in,
+                   .out = attended},
+                  ops.stream);
   // The scale is applied to the fp32 sums, so that the branch fits the format.
   linear({.x = buffers.normed,
-          .quantized =
-              quantized(buffers.normed, weights.out, sequences.rows, shape.type, buffers, ops),
+          .quantized = attended,
           .weight = weights.out,
           .out = buffers.branch,
           .out_type = shape.type,
@@ -102,10 +99,11 @@ void feed_forward(const BlockShape& shape, const BlockWeights& weights, int rows
                  .type = shape.type,
                  .rows = rows,
                  .gate_scale = shape.gate_scale,
-                 .up_scale = shape.up_scale},
+                 .up_scale = shape.up_scale,
+                 .quantized_out = input_of(weights.down, buffers)},
                 ops);
   linear({.x = buffers.hidden,
-          .quantized = quantized(buffers.hidden, weights.down, rows, shape.type, buffers, ops),
+          .quantized = input_of(weights.down, buffers),
           .weight = weights.down,
           .out = buffers.branch,
           .out_type = shape.type,

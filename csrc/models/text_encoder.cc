@@ -126,14 +126,17 @@ void TextEncoder::read_rows(const std::int64_t* input_ids, int tokens) {
               sizeof(float) * (rows - tokens) * dim);
 }
 
-void TextEncoder::run(const std::int64_t* input_ids, int tokens, const Buffers& buffers,
-                      const Ops& ops) {
+void TextEncoder::load_prompt(const std::int64_t* input_ids, int tokens, const Buffers& buffers,
+                              const Ops& ops) {
   // The copy of the previous prompt's rows from the page-locked buffer must be complete.
   ZRT_CUDA(cudaStreamSynchronize(ops.stream));
   read_rows(input_ids, tokens);
-  const int rows = padded(tokens);
-  ZRT_CUDA(cudaMemcpyAsync(buffers.x, rows_.data(), sizeof(float) * rows * shape_.dim,
+  ZRT_CUDA(cudaMemcpyAsync(buffers.x, rows_.data(), sizeof(float) * padded(tokens) * shape_.dim,
                            cudaMemcpyHostToDevice, ops.stream));
+}
+
+void TextEncoder::run_layers(int tokens, const Buffers& buffers, const Ops& ops) {
+  const int rows = padded(tokens);
   const int half = shape_.head_dim / 2;
   position_table(weights_.vector("rope.inv_freq", half), half, rows, buffers.cos, buffers.sin,
                  ops.stream);

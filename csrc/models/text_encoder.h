@@ -47,9 +47,13 @@ class TextEncoder {
   static int padded(int tokens) { return round_up(tokens, 32); }
   Buffers plan(int tokens, Arena& arena) const;
 
-  // Leaves prompt_embeds [tokens, hidden_size] at the start of buffers.x. Throws
-  // std::invalid_argument for an id outside the vocabulary.
-  void run(const std::int64_t* input_ids, int tokens, const Buffers& buffers, const Ops& ops);
+  // Copies the prompt's rows of the table to buffers.x. Throws std::invalid_argument for an id
+  // outside the vocabulary.
+  void load_prompt(const std::int64_t* input_ids, int tokens, const Buffers& buffers,
+                   const Ops& ops);
+  // Leaves prompt_embeds [tokens, hidden_size] at the start of buffers.x. If the weights are not
+  // streamed, it can be captured for all prompts of as many padded rows.
+  void run_layers(int tokens, const Buffers& buffers, const Ops& ops);
   int vocab_size() const { return config_.vocab_size; }
   int hidden_size() const { return config_.hidden_size; }
 

@@ -5,9 +5,11 @@
 #include "device/check.h"
 #include "device/dtype.h"
 #include "device/matrix.h"
+#include "kernels/few_rows_gemm_8bit.h"
 #include "kernels/fused_gemm.h"
 #include "kernels/mma_gemm_8bit.h"
 #include "kernels/qk_norm_rope.h"
+#include "kernels/quantize_rows.h"
 #include "kernels/swiglu.h"
 #include "ops/cublaslt_gemm.h"
 
@@ -16,9 +18,8 @@ namespace {
 
 // With fewer rows the smaller tiles of cuBLASLt are faster (benchmarks/LOG.md).
 constexpr int kFusedRows = 2048;
-// The other 8-bit product uses mma.sync, far from the rate of wgmma. Of 64 rows it is still the
-// faster one: the text encoder takes 3.9 ms with it, 5.3 ms with the fused product (LOG.md).
-constexpr int kFusedRows8bit = 256;
+// The fused product computes 128 rows at least (LOG.md).
+constexpr int kFusedRows8bit = kFewRows + 1;
 // Columns of a head, and of a tile of the hidden layer, that the fused products compute.
 constexpr int kFusedHeadDim = 128;
 constexpr int kFusedMultiple = 64;
@@ -84,18 +85,22 @@ void linear_8bit(const LinearArgs& args, const Ops& ops) {
     throw WeightError(
         "float8 weights: expected a GPU of compute capability 8.9 or later; export the bundle in "
         "int8 or 16 bits");
-  mma_gemm_8bit({.a = args.quantized.data,
-                 .row_scales = args.quantized.scales,
-                 .weight = weight.data,
-                 .column_scales = weight.scales,
-                 .type = weight.dtype,
-                 .out = args.out,
-                 .out_type = args.out_type,
-                 .m = args.rows,
-                 .n = weight.out,
-                 .k = weight.in,
-                 .alpha = args.alpha},
-                ops.stream);
+  const Gemm8bit product{.a = args.quantized.data,
+                         .row_scales = args.quantized.scales,
+                         .weight = weight.data,
+                         .column_scales = weight.scales,
+                         .type = weight.dtype,
+                         .out = args.out,
+                         .out_type = args.out_type,
+                         .m = args.rows,
+                         .n = weight.out,
+                         .k = weight.in,
+                         .alpha = args.alpha,
+                         .workspace = ops.split_workspace};
+  if (ops.fused_workspace != nullptr && args.rows <= kFewRows)
+    few_rows_gemm_8bit(product, ops.stream);
+  else
+    mma_gemm_8bit(product, ops.stream);
 }
 
 }  // namespace
@@ -114,6 +119,13 @@ void linear_swiglu(const LinearSwiGluArgs& args, const Ops& ops) {
     gemm_swiglu(
         fused_gemm(args.x, args.quantized, args.weight, args.rows, args.out, args.type, ops),
         args.gate_scale * args.up_scale, ops.stream);
+    if (args.quantized_out.data != nullptr)
+      quantize_rows({.x = args.out,
+                     .type = args.type,
+                     .rows = args.rows,
+                     .columns = hidden,
+                     .out = args.quantized_out},
+                    ops.stream);
     return;
   }
   linear({.x = args.x,
@@ -129,7 +141,8 @@ void linear_swiglu(const LinearSwiGluArgs& args, const Ops& ops) {
           .rows = args.rows,
           .hidden = hidden,
           .gate_scale = args.gate_scale,
-          .up_scale = args.up_scale},
+          .up_scale = args.up_scale,
+          .quantized = args.quantized_out},
          ops.stream);
 }
 

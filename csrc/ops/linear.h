@@ -26,6 +26,9 @@ struct LinearSwiGluArgs {
   int rows;
   float gate_scale;
   float up_scale;
+  // The result in 8 bits, if it has memory; `out` is then scratch. It may share the memory of
+  // `quantized`.
+  QuantizedRows quantized_out = {};
 };
 void linear_swiglu(const LinearSwiGluArgs& args, const Ops& ops);
 

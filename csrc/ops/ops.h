@@ -12,7 +12,8 @@ struct Ops {
   CublasLtGemm& gemm;
   CudnnAttention* cudnn;  // null: our own kernel alone
   cudaStream_t stream;
-  void* fused_workspace;  // of kernels/fused_gemm.h; null: cuBLASLt alone
+  void* fused_workspace;            // of kernels/fused_gemm.h; null: cuBLASLt alone
+  void* split_workspace = nullptr;  // of kernels/mma_gemm_8bit.h, which may be null there
 };
 
 }  // namespace zimage_rt

@@ -32,8 +32,7 @@ Pipeline::Pipeline(const PipelineOptions& options)
       gemm_(options.cublaslt, options.cache_file),
       cudnn_(CudnnAttention::open(options.cudnn)) {
   if (!options.fused_gemm || !fused_gemm_runs_here()) return;
-  fused_workspace_ = DeviceBuffer(fused_gemm_workspace_bytes(), "matrix products");
-  ZRT_CUDA(cudaMemset(fused_workspace_.data(), 0, fused_workspace_.bytes()));
+  fused_workspace_ = DeviceBuffer::zeroed(fused_gemm_workspace_bytes(), "matrix products");
 }
 
 Pipeline::~Pipeline() = default;
@@ -57,6 +56,7 @@ Arena Pipeline::arena(DeviceBuffer& buffer, std::size_t bytes, const char* purpo
   if (buffer.bytes() < bytes) {
     stream_.synchronize();
     if (&buffer == &loop_memory_) graphs_.clear();
+    if (&buffer == &side_memory_) prompt_graphs_.clear();
     buffer.release();
     check_limit(bytes, purpose);
     buffer = DeviceBuffer(bytes, purpose);
@@ -90,6 +90,20 @@ void Pipeline::with_text_encoder(const std::function<void()>& work) {
   weights.release();
 }
 
+// Leaves the prompt's embedding at the start of at.x. Resident layers are captured per number of
+// rows, because their kernels are shorter than a launch.
+void Pipeline::run_text_encoder(const std::int64_t* input_ids, int tokens,
+                                const TextEncoder::Buffers& at) {
+  TextEncoder& encoder = *text_encoder_;
+  with_text_encoder([&] {
+    encoder.load_prompt(input_ids, tokens, at, ops());
+    const auto layers = [&] { encoder.run_layers(tokens, at, ops()); };
+    if (!options_.keep_text_encoder) return layers();
+    prompt_graphs_.trim();
+    prompt_graphs_.run({TextEncoder::padded(tokens)}, stream_.get(), layers);
+  });
+}
+
 void Pipeline::encode(const std::int64_t* input_ids, int tokens, float* prompt_embeds) {
   const PipelineLock lock(mutex_, options_.device);
   TextEncoder& encoder = need(text_encoder_, "text_encoder");
@@ -98,7 +112,7 @@ void Pipeline::encode(const std::int64_t* input_ids, int tokens, float* prompt_e
   Arena memory = arena(side_memory_, size.used(), "encoding a prompt");
   const TextEncoder::Buffers at = encoder.plan(tokens, memory);
   const StreamDrain drain(stream_);
-  with_text_encoder([&] { encoder.run(input_ids, tokens, at, ops()); });
+  run_text_encoder(input_ids, tokens, at);
   read_back(prompt_embeds, at.x, sizeof(float) * tokens * encoder.hidden_size(), stream_);
   gemm_.save_cache();
 }
@@ -131,7 +145,7 @@ void Pipeline::context(const std::int64_t* input_ids, int tokens, float* context
   const TextEncoder::Buffers text = encoder.plan(tokens, memory);
   const ContextRefiner::Buffers at = refiner.plan(tokens, memory);
   const StreamDrain drain(stream_);
-  with_text_encoder([&] { encoder.run(input_ids, tokens, text, ops()); });
+  run_text_encoder(input_ids, tokens, text);
   refiner.run(text.x, tokens, at, ops());
   read_back(context, at.context, sizeof(float) * padded_tokens(tokens) * refiner.dim(), stream_);
   gemm_.save_cache();
@@ -281,8 +295,8 @@ MemoryUse Pipeline::memory() {
   for (const auto& [module, weights] : weights_)
     if (weights->uploaded()) use.weights += weights->bytes();
   use.workspace = loop_memory_.bytes() + table_memory_.bytes() + side_memory_.bytes() +
-                  gemm_.workspace_bytes() + fused_workspace_.bytes();
-  use.graphs = graphs_.bytes();
+                  gemm_.workspace_bytes() + fused_workspace_.bytes() + split_workspace_.bytes();
+  use.graphs = graphs_.bytes() + prompt_graphs_.bytes();
   ZRT_CUDA(cudaMemGetInfo(&use.free, &use.total));
   return use;
 }

@@ -139,12 +139,14 @@ class Pipeline {
     return {.gemm = gemm_,
             .cudnn = cudnn_.get(),
             .stream = stream_.get(),
-            .fused_workspace = fused_workspace_.data()};
+            .fused_workspace = fused_workspace_.data(),
+            .split_workspace = split_workspace_.data()};
   }
   static const std::map<std::string, ModuleKind>& module_kinds();
   void check_limit(std::size_t more, const std::string& purpose);
   Arena arena(DeviceBuffer& buffer, std::size_t bytes, const char* purpose);
   void with_text_encoder(const std::function<void()>& work);
+  void run_text_encoder(const std::int64_t* input_ids, int tokens, const TextEncoder::Buffers& at);
   template <typename T, typename Run>
   void decode_to(const float* latents, int batch, int latent_height, int latent_width, T* target,
                  Run&& run);
@@ -176,6 +178,7 @@ class Pipeline {
   std::recursive_mutex mutex_;
   PipelineOptions options_;
   DeviceBuffer fused_workspace_;
+  DeviceBuffer split_workspace_;  // for 8-bit matrices without fused products
   Stream stream_;
   Stream side_stream_;  // of the VAE: a preview does not wait for the current step
   CublasLtGemm gemm_;
@@ -190,12 +193,14 @@ class Pipeline {
   int latent_channels_ = 0;
   DeviceBuffer loop_memory_;   // of the sampler loop; graphs hold its addresses
   DeviceBuffer table_memory_;  // of the sampler loop, not used by graphs
-  DeviceBuffer side_memory_;   // of everything else, such as a preview during a loop
+  // Of everything else, such as a preview during a loop; prompt_graphs_ hold its addresses.
+  DeviceBuffer side_memory_;
   PinnedBuffer staging_;
   Event started_, denoised_, decoded_;
   Event step_done_[2];     // steps alternate
   bool sampling_ = false;  // loop_memory_ is in use
   GraphCache graphs_;
+  GraphCache prompt_graphs_;  // of the text encoder
 };
 
 }  // namespace zimage_rt

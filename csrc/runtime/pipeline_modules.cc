@@ -8,6 +8,8 @@
 #include <variant>
 #include <vector>
 
+#include "device/device.h"
+#include "kernels/mma_gemm_8bit.h"
 #include "models/block.h"
 #include "models/controlnet.h"
 #include "models/text_encoder.h"
@@ -118,6 +120,9 @@ void Pipeline::load(const std::string& module, std::unique_ptr<Weights> weights,
   if (weights_.count(module) != 0)
     throw std::invalid_argument(module + " is loaded already; open a new pipeline to replace it");
   const ModuleKind& kind = found->second;
+  if (quantization(config).is_on && fused_workspace_.data() == nullptr &&
+      split_workspace_.data() == nullptr)
+    split_workspace_ = DeviceBuffer::zeroed(mma_gemm_8bit_workspace_bytes(), "matrix products");
   if (quantization(config).rotates) weights->set_rotated();
   if (kind.prepare != nullptr) kind.prepare(*this, *weights);
   check_limit(weights->bytes() + weights->staging_bytes(), kind.weights);

@@ -249,13 +249,17 @@ def test_gemm_8bit(fused, rng, dtype, m, k, n, out_type):
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
-@pytest.mark.parametrize(("m", "k", "n"), [*SHAPES, (5, 48, 8), (70, 400, 136), (300, 2560, 6144)])
+@pytest.mark.parametrize(
+    ("m", "k", "n"),
+    [*SHAPES, (5, 48, 8), (70, 400, 136), (300, 2560, 6144), (64, 9728, 2560), (33, 4096, 2560), (200, 1040, 264)],
+)
 @pytest.mark.parametrize("out_type", ["float32", *HALVES])
-def test_mma_gemm_8bit(kernels, rng, dtype, m, k, n, out_type):
+@pytest.mark.parametrize("split", [True, False])
+def test_mma_gemm_8bit(kernels, rng, dtype, m, k, n, out_type, split):
     if not kernels.mma_gemm_8bit_runs_here(dtype):
         pytest.skip("float8 needs compute capability 8.9")
     *given, product = operands(rng, dtype, m, k, n)
-    out = kernels.mma_gemm_8bit(*given, 2.0**-7, out_type)
+    out = kernels.mma_gemm_8bit(*given, 2.0**-7, out_type, split)
     assert relative_error(out, product * 2.0**-7) < TOLERANCE[out_type] + SUMS[dtype]
 
 
@@ -301,6 +305,61 @@ def test_8bit_products_are_the_same_every_time(fused, rng, dtype, cluster):
     first = fused.gemm_8bit_swiglu(*given, 1.0, "bfloat16", cluster)
     for _ in range(3):
         assert (fused.gemm_8bit_swiglu(*given, 1.0, "bfloat16", cluster) == first).all()
+
+
+# Tiles of 32, 64 and 128 rows, full and not; k split among 1 to 8 blocks, with stages of part of k.
+FEW_ROWS = [
+    (1, 16, 8),
+    (32, 144, 136),
+    (33, 4096, 2560),
+    (64, 9728, 2560),
+    (64, 2560, 19456),
+    (65, 1040, 264),
+    (128, 3840, 3840),
+    (129, 1536, 640),
+    (256, 2064, 1088),
+]
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize(("m", "k", "n"), FEW_ROWS)
+@pytest.mark.parametrize("out_type", ["float32", *HALVES])
+def test_products_of_few_rows(fused, rng, dtype, m, k, n, out_type):
+    *given, product = operands(rng, dtype, m, k, n)
+    out = fused.few_rows_gemm_8bit(*given, 2.0**-7, out_type)
+    assert relative_error(out, product * 2.0**-7) < TOLERANCE[out_type] + SUMS[dtype]
+
+
+@pytest.mark.parametrize(("m", "k", "n"), FEW_ROWS)
+def test_int8_products_of_few_rows_are_exact(fused, rng, m, k, n):
+    a, weight = codes_of(rng, "int8", m, k), codes_of(rng, "int8", n, k)
+    ones = np.ones(m, np.float32), np.ones(n, np.float32)
+    product = to_float(a) @ to_float(weight).T
+    assert np.abs(product).max() < 2**24  # where fp32 holds every integer
+    assert (fused.few_rows_gemm_8bit(a, ones[0], weight, ones[1], 1.0, "float32") == product).all()
+    assert (fused.mma_gemm_8bit(a, ones[0], weight, ones[1], 1.0, "float32") == product).all()
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("product", ["few_rows", "mma"])
+def test_products_of_few_rows_are_the_same_every_time(kernels, rng, dtype, product):
+    """Blocks that share a tile along k add their sums in the same order, and leave the workspace as they found it."""
+    if product == "mma" and not kernels.mma_gemm_8bit_runs_here(dtype):
+        pytest.skip("float8 needs compute capability 8.9")
+    if product == "few_rows" and not kernels.fused_gemm_runs_here():
+        pytest.skip("our own matrix products run on compute capability 9.0 alone")
+    gemm = kernels.few_rows_gemm_8bit if product == "few_rows" else kernels.mma_gemm_8bit
+    given = {shape: operands(rng, dtype, *shape)[:4] for shape in ((64, 4096, 2560), (130, 1536, 640))}
+    first = {shape: gemm(*arrays, 1.0, "bfloat16") for shape, arrays in given.items()}
+    for _ in range(5):
+        for shape, arrays in given.items():
+            assert (gemm(*arrays, 1.0, "bfloat16") == first[shape]).all()
+
+
+def test_few_rows_are_at_most_256(fused, rng):
+    a, a_scales, weight, weight_scales, _ = operands(rng, "int8", 257, 256, 256)
+    with pytest.raises(ValueError, match="at most 256 rows"):
+        fused.few_rows_gemm_8bit(a, a_scales, weight, weight_scales, 1.0, "float32")
 
 
 def test_products_take_turns_with_one_workspace(fused, rng):
