@@ -323,6 +323,8 @@ py::dict memory(Pipeline& self) {
   out["graphs"] = use.graphs;
   out["free"] = use.free;
   out["total"] = use.total;
+  out["host"] = use.host;
+  out["streamed_layers"] = use.streamed_layers;
   return out;
 }
 
@@ -410,6 +412,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.doc() = "The CUDA backend of zimage_rt.";
   const auto error = py::register_local_exception<CudaError>(m, "CudaError", PyExc_RuntimeError);
   py::register_local_exception<OutOfMemoryError>(m, "OutOfMemoryError", error);
+  py::register_local_exception<HostMemoryError>(m, "HostMemoryError", error);
   py::register_local_exception<WeightError>(m, "WeightError", PyExc_RuntimeError);
   py::register_local_exception<RangeError>(m, "RangeError", PyExc_RuntimeError);
   py::register_local_exception<NotFiniteError>(m, "NotFiniteError", PyExc_RuntimeError);

@@ -16,6 +16,14 @@ struct CudaError : std::runtime_error {
 // The device has too little memory. Nothing was changed; the caller may try again with less.
 struct OutOfMemoryError : CudaError {
   OutOfMemoryError(const std::string& what, std::size_t needed, std::size_t free);
+  // Of a limit of the caller's own: names the least that would do.
+  OutOfMemoryError(const std::string& what, std::size_t needed, std::size_t free,
+                   std::size_t least_limit);
+};
+
+// The host has too little memory that can be page-locked. Nothing was changed.
+struct HostMemoryError : CudaError {
+  explicit HostMemoryError(std::size_t needed);
 };
 
 // The weights of a bundle are not those that a model expects.

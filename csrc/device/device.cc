@@ -16,6 +16,16 @@ OutOfMemoryError::OutOfMemoryError(const std::string& what, std::size_t needed, 
     : CudaError(what + ": needed " + megabytes(needed) + " MB of device memory, " +
                 megabytes(free) + " MB are free") {}
 
+OutOfMemoryError::OutOfMemoryError(const std::string& what, std::size_t needed, std::size_t free,
+                                   std::size_t least_limit)
+    : CudaError(OutOfMemoryError(what + " (memory_limit)", needed, free).what() +
+                std::string("; a memory_limit of at least ") + std::to_string(least_limit) +
+                " bytes would do") {}
+
+HostMemoryError::HostMemoryError(std::size_t needed)
+    : CudaError("needed " + megabytes(needed) +
+                " MB more of page-locked memory on the host, which has too little") {}
+
 void throw_cuda_error(cudaError_t status, const char* call, const char* file, int line) {
   // Reset the error, or the next launch would report it again.
   cudaGetLastError();
@@ -59,7 +69,12 @@ void DeviceBuffer::release() { DeviceBuffer().swap(*this); }
 
 PinnedBuffer::PinnedBuffer(std::size_t bytes) : bytes_(bytes) {
   void* data = nullptr;
-  ZRT_CUDA(cudaMallocHost(&data, bytes));
+  const cudaError_t status = cudaMallocHost(&data, bytes);
+  if (status == cudaErrorMemoryAllocation) {
+    cudaGetLastError();
+    throw HostMemoryError(bytes);
+  }
+  ZRT_CUDA(status);
   data_ = static_cast<std::byte*>(data);
 }
 

@@ -36,7 +36,7 @@ class DeviceBuffer {
   std::size_t bytes_ = 0;
 };
 
-// Page-locked host memory, for copies that overlap with kernels.
+// Page-locked host memory, for copies that overlap with kernels. Throws HostMemoryError.
 class PinnedBuffer {
  public:
   PinnedBuffer() = default;

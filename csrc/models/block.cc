@@ -12,6 +12,7 @@
 #include "kernels/quantize_rows.h"
 #include "ops/attention.h"
 #include "ops/linear.h"
+#include "weights/streamed_blocks.h"
 
 namespace zimage_rt {
 namespace {
@@ -128,7 +129,8 @@ BlockBuffers::BlockBuffers(const BlockShape& shape, std::size_t rows, Arena& are
 
 void run_blocks(const BlockShape& shape, const std::vector<BlockWeights>& blocks,
                 const std::vector<BlockModulation>& modulations, float* x,
-                const Sequences& sequences, const BlockBuffers& buffers, const Ops& ops) {
+                const Sequences& sequences, const BlockBuffers& buffers, const Ops& ops,
+                const BlockStream& streamed) {
   if (blocks.empty()) return;
   const int rows = sequences.rows;
   // Ends a branch and begins the next one. A scaled branch is normed with a scaled eps or, without
@@ -158,10 +160,13 @@ void run_blocks(const BlockShape& shape, const std::vector<BlockWeights>& blocks
             .quantized = input_of(blocks[0].qkv, buffers)},
            ops.stream);
   for (std::size_t i = 0; i < blocks.size(); ++i) {
+    const int number = streamed.first + static_cast<int>(i);
+    if (streamed.blocks != nullptr) streamed.blocks->before(number, ops.stream);
     attend(shape, blocks[i], sequences, buffers, ops);
     join(shape.attention_scale, modulations[i].post_attention, modulations[i].pre_ffn,
          &blocks[i].gate_up);
     feed_forward(shape, blocks[i], rows, buffers, ops);
+    if (streamed.blocks != nullptr) streamed.blocks->after(number, ops.stream);
     const bool is_last = i + 1 == blocks.size();
     join(shape.gate_scale * shape.up_scale, modulations[i].post_ffn,
          is_last ? nullptr : modulations[i + 1].pre_attention,

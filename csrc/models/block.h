@@ -7,6 +7,7 @@
 #include "device/dtype.h"
 #include "device/matrix.h"
 #include "ops/ops.h"
+#include "weights/streamed_blocks.h"
 
 namespace zimage_rt {
 
@@ -90,9 +91,17 @@ struct Sequences {
   RopeView rope;
 };
 
+// Matrices that are on the device only while their block is computed. `first` is the number of the
+// first block of a run.
+struct BlockStream {
+  StreamedBlocks* blocks = nullptr;  // null: all are resident
+  int first = 0;
+};
+
 // Runs x, fp32 [sequences.rows, dim], through blocks in place.
 void run_blocks(const BlockShape& shape, const std::vector<BlockWeights>& blocks,
                 const std::vector<BlockModulation>& modulations, float* x,
-                const Sequences& sequences, const BlockBuffers& buffers, const Ops& ops);
+                const Sequences& sequences, const BlockBuffers& buffers, const Ops& ops,
+                const BlockStream& streamed = {});
 
 }  // namespace zimage_rt

@@ -130,6 +130,7 @@ void ControlNet::prepare_steps(const Transformer::StepTable& transformer, int st
 void ControlNet::evaluate(const Transformer::Evaluation& at, const float* latents,
                           const Buffers& buffers) const {
   const Transformer::Buffers& main = at.buffers;
+  transformer_.begin(at);
   transformer_.embed(at, transformer_.embedder(), latents, main.patches, main.image_x);
   transformer_.embed(at, embedder_, buffers.latents, buffers.patches, buffers.image_c);
   const float* const hinted = refine(at, buffers);

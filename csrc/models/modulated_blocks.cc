@@ -32,8 +32,8 @@ ModulatedBlocks::ModulatedBlocks(const TransformerConfig& config, const Weights&
     : shape_(config.block_shape(weights.storage())),
       width_(modulation_width(weights, layers.at(0))) {
   std::vector<ModulatedBlock> modulated;
+  find_matrices(config, weights, layers);
   for (const std::string& layer : layers) {
-    blocks_.push_back(block_weights(config, shape_, weights, layer));
     const auto norm = [&](const char* name) {
       return weights.vector(layer + name + ".weight", config.dim);
     };
@@ -46,6 +46,13 @@ ModulatedBlocks::ModulatedBlocks(const TransformerConfig& config, const Weights&
   const std::size_t bytes = modulated.size() * sizeof(ModulatedBlock);
   modulated_ = DeviceBuffer(bytes, purpose);
   ZRT_CUDA(cudaMemcpy(modulated_.data(), modulated.data(), bytes, cudaMemcpyHostToDevice));
+}
+
+void ModulatedBlocks::find_matrices(const TransformerConfig& config, const Weights& weights,
+                                    const std::vector<std::string>& layers) {
+  blocks_.clear();
+  for (const std::string& layer : layers)
+    blocks_.push_back(block_weights(config, shape_, weights, layer));
 }
 
 void ModulatedBlocks::prepare(const float* embedding, int steps, float* vectors,
@@ -62,8 +69,8 @@ void ModulatedBlocks::prepare(const float* embedding, int steps, float* vectors,
 }
 
 void ModulatedBlocks::run(int first, int last, const float* vectors, float* x,
-                          const Sequences& sequences, const BlockBuffers& buffers,
-                          const Ops& ops) const {
+                          const Sequences& sequences, const BlockBuffers& buffers, const Ops& ops,
+                          const BlockStream& streamed) const {
   std::vector<BlockModulation> modulations;
   for (int i = first; i < last; ++i) {
     const float* const v = vectors + static_cast<std::size_t>(i) * 4 * shape_.dim;
@@ -73,7 +80,7 @@ void ModulatedBlocks::run(int first, int last, const float* vectors, float* x,
                            .post_ffn = v + 3 * shape_.dim});
   }
   run_blocks(shape_, {blocks_.begin() + first, blocks_.begin() + last}, modulations, x, sequences,
-             buffers, ops);
+             buffers, ops, streamed);
 }
 
 }  // namespace zimage_rt

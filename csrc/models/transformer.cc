@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -31,6 +32,14 @@ constexpr char kDown[] = "feed_forward.w2.weight";
 
 void copy(void* target, const void* source, std::size_t bytes, cudaStream_t stream) {
   ZRT_CUDA(cudaMemcpyAsync(target, source, bytes, cudaMemcpyDeviceToDevice, stream));
+}
+
+bool is_block_matrix(const std::string& name) {
+  for (const std::string_view matrix : {kQkv, kOut, kGateUp, kDown})
+    if (name.size() > matrix.size() &&
+        std::string_view(name).substr(name.size() - matrix.size()) == matrix)
+      return true;
+  return false;
 }
 
 std::vector<std::string> layer_names(const TransformerConfig& config) {
@@ -98,13 +107,14 @@ BlockWeights block_weights(const TransformerConfig& config, const BlockShape& sh
           .down = matrix(kDown, shape.hidden, shape.dim)};
 }
 
-void transpose_block_matrices(Weights& weights) {
-  weights.transpose_on_upload([](const std::string& name) {
-    for (const std::string_view matrix : {kQkv, kOut, kGateUp, kDown})
-      if (name.size() > matrix.size() &&
-          std::string_view(name).substr(name.size() - matrix.size()) == matrix)
-        return true;
-    return false;
+void transpose_block_matrices(Weights& weights) { weights.transpose_on_upload(is_block_matrix); }
+
+void split_layers(const TransformerConfig& config, Weights& weights) {
+  weights.split_blocks([&](const std::string& name) {
+    int layer = -1;
+    const bool found =
+        is_block_matrix(name) && std::sscanf(name.c_str(), "layers.%d.", &layer) == 1;
+    return found && layer >= 0 && layer < config.n_layers ? layer : -1;
   });
 }
 
@@ -113,7 +123,13 @@ Transformer::Transformer(const TransformerConfig& config, const Weights& weights
       shape_(config.block_shape(weights.storage())),
       blocks_(config, weights, layer_names(config), "the transformer's modulation table"),
       axes_(rope_axes(config, weights, kRopeAxes)),
-      tensors_(tensors_of(config, weights, blocks_.width())) {}
+      tensors_(tensors_of(config, weights, blocks_.width())),
+      streamed_(weights.blocks()) {}
+
+void Transformer::stream_layers(int count, const Weights& weights, cudaStream_t stream) {
+  streamed_->move(count, stream);
+  blocks_.find_matrices(config_, weights, layer_names(config_));
+}
 
 Transformer::Tensors Transformer::tensors_of(const TransformerConfig& config,
                                              const Weights& weights, int width) {
@@ -247,11 +263,16 @@ void Transformer::prepare(const SampleShape& shape, const Buffers& buffers, cons
 
 void Transformer::evaluate(const Evaluation& at, const float* latents) const {
   const Buffers& buffers = at.buffers;
+  begin(at);
   embed(at, embedder(), latents, buffers.patches, buffers.image_x);
   refine(at, 0, config_.n_refiner_layers, buffers.image_x);
   join(at, buffers.image_x, buffers.x);
   run_layers(at, 0, config_.n_layers);
   predict(at);
+}
+
+void Transformer::begin(const Evaluation& at) const {
+  if (streamed_ != nullptr) streamed_->begin(at.ops.stream);
 }
 
 void Transformer::embed(const Evaluation& at, const Embedder& embedder, const float* latents,
@@ -316,7 +337,7 @@ void Transformer::join(const Evaluation& at, const float* image_x, float* x) con
 void Transformer::run_layers(const Evaluation& at, int first, int last) const {
   const int refiners = config_.n_refiner_layers;
   blocks_.run(refiners + first, refiners + last, at.buffers.vectors, at.buffers.x, sequences(at),
-              at.buffers.block, at.ops);
+              at.buffers.block, at.ops, {.blocks = streamed_, .first = first});
 }
 
 void Transformer::predict(const Evaluation& at) const {

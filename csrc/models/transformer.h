@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cuda_runtime_api.h>
+
 #include <cstddef>
 #include <string>
 #include <vector>
@@ -13,6 +15,7 @@
 #include "kernels/rope_table.h"
 #include "models/block.h"
 #include "models/reference.h"
+#include "weights/streamed_blocks.h"
 #include "weights/weights.h"
 
 namespace zimage_rt {
@@ -49,6 +52,10 @@ BlockWeights block_weights(const TransformerConfig& config, const BlockShape& sh
 
 // Has the matrices of all blocks stored as [out, in]. Call it before the weights are uploaded.
 void transpose_block_matrices(Weights& weights);
+
+// Has the matrices of the transformer's layers stored so that layers can be streamed. The noise
+// refiner stays resident: a ControlNet runs it twice, and it is computed during the first copies.
+void split_layers(const TransformerConfig& config, Weights& weights);
 
 // prompt_embeds [tokens, cap_feat_dim] → context [padded_tokens(tokens), dim], once per prompt.
 class ContextRefiner {
@@ -102,6 +109,9 @@ class ModulatedBlocks {
   // WeightError.
   ModulatedBlocks(const TransformerConfig& config, const Weights& weights,
                   const std::vector<std::string>& layers, const char* purpose);
+  // Looks up the addresses of the blocks' matrices again.
+  void find_matrices(const TransformerConfig& config, const Weights& weights,
+                     const std::vector<std::string>& layers);
 
   // The number of floats in the vectors of one step, [blocks, 4, dim].
   std::size_t step_vectors() const { return blocks_.size() * 4 * shape_.dim; }
@@ -111,7 +121,7 @@ class ModulatedBlocks {
   void prepare(const float* embedding, int steps, float* vectors, cudaStream_t stream) const;
   // Runs x through blocks [first, last), in place, with the vectors of one step.
   void run(int first, int last, const float* vectors, float* x, const Sequences& sequences,
-           const BlockBuffers& buffers, const Ops& ops) const;
+           const BlockBuffers& buffers, const Ops& ops, const BlockStream& streamed = {}) const;
 
  private:
   BlockShape shape_;
@@ -122,8 +132,10 @@ class ModulatedBlocks {
 
 class Transformer {
  public:
-  // Looks up all weights, whose addresses must not change. Throws WeightError.
+  // Looks up all weights, whose addresses only stream_layers() changes. Throws WeightError.
   Transformer(const TransformerConfig& config, const Weights& weights);
+  // Streams so many layers: see StreamedBlocks::move. Graphs that were captured before are invalid.
+  void stream_layers(int count, const Weights& weights, cudaStream_t stream);
 
   // Everything that depends on the timestep alone, for all steps of a loop.
   struct StepTable {
@@ -169,6 +181,8 @@ class Transformer {
 
   // The stages of `evaluate` in order, for a ControlNet, which works between them.
 
+  // Begins the copies of streamed layers.
+  void begin(const Evaluation& at) const;
   // The linear layer from patches of latents to rows: the transformer's, or a ControlNet's.
   struct Embedder {
     int channels;
@@ -225,6 +239,7 @@ class Transformer {
   ModulatedBlocks blocks_;  // noise_refiner, then layers
   std::vector<RopeAxis> axes_;
   Tensors tensors_;
+  StreamedBlocks* streamed_;  // the layers' matrices; null: all are resident
 };
 
 }  // namespace zimage_rt

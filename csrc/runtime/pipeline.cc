@@ -20,6 +20,8 @@
 #include "kernels/patchify.h"
 #include "models/reference.h"
 #include "runtime/pipeline_detail.h"
+#include "weights/streamed_blocks.h"
+#include "weights/weights.h"
 
 namespace zimage_rt {
 std::unique_ptr<Pipeline> Pipeline::make(const PipelineOptions& options) {
@@ -37,13 +39,47 @@ Pipeline::Pipeline(const PipelineOptions& options)
 
 Pipeline::~Pipeline() = default;
 
-void Pipeline::check_limit(std::size_t more, const std::string& purpose) {
-  if (options_.memory_limit == 0) return;
+// Device memory that counts for the limit. The group of a text encoder that is not kept is always
+// reserved, so that a new prompt never fails after an image was drawn.
+std::size_t Pipeline::used() {
   const MemoryUse use = memory();
-  const std::size_t used = use.weights + use.workspace + use.graphs;
-  if (used + more > options_.memory_limit)
-    throw OutOfMemoryError(purpose + " (memory_limit)", more,
-                           options_.memory_limit - std::min(used, options_.memory_limit));
+  const auto encoder = weights_.find("text_encoder");
+  const bool reserved = encoder != weights_.end() && !encoder->second->uploaded();
+  return use.weights + use.workspace + use.graphs + (reserved ? encoder->second->bytes() : 0);
+}
+
+// Makes room for `more` bytes within the limit: streams more layers of the transformer if it must.
+// What needed room keeps it, like the workspaces, so layers never become resident again.
+void Pipeline::check_limit(std::size_t more, const std::string& purpose) {
+  const std::size_t limit = options_.memory_limit, needed = used() + more;
+  if (limit == 0 || needed <= limit) return;
+  const std::size_t freed = stream_layers(needed - limit);
+  if (needed > limit + freed)
+    throw OutOfMemoryError(purpose, more, limit - std::min(needed - more, limit), needed - freed);
+}
+
+// Makes room, as far as it can, for graphs: their size is known only once they are captured.
+void Pipeline::make_room() {
+  const std::size_t limit = options_.memory_limit;
+  if (limit == 0) return;
+  const std::size_t now = used();
+  if (now > limit) stream_layers(now - limit);
+}
+
+// Streams more layers until `missing` bytes are free, and returns how many are. If streaming all
+// layers is not enough, changes nothing and returns what that would free.
+std::size_t Pipeline::stream_layers(std::size_t missing) {
+  if (!transformer_) return 0;
+  const Weights& weights = *weights_.at("transformer");
+  StreamedBlocks& layers = *weights.blocks();
+  const std::size_t before = layers.device_bytes();
+  const std::size_t most = before - std::min(before, layers.device_bytes(layers.count()));
+  if (missing > most) return most;
+  const int count = layers.fewest(before - missing);
+  stream_.synchronize();
+  graphs_.clear();
+  transformer_->stream_layers(count, weights, stream_.get());
+  return before - layers.device_bytes();
 }
 
 // An arena over a buffer, which grows to `bytes` if it is smaller. Growing loses its contents, and
@@ -77,7 +113,7 @@ void Pipeline::read_back(void* target, const void* source, std::size_t bytes,
 void Pipeline::with_text_encoder(const std::function<void()>& work) {
   if (options_.keep_text_encoder) return work();
   Weights& weights = *weights_.at("text_encoder");
-  check_limit(weights.bytes(), kTextEncoderWeights);
+  check_limit(0, kTextEncoderWeights);  // used() has its bytes
   weights.upload(kTextEncoderWeights);
   try {
     work();
@@ -297,6 +333,11 @@ MemoryUse Pipeline::memory() {
   use.workspace = loop_memory_.bytes() + table_memory_.bytes() + side_memory_.bytes() +
                   gemm_.workspace_bytes() + fused_workspace_.bytes() + split_workspace_.bytes();
   use.graphs = graphs_.bytes() + prompt_graphs_.bytes();
+  if (const StreamedBlocks* const layers =
+          transformer_ ? weights_.at("transformer")->blocks() : nullptr) {
+    use.host = layers->host_bytes();
+    use.streamed_layers = layers->streamed();
+  }
   ZRT_CUDA(cudaMemGetInfo(&use.free, &use.total));
   return use;
 }

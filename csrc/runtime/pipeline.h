@@ -33,7 +33,7 @@ struct PipelineOptions {
   std::string cublaslt;
   std::string cudnn;              // empty: our own attention alone
   std::string cache_file;         // of timed algorithms; empty: none
-  std::size_t memory_limit = 0;   // bytes of device memory; 0: no limit
+  std::size_t memory_limit = 0;   // bytes of device memory, see check_limit(); 0: no limit
   bool keep_text_encoder = true;  // false: its weights are loaded in groups for every prompt
   bool fused_gemm = true;         // false: cuBLASLt alone, even if kernels/fused_gemm.h runs here
 };
@@ -72,6 +72,8 @@ struct MemoryUse {
   std::size_t graphs;
   std::size_t free;
   std::size_t total;
+  std::size_t host;     // page-locked memory of streamed layers
+  int streamed_layers;  // of the transformer
 };
 
 // The modules of one bundle on one device and one stream. Every call takes the pipeline's lock, so
@@ -143,7 +145,10 @@ class Pipeline {
             .split_workspace = split_workspace_.data()};
   }
   static const std::map<std::string, ModuleKind>& module_kinds();
+  std::size_t used();
   void check_limit(std::size_t more, const std::string& purpose);
+  void make_room();
+  std::size_t stream_layers(std::size_t missing);
   Arena arena(DeviceBuffer& buffer, std::size_t bytes, const char* purpose);
   void with_text_encoder(const std::function<void()>& work);
   void run_text_encoder(const std::int64_t* input_ids, int tokens, const TextEncoder::Buffers& at);

@@ -328,6 +328,7 @@ bool Pipeline::sample(const SampleJob& job, const Conditioning& conditioning, st
   const ScopedFlag sampling(sampling_);
   const StreamDrain drain(stream_);
   graphs_.trim();
+  make_room();
   load_inputs(request, at, tables);
 
   ZRT_CUDA(cudaEventRecord(started_.get(), stream_.get()));

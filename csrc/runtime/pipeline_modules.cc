@@ -1,5 +1,7 @@
 // The modules of a pipeline: how each is loaded, and patches of its weights.
 
+#include <algorithm>
+#include <cstddef>
 #include <map>
 #include <memory>
 #include <stdexcept>
@@ -16,6 +18,7 @@
 #include "models/tiny_vae.h"
 #include "models/transformer.h"
 #include "runtime/pipeline_detail.h"
+#include "weights/streamed_blocks.h"
 #include "weights/weights.h"
 
 namespace zimage_rt {
@@ -36,13 +39,28 @@ Quantization quantization(const ModuleConfig& config) {
 
 // The steps of loading a module.
 struct Pipeline::ModuleKind {
-  const char* weights;                                    // their name in errors
-  bool patchable;                                         // see Pipeline::patch
-  void (*prepare)(Pipeline& pipeline, Weights& weights);  // before the upload; may be null
+  const char* weights;  // their name in errors
+  bool patchable;       // see Pipeline::patch
+  // Before the upload; may be null.
+  void (*prepare)(Pipeline& pipeline, Weights& weights, const ModuleConfig& config);
   // Constructs the model, which refers to the weights; after an error there is none.
   void (*construct)(Pipeline& pipeline, Weights& weights, const ModuleConfig& config);
 
-  static void prepare_blocks(Pipeline&, Weights& weights) { transpose_block_matrices(weights); }
+  static void prepare_blocks(Pipeline&, Weights& weights, const ModuleConfig&) {
+    transpose_block_matrices(weights);
+  }
+
+  static void prepare_transformer(Pipeline& self, Weights& weights, const ModuleConfig& config) {
+    transpose_block_matrices(weights);
+    if (self.options_.memory_limit == 0) return;
+    split_layers(std::get<TransformerConfig>(config), weights);
+    // As many layers are resident as fit now; other modules and workspaces get room when they come.
+    StreamedBlocks& layers = *weights.blocks();
+    const std::size_t others =
+        self.used() + weights.bytes() - layers.device_bytes() + weights.staging_bytes();
+    const std::size_t limit = self.options_.memory_limit;
+    layers.plan(std::min(layers.fewest(limit - std::min(others, limit)), layers.count()));
+  }
 
   template <auto kModel, typename Config>
   static void emplace(Pipeline& self, Weights& weights, const ModuleConfig& config) {
@@ -55,7 +73,7 @@ struct Pipeline::ModuleKind {
     self.latent_channels_ = std::get<TinyVaeConfig>(config).latent_channels;
   }
 
-  static void prepare_text_encoder(Pipeline& self, Weights& weights) {
+  static void prepare_text_encoder(Pipeline& self, Weights& weights, const ModuleConfig&) {
     if (!self.options_.keep_text_encoder) TextEncoder::stream(weights);
   }
 
@@ -64,7 +82,7 @@ struct Pipeline::ModuleKind {
     if (!self.options_.keep_text_encoder) weights.release();
   }
 
-  static void prepare_controlnet(Pipeline& self, Weights& weights) {
+  static void prepare_controlnet(Pipeline& self, Weights& weights, const ModuleConfig&) {
     need(self.transformer_, "transformer");
     transpose_block_matrices(weights);
   }
@@ -90,7 +108,7 @@ const std::map<std::string, Pipeline::ModuleKind>& Pipeline::module_kinds() {
       {"transformer",
        {.weights = "the transformer's weights",
         .patchable = true,
-        .prepare = Kind::prepare_blocks,
+        .prepare = Kind::prepare_transformer,
         .construct = Kind::emplace<&Pipeline::transformer_, TransformerConfig>}},
       {"controlnet",
        {.weights = "the ControlNet's weights",
@@ -124,7 +142,7 @@ void Pipeline::load(const std::string& module, std::unique_ptr<Weights> weights,
       split_workspace_.data() == nullptr)
     split_workspace_ = DeviceBuffer::zeroed(mma_gemm_8bit_workspace_bytes(), "matrix products");
   if (quantization(config).rotates) weights->set_rotated();
-  if (kind.prepare != nullptr) kind.prepare(*this, *weights);
+  if (kind.prepare != nullptr) kind.prepare(*this, *weights, config);
   check_limit(weights->bytes() + weights->staging_bytes(), kind.weights);
   weights->upload(kind.weights);
   // The map's node is allocated before the model and merged after it, so that no error leaves half
@@ -142,7 +160,13 @@ void Pipeline::patch(const std::string& module, const std::vector<WeightPatch>& 
     throw std::invalid_argument("module: expected a loaded one with matrices, got " + module);
   Weights& weights = *found->second;
   stream_.synchronize();
-  if (weights.streams()) check_limit(weights.bytes_with(patches, add), kTextEncoderWeights);
+  if (weights.streams()) {
+    // used() has the bytes of the current patches.
+    const std::size_t bytes = weights.bytes_with(patches, add), now = weights.bytes();
+    check_limit(bytes - std::min(bytes, now), kTextEncoderWeights);
+  } else {
+    check_limit(weights.patch_bytes(patches), "the LoRAs");
+  }
   weights.patch(patches, stream_.get(), add);
 }
 

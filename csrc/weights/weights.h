@@ -6,6 +6,7 @@
 #include <initializer_list>
 #include <map>
 #include <memory>
+#include <optional>
 #include <set>
 #include <stdexcept>
 #include <string>
@@ -16,6 +17,7 @@
 #include "device/dtype.h"
 #include "device/matrix.h"
 #include "device/tensor_view.h"
+#include "weights/streamed_blocks.h"
 #include "weights/uploader.h"
 
 namespace zimage_rt {
@@ -39,6 +41,10 @@ struct WeightPatch {
   int columns;
   const float* down;  // [rank, rows], or null
   const float* up;    // [rank, columns], or [rows, columns]
+
+  // Floats of the two.
+  std::size_t down_count() const;
+  std::size_t up_count() const;
 };
 
 // A patched weight does not fit into the format of the weights.
@@ -48,6 +54,7 @@ struct RangeError : std::runtime_error {
 
 // A module's weights: the mapped file, and its tensors on the device. Either all tensors are
 // resident, or they are streamed: one group of tensors is resident at a time, in one shared slot.
+// Matrices of blocks may also be streamed while they are used: see StreamedBlocks.
 class Weights {
  public:
   // Throws WeightError if the file is shorter than an entry says, or if its 16-bit tensors are not
@@ -69,12 +76,19 @@ class Weights {
   // that layout are faster at the power limit (benchmarks/LOG.md). Call it before the first upload;
   // not for streamed weights. Matrices of 8 bits always are, which their products need.
   void transpose_on_upload(const std::function<bool(const std::string&)>& selects);
+  // Has matrices of blocks stored block by block, so that blocks can be streamed. `block_of` gives
+  // the block of a tensor; those of a negative one are always resident. Call it before the first
+  // upload; not for weights in groups.
+  void split_blocks(const std::function<int(const std::string&)>& block_of);
+  // The blocks, null without split_blocks(). Tensors of a streamed block are in its slot, and
+  // addresses change whenever blocks move.
+  StreamedBlocks* blocks() const { return blocks_.get(); }
   // Loads a group with its patches, in stream order. Until the next group is loaded, get() is valid
   // for its tensors and for no other group's. Uploaded weights only.
   void load_group(int group, cudaStream_t stream);
 
   // Allocates device memory and copies the tensors to it; of streamed weights, only those of no
-  // group. Throws OutOfMemoryError. Addresses change with every upload.
+  // group. Throws OutOfMemoryError and HostMemoryError. Addresses change with every upload.
   void upload(const std::string& purpose);
   // Sets the device's tensors to the file's plus these patches, in place. Tensors of earlier
   // patches that are not among these are restored to the byte; with `add`, earlier patches stay,
@@ -87,10 +101,13 @@ class Weights {
   void release() { device_.release(); }
   bool uploaded() const { return device_.data() != nullptr; }
   // Device memory while uploaded.
-  std::size_t bytes() const { return bytes_; }
+  std::size_t bytes() const { return bytes_ + (blocks_ ? blocks_->device_bytes() : 0); }
   // Device memory that upload() and patch() need in addition while they run, for transpositions.
   std::size_t staging_bytes() const;
-  // bytes() of streamed weights with these patches instead of the current ones, or, with `add`, in
+  // Device memory that patch() needs in addition while it runs, not of weights in groups. None
+  // without patches: restoring the file's tensors is never refused.
+  std::size_t patch_bytes(const std::vector<WeightPatch>& patches) const;
+  // bytes() of weights in groups with these patches instead of the current ones, or, with `add`, in
   // addition to them. Throws WeightError.
   std::size_t bytes_with(const std::vector<WeightPatch>& patches, bool add = false) const;
 
@@ -119,6 +136,7 @@ class Weights {
     std::size_t bytes;
     std::size_t device_offset;
     int group = -1;  // none
+    int block = -1;  // none: in device_
     Layout layout = Layout::kInOut;
   };
   // Tensors of streamed weights that are resident together, followed by the factors of their
@@ -139,9 +157,20 @@ class Weights {
   const Place& find(const std::string& name, const std::string& shape) const;
   const Place& place_of(const WeightPatch& patch) const;
   Uploader::Part part(const Place& place, std::byte* device) const;
-  void copy(const std::vector<const Place*>& places, std::byte* device) const;
-  void apply(const Place& place, const WeightPatch& patch, const float* down, const float* up,
-             std::byte* device, int* overflow, cudaStream_t stream) const;
+  void copy(const std::vector<Uploader::Part>& parts, std::optional<Uploader>& own) const;
+  std::byte* memory_of(const Place& place) const;
+  // A patch with its factors on the device.
+  struct Change {
+    const Place& place;
+    const WeightPatch& patch;
+    const float* down;
+    const float* up;
+  };
+  void apply(const Change& change, std::byte* memory, std::byte* scales_memory, int* overflow,
+             cudaStream_t stream) const;
+  void change_streamed(int block, const std::set<const Place*>& restored,
+                       const std::vector<Change>& changes, std::optional<Uploader>& own,
+                       int* overflow, cudaStream_t stream) const;
   void check_range(const int* overflow, cudaStream_t stream) const;
   void defer_patches(const std::vector<WeightPatch>& patches, cudaStream_t stream, bool add);
   void load_group(int group, const std::vector<const Place*>& places,
@@ -158,6 +187,8 @@ class Weights {
   bool rotated_ = false;
   DeviceBuffer device_;
   std::set<std::string> patched_;  // since the last upload
+
+  std::unique_ptr<StreamedBlocks> blocks_;
 
   std::map<int, Group> groups_;   // empty unless streamed
   std::size_t shared_bytes_ = 0;  // in front of every group

@@ -45,7 +45,9 @@ class CudaBackend:
 
     Args:
         device: which GPU, from 0.
-        memory_limit: bytes of device memory to stay within; None for all there is.
+        memory_limit: bytes of device memory to stay within; None for all there is. As many of the transformer's layers
+            as do not fit beside everything else stay in page-locked memory of the host, and are copied to the device in
+            every evaluation while the layers before them are computed. Images are the same to the byte.
         text_encoder: `resident` keeps its weights on the device; `host` takes them there for each new prompt, two
             layers at a time, and gives that memory back, which saves it for the price of a copy.
         cudnn: whether to use cuDNN's attention where it is installed; False means our own kernel alone.
@@ -276,7 +278,11 @@ class CudaPipeline:
         del self.native
 
     def memory(self) -> dict[str, int]:
-        """Bytes of device memory: weights, workspace, graphs, and what the device has free and in all."""
+        """Bytes of device memory: weights, workspace, graphs, and what the device has free and in all.
+
+        `streamed_layers` is the number of the transformer's layers that are not resident (see `memory_limit`), and
+        `host` the bytes of page-locked memory that they take.
+        """
         return self.native.memory()
 
 
@@ -330,6 +336,10 @@ def _errors(doing: str, argument: type[ZImageError] = RequestError) -> Iterator[
         raise OutOfMemory(
             f"{doing}: {error}; ask for a smaller image or batch, "
             "or load the engine with backend_options={'text_encoder': 'host'}"
+        ) from error
+    except _cuda.HostMemoryError as error:
+        raise OutOfMemory(
+            f"{doing}: {error}; free memory there, or give the device more of the layers with a larger memory_limit"
         ) from error
     except _cuda.RangeError as error:
         raise LoraError(f"{doing}: {error}") from error
