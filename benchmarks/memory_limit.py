@@ -37,7 +37,7 @@ class Case:
         first_seconds: of the first image, which captures graphs and moves layers until everything has its room.
         device_bytes: what the device has less since before the load, without the CUDA context.
         image_seconds, evaluation_ms: of each round.
-        memory: the pipeline's own figures after the last image.
+        memory, streaming: the pipeline's own figures after the last image.
     """
 
     limit: int
@@ -50,6 +50,7 @@ class Case:
     image_seconds: list[float] = field(default_factory=list)
     evaluation_ms: list[float] = field(default_factory=list)
     memory: dict[str, int] = field(default_factory=dict)
+    streaming: dict[str, int] = field(default_factory=dict)
 
     def figures(self) -> dict[str, Any]:
         """Everything but the engine, for JSON."""
@@ -128,7 +129,7 @@ class Bench:
                     case.image_seconds.append(seconds)
                     case.evaluation_ms.append(milliseconds)
         for case in running:
-            case.memory = dict(case.engine.pipeline.memory())
+            case.memory, case.streaming = case.engine.pipeline.memory(), case.engine.pipeline.streaming()
 
 
 def free_bytes() -> int:
@@ -155,9 +156,10 @@ def table(cases: list[Case]) -> list[str]:
         ratio = statistics.median(a / b for a, b in zip(case.image_seconds, first.image_seconds, strict=True))
         own = statistics.median(a / b for a, b in zip(case.evaluation_ms, first.evaluation_ms, strict=True))
         counted = sum(case.memory[name] for name in ("weights", "workspace", "graphs"))
+        layers, host = case.streaming["layers"], case.streaming["host_bytes"]
         lines.append(
-            f"| {limit} | {case.device_bytes / 1e9:.2f} GB | {counted / 1e9:.2f} GB | {case.memory['streamed_layers']} "
-            f"| {case.memory['host'] / 1e9:.2f} GB | {image:.3f} s | {ratio:.3f} | {evaluation:.2f} ms | {own:.3f} |"
+            f"| {limit} | {case.device_bytes / 1e9:.2f} GB | {counted / 1e9:.2f} GB | {layers} | {host / 1e9:.2f} GB "
+            f"| {image:.3f} s | {ratio:.3f} | {evaluation:.2f} ms | {own:.3f} |"
             + ("" if case.same_image else " ANOTHER IMAGE")
         )
     return lines

@@ -323,8 +323,15 @@ py::dict memory(Pipeline& self) {
   out["graphs"] = use.graphs;
   out["free"] = use.free;
   out["total"] = use.total;
-  out["host"] = use.host;
-  out["streamed_layers"] = use.streamed_layers;
+  return out;
+}
+
+py::dict streaming(Pipeline& self) {
+  Streaming use{};
+  released([&] { use = self.streaming(); });
+  py::dict out;
+  out["layers"] = use.layers;
+  out["host_bytes"] = use.host_bytes;
   return out;
 }
 
@@ -401,6 +408,7 @@ void bind_pipeline(py::module_& m) {
       .def("time_decode", &Pipeline::time_decode, py::arg("latent_height"), py::arg("latent_width"),
            py::arg("repeats"), py::call_guard<py::gil_scoped_release>())
       .def("memory", &memory)
+      .def("streaming", &streaming)
       .def_property_readonly("graph_count", &Pipeline::graph_count);
 }
 

@@ -333,13 +333,16 @@ MemoryUse Pipeline::memory() {
   use.workspace = loop_memory_.bytes() + table_memory_.bytes() + side_memory_.bytes() +
                   gemm_.workspace_bytes() + fused_workspace_.bytes() + split_workspace_.bytes();
   use.graphs = graphs_.bytes() + prompt_graphs_.bytes();
-  if (const StreamedBlocks* const layers =
-          transformer_ ? weights_.at("transformer")->blocks() : nullptr) {
-    use.host = layers->host_bytes();
-    use.streamed_layers = layers->streamed();
-  }
   ZRT_CUDA(cudaMemGetInfo(&use.free, &use.total));
   return use;
+}
+
+Streaming Pipeline::streaming() {
+  const PipelineLock lock(mutex_, options_.device);
+  const StreamedBlocks* const layers =
+      transformer_ ? weights_.at("transformer")->blocks() : nullptr;
+  if (layers == nullptr) return {.layers = 0, .host_bytes = 0};
+  return {.layers = layers->streamed(), .host_bytes = layers->host_bytes()};
 }
 
 int Pipeline::vae_factor() const {

@@ -72,8 +72,12 @@ struct MemoryUse {
   std::size_t graphs;
   std::size_t free;
   std::size_t total;
-  std::size_t host;     // page-locked memory of streamed layers
-  int streamed_layers;  // of the transformer
+};
+
+// The transformer's layers that are not resident.
+struct Streaming {
+  int layers;
+  std::size_t host_bytes;  // their page-locked memory
 };
 
 // The modules of one bundle on one device and one stream. Every call takes the pipeline's lock, so
@@ -124,6 +128,7 @@ class Pipeline {
   std::vector<float> time_decode(int latent_height, int latent_width, int repeats);
 
   MemoryUse memory();
+  Streaming streaming();
   int dim() const;               // of a context
   int vae_factor() const;        // pixels per latent, in each direction
   int control_channels() const;  // of the latents of a control image

@@ -278,12 +278,12 @@ class CudaPipeline:
         del self.native
 
     def memory(self) -> dict[str, int]:
-        """Bytes of device memory: weights, workspace, graphs, and what the device has free and in all.
-
-        `streamed_layers` is the number of the transformer's layers that are not resident (see `memory_limit`), and
-        `host` the bytes of page-locked memory that they take.
-        """
+        """Bytes of device memory: weights, workspace, graphs, and what the device has free and in all."""
         return self.native.memory()
+
+    def streaming(self) -> dict[str, int]:
+        """`layers` of the transformer that are not resident (see `memory_limit`), and their `host_bytes`."""
+        return self.native.streaming()
 
 
 class CudaModule:
