@@ -48,22 +48,32 @@ std::size_t Pipeline::used() {
   return use.weights + use.workspace + use.graphs + (reserved ? encoder->second->bytes() : 0);
 }
 
-// Makes room for `more` bytes within the limit: streams more layers of the transformer if it must.
-// What needed room keeps it, like the workspaces, so layers never become resident again.
+// Makes room for `more` bytes within the limit: streams more layers of the transformer if it must,
+// and drops graphs, which are captured again, if that is not enough. What needed room keeps it,
+// like the workspaces, so layers never become resident again.
 void Pipeline::check_limit(std::size_t more, const std::string& purpose) {
-  const std::size_t limit = options_.memory_limit, needed = used() + more;
-  if (limit == 0 || needed <= limit) return;
-  const std::size_t freed = stream_layers(needed - limit);
-  if (needed > limit + freed)
-    throw OutOfMemoryError(purpose, more, limit - std::min(needed - more, limit), needed - freed);
+  const std::size_t limit = options_.memory_limit;
+  if (limit == 0) return;
+  const std::size_t now = used(), needed = now + more;
+  if (needed <= limit) return;
+  const std::size_t missing = needed - limit, graphs = graphs_.bytes();
+  const std::size_t freed = stream_layers(missing);
+  if (freed >= missing) return;
+  if (freed + graphs < missing)
+    throw OutOfMemoryError(purpose, more, limit - std::min(now, limit), needed - freed);
+  stream_.synchronize();
+  graphs_.clear();
+  if (missing > graphs) stream_layers(missing - graphs);
 }
 
-// Makes room, as far as it can, for graphs: their size is known only once they are captured.
+// Makes room for graphs as far as layers give it: their size is known only after their capture.
 void Pipeline::make_room() {
   const std::size_t limit = options_.memory_limit;
   if (limit == 0) return;
   const std::size_t now = used();
-  if (now > limit) stream_layers(now - limit);
+  if (now <= limit) return;
+  const std::size_t freed = stream_layers(now - limit);
+  if (0 < freed && freed < now - limit) stream_layers(freed);
 }
 
 // Streams more layers until `missing` bytes are free, and returns how many are. If streaming all
