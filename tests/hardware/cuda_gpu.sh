@@ -28,7 +28,7 @@ run() {
 }
 
 kernels=(tests/backends/test_cuda_elementwise.py tests/backends/test_cuda_samplers.py tests/backends/test_cuda_gemm.py tests/backends/test_cuda_quantized.py tests/backends/test_cuda_attention.py tests/backends/test_cuda_conv.py)
-engine=(tests/backends/test_cuda_loading.py tests/backends/test_cuda_engine.py tests/backends/test_cuda_features.py tests/backends/test_cuda_controlnet.py)
+engine=(tests/backends/test_cuda_loading.py tests/backends/test_cuda_engine.py tests/backends/test_cuda_features.py tests/backends/test_cuda_controlnet.py tests/backends/test_cuda_streaming.py)
 pytest=("$python" -m pytest -q -p no:cacheprovider --tb=short)
 
 for part in $parts; do
