@@ -4,6 +4,9 @@ Differences from diffusers: one product for queries, keys and values, and one fo
 context refiner runs once per prompt; all modulations in one product, multiplied into the norms' weights; a block is
 compiled with the next block's first norm, so that a residual is read and written twice per block; cuDNN attention. In
 fp16 the inputs of post-norms are scaled as in `export.precision`, the output projection's within the product.
+
+In fp8 the matrices of all modulated blocks are quantised per row, and each product's input by the kernel before it
+(`torch_best_fp8`). Embedders, adaLN, context refiner and final layer stay in bf16.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from zimage_rt.benchmarks.systems.reference_models import THREADS
+from zimage_rt.benchmarks.systems.torch_best_fp8 import Matrix, like_matrix, linear, quantized_rows
 from zimage_rt.export.checkpoint import Component
 from zimage_rt.export.modeling.layers import half_split
 from zimage_rt.export.modeling.transformer import (
@@ -36,6 +40,7 @@ from zimage_rt.export.precision import PRECISIONS, Precision
 FINAL_NORM_EPS = 1e-6
 # Modes of torch.compile for blocks; `none` runs eager.
 COMPILE_MODES = ("none", "default", "max-autotune-no-cudagraphs")
+FORMATS = ("fp32", "bf16", "fp16", "fp8")
 
 
 def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -79,44 +84,51 @@ class Settings:
 
 
 # qkv [3 dim, dim], norm_q and norm_k [head_dim], out [dim, dim], w13 [2 hidden, dim], w2 [dim, hidden]
-Weights = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Weights = tuple[Matrix, Tensor, Tensor, Matrix, Matrix, Matrix]
 # attention_norm2 times its gate, ffn_norm1 times its scale, ffn_norm2 times its gate, the next block's attention_norm1
 # times its scale; each [batch or 1, 1, dim], fp32
 Vectors = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def attention(h: Tensor, weights: Weights, cos: Tensor, sin: Tensor, settings: Settings) -> Tensor:
-    """[batch, tokens, dim] -> the same, times `precision.attention_scale`."""
+def attention(x: Matrix, weights: Weights, cos: Tensor, sin: Tensor, settings: Settings) -> Tensor:
+    """[batch, tokens, dim] -> the same in 16 bits, times `precision.attention_scale`."""
     qkv, norm_q, norm_k, out, _, _ = weights
-    q, k, v = F.linear(h, qkv).unflatten(-1, (3, settings.heads, settings.head_dim)).unbind(2)
+    q, k, v = linear(x, qkv).unflatten(-1, (3, settings.heads, settings.head_dim)).unbind(2)
     q = rotate(rms(q, norm_q, QK_NORM_EPS), cos, sin).transpose(1, 2)
     k = rotate(rms(k, norm_k, QK_NORM_EPS), cos, sin).transpose(1, 2)
-    if h.is_cuda:
+    if q.is_cuda:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             h = F.scaled_dot_product_attention(q, k, v.transpose(1, 2))
     else:
         h = F.scaled_dot_product_attention(q, k, v.transpose(1, 2))
     h = h.transpose(1, 2).flatten(2)
     scale = settings.precision.attention_scale
-    if scale == 1.0:
-        return F.linear(h, out)
+    if scale == 1.0 or isinstance(out, tuple):
+        return linear(like_matrix(h, out), out)
     return scaled_linear(h, out, scale)
 
 
 def block(
-    x: Tensor, h: Tensor, weights: Weights, vectors: Vectors, cos: Tensor, sin: Tensor, settings: Settings
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, normed: Matrix, weights: Weights, vectors: Vectors, cos: Tensor, sin: Tensor, settings: Settings
+) -> tuple[Tensor, Matrix]:
     """Residual and its normed copy, [batch, tokens, dim] each -> both for the next block."""
     precision, eps = settings.precision, settings.eps
     attention_gate, ffn_scale, ffn_gate, next_scale = vectors
-    _, _, _, _, w13, w2 = weights
-    h = attention(h, weights, cos, sin, settings)
+    qkv, _, _, _, w13, w2 = weights
+    h = attention(normed, weights, cos, sin, settings)
     x = x + rms(h, attention_gate, eps * precision.attention_scale**2)
-    gate, up = F.linear(rms(x, ffn_scale, eps), w13).chunk(2, dim=-1)
+    gate, up = linear(like_matrix(rms(x, ffn_scale, eps), w13), w13).chunk(2, dim=-1)
     product = F.silu(gate.float()) * precision.gate_scale * (up.float() * precision.up_scale)
-    h = F.linear(product.to(x.dtype), w2)
+    h = linear(like_matrix(product.to(x.dtype), w2), w2)
     x = x + rms(h, ffn_gate, eps * precision.ffn_scale**2)
-    return x, rms(x, next_scale, eps)
+    return x, like_matrix(rms(x, next_scale, eps), qkv)
+
+
+def begin_blocks(x: Tensor, context: Tensor | None, scale: Tensor, eps: float, qkv: Matrix) -> tuple[Tensor, Matrix]:
+    """Appends the context to the rows, if there is one; returns them and their normed copy for the first block."""
+    if context is not None:
+        x = torch.cat((x, context), dim=1)
+    return x, like_matrix(rms(x, scale, eps), qkv)
 
 
 class _Reader:
@@ -129,17 +141,18 @@ class _Reader:
         tensor = self._component.tensors[name].load().to(self._device)
         return tensor.to(self._dtype if tensor.ndim > 1 and not name.endswith("pad_token") else torch.float32)
 
-    def block(self, name: str, config: TransformerConfig) -> Weights:
+    def block(self, name: str, config: TransformerConfig, quantize: bool = False) -> Weights:
         """A block's weights, concatenated; queries and keys in the order of `rotate`."""
         head_dim = config.head_dim
+        stored: Callable[[Tensor], Matrix] = quantized_rows if quantize else lambda matrix: matrix
         q, k, v = (self(f"{name}.attention.to_{part}.weight") for part in "qkv")
         return (
-            torch.cat((half_split(q, head_dim), half_split(k, head_dim), v)),
+            stored(torch.cat((half_split(q, head_dim), half_split(k, head_dim), v))),
             half_split(self(f"{name}.attention.norm_q.weight"), head_dim),
             half_split(self(f"{name}.attention.norm_k.weight"), head_dim),
-            self(f"{name}.attention.to_out.0.weight"),
-            torch.cat((self(f"{name}.feed_forward.w1.weight"), self(f"{name}.feed_forward.w3.weight"))),
-            self(f"{name}.feed_forward.w2.weight"),
+            stored(self(f"{name}.attention.to_out.0.weight")),
+            stored(torch.cat((self(f"{name}.feed_forward.w1.weight"), self(f"{name}.feed_forward.w3.weight")))),
+            stored(self(f"{name}.feed_forward.w2.weight")),
         )
 
     def norms(self, name: str) -> Tensor:
@@ -164,7 +177,7 @@ class TorchBestTransformer:
 
     Args:
         component: the checkpoint's transformer.
-        precision: `bf16` or `fp16` (`fp32` to check it).
+        precision: `bf16`, `fp16` or `fp8` (`fp32` to check it).
         device: `cuda`, or `cpu` to test the code.
         mode: one of COMPILE_MODES, for the main layers.
         graphs: replay an evaluation as one CUDA graph.
@@ -173,6 +186,8 @@ class TorchBestTransformer:
     def __init__(
         self, component: Component, precision: str, device: str, mode: str = COMPILE_MODES[-1], graphs: bool = True
     ) -> None:
+        if precision not in FORMATS:
+            raise ValueError(f"precision: expected one of {', '.join(FORMATS)}, got {precision!r}")
         config = self.config = TransformerConfig.from_dict(component.config)
         self.device, self.precision = device, PRECISIONS[precision]
         self.dtype = self.precision.storage
@@ -187,19 +202,21 @@ class TorchBestTransformer:
         self._graphs: dict[tuple[int, ...], _Graph] | None = {} if graphs and device != "cpu" else None
         compiled = functools.partial(torch.compile, dynamic=False)
         self._layer: Callable[..., Any] = block
-        self._refiner, self._before, self._after = block, self._begin, self._finish
+        self._refiner, self._before, self._after, self._first = block, self._begin, self._finish, begin_blocks
         if mode != "none":
             # torch counts recompiles per function: a wrapper each, so that no shape falls back to eager.
             torch._dynamo.config.recompile_limit = 64
             self._layer = compiled(block, mode=mode)
-            self._refiner, self._before, self._after = map(compiled, (_copy(block), self._begin, self._finish))
+            plain = (_copy(block), self._begin, self._finish, begin_blocks)
+            self._refiner, self._before, self._after, self._first = map(compiled, plain)
 
     def _load(self, read: _Reader) -> None:
         config = self.config
         names = [f"noise_refiner.{i}" for i in range(config.n_refiner_layers)]
         names += [f"layers.{i}" for i in range(config.n_layers)]
         with ThreadPoolExecutor(THREADS) as pool:
-            self._blocks = list(pool.map(lambda name: read.block(name, config), names))
+            quantize = self.precision.quantization is not None
+            self._blocks = list(pool.map(lambda name: read.block(name, config, quantize), names))
         self._norms = torch.stack([read.norms(name) for name in names])  # [blocks, 4, dim]
         # adaLN of all blocks: [blocks * 4 * dim, 256].
         self._adaln = torch.cat([read(f"{name}.adaLN_modulation.0.weight") for name in names])
@@ -264,15 +281,14 @@ class TorchBestTransformer:
         shape = self.shape(latents.shape[2] // patch, latents.shape[3] // patch, context.shape[1])
         x, vectors, adaln_input = self._before(latents, timestep)
         refiners = len(self._context_blocks)
-        h = rms(x, vectors[0][0], self.config.norm_eps)
         for i, weights in enumerate(self._blocks):
-            if i == refiners:
-                x = torch.cat((x, context), dim=1)
-                h = rms(x, vectors[i][0], self.config.norm_eps)
+            if i in (0, refiners):
+                joined = context if i == refiners else None
+                x, normed = self._first(x, joined, vectors[i][0], self.config.norm_eps, weights[0])
             run, rope = (self._refiner, shape.image) if i < refiners else (self._layer, shape.joint)
             _, gate, ffn, ffn_gate = vectors[i]
             following = vectors[min(i + 1, len(vectors) - 1)][0]
-            x, h = run(x, h, weights, (gate, ffn, ffn_gate, following), *rope, self._settings)
+            x, normed = run(x, normed, weights, (gate, ffn, ffn_gate, following), *rope, self._settings)
         return self._after(x[:, : shape.image_tokens], adaln_input, latents)
 
     def _begin(self, latents: Tensor, timestep: Tensor) -> tuple[Tensor, list[list[Tensor]], Tensor]:
