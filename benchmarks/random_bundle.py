@@ -22,7 +22,7 @@ import typer
 from zimage_rt.benchmarks.random_checkpoint import RULES, Z_IMAGE, Config, random_checkpoint, read_configs
 from zimage_rt.export import weights
 from zimage_rt.export.bundle import pipeline_spec
-from zimage_rt.export.checkpoint import Checkpoint, Component
+from zimage_rt.export.checkpoint import Checkpoint, Component, open_checkpoint
 from zimage_rt.export.modeling.layers import Source, weight_sources
 from zimage_rt.export.plan import ModulePlan, plan_modules
 from zimage_rt.export.precision import PRECISIONS
@@ -58,16 +58,18 @@ def shortened(
     return {**configs, "text_encoder": encoder, "transformer": transformer}
 
 
-def _store(path: Path, component: Component, source: Source, place: weights.StoredTensor, device: str) -> None:
-    """Makes a stored tensor and writes it at its offset."""
-    parts = [component.read(name, shape).to(device) for name, shape in zip(source.names, source.shapes, strict=True)]
-    tensor = source.assemble(parts).to(place.dtype).contiguous().cpu()
-    data = tensor.reshape(-1).view(torch.uint8).numpy().data
+def _store(path: Path, component: Component, stored: list[tuple[Source, weights.StoredTensor]], device: str) -> None:
+    """Makes the stored tensors of the same sources and writes each at its offset."""
+    first = stored[0][0]
+    parts = [component.read(name, shape).to(device) for name, shape in zip(first.names, first.shapes, strict=True)]
     handle = os.open(path, os.O_WRONLY)
     try:
-        written = 0
-        while written < len(data):  # one call writes 2 GB at most
-            written += os.pwrite(handle, data[written:], place.offset + written)
+        for source, place in stored:
+            tensor = source.assemble(parts).to(place.dtype).contiguous().cpu()
+            data = tensor.reshape(-1).view(torch.uint8).numpy().data
+            written = 0
+            while written < len(data):  # one call writes 2 GB at most
+                written += os.pwrite(handle, data[written:], place.offset + written)
     finally:
         os.close(handle)
 
@@ -80,10 +82,11 @@ def _write_weights(plan: ModulePlan, folder: Path, device: str, pool: ThreadPool
     with path.open("wb") as file:
         file.write(header)
         file.truncate(max(place.offset + place.size for place in stored.values()))
-    return [
-        pool.submit(_store, path, plan.component, source, stored[name], device)
-        for name, _, source in weight_sources(module)
-    ]
+    # A matrix in 8 bits and its scales have the same sources, which are made once.
+    groups: dict[object, list[tuple[Source, weights.StoredTensor]]] = {}
+    for name, _, source in weight_sources(module):
+        groups.setdefault(source.names or name, []).append((source, stored[name]))
+    return [pool.submit(_store, path, plan.component, group, device) for group in groups.values()]
 
 
 def write_random_bundle(
@@ -98,7 +101,7 @@ def write_random_bundle(
     """Writes a bundle without graphs.
 
     Args:
-        checkpoint: from `random_checkpoint`.
+        checkpoint: from `random_checkpoint`, or a real one.
         out: the folder; an existing one is replaced.
         precision: as in a recipe.
         vaes: VAEs to include.
@@ -146,7 +149,7 @@ def write_random_bundle(
 
 def main(
     out: Annotated[Path, typer.Argument(help="Folder to write the bundle to; an existing one is replaced.")],
-    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "bf16",
+    precision: Annotated[str, typer.Option(help=f"{', '.join(PRECISIONS)}.")] = "bf16",
     size: Annotated[str, typer.Option(help=f"Size of the model: {' or '.join(SIZES)}.")] = "full",
     rule: Annotated[
         str, typer.Option(help=f"Scale of the weights: {' or '.join(RULES)} (as large as the real ones).")
@@ -155,6 +158,9 @@ def main(
     device: Annotated[str, typer.Option(help="Device that makes the tensors.")] = default_device(),
     threads: Annotated[int, typer.Option(help="Tensors in memory at once.")] = THREADS,
     nano: Annotated[Path, typer.Option(help="The small checkpoint, for the tokenizer and the sizes of nano.")] = NANO,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Weights of this checkpoint in place of random ones; --size, --rule do nothing.")
+    ] = None,
 ) -> None:
     """Write a bundle of random weights, without graphs."""
     for value, known, option in (
@@ -165,9 +171,12 @@ def main(
         if value not in known:
             raise typer.BadParameter(f"expected one of {', '.join(known)}, got {value!r}", param_hint=option)
     start = time.perf_counter()
-    configs = configs_of(size, nano)
-    checkpoint = random_checkpoint(nano / "tokenizer", configs, seed=seed, rule=RULES[rule], device=device)
-    manifest = write_random_bundle(checkpoint, out, precision, device=device, threads=threads)
+    if checkpoint is not None:
+        source = open_checkpoint(checkpoint)
+    else:
+        configs = configs_of(size, nano)
+        source = random_checkpoint(nano / "tokenizer", configs, seed=seed, rule=RULES[rule], device=device)
+    manifest = write_random_bundle(source, out, precision, device=device, threads=threads)
     size_gb = sum(entry.size for entry in manifest.files.values()) / 1e9
     typer.echo(f"{out}: {size_gb:.2f} GB in {time.perf_counter() - start:.1f} s")
 
