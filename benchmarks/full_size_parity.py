@@ -10,6 +10,11 @@ and caption lengths that cover what is served. Then the full depth runs once fro
 without a verdict, because random layers amplify rounding; diffusers in our precision is reported next to it, against
 the same reference. The weights are rounded to bf16 first, so all systems have the same numbers.
 
+int8 and fp8 are judged per block, against the fp32 reference of the weights before they were quantised:
+
+    python -m zimage_rt.benchmarks.full_size_parity --precisions int8,fp8 --refiner-layers 0 --skip-end-to-end
+
+`--outliers` makes 0.1 % of the channels of every quantised product's input 300 times larger (`outliers`).
 `--backend export` tests the exporter's torch modules instead of the engine, which needs no GPU.
 """
 
@@ -29,6 +34,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from zimage_rt.benchmarks.outliers import with_outliers
 from zimage_rt.benchmarks.random_bundle import NANO, SIZES, configs_of, default_device, shortened, write_random_bundle
 from zimage_rt.benchmarks.random_checkpoint import RULES, random_checkpoint
 from zimage_rt.benchmarks.report import gpu_state, versions
@@ -42,7 +48,9 @@ from zimage_rt.export.precision import PRECISIONS
 import zimage_rt
 from zimage_rt.errors import ZImageError
 
-TOLERANCES = {"fp32": 1e-4, "bf16": 1e-2, "fp16": 3e-3}
+TOLERANCES = {"fp32": 1e-4, "bf16": 1e-2, "fp16": 3e-3, "int8": 0.02, "fp8": 0.0625}
+# Their errors add up from block to block: the tolerance is one block's, fp8's three times int8's, as one product's is.
+PER_BLOCK = ("int8", "fp8")
 LOUD_PEAK = 1e5  # the post-norms' inputs must exceed this
 PEAKED = 0.05  # least mean of the largest attention weight per query; uniform attention over 1,000 keys gives 0.001
 QUERIES = 64  # number of queries for that measurement
@@ -167,9 +175,10 @@ class Parity:
         if not layers:
             configs = shortened(configs, self.arguments.layers, self.arguments.refiner_layers, self.arguments.layers)
         folder = self.arguments.nano / "tokenizer"
-        return random_checkpoint(
+        checkpoint = random_checkpoint(
             folder, configs, seed=self.arguments.seed, rule=RULES["loud"], device=self.arguments.device
         )
+        return with_outliers(checkpoint) if self.arguments.outliers else checkpoint
 
     def normal(self, *shape: int) -> np.ndarray:
         """Normally distributed numbers, fp32."""
@@ -206,6 +215,8 @@ class Parity:
                 batch = 3 if i % 2 else 1
                 shape = f"{tokens} tokens, batch {batch}"
                 run("text_encoder", "text_encoder", {"input_ids": self.ids(checkpoint, batch, tokens)}, shape)
+                if self.arguments.refiner_layers == 0:  # a context refiner without layers is an embedder
+                    continue
                 embeds = {"prompt_embeds": self.normal(batch, tokens, config["cap_feat_dim"])}
                 run("context_refiner", "transformer", embeds, shape)
             for width, height, tokens, batch in CASES if self.arguments.size == "full" else SMALL_CASES:
@@ -235,7 +246,9 @@ class Parity:
         for precision in self.arguments.precisions:
             run = self.runner(checkpoint, precision, "few-layers")
             for module, shape, inputs, wanted in cases:
-                self.add(module, precision, shape, run(module, inputs), wanted, judged=True)
+                # A text encoder's random layer has next to no residual, so that its error is that of four products.
+                judged = module == "transformer" or precision not in PER_BLOCK
+                self.add(module, precision, shape, run(module, inputs), wanted, judged=judged)
             del run
             self.free()
 
@@ -353,6 +366,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", choices=SIZES, default="full", help="size of the model")
     parser.add_argument("--layers", type=int, default=1, help="main layers (and text encoder layers) of judged modules")
     parser.add_argument("--refiner-layers", type=int, default=1, help="refiner layers of judged modules")
+    parser.add_argument("--outliers", action="store_true", help="outlier channels before every quantised product")
     parser.add_argument("--skip-modules", action="store_true", help="only run the full depth")
     parser.add_argument("--skip-end-to-end", action="store_true", help="do not run the full depth")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and inputs")
@@ -365,6 +379,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if unknown := set(arguments.precisions) - set(TOLERANCES):
         parser.error(f"--precisions: expected any of {', '.join(TOLERANCES)}, got {', '.join(unknown)}")
+    blocks = arguments.layers + arguments.refiner_layers
+    if not arguments.skip_modules and blocks > 1 and set(arguments.precisions) & set(PER_BLOCK):
+        parser.error(
+            f"{', '.join(PER_BLOCK)} are judged per block: add --layers 1 --refiner-layers 0 or --skip-modules"
+        )
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     start = time.perf_counter()
     parity = Parity(arguments)
@@ -387,6 +406,7 @@ def main(argv: list[str] | None = None) -> int:
             "versions": versions(),
             "backend": arguments.backend,
             "layers": [arguments.layers, arguments.refiner_layers],
+            "outliers": arguments.outliers,
             "loudness": loudness,
             "rows": parity.rows,
             "failures": failures,
