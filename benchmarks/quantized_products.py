@@ -2,11 +2,15 @@
 
     python -m zimage_rt.benchmarks.quantized_products
     python -m zimage_rt.benchmarks.quantized_products --rows 1152 --json products.json
+    python -m zimage_rt.benchmarks.quantized_products --errors
 
 Needs `_cuda_kernels`, which `make cuda` builds in a working tree. A layer is the product with its epilogue: heads
 rotated behind qkv, SwiGLU behind w1 and w3. Weights are read from memory, and precisions take turns in bursts, because
 the card's limit is its power (LOG.md). `+ rows` quantises what SwiGLU gives, as w2 needs it. `portable` is the 8-bit
 product for other GPUs.
+
+`--errors` measures closeness instead, on fresh numbers: weights quantised as the exporter does, rows quantised on the
+GPU, the product, beside float64 of the bf16 operands. It fails beyond `TARGETS`.
 """
 
 from __future__ import annotations
@@ -16,15 +20,23 @@ import importlib
 import json
 import statistics
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
+from zimage_rt.benchmarks.outliers import FACTOR, channels
 from zimage_rt.benchmarks.random_checkpoint import Z_IMAGE
+from zimage_rt.export.modeling.quantized import quantized_columns, rotated, rotation_group
+from zimage_rt.export.precision import PRECISIONS
 
 from zimage_rt.backends.cuda_libraries import find_library
 
+# Largest relative error of one product. Rounding Gaussian numbers gives 0.0122 and 0.0375; the rest is fast sums.
+TARGETS = {"int8": 0.015, "fp8": 0.040}
 SYSTEMS = ("bf16", "int8", "int8 + rows", "float8", "float8 + rows", "int8 portable", "float8 portable")
 
 
@@ -97,6 +109,81 @@ def measure(kernels: Any, arguments: argparse.Namespace) -> list[dict[str, Any]]
     return results
 
 
+def _outliers(x: Tensor) -> Tensor:
+    x[:, channels(x.shape[1])] *= FACTOR
+    return x
+
+
+INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "Gaussian": lambda x: x,
+    "0.1 % of channels x 300": _outliers,
+    "SwiGLU": lambda x: torch.nn.functional.silu(x) * torch.randn_like(x),
+}
+
+
+def exported(weight: Tensor, precision: str) -> tuple[np.ndarray, np.ndarray, str]:
+    """A matrix [out, in] in 8 bits as the exporter stores it, with its scales and rotation, in the kernels' terms."""
+    quantization = PRECISIONS[precision].quantization
+    assert quantization is not None
+    group = rotation_group(weight.shape[1], quantization)
+    numbers, scales = quantized_columns(rotated(weight.float(), group).t(), quantization)
+    codes = numbers.t().contiguous()
+    if codes.dtype != torch.int8:
+        codes = codes.view(torch.uint8)
+    return codes.cpu().numpy(), scales.cpu().numpy(), "convrot" if group else "none"
+
+
+def product_errors(kernels: Any, rows: int, device: str = "cuda") -> list[dict[str, Any]]:
+    """Relative errors of the products of `out` and `w2` with every kind of input."""
+    library = find_library("cublasLt")
+    results = []
+    for name in ("out", "w2"):
+        _, inputs, outputs = shapes()[name]
+        weight = (torch.randn(outputs, inputs, device=device) * inputs**-0.5).bfloat16()
+        stored = {precision: exported(weight, precision) for precision in TARGETS}
+        for kind, make in INPUTS.items():
+            x = make(torch.randn(rows, inputs, device=device)).bfloat16()
+            wanted = x.double() @ weight.double().t()
+            bits = x.view(torch.int16).cpu().numpy().view(np.uint16)
+            for precision, (codes, scales, rotation) in stored.items():
+                dtype = "int8" if precision == "int8" else "float8"
+                left, left_scales = kernels.quantize_rows(bits, dtype, rotation)
+                runs_here = {
+                    "fused": kernels.fused_gemm_runs_here(),
+                    "portable": kernels.mma_gemm_8bit_runs_here(dtype),
+                }
+                for way in (way for way, runs in runs_here.items() if runs):
+                    layer = kernels.LinearLayer(
+                        library,
+                        "linear",
+                        left,
+                        codes,
+                        left_scales,
+                        scales,
+                        out_type="float32",
+                        rotation=rotation,
+                        weight_rotation=rotation,
+                        fused=way == "fused",
+                    )
+                    error = torch.from_numpy(layer.run()).to(device).double() - wanted
+                    relative = float(error.norm() / wanted.norm())
+                    results.append(
+                        {"layer": name, "input": kind, "precision": precision, "product": way, "error": relative}
+                    )
+    return results
+
+
+def report_errors(results: list[dict[str, Any]]) -> int:
+    """Prints the errors; 1 if one is beyond its target, or there are none."""
+    failed = not results
+    for entry in results:
+        target = TARGETS[entry["precision"]]
+        verdict = "ok" if entry["error"] <= target else "WRONG"  # NaN is wrong
+        failed |= verdict != "ok"
+        print("{layer:4} {input:24} {precision:5} {product:9} {error:.4f}".format(**entry), f"of {target:.3f}", verdict)
+    return int(failed)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print a table, and write it as JSON on request."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -104,6 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--burst", type=int, default=60, help="calls per burst")
     parser.add_argument("--rounds", type=int, default=7, help="bursts per precision")
     parser.add_argument("--rotation", default="convrot", choices=("none", "hadamard", "convrot"))
+    parser.add_argument("--errors", action="store_true", help="measure errors instead of times; --rows of the input")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(argv)
     try:
@@ -111,6 +199,11 @@ def main(argv: list[str] | None = None) -> int:
     except ImportError as error:
         print(f"_cuda_kernels: {error}; run make cuda in a working tree", file=sys.stderr)
         return 1
+    if arguments.errors:
+        found = product_errors(kernels, arguments.rows)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        return report_errors(found)
     results = measure(kernels, arguments)
     print(f"{arguments.rows} rows, bursts of {arguments.burst}, medians of {arguments.rounds}")
     for entry in results:
