@@ -37,6 +37,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--guidance-scale", type=float, default=0.0)
     parser.add_argument("--processes", type=int, help="processes of the judge; one per core by default")
     parser.add_argument("--json", type=Path, help="file to write the figures to as JSON")
+    parser.add_argument("--beside", type=Path, help="JSON file of another run, whose figures are printed beside these")
     parser.add_argument("--save", type=Path, help="folder to write the images to")
     return parser.parse_args(argv)
 
@@ -89,8 +90,10 @@ def main(argv: list[str] | None = None) -> int:
     start = time.time()
     judged, drawing = draw_and_judge(system, prompts, arguments)
     figures = summarise(judged)
+    other = json.loads(arguments.beside.read_text("utf-8"))["figures"] if arguments.beside else {}
     for name, value in figures.items():
-        print(f"{name:24s} {100 * value:6.2f} %")
+        beside = f"   beside {100 * other[name]:6.2f} %  {100 * (value - other[name]):+.2f}" if name in other else ""
+        print(f"{name:24s} {100 * value:6.2f} %{beside}")
     print(f"{len(prompts)} prompts, {drawing:.0f} s drawing, {time.time() - start:.0f} s in all")
     if arguments.json:
         report = {
