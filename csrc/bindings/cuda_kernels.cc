@@ -11,4 +11,5 @@ PYBIND11_MODULE(_cuda_kernels, m) {
   zimage_rt::bind_quantized(m);
   zimage_rt::bind_attention(m);
   zimage_rt::bind_conv(m);
+  zimage_rt::bind_vae(m);
 }

@@ -24,5 +24,6 @@ void bind_gemm(pybind11::module_& m);
 void bind_quantized(pybind11::module_& m);
 void bind_attention(pybind11::module_& m);
 void bind_conv(pybind11::module_& m);
+void bind_vae(pybind11::module_& m);
 
 }  // namespace zimage_rt

@@ -298,12 +298,9 @@ __device__ inline void store_half(const Params& p, const Tile& tile, const Place
   });
 }
 
-// Rounds as decoding to fp32 and zimage_rt.image.convert.to_uint8 do: image = 2 * value - 1.
+// Rounds as decoding to fp32 does: image = 2 * value - 1.
 __device__ inline std::uint8_t to_uint8(float value) {
-  const float image = __fadd_rn(__fmul_rn(value, 2.0f), -1.0f);
-  const float unit = __fadd_rn(__fmul_rn(image, 0.5f), 0.5f);
-  return static_cast<std::uint8_t>(
-      __float2int_rn(__fmul_rn(fminf(fmaxf(unit, 0.0f), 1.0f), 255.0f)));
+  return image_to_uint8(__fadd_rn(__fmul_rn(value, 2.0f), -1.0f));
 }
 
 // sums + bias, as fp32 NCHW or as bytes: the last layers, with few channels.

@@ -51,8 +51,9 @@ bool fused_gemm_runs_here() {
   ZRT_CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
   if (major != 9 || minor != 0) return false;
   cudaFuncAttributes attributes;
-  ZRT_CUDA(cudaFuncGetAttributes(
-      &attributes, fused_gemm_kernel<__half, SwiGluEpilogue<__half>, 2, 1, Layout::kInOut>));
+  ZRT_CUDA(
+      cudaFuncGetAttributes(&attributes, fused_gemm_kernel<__half, SwiGluEpilogue<__half>, 2, 1,
+                                                           WeightBoxes<__half, Layout::kInOut>>));
   return attributes.binaryVersion == 90;
 }
 

@@ -10,6 +10,7 @@
 
 #include "kernels/fused_gemm.h"
 #include "kernels/numeric.cuh"
+#include "kernels/tensor_core.cuh"
 
 namespace zimage_rt::fused_gemm_detail {
 
@@ -23,22 +24,6 @@ struct ThreadTile {
   int column;  // of sums[0] in lane 0
   int t;       // lane % 4
 };
-
-// Transposes four words per lane within a quad: words[i] of columns 8 i + 2 t becomes four words of
-// group t, so that a lane stores 16 consecutive bytes.
-__device__ inline void transpose_quad(std::uint32_t (&words)[4], int t) {
-#pragma unroll
-  for (int step = 1; step <= 2; step *= 2) {
-    const bool upper = (t & step) != 0;
-#pragma unroll
-    for (int pair = 0; pair < 2; ++pair) {
-      const int low = step == 1 ? 2 * pair : pair, high = low + step;
-      const std::uint32_t sent = upper ? words[low] : words[high];
-      const std::uint32_t got = __shfl_xor_sync(0xffffffffu, sent, step);
-      (upper ? words[low] : words[high]) = got;
-    }
-  }
-}
 
 // Stores 32 neighbouring columns of one row: words[i] holds columns first + 8 i + 2 t and the next.
 template <typename T>

@@ -63,21 +63,41 @@ __device__ inline void multiply_slice(typename Operand<T>::Sum (&sums)[128], std
 }
 #endif
 
+// The second operand is a weight matrix.
+template <typename T, Layout kLayout>
+struct WeightBoxes {
+  static constexpr bool kIsKMajor = kLayout == Layout::kOutIn;
+  static_assert(sizeof(T) == 2 || kIsKMajor, "8-bit operands are K-major");
+  CUtensorMap map;
+
+#if ZRT_HOPPER
+  __device__ void prefetch() const { prefetch_tensormap(&map); }
+  // Half of a tile, from column `first`: 128 rows of [out, in], or two boxes of 64 columns of
+  // [in, out]. Returns the map, and the box's first element in it.
+  __device__ const CUtensorMap* at(int first, int k, int& x, int& y, int& z) const {
+    constexpr int kBlockK = Operand<T>::kBlockK;
+    x = kIsKMajor ? k * kBlockK : 0, y = kIsKMajor ? first : k * kBlockK,
+    z = kIsKMajor ? 0 : first / kBox;
+    return &map;
+  }
+#endif
+};
+
 // A cluster is kClusterM blocks along m, which share the tile of the weight, times kClusterN blocks
 // along n, which share the tile of `a`: each loads its part of a shared tile and multicasts it.
 // Tiles are rasterised along m first, so that the weight is read once and `a` stays in the cache.
-template <typename T, typename Epilogue, int kClusterM, int kClusterN, Layout kLayout>
+// `Boxes` says where the second operand's boxes are.
+template <typename T, typename Epilogue, int kClusterM, int kClusterN, typename Boxes>
 __global__ void __cluster_dims__(kClusterM* kClusterN, 1, 1) __launch_bounds__(kThreads, 1)
     fused_gemm_kernel(const __grid_constant__ CUtensorMap a_map,
-                      const __grid_constant__ CUtensorMap b_map, const Problem problem,
+                      const __grid_constant__ Boxes b_boxes, const Problem problem,
                       const Epilogue epilogue) {
 #if ZRT_HOPPER
   extern __shared__ std::byte shared[];
   const std::uint32_t stages = (shared_address(shared) + 1023) & ~1023u;
   const std::uint32_t full = stages + kStages * kStageBytes, empty = full + kStages * 8;
   constexpr int kCluster = kClusterM * kClusterN;
-  constexpr bool kOutIn = kLayout == Layout::kOutIn;
-  static_assert(sizeof(T) == 2 || kOutIn, "8-bit operands are K-major");
+  constexpr bool kBIsKMajor = Boxes::kIsKMajor;
   constexpr int kBlockK = Operand<T>::kBlockK;
   // The blocks that exchange operands with this one: itself and its neighbours along m and n.
   constexpr int kPartners = kClusterM + kClusterN - 1;
@@ -91,7 +111,7 @@ __global__ void __cluster_dims__(kClusterM* kClusterN, 1, 1) __launch_bounds__(k
     }
     fence_mbarrier_init();
     prefetch_tensormap(&a_map);
-    prefetch_tensormap(&b_map);
+    b_boxes.prefetch();
   }
   cluster_arrive();
   cluster_wait();
@@ -119,19 +139,11 @@ __global__ void __cluster_dims__(kClusterM* kClusterN, 1, 1) __launch_bounds__(k
       while (scheduler.next(unit)) {
         int row, column;
         tile_origin(unit.tile, row, column);
-        // Half of the weight's tile: 128 rows of [out, in], or two boxes of 64 columns of [in,
-        // out].
-        const auto half_at = [&](int half, int k, int& x, int& y, int& z) {
-          const int first = column + half * problem.half_stride;
-          x = kOutIn ? k * kBlockK : 0, y = kOutIn ? first : k * kBlockK,
-          z = kOutIn ? 0 : first / kBox;
-        };
         for (int k = unit.begin; k < unit.end; ++k) {
           mbarrier_wait(empty + 8 * stage, parity);
           const std::uint32_t barrier = full + 8 * stage;
           const std::uint32_t a = stages + stage * kStageBytes, b = a + kABoxes * kBoxBytes;
           mbarrier_arrive_expect_tx(barrier, kStageBytes);
-          int x, y, z;
           if (kClusterN == 1)
             tma_load_3d(a, &a_map, k * kBlockK, row, 0, barrier);
           else
@@ -139,12 +151,14 @@ __global__ void __cluster_dims__(kClusterM* kClusterN, 1, 1) __launch_bounds__(k
                                   row + cluster_n * kBox, 0, barrier, whole_row);
           for (int half = 0; half < 2; ++half) {
             if (kClusterM == 2 && half != cluster_m) continue;
-            half_at(half, k, x, y, z);
+            int x, y, z;
+            const CUtensorMap* const map =
+                b_boxes.at(column + half * problem.half_stride, k, x, y, z);
             const std::uint32_t to = b + half * kHalfBytes;
             if (kClusterM == 1)
-              tma_load_3d(to, &b_map, x, y, z, barrier);
+              tma_load_3d(to, map, x, y, z, barrier);
             else
-              tma_load_3d_multicast(to, &b_map, x, y, z, barrier, whole_column);
+              tma_load_3d_multicast(to, map, x, y, z, barrier, whole_column);
           }
           if (++stage == kStages) stage = 0, parity ^= 1;
         }
@@ -156,8 +170,8 @@ __global__ void __cluster_dims__(kClusterM* kClusterN, 1, 1) __launch_bounds__(k
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, in_group = threadIdx.x % 128;
     const std::uint64_t a_tile = make_smem_descriptor(stages + (group - 1) * kBoxBytes, 0, 1024);
     const std::uint64_t b_tile =
-        make_smem_descriptor(stages + kABoxes * kBoxBytes, kOutIn ? 0 : kBoxBytes, 1024);
-    constexpr int kBStep = kOutIn ? 32 : 16 * kRowBytes;  // bytes between slices along k
+        make_smem_descriptor(stages + kABoxes * kBoxBytes, kBIsKMajor ? 0 : kBoxBytes, 1024);
+    constexpr int kBStep = kBIsKMajor ? 32 : 16 * kRowBytes;  // bytes between slices along k
     typename Operand<T>::Sum sums[128];
     std::uint32_t stage = 0, parity = 0;
     const auto release_stage = [&](std::uint32_t which) {
@@ -174,7 +188,16 @@ __global__ void __cluster_dims__(kClusterM* kClusterN, 1, 1) __launch_bounds__(k
     const auto partials = [&](int of) {
       return problem.partials + static_cast<std::size_t>(slot(of)) * 32 * 128 + in_group;
     };
+    const auto thread_tile = [&](int row, int column) {
+      return ThreadTile{
+          .m = problem.m, .row = row + 16 * warp + lane / 4, .column = column, .t = lane % 4};
+    };
     while (scheduler.next(unit)) {
+      if constexpr (requires { epilogue.begin(thread_tile(0, 0)); }) {
+        int row, column;
+        tile_origin(unit.tile, row, column);
+        if (unit.begin == 0) epilogue.begin(thread_tile(row + (group - 1) * 64, column));
+      }
       std::uint32_t before = 0;
       for (int k = unit.begin; k < unit.end; ++k) {
         mbarrier_wait(full + 8 * stage, parity);
@@ -183,9 +206,9 @@ __global__ void __cluster_dims__(kClusterM* kClusterN, 1, 1) __launch_bounds__(k
         warpgroup_arrive();
 #pragma unroll
         for (int part = 0; part < kRowBytes / 32; ++part)
-          multiply_slice<T, kOutIn>(sums, a_tile + shift + part * (32 >> 4),
-                                    b_tile + shift + part * (kBStep >> 4),
-                                    k > unit.begin || part > 0);
+          multiply_slice<T, kBIsKMajor>(sums, a_tile + shift + part * (32 >> 4),
+                                        b_tile + shift + part * (kBStep >> 4),
+                                        k > unit.begin || part > 0);
         warpgroup_commit_batch();
         // With one group in flight, the products of the previous stage are complete.
         warpgroup_wait<1>();
@@ -196,8 +219,7 @@ __global__ void __cluster_dims__(kClusterM* kClusterN, 1, 1) __launch_bounds__(k
       int row, column;
       tile_origin(unit.tile, row, column);
       row += (group - 1) * 64;
-      const ThreadTile here{
-          .m = problem.m, .row = row + 16 * warp + lane / 4, .column = column, .t = lane % 4};
+      const ThreadTile here = thread_tile(row, column);
       const typename Epilogue::Prefetched prefetched = epilogue.prefetch(here);
       warpgroup_wait<0>();
       release_stage(before);

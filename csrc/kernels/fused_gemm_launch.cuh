@@ -2,12 +2,15 @@
 
 // Launches of the fused products: cluster shapes, the share of stream-K tiles.
 
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstddef>
+#include <stdexcept>
+#include <string>
 #include <type_traits>
 
 #include "device/check.h"
@@ -25,10 +28,10 @@ namespace zimage_rt::fused_gemm_detail {
 
 // The number of clusters of a kernel that are resident at once on the current device. Clusters of
 // stream-K tiles wait for one another, so a launch must not have more.
-template <typename T, int kClusterM, int kClusterN, Layout kLayout, typename Epilogue>
+template <typename T, int kClusterM, int kClusterN, typename Boxes, typename Epilogue>
 int resident_clusters() {
   constexpr int kCluster = kClusterM * kClusterN;
-  const auto kernel = fused_gemm_kernel<T, Epilogue, kClusterM, kClusterN, kLayout>;
+  const auto kernel = fused_gemm_kernel<T, Epilogue, kClusterM, kClusterN, Boxes>;
   static std::array<std::atomic<int>, 64> known{};
   int device = 0;
   ZRT_CUDA(cudaGetDevice(&device));
@@ -53,9 +56,15 @@ int resident_clusters() {
   return clusters.load();
 }
 
-template <typename T, int kClusterM, int kClusterN, Layout kLayout, typename Epilogue>
-void launch(const FusedGemm& args, Problem problem, const Epilogue& epilogue, cudaStream_t stream) {
-  const auto kernel = fused_gemm_kernel<T, Epilogue, kClusterM, kClusterN, kLayout>;
+// Rows of the box of a cluster's first operand.
+template <int kClusterN>
+constexpr int kABoxRows = kClusterN == 1 ? kBlockM : kBox;
+
+// Launches a problem whose members up to `tile_stride`, except the steps, are set.
+template <typename T, int kClusterM, int kClusterN, typename Boxes, typename Epilogue>
+void launch_boxes(const CUtensorMap& a_map, const Boxes& b_boxes, Problem problem, void* workspace,
+                  const Epilogue& epilogue, cudaStream_t stream) {
+  const auto kernel = fused_gemm_kernel<T, Epilogue, kClusterM, kClusterN, Boxes>;
   problem.m_steps = ceil_div(problem.m_tiles, kClusterM);
   problem.n_steps = ceil_div(problem.n_tiles, kClusterN);
   const int group = Operand<T>::kRasterGroupM / kClusterM;
@@ -63,20 +72,29 @@ void launch(const FusedGemm& args, Problem problem, const Epilogue& epilogue, cu
       ceil_div(problem.m_steps, std::max(1, (problem.m_steps + group / 2) / group));
   const int tiles = problem.m_steps * problem.n_steps;
   const int clusters = std::min(tiles * problem.k_tiles,
-                                resident_clusters<T, kClusterM, kClusterN, kLayout, Epilogue>());
+                                resident_clusters<T, kClusterM, kClusterN, Boxes, Epilogue>());
   // The last full wave is split together with the tiles that remain.
   problem.data_parallel_tiles =
       tiles % clusters == 0 ? tiles : std::max(0, tiles / clusters - 1) * clusters;
   problem.stream_k_tiles = tiles - problem.data_parallel_tiles;
-  problem.flags = static_cast<unsigned*>(args.workspace);
-  problem.partials = reinterpret_cast<uint4*>(static_cast<std::byte*>(args.workspace) + kFlagBytes);
-  kernel<<<clusters * kClusterM * kClusterN, kThreads, kSharedBytes, stream>>>(
-      tensor_map(args.a, args.type, args.m, args.k, kClusterN == 1 ? kBlockM : kBox, 1),
-      kLayout == Layout::kOutIn
-          ? tensor_map(args.weight, args.type, args.n, args.k, kBlockN / 2, 1)
-          : tensor_map(args.weight, args.type, args.k, args.n, Operand<T>::kBlockK, kBBoxes / 2),
-      problem, epilogue);
+  problem.flags = static_cast<unsigned*>(workspace);
+  problem.partials = reinterpret_cast<uint4*>(static_cast<std::byte*>(workspace) + kFlagBytes);
+  kernel<<<clusters * kClusterM * kClusterN, kThreads, kSharedBytes, stream>>>(a_map, b_boxes,
+                                                                               problem, epilogue);
   ZRT_LAUNCHED();
+}
+
+template <typename T, int kClusterM, int kClusterN, Layout kLayout, typename Epilogue>
+void launch(const FusedGemm& args, const Problem& problem, const Epilogue& epilogue,
+            cudaStream_t stream) {
+  const WeightBoxes<T, kLayout> boxes{
+      .map = kLayout == Layout::kOutIn
+                 ? tensor_map(args.weight, args.type, args.n, args.k, kBlockN / 2, 1)
+                 : tensor_map(args.weight, args.type, args.k, args.n, Operand<T>::kBlockK,
+                              kBBoxes / 2)};
+  launch_boxes<T, kClusterM, kClusterN>(
+      tensor_map(args.a, args.type, args.m, args.k, kABoxRows<kClusterN>, 1), boxes, problem,
+      args.workspace, epilogue, stream);
 }
 
 // An odd number of tiles along a side leaves half a cluster idle. 2x1 reads a fifth less from the

@@ -117,6 +117,11 @@ __device__ inline void prefetch_tensormap(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+// Loads the line of an address to the L2 cache.
+__device__ inline void prefetch_l2(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+}
+
 // Synchronises `kThreads` threads, by default those of a warpgroup, on named barrier 1 to 15.
 template <int kThreads = 128>
 __device__ inline void named_barrier_sync(int barrier) {

@@ -20,6 +20,11 @@ struct Latents {
   }
 };
 
+struct Scale {
+  float scale, shift;
+  __device__ float operator()(float value) const { return value * scale + shift; }
+};
+
 struct Image {
   __device__ float operator()(float value) const { return (value + 1.0f) * 0.5f; }
 };
@@ -47,15 +52,15 @@ __global__ void nchw_to_nhwc16_kernel(const float* input, T* output, int channel
               [&](int i) { return map(source[i * plane]); });
 }
 
-template <typename T>
+// `map` takes values in [-1, 1].
+template <typename T, typename Map>
 __global__ void uint8_to_nhwc16_kernel(const std::uint8_t* input, T* output, int channels,
-                                       std::int64_t pixels) {
+                                       std::int64_t pixels, Map map) {
   const std::int64_t pixel = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (pixel >= pixels) return;
   const std::uint8_t* source = input + pixel * channels;
-  // Through [-1, 1], the input of image_to_nhwc, for the same bits.
   store_pixel(output + pixel * kPixelChannels, channels,
-              [&](int i) { return Image{}(source[i] / 127.5f - 1.0f); });
+              [&](int i) { return map(source[i] / 127.5f - 1.0f); });
 }
 
 void check_channels(int channels) {
@@ -83,7 +88,24 @@ void launch(const NchwToNhwc16& args, Map map, cudaStream_t stream) {
   });
 }
 
+template <typename Map>
+void launch_bytes(const std::uint8_t* input, void* output, DType dtype, int channels,
+                  std::int64_t pixels, Map map, cudaStream_t stream) {
+  check_channels(channels);
+  if (pixels == 0) return;
+  for_half_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    uint8_to_nhwc16_kernel<T><<<blocks_for(pixels), kThreads, 0, stream>>>(
+        input, static_cast<T*>(output), channels, pixels, map);
+    ZRT_LAUNCHED();
+  });
+}
+
 }  // namespace
+
+void scale_to_nhwc(const NchwToNhwc16& args, float scale, float shift, cudaStream_t stream) {
+  launch(args, Scale{.scale = scale, .shift = shift}, stream);
+}
 
 void unscale_latents_to_nhwc(const NchwToNhwc16& args, float scaling_factor, float shift_factor,
                              cudaStream_t stream) {
@@ -94,14 +116,12 @@ void image_to_nhwc(const NchwToNhwc16& args, cudaStream_t stream) { launch(args,
 
 void uint8_to_nhwc(const std::uint8_t* input, void* output, DType dtype, int channels,
                    std::int64_t pixels, cudaStream_t stream) {
-  check_channels(channels);
-  if (pixels == 0) return;
-  for_half_type(dtype, [&](auto type) {
-    using T = decltype(type);
-    uint8_to_nhwc16_kernel<T><<<blocks_for(pixels), kThreads, 0, stream>>>(
-        input, static_cast<T*>(output), channels, pixels);
-    ZRT_LAUNCHED();
-  });
+  launch_bytes(input, output, dtype, channels, pixels, Image{}, stream);
+}
+
+void uint8_to_signed_nhwc(const std::uint8_t* input, void* output, DType dtype, int channels,
+                          std::int64_t pixels, cudaStream_t stream) {
+  launch_bytes(input, output, dtype, channels, pixels, Scale{.scale = 1.0f, .shift = 0.0f}, stream);
 }
 
 }  // namespace zimage_rt

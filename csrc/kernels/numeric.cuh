@@ -65,6 +65,13 @@ __device__ inline void store8<float>(float* target, const float (&values)[8]) {
   reinterpret_cast<float4*>(target)[1] = make_float4(values[4], values[5], values[6], values[7]);
 }
 
+// A byte of an image from its value in [-1, 1], as zimage_rt.image.convert.to_uint8 rounds it.
+__device__ inline std::uint8_t image_to_uint8(float image) {
+  const float unit = __fadd_rn(__fmul_rn(image, 0.5f), 0.5f);
+  return static_cast<std::uint8_t>(
+      __float2int_rn(__fmul_rn(fminf(fmaxf(unit, 0.0f), 1.0f), 255.0f)));
+}
+
 __device__ inline float warp_sum(float value) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2)

@@ -56,6 +56,29 @@ __device__ inline void ldmatrix_x4_trans(std::uint32_t address, std::uint32_t (&
                : "memory");
 }
 
+// Transposes an 8 x 8 matrix of which each lane holds elements (g, 2t) and (g, 2t + 1).
+__device__ inline std::uint32_t transpose_8x8(std::uint32_t word) {
+  std::uint32_t transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(word));
+  return transposed;
+}
+
+// Transposes four words per lane within a quad: words[i] of columns 8 i + 2 t becomes four words of
+// group t, so that a lane stores 16 consecutive bytes. It is its own inverse.
+__device__ inline void transpose_quad(std::uint32_t (&words)[4], int t) {
+#pragma unroll
+  for (int step = 1; step <= 2; step *= 2) {
+    const bool upper = (t & step) != 0;
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+      const int low = step == 1 ? 2 * pair : pair, high = low + step;
+      const std::uint32_t sent = upper ? words[low] : words[high];
+      const std::uint32_t got = __shfl_xor_sync(0xffffffffu, sent, step);
+      (upper ? words[low] : words[high]) = got;
+    }
+  }
+}
+
 // c += a b in fp32. The type of the last argument is the format of a and b.
 __device__ inline void mma_m16n8k16(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
                                     std::uint32_t b1, const __half*) {
