@@ -17,6 +17,7 @@
 #include <string>
 #include <tuple>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "bindings/module_config.h"
@@ -25,10 +26,11 @@
 #include "device/check.h"
 #include "device/dtype.h"
 #include "models/controlnet.h"
+#include "models/full_vae.h"
 #include "models/reference.h"
 #include "models/text_encoder.h"
-#include "models/tiny_vae.h"
 #include "models/transformer.h"
+#include "models/vae.h"
 #include "runtime/pipeline.h"
 #include "weights/weights.h"
 
@@ -62,7 +64,7 @@ using TensorTuple =
     std::tuple<std::string, std::string, std::vector<std::int64_t>, std::size_t, bool>;
 
 std::unique_ptr<Weights> open_weights(const std::string& path,
-                                      const std::vector<TensorTuple>& tensors) {
+                                      const std::vector<TensorTuple>& tensors, bool takes_fp32) {
   std::vector<WeightEntry> entries;
   for (const auto& [name, dtype, shape, offset, host] : tensors)
     entries.push_back({.name = name,
@@ -70,7 +72,7 @@ std::unique_ptr<Weights> open_weights(const std::string& path,
                        .shape = shape,
                        .offset = offset,
                        .host = host});
-  return std::make_unique<Weights>(path, std::move(entries));
+  return std::make_unique<Weights>(path, std::move(entries), takes_fp32);
 }
 
 // Runs `work` without Python's lock.
@@ -170,39 +172,47 @@ FloatArray evaluate(Pipeline& self, const FloatArray& latents, const FloatArray&
   return out;
 }
 
-FloatArray decode(Pipeline& self, const FloatArray& latents) {
+void expect_channels(const FloatArray& latents, const Vae& vae) {
+  if (size_at(latents, 1) != vae.latent_channels())
+    throw std::invalid_argument("latents: expected " + std::to_string(vae.latent_channels()) +
+                                " channels, got " + std::to_string(size_at(latents, 1)));
+}
+
+FloatArray decode(Pipeline& self, const FloatArray& latents, const std::string& module) {
   expect_dims(latents, 4, "latents");
   const int batch = size_at(latents, 0), height = size_at(latents, 2), width = size_at(latents, 3);
-  const int factor = self.vae_factor();
+  const int factor = self.vae(module).factor();
+  expect_channels(latents, self.vae(module));
   FloatArray out({batch, 3, height * factor, width * factor});
   const float* in = latents.data();
   float* data = out.mutable_data();
-  released([&] { self.decode(in, batch, height, width, data); });
+  released([&] { self.decode(module, in, batch, height, width, data); });
   return out;
 }
 
-PixelArray decode_pixels(Pipeline& self, const FloatArray& latents) {
+PixelArray decode_pixels(Pipeline& self, const FloatArray& latents, const std::string& module) {
   expect_dims(latents, 4, "latents");
   const int batch = size_at(latents, 0), height = size_at(latents, 2), width = size_at(latents, 3);
-  const int factor = self.vae_factor();
+  const int factor = self.vae(module).factor();
+  expect_channels(latents, self.vae(module));
   PixelArray out({batch, height * factor, width * factor, 3});
   const float* in = latents.data();
   std::uint8_t* data = out.mutable_data();
-  released([&] { self.decode_pixels(in, batch, height, width, data); });
+  released([&] { self.decode_pixels(module, in, batch, height, width, data); });
   return out;
 }
 
 // Latents of an image with these axes of height, width and channels.
 template <typename Array, typename Encode>
-FloatArray encode_with(const Array& image, int height_axis, int width_axis, int channel_axis,
-                       int channels, int factor, Encode&& encode) {
+FloatArray encode_with(const Vae& vae, const Array& image, int height_axis, int width_axis,
+                       int channel_axis, Encode&& encode) {
   expect_dims(image, 4, "image");
-  const int batch = size_at(image, 0);
+  const int batch = size_at(image, 0), factor = vae.factor();
   const int height = size_at(image, height_axis), width = size_at(image, width_axis);
   if (size_at(image, channel_axis) != 3 || height % factor != 0 || width % factor != 0)
     throw std::invalid_argument("image: expected 3 channels, height and width multiples of " +
                                 std::to_string(factor));
-  FloatArray out({batch, channels, height / factor, width / factor});
+  FloatArray out({batch, vae.latent_channels(), height / factor, width / factor});
   const auto* in = image.data();
   float* data = out.mutable_data();
   released([&] { encode(in, batch, height, width, data); });
@@ -210,19 +220,19 @@ FloatArray encode_with(const Array& image, int height_axis, int width_axis, int 
 }
 
 // image [batch, 3, height, width] in [-1, 1].
-FloatArray encode_image(Pipeline& self, const FloatArray& image, int channels, int factor) {
-  return encode_with(image, 2, 3, 1, channels, factor,
+FloatArray encode_image(Pipeline& self, const FloatArray& image, const std::string& module) {
+  return encode_with(self.vae(module), image, 2, 3, 1,
                      [&](const float* in, int batch, int height, int width, float* out) {
-                       self.encode_image(in, batch, height, width, out);
+                       self.encode_image(module, in, batch, height, width, out);
                      });
 }
 
 // image uint8 [batch, height, width, 3].
 FloatArray encode_pixels(Pipeline& self, const py::array_t<std::uint8_t, py::array::c_style>& image,
-                         int channels, int factor) {
-  return encode_with(image, 1, 2, 3, channels, factor,
+                         const std::string& module) {
+  return encode_with(self.vae(module), image, 1, 2, 3,
                      [&](const std::uint8_t* in, int batch, int height, int width, float* out) {
-                       self.encode_pixels(in, batch, height, width, out);
+                       self.encode_pixels(module, in, batch, height, width, out);
                      });
 }
 
@@ -258,23 +268,25 @@ Conditioning read_conditioning(const Pipeline& self, const py::object& object, c
   return out;
 }
 
-// Runs a SampleJob of zimage_rt/backends/base.py. Returns None if the callback stopped the loop,
-// otherwise the pixels (True without `decode`) and the seconds of the loop and of the decoder.
-py::object sample_job(Pipeline& self, const py::object& object, bool decode) {
+// Runs a SampleJob of zimage_rt/backends/base.py. `decoder` is a module, None for none. Returns
+// None if the callback stopped the loop, otherwise the pixels (True without a decoder) and the
+// seconds of the loop and of the decoder.
+py::object sample_job(Pipeline& self, const py::object& object,
+                      const std::optional<std::string>& decoder) {
   JobReader reader = read_job(object);
   const SampleJob& job = reader.job;
   const Conditioning conditioning = read_conditioning(self, object, job, reader.arrays);
   py::object result = py::bool_(true);
   std::uint8_t* target = nullptr;
-  if (decode) {
-    const int factor = self.vae_factor();
+  if (decoder) {
+    const int factor = self.vae(*decoder).factor();
     PixelArray pixels({job.shape.batch, job.shape.height * factor, job.shape.width * factor, 3});
     target = pixels.mutable_data();
     result = std::move(pixels);
   }
   SampleTimes times;
   bool finished = false;
-  released([&] { finished = self.sample(job, conditioning, target, times); });
+  released([&] { finished = self.sample(job, conditioning, decoder.value_or(""), target, times); });
   if (!finished) return py::none();
   return py::make_tuple(std::move(result), times.denoise, times.decode);
 }
@@ -383,7 +395,8 @@ void bind_pipeline(py::module_& m) {
           [](Pipeline& self, const std::string& module, const std::string& path,
              const std::vector<TensorTuple>& tensors, const py::dict& config) {
             const ModuleConfig sizes = module_config(module, config);
-            auto weights = open_weights(path, tensors);
+            auto weights =
+                open_weights(path, tensors, std::holds_alternative<FullVaeConfig>(sizes));
             released([&] { self.load(module, std::move(weights), sizes); });
           },
           py::arg("module"), py::arg("path"), py::arg("tensors"), py::arg("config"))
@@ -393,20 +406,20 @@ void bind_pipeline(py::module_& m) {
       .def("context", &context, py::arg("input_ids"))
       .def("evaluate", &evaluate, py::arg("latents"), py::arg("timestep"), py::arg("context"),
            py::arg("control_latents") = py::none(), py::arg("control_scale") = py::none())
-      .def("decode", &decode, py::arg("latents"))
-      .def("decode_pixels", &decode_pixels, py::arg("latents"))
-      .def("encode_image", &encode_image, py::arg("image"), py::arg("latent_channels"),
-           py::arg("factor"))
-      .def("encode_pixels", &encode_pixels, py::arg("image"), py::arg("latent_channels"),
-           py::arg("factor"))
-      .def("sample", &sample_job, py::arg("job"), py::kw_only(), py::arg("decode"))
+      .def("decode", &decode, py::arg("latents"), py::arg("module"))
+      .def("decode_pixels", &decode_pixels, py::arg("latents"), py::arg("module"))
+      .def("encode_image", &encode_image, py::arg("image"), py::arg("module"))
+      .def("encode_pixels", &encode_pixels, py::arg("image"), py::arg("module"))
+      .def("sample", &sample_job, py::arg("job"), py::kw_only(), py::arg("decoder"))
       .def("time_evaluation", &Pipeline::time_evaluation, py::arg("latent_height"),
            py::arg("latent_width"), py::arg("context_tokens"), py::arg("repeats"),
            py::call_guard<py::gil_scoped_release>())
       .def("time_text_encoder", &Pipeline::time_text_encoder, py::arg("tokens"), py::arg("repeats"),
            py::call_guard<py::gil_scoped_release>())
-      .def("time_decode", &Pipeline::time_decode, py::arg("latent_height"), py::arg("latent_width"),
-           py::arg("repeats"), py::call_guard<py::gil_scoped_release>())
+      .def("time_decode", &Pipeline::time_decode, py::arg("module"), py::arg("latent_height"),
+           py::arg("latent_width"), py::arg("repeats"), py::call_guard<py::gil_scoped_release>())
+      .def("time_encode", &Pipeline::time_encode, py::arg("module"), py::arg("latent_height"),
+           py::arg("latent_width"), py::arg("repeats"), py::call_guard<py::gil_scoped_release>())
       .def("memory", &memory)
       .def("streaming", &streaming)
       .def_property_readonly("graph_count", &Pipeline::graph_count);

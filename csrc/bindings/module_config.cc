@@ -11,6 +11,7 @@
 #include "device/check.h"
 #include "kernels/rope_table.h"
 #include "models/controlnet.h"
+#include "models/full_vae.h"
 #include "models/text_encoder.h"
 #include "models/tiny_vae.h"
 #include "models/transformer.h"
@@ -98,6 +99,26 @@ TinyVaeConfig tiny_vae_config(const py::dict& config, bool decoder) {
   return out;
 }
 
+FullVaeConfig full_vae_config(const py::dict& config, bool decoder) {
+  // As in diffusers' AutoencoderKL and export/modeling/vae.py.
+  const auto flag = [&](const char* key) {
+    return !config.contains(key) || get<bool>(config, key);
+  };
+  const auto number = [&](const char* key, float otherwise) {
+    return config.contains(key) ? get<std::optional<float>>(config, key).value_or(otherwise)
+                                : otherwise;
+  };
+  return {.widths = get<std::vector<int>>(config, "block_out_channels"),
+          .layers_per_block = get<int>(config, "layers_per_block"),
+          .norm_num_groups = get<int>(config, "norm_num_groups"),
+          .latent_channels = get<int>(config, "latent_channels"),
+          .image_channels = get<int>(config, decoder ? "out_channels" : "in_channels"),
+          .attention = flag("mid_block_add_attention"),
+          .quant_conv = flag(decoder ? "use_post_quant_conv" : "use_quant_conv"),
+          .scaling_factor = number("scaling_factor", 1.0f),
+          .shift_factor = number("shift_factor", 0.0f)};
+}
+
 }  // namespace
 
 ModuleConfig module_config(const std::string& module, const py::dict& config) {
@@ -111,6 +132,10 @@ ModuleConfig module_config(const std::string& module, const py::dict& config) {
        [](const py::dict& it) -> ModuleConfig { return tiny_vae_config(it, true); }},
       {"tiny_vae_encoder",
        [](const py::dict& it) -> ModuleConfig { return tiny_vae_config(it, false); }},
+      {"full_vae_decoder",
+       [](const py::dict& it) -> ModuleConfig { return full_vae_config(it, true); }},
+      {"full_vae_encoder",
+       [](const py::dict& it) -> ModuleConfig { return full_vae_config(it, false); }},
   };
   const auto found = readers.find(module);
   if (found == readers.end()) throw std::invalid_argument("no program runs the module " + module);

@@ -11,6 +11,8 @@
 
 #include "device/check.h"
 #include "kernels/nchw_to_nhwc16.h"
+#include "models/vae.h"
+#include "ops/ops.h"
 
 namespace zimage_rt {
 namespace {
@@ -170,29 +172,28 @@ void TinyVaeLayers::run(std::byte* buffers, std::size_t buffer_bytes, int height
 TinyVaeDecoder::TinyVaeDecoder(const TinyVaeConfig& config, const Weights& weights)
     : config_(config), layers_(decoder_layers(config), weights) {}
 
-std::size_t TinyVaeDecoder::workspace_bytes(int /*batch*/, int latent_height,
-                                            int latent_width) const {
+std::size_t TinyVaeDecoder::workspace_bytes(int latent_height, int latent_width) const {
   return kBuffers * buffer_bytes(latent_height, latent_width, factor());
 }
 
 void TinyVaeDecoder::decode_uint8(const float* latents, std::uint8_t* pixels, int* not_finite,
                                   int batch, int latent_height, int latent_width,
-                                  std::byte* workspace, cudaStream_t stream) const {
-  ZRT_CUDA(cudaMemsetAsync(not_finite, 0, sizeof(int), stream));
+                                  std::byte* workspace, const Ops& ops) const {
+  ZRT_CUDA(cudaMemsetAsync(not_finite, 0, sizeof(int), ops.stream));
   Conv3x3 last;
   last.output = pixels;
   last.kind = Conv3x3Output::kUint8;
   last.not_finite = not_finite;
-  decode_to(latents, last, batch, latent_height, latent_width, workspace, stream);
+  decode_to(latents, last, batch, latent_height, latent_width, workspace, ops.stream);
 }
 
 void TinyVaeDecoder::decode(const float* latents, float* image, int batch, int latent_height,
-                            int latent_width, std::byte* workspace, cudaStream_t stream) const {
+                            int latent_width, std::byte* workspace, const Ops& ops) const {
   Conv3x3 last;
   last.output = image;
   last.kind = Conv3x3Output::kFloat;
   last.scale = 2.0f, last.shift = -1.0f;  // the layers output [0, 1]
-  decode_to(latents, last, batch, latent_height, latent_width, workspace, stream);
+  decode_to(latents, last, batch, latent_height, latent_width, workspace, ops.stream);
 }
 
 void TinyVaeDecoder::decode_to(const float* latents, const Conv3x3& last, int batch,
@@ -221,18 +222,14 @@ void TinyVaeDecoder::decode_to(const float* latents, const Conv3x3& last, int ba
 TinyVaeEncoder::TinyVaeEncoder(const TinyVaeConfig& config, const Weights& weights)
     : config_(config), layers_(encoder_layers(config), weights) {}
 
-std::size_t TinyVaeEncoder::workspace_bytes(int /*batch*/, int latent_height,
-                                            int latent_width) const {
+std::size_t TinyVaeEncoder::workspace_bytes(int latent_height, int latent_width) const {
   return kBuffers * buffer_bytes(latent_height, latent_width, factor());
 }
 
 template <typename Read>
 void TinyVaeEncoder::encode_with(Read&& read, float* latents, int batch, int height, int width,
                                  std::byte* workspace, cudaStream_t stream) const {
-  if (height % factor() != 0 || width % factor() != 0)
-    throw std::invalid_argument("image: expected sizes that are multiples of " +
-                                std::to_string(factor()) + ", got " + std::to_string(height) +
-                                " x " + std::to_string(width));
+  check_image_size(*this, height, width);
   const int latent_height = height / factor(), latent_width = width / factor();
   const std::size_t bytes = buffer_bytes(latent_height, latent_width, factor());
   const std::size_t latent_count =
@@ -250,7 +247,7 @@ void TinyVaeEncoder::encode_with(Read&& read, float* latents, int batch, int hei
 }
 
 void TinyVaeEncoder::encode(const float* image, float* latents, int batch, int height, int width,
-                            std::byte* workspace, cudaStream_t stream) const {
+                            std::byte* workspace, const Ops& ops) const {
   const auto read = [&](int i, std::byte* target) {
     NchwToNhwc16 input;
     input.input = image + static_cast<std::int64_t>(i) * config_.image_channels * height * width;
@@ -258,19 +255,19 @@ void TinyVaeEncoder::encode(const float* image, float* latents, int batch, int h
     input.dtype = layers_.storage();
     input.channels = config_.image_channels;
     input.height = height, input.width = width;
-    image_to_nhwc(input, stream);
+    image_to_nhwc(input, ops.stream);
   };
-  encode_with(read, latents, batch, height, width, workspace, stream);
+  encode_with(read, latents, batch, height, width, workspace, ops.stream);
 }
 
 void TinyVaeEncoder::encode_uint8(const std::uint8_t* pixels, float* latents, int batch, int height,
-                                  int width, std::byte* workspace, cudaStream_t stream) const {
+                                  int width, std::byte* workspace, const Ops& ops) const {
   const std::int64_t area = static_cast<std::int64_t>(height) * width;
   const auto read = [&](int i, std::byte* target) {
     uint8_to_nhwc(pixels + i * area * config_.image_channels, target, layers_.storage(),
-                  config_.image_channels, area, stream);
+                  config_.image_channels, area, ops.stream);
   };
-  encode_with(read, latents, batch, height, width, workspace, stream);
+  encode_with(read, latents, batch, height, width, workspace, ops.stream);
 }
 
 }  // namespace zimage_rt

@@ -4,12 +4,14 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "device/device.h"
+#include "device/dtype.h"
 #include "kernels/conv3x3.h"
+#include "models/vae.h"
+#include "ops/ops.h"
 #include "weights/weights.h"
 
 namespace zimage_rt {
@@ -23,11 +25,6 @@ struct TinyVaeConfig {
   // From the transformer's latents to this model's: x = latents / scaling_factor + shift_factor.
   float scaling_factor = 1.0f;
   float shift_factor = 0.0f;
-};
-
-// The output of a decoder is not finite; the message is the name of the module.
-struct NotFiniteError : std::runtime_error {
-  using std::runtime_error::runtime_error;
 };
 
 // The layers of a decoder or an encoder in order, with their weights packed for conv3x3 in one
@@ -54,6 +51,7 @@ class TinyVaeLayers {
   void run(std::byte* buffers, std::size_t buffer_bytes, int height, int width, const Conv3x3& last,
            cudaStream_t stream) const;
   DType storage() const { return storage_; }
+  std::size_t weight_bytes() const { return packed_.bytes(); }
 
  private:
   std::vector<Layer> layers_;
@@ -61,26 +59,22 @@ class TinyVaeLayers {
   DeviceBuffer packed_;
 };
 
-// Latents to images. The images of a batch are decoded one by one, in the memory of one.
-class TinyVaeDecoder {
+class TinyVaeDecoder final : public VaeDecoder {
  public:
   // Reads uploaded weights ("decoder.layers...") and keeps a packed copy. Throws WeightError for
   // tensors, std::invalid_argument for sizes that no kernel computes.
   TinyVaeDecoder(const TinyVaeConfig& config, const Weights& weights);
 
-  // Pixels per latent, in each direction.
-  int factor() const { return 1 << (config_.widths.size() - 1); }
-  std::size_t workspace_bytes(int batch, int latent_height, int latent_width) const;
-
-  // latents fp32 [batch, latent_channels, latent_height, latent_width]
-  // -> pixels [batch, height, width, 3]; sets `not_finite` [1] to whether a value was NaN or
-  // infinite. `workspace` is 16-byte aligned.
+  int factor() const override { return 1 << (config_.widths.size() - 1); }
+  int latent_channels() const override { return config_.latent_channels; }
+  std::size_t workspace_bytes(int latent_height, int latent_width) const override;
+  std::size_t weight_bytes() const override { return layers_.weight_bytes(); }
+  bool uses_products() const override { return false; }
   void decode_uint8(const float* latents, std::uint8_t* pixels, int* not_finite, int batch,
                     int latent_height, int latent_width, std::byte* workspace,
-                    cudaStream_t stream) const;
-  // -> image fp32 [batch, 3, height, width] in about [-1, 1].
+                    const Ops& ops) const override;
   void decode(const float* latents, float* image, int batch, int latent_height, int latent_width,
-              std::byte* workspace, cudaStream_t stream) const;
+              std::byte* workspace, const Ops& ops) const override;
 
  private:
   void decode_to(const float* latents, const Conv3x3& last, int batch, int latent_height,
@@ -89,22 +83,20 @@ class TinyVaeDecoder {
   TinyVaeLayers layers_;
 };
 
-// Images to latents.
-class TinyVaeEncoder {
+class TinyVaeEncoder final : public VaeEncoder {
  public:
   // See TinyVaeDecoder; "encoder.layers...".
   TinyVaeEncoder(const TinyVaeConfig& config, const Weights& weights);
 
-  int factor() const { return 1 << (config_.widths.size() - 1); }
-  std::size_t workspace_bytes(int batch, int latent_height, int latent_width) const;
-
-  // image fp32 [batch, 3, height, width] in [-1, 1], both sizes multiples of factor()
-  // -> latents fp32 [batch, latent_channels, height / factor, width / factor].
+  int factor() const override { return 1 << (config_.widths.size() - 1); }
+  int latent_channels() const override { return config_.latent_channels; }
+  std::size_t workspace_bytes(int latent_height, int latent_width) const override;
+  std::size_t weight_bytes() const override { return layers_.weight_bytes(); }
+  bool uses_products() const override { return false; }
   void encode(const float* image, float* latents, int batch, int height, int width,
-              std::byte* workspace, cudaStream_t stream) const;
-  // The same from pixels uint8 [batch, height, width, 3].
+              std::byte* workspace, const Ops& ops) const override;
   void encode_uint8(const std::uint8_t* pixels, float* latents, int batch, int height, int width,
-                    std::byte* workspace, cudaStream_t stream) const;
+                    std::byte* workspace, const Ops& ops) const override;
 
  private:
   // `read` writes the i-th image as the input of the first convolution.

@@ -19,6 +19,8 @@
 #include "kernels/fused_gemm.h"
 #include "kernels/patchify.h"
 #include "models/reference.h"
+#include "models/vae.h"
+#include "ops/ops.h"
 #include "runtime/pipeline_detail.h"
 #include "weights/streamed_blocks.h"
 #include "weights/weights.h"
@@ -254,85 +256,91 @@ void Pipeline::evaluate(const float* latents, int latent_height, int latent_widt
 }
 
 // Decodes to values of T. `run` takes the latents, the output, the flag for values that are not
-// finite and a workspace, all on the device, and works on the side stream.
+// finite and a workspace, all on the device, and the stream to work on.
 template <typename T, typename Run>
-void Pipeline::decode_to(const float* latents, int batch, int latent_height, int latent_width,
-                         T* target, Run&& run) {
-  const TinyVaeDecoder& decoder = need(vae_decoder_, "tiny_vae_decoder");
+void Pipeline::decode_to(const std::string& module, const float* latents, int batch,
+                         int latent_height, int latent_width, T* target, Run&& run) {
+  const VaeDecoder& decoder = need(vae_decoders_, module);
   const std::size_t size = static_cast<std::size_t>(batch) * latent_height * latent_width;
-  const std::size_t in = size * latent_channels_, out = size * 3 * area(decoder);
-  const std::size_t work = decoder.workspace_bytes(batch, latent_height, latent_width);
+  const std::size_t in = size * decoder.latent_channels(), out = size * 3 * area(decoder);
+  const std::size_t work = decoder.workspace_bytes(latent_height, latent_width);
   Arena measure(nullptr);
   measure.take<float>(in), measure.take<T>(out), measure.take<int>(1), measure.take(work);
   Arena memory = arena(side_memory_, measure.used(), "decoding");
   float* const in_at = memory.take<float>(in);
   T* const out_at = memory.take<T>(out);
   int* const not_finite = memory.take<int>(1);
-  const StreamDrain drain(side_stream_);
-  ZRT_CUDA(cudaMemsetAsync(not_finite, 0, sizeof(int), side_stream_.get()));
-  upload_to(in_at, latents, in, side_stream_.get());
-  run(decoder, in_at, out_at, not_finite, memory.take(work));
-  read_back(target, out_at, out * sizeof(T), side_stream_);
-  if (read_flag(not_finite, side_stream_)) throw NotFiniteError("tiny_vae_decoder");
+  const Stream& stream = stream_of(decoder);
+  const StreamDrain drain(stream);
+  ZRT_CUDA(cudaMemsetAsync(not_finite, 0, sizeof(int), stream.get()));
+  upload_to(in_at, latents, in, stream.get());
+  run(decoder, in_at, out_at, not_finite, memory.take(work), ops(stream));
+  read_back(target, out_at, out * sizeof(T), stream);
+  if (read_flag(not_finite, stream)) throw NotFiniteError(module);
+  gemm_.save_cache();
 }
 
-void Pipeline::decode(const float* latents, int batch, int latent_height, int latent_width,
-                      float* image) {
+void Pipeline::decode(const std::string& module, const float* latents, int batch, int latent_height,
+                      int latent_width, float* image) {
   const PipelineLock lock(mutex_, options_.device);
-  decode_to(latents, batch, latent_height, latent_width, image,
-            [&](const TinyVaeDecoder& decoder, const float* in, float* out, int*, std::byte* work) {
-              decoder.decode(in, out, batch, latent_height, latent_width, work, side_stream_.get());
+  decode_to(module, latents, batch, latent_height, latent_width, image,
+            [&](const VaeDecoder& decoder, const float* in, float* out, int*, std::byte* work,
+                const Ops& run) {
+              decoder.decode(in, out, batch, latent_height, latent_width, work, run);
             });
 }
 
-void Pipeline::decode_pixels(const float* latents, int batch, int latent_height, int latent_width,
-                             std::uint8_t* pixels) {
+void Pipeline::decode_pixels(const std::string& module, const float* latents, int batch,
+                             int latent_height, int latent_width, std::uint8_t* pixels) {
   const PipelineLock lock(mutex_, options_.device);
-  decode_to(latents, batch, latent_height, latent_width, pixels,
-            [&](const TinyVaeDecoder& decoder, const float* in, std::uint8_t* out, int* not_finite,
-                std::byte* work) {
+  decode_to(module, latents, batch, latent_height, latent_width, pixels,
+            [&](const VaeDecoder& decoder, const float* in, std::uint8_t* out, int* not_finite,
+                std::byte* work, const Ops& run) {
               decoder.decode_uint8(in, out, not_finite, batch, latent_height, latent_width, work,
-                                   side_stream_.get());
+                                   run);
             });
 }
 
 // Encodes values of T. `run` takes the image, the latents and a workspace, all on the device, and
-// works on the side stream.
+// the stream to work on.
 template <typename T, typename Run>
-void Pipeline::encode_from(const T* source, int batch, int height, int width, float* latents,
-                           Run&& run) {
-  const TinyVaeEncoder& encoder = need(vae_encoder_, "tiny_vae_encoder");
+void Pipeline::encode_from(const std::string& module, const T* source, int batch, int height,
+                           int width, float* latents, Run&& run) {
+  const VaeEncoder& encoder = need(vae_encoders_, module);
+  check_image_size(encoder, height, width);
+  const int latent_height = height / encoder.factor(), latent_width = width / encoder.factor();
   const std::size_t in = static_cast<std::size_t>(batch) * 3 * height * width;
   const std::size_t out =
-      static_cast<std::size_t>(batch) * latent_channels_ * height * width / area(encoder);
-  const std::size_t work = encoder.workspace_bytes(batch, height, width);
+      static_cast<std::size_t>(batch) * encoder.latent_channels() * latent_height * latent_width;
+  const std::size_t work = encoder.workspace_bytes(latent_height, latent_width);
   Arena measure(nullptr);
   measure.take<T>(in), measure.take<float>(out), measure.take(work);
   Arena memory = arena(side_memory_, measure.used(), "encoding an image");
   T* const in_at = memory.take<T>(in);
   float* const out_at = memory.take<float>(out);
-  const StreamDrain drain(side_stream_);
-  upload_to(in_at, source, in, side_stream_.get());
-  run(encoder, in_at, out_at, memory.take(work));
-  read_back(latents, out_at, out * sizeof(float), side_stream_);
+  const Stream& stream = stream_of(encoder);
+  const StreamDrain drain(stream);
+  upload_to(in_at, source, in, stream.get());
+  run(encoder, in_at, out_at, memory.take(work), ops(stream));
+  read_back(latents, out_at, out * sizeof(float), stream);
+  gemm_.save_cache();
 }
 
-void Pipeline::encode_image(const float* image, int batch, int height, int width, float* latents) {
+void Pipeline::encode_image(const std::string& module, const float* image, int batch, int height,
+                            int width, float* latents) {
   const PipelineLock lock(mutex_, options_.device);
-  encode_from(image, batch, height, width, latents,
-              [&](const TinyVaeEncoder& encoder, const float* in, float* out, std::byte* work) {
-                encoder.encode(in, out, batch, height, width, work, side_stream_.get());
-              });
+  encode_from(module, image, batch, height, width, latents,
+              [&](const VaeEncoder& encoder, const float* in, float* out, std::byte* work,
+                  const Ops& run) { encoder.encode(in, out, batch, height, width, work, run); });
 }
 
-void Pipeline::encode_pixels(const std::uint8_t* pixels, int batch, int height, int width,
-                             float* latents) {
+void Pipeline::encode_pixels(const std::string& module, const std::uint8_t* pixels, int batch,
+                             int height, int width, float* latents) {
   const PipelineLock lock(mutex_, options_.device);
   encode_from(
-      pixels, batch, height, width, latents,
-      [&](const TinyVaeEncoder& encoder, const std::uint8_t* in, float* out, std::byte* work) {
-        encoder.encode_uint8(in, out, batch, height, width, work, side_stream_.get());
-      });
+      module, pixels, batch, height, width, latents,
+      [&](const VaeEncoder& encoder, const std::uint8_t* in, float* out, std::byte* work,
+          const Ops& run) { encoder.encode_uint8(in, out, batch, height, width, work, run); });
 }
 
 MemoryUse Pipeline::memory() {
@@ -340,6 +348,8 @@ MemoryUse Pipeline::memory() {
   MemoryUse use{};
   for (const auto& [module, weights] : weights_)
     if (weights->uploaded()) use.weights += weights->bytes();
+  for (const auto& [module, decoder] : vae_decoders_) use.weights += decoder->weight_bytes();
+  for (const auto& [module, encoder] : vae_encoders_) use.weights += encoder->weight_bytes();
   use.workspace = loop_memory_.bytes() + table_memory_.bytes() + side_memory_.bytes() +
                   gemm_.workspace_bytes() + fused_workspace_.bytes() + split_workspace_.bytes();
   use.graphs = graphs_.bytes() + prompt_graphs_.bytes();
@@ -355,10 +365,9 @@ Streaming Pipeline::streaming() {
   return {.layers = layers->streamed(), .host_bytes = layers->host_bytes()};
 }
 
-int Pipeline::vae_factor() const {
-  if (vae_decoder_) return vae_decoder_->factor();
-  if (vae_encoder_) return vae_encoder_->factor();
-  throw std::runtime_error("no VAE was loaded");
+const Vae& Pipeline::vae(const std::string& module) const {
+  if (vae_decoders_.count(module) != 0) return *vae_decoders_.at(module);
+  return need(vae_encoders_, module);
 }
 
 int Pipeline::control_channels() const {

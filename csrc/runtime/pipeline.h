@@ -16,9 +16,11 @@
 #include "device/arena.h"
 #include "device/device.h"
 #include "models/controlnet.h"
+#include "models/full_vae.h"
 #include "models/text_encoder.h"
 #include "models/tiny_vae.h"
 #include "models/transformer.h"
+#include "models/vae.h"
 #include "ops/cublaslt_gemm.h"
 #include "ops/cudnn_attention.h"
 #include "ops/ops.h"
@@ -57,8 +59,8 @@ struct Conditioning {
   std::optional<Control> control;
 };
 
-using ModuleConfig =
-    std::variant<TextEncoderConfig, TransformerConfig, ControlNetConfig, TinyVaeConfig>;
+using ModuleConfig = std::variant<TextEncoderConfig, TransformerConfig, ControlNetConfig,
+                                  TinyVaeConfig, FullVaeConfig>;
 
 // Seconds on the device.
 struct SampleTimes {
@@ -105,32 +107,40 @@ class Pipeline {
   void evaluate(const float* latents, int latent_height, int latent_width, float timestep,
                 const float* contexts, const std::vector<int>& context_tokens,
                 const std::optional<Control>& control, float* noise_pred);
-  void decode(const float* latents, int batch, int latent_height, int latent_width, float* image);
-  void decode_pixels(const float* latents, int batch, int latent_height, int latent_width,
-                     std::uint8_t* pixels);
-  void encode_image(const float* image, int batch, int height, int width, float* latents);
+  // `module` is a VAE's decoder, such as "tiny_vae_decoder".
+  void decode(const std::string& module, const float* latents, int batch, int latent_height,
+              int latent_width, float* image);
+  void decode_pixels(const std::string& module, const float* latents, int batch, int latent_height,
+                     int latent_width, std::uint8_t* pixels);
+  // `module` is a VAE's encoder.
+  void encode_image(const std::string& module, const float* image, int batch, int height, int width,
+                    float* latents);
   // The same from pixels [batch, height, width, 3].
-  void encode_pixels(const std::uint8_t* pixels, int batch, int height, int width, float* latents);
+  void encode_pixels(const std::string& module, const std::uint8_t* pixels, int batch, int height,
+                     int width, float* latents);
 
   // Text encoder and context refiner in one: context [padded_tokens(tokens), dim].
   void context(const std::int64_t* input_ids, int tokens, float* context);
-  // The sampler loop and, unless `pixels` [batch, height, width, 3] is null, the decoder. The
+  // The sampler loop and, unless `pixels` [batch, height, width, 3] is null, `decoder`. The
   // callback of a step runs while the device computes the next step: stopping costs that step, and
   // a callback that reads no latents costs nothing. Returns false if the callback stopped the loop;
   // the latents are then those of its step.
-  bool sample(const SampleJob& job, const Conditioning& conditioning, std::uint8_t* pixels,
-              SampleTimes& times);
+  bool sample(const SampleJob& job, const Conditioning& conditioning, const std::string& decoder,
+              std::uint8_t* pixels, SampleTimes& times);
 
   // Milliseconds per run, on the device between two events, on random inputs.
   std::vector<float> time_evaluation(int latent_height, int latent_width,
                                      const std::vector<int>& context_tokens, int repeats);
   std::vector<float> time_text_encoder(int tokens, int repeats);
-  std::vector<float> time_decode(int latent_height, int latent_width, int repeats);
+  std::vector<float> time_decode(const std::string& module, int latent_height, int latent_width,
+                                 int repeats);
+  std::vector<float> time_encode(const std::string& module, int latent_height, int latent_width,
+                                 int repeats);
 
   MemoryUse memory();
   Streaming streaming();
-  int dim() const;               // of a context
-  int vae_factor() const;        // pixels per latent, in each direction
+  int dim() const;  // of a context
+  const Vae& vae(const std::string& module) const;
   int control_channels() const;  // of the latents of a control image
   int graph_count() const { return graphs_.count(); }
 
@@ -142,14 +152,20 @@ class Pipeline {
   enum class GraphKind { kStep, kGuidedStep, kDecode };
 
   explicit Pipeline(const PipelineOptions& options);  // on the current device
-  Ops ops() {
+  Ops ops() { return ops(stream_); }
+  Ops ops(const Stream& stream) {
     return {.gemm = gemm_,
             .cudnn = cudnn_.get(),
-            .stream = stream_.get(),
+            .stream = stream.get(),
             .fused_workspace = fused_workspace_.data(),
             .split_workspace = split_workspace_.data()};
   }
+  // The stream of a VAE outside of the loop.
+  const Stream& stream_of(const Vae& vae) const {
+    return vae.uses_products() ? stream_ : side_stream_;
+  }
   static const std::map<std::string, ModuleKind>& module_kinds();
+  static int module_index(const std::string& module);  // among all kinds of modules
   std::size_t used();
   void check_limit(std::size_t more, const std::string& purpose);
   void make_room();
@@ -158,10 +174,11 @@ class Pipeline {
   void with_text_encoder(const std::function<void()>& work);
   void run_text_encoder(const std::int64_t* input_ids, int tokens, const TextEncoder::Buffers& at);
   template <typename T, typename Run>
-  void decode_to(const float* latents, int batch, int latent_height, int latent_width, T* target,
-                 Run&& run);
+  void decode_to(const std::string& module, const float* latents, int batch, int latent_height,
+                 int latent_width, T* target, Run&& run);
   template <typename T, typename Run>
-  void encode_from(const T* source, int batch, int height, int width, float* latents, Run&& run);
+  void encode_from(const std::string& module, const T* source, int batch, int height, int width,
+                   float* latents, Run&& run);
   void read_back(void* target, const void* source, std::size_t bytes, const Stream& stream);
   std::vector<float> time(int repeats, const std::function<void()>& work);
 
@@ -184,23 +201,29 @@ class Pipeline {
     if (!module) throw std::runtime_error(std::string(name) + " was not loaded");
     return *module;
   }
+  template <typename Module>
+  static const Module& need(const std::map<std::string, std::unique_ptr<Module>>& modules,
+                            const std::string& name) {
+    const auto found = modules.find(name);
+    if (found == modules.end()) throw std::runtime_error(name + " was not loaded");
+    return *found->second;
+  }
 
   std::recursive_mutex mutex_;
   PipelineOptions options_;
   DeviceBuffer fused_workspace_;
   DeviceBuffer split_workspace_;  // for 8-bit matrices without fused products
   Stream stream_;
-  Stream side_stream_;  // of the VAE: a preview does not wait for the current step
+  Stream side_stream_;  // of the tiny VAE: a preview does not wait for the current step
   CublasLtGemm gemm_;
   std::unique_ptr<CudnnAttention> cudnn_;                    // null: not used
   std::map<std::string, std::unique_ptr<Weights>> weights_;  // of loaded modules
   std::optional<TextEncoder> text_encoder_;
   std::optional<ContextRefiner> context_refiner_;
   std::optional<Transformer> transformer_;
-  std::optional<ControlNet> controlnet_;  // refers to the transformer
-  std::optional<TinyVaeDecoder> vae_decoder_;
-  std::optional<TinyVaeEncoder> vae_encoder_;
-  int latent_channels_ = 0;
+  std::optional<ControlNet> controlnet_;                             // refers to the transformer
+  std::map<std::string, std::unique_ptr<VaeDecoder>> vae_decoders_;  // by module
+  std::map<std::string, std::unique_ptr<VaeEncoder>> vae_encoders_;
   DeviceBuffer loop_memory_;   // of the sampler loop; graphs hold its addresses
   DeviceBuffer table_memory_;  // of the sampler loop, not used by graphs
   // Of everything else, such as a preview during a loop; prompt_graphs_ hold its addresses.

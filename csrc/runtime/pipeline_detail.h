@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
+#include <string>
 
 #include "cpu/sampler.h"
 #include "device/check.h"
@@ -33,8 +34,9 @@ class PipelineLock {
 struct Pipeline::Request {
   const SampleJob& job;
   const Conditioning& conditioning;
-  SampleShape shape;     // with the negative samples, if any evaluation is guided
-  std::uint8_t* pixels;  // null: not decoded
+  SampleShape shape;           // with the negative samples, if any evaluation is guided
+  const std::string& decoder;  // the module that makes the pixels
+  std::uint8_t* pixels;        // null: not decoded
 };
 
 // The tensors of a request in loop_memory_, which captured kernels read and write.

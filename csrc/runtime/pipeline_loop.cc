@@ -19,8 +19,8 @@
 #include "kernels/copy_rows.h"
 #include "kernels/sampler_update.h"
 #include "models/controlnet.h"
-#include "models/tiny_vae.h"
 #include "models/transformer.h"
+#include "models/vae.h"
 #include "ops/ops.h"
 #include "runtime/pipeline_detail.h"
 
@@ -74,11 +74,10 @@ Pipeline::SampleBuffers Pipeline::plan(const Request& request, Arena& memory) co
   }
   Arena shared = memory;
   if (request.pixels != nullptr) {
-    at.pixels =
-        shared.take<std::uint8_t>(batch * 3 * grid.height * grid.width * area(*vae_decoder_));
+    const VaeDecoder& decoder = need(vae_decoders_, request.decoder);
+    at.pixels = shared.take<std::uint8_t>(batch * 3 * grid.height * grid.width * area(decoder));
     at.not_finite = shared.take<int>(1);
-    at.decoder =
-        shared.take(vae_decoder_->workspace_bytes(shape.latent_samples, grid.height, grid.width));
+    at.decoder = shared.take(decoder.workspace_bytes(grid.height, grid.width));
   }
   at.transformer = transformer_->plan(shape, memory);
   if (request.conditioning.control) at.control = controlnet_->plan(shape, memory);
@@ -207,7 +206,9 @@ void Pipeline::run_graph(const Request& request, GraphKind kind,
   const SampleShape& shape = request.shape;
   GraphCache::Key key = {static_cast<int>(kind), shape.latent_samples, shape.latent_height,
                          shape.latent_width, request.job.inpaint.has_value()};
-  if (kind != GraphKind::kDecode) {
+  if (kind == GraphKind::kDecode) {
+    key.push_back(module_index(request.decoder));
+  } else {
     key.push_back(request.job.guidance.normalization > 0.0f);
     key.push_back(request.conditioning.control.has_value());
     key.insert(key.end(), shape.context_tokens.begin(), shape.context_tokens.end());
@@ -240,9 +241,9 @@ void Pipeline::launch_decode(const Request& request, const SampleBuffers& at) {
   const SampleShape& shape = request.shape;
   if (request.pixels != nullptr)
     run_graph(request, GraphKind::kDecode, [&] {
-      vae_decoder_->decode_uint8(at.latents, at.pixels, at.not_finite, shape.latent_samples,
-                                 shape.latent_height, shape.latent_width, at.decoder,
-                                 stream_.get());
+      need(vae_decoders_, request.decoder)
+          .decode_uint8(at.latents, at.pixels, at.not_finite, shape.latent_samples,
+                        shape.latent_height, shape.latent_width, at.decoder, ops());
     });
   ZRT_CUDA(cudaEventRecord(decoded_.get(), stream_.get()));
 }
@@ -294,28 +295,30 @@ void Pipeline::read_result(const Request& request, const SampleBuffers& at) {
   const std::size_t values = job.shape.size();
   if (request.pixels != nullptr)
     read_back(request.pixels, at.pixels,
-              job.shape.batch * 3 * job.shape.area() * area(*vae_decoder_), stream_);
+              job.shape.batch * 3 * job.shape.area() * area(need(vae_decoders_, request.decoder)),
+              stream_);
   read_back(job.latents, at.latents, sizeof(float) * values, stream_);
   // If the latents are not finite the transformer is at fault, and the caller finds that in them.
   if (request.pixels != nullptr && read_flag(at.not_finite, stream_) &&
       std::all_of(job.latents, job.latents + values, [](float x) { return std::isfinite(x); }))
-    throw NotFiniteError("tiny_vae_decoder");
+    throw NotFiniteError(request.decoder);
 }
 
-bool Pipeline::sample(const SampleJob& job, const Conditioning& conditioning, std::uint8_t* pixels,
-                      SampleTimes& times) {
+bool Pipeline::sample(const SampleJob& job, const Conditioning& conditioning,
+                      const std::string& decoder, std::uint8_t* pixels, SampleTimes& times) {
   const PipelineLock lock(mutex_, options_.device);
   const int channels = need(transformer_, "transformer").config().in_channels;
   if (job.shape.channels != channels)
     throw std::invalid_argument("latents: expected " + std::to_string(channels) +
                                 " channels, got " + std::to_string(job.shape.channels));
-  if (pixels != nullptr) need(vae_decoder_, "tiny_vae_decoder");
+  if (pixels != nullptr) need(vae_decoders_, decoder);
   if (conditioning.control) need(controlnet_, "controlnet");
   if (job.steps.empty() || job.steps.back().ends == 0.0f)
     throw std::invalid_argument("steps: expected a last row that ends a step of the schedule");
   const Request request{.job = job,
                         .conditioning = conditioning,
                         .shape = shape_of(job, conditioning),
+                        .decoder = decoder,
                         .pixels = pixels};
   Arena size(nullptr);
   plan(request, size);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <stdexcept>
@@ -14,6 +15,7 @@
 #include "kernels/mma_gemm_8bit.h"
 #include "models/block.h"
 #include "models/controlnet.h"
+#include "models/full_vae.h"
 #include "models/text_encoder.h"
 #include "models/tiny_vae.h"
 #include "models/transformer.h"
@@ -44,7 +46,8 @@ struct Pipeline::ModuleKind {
   // Before the upload; may be null.
   void (*prepare)(Pipeline& pipeline, Weights& weights, const ModuleConfig& config);
   // Constructs the model, which refers to the weights; after an error there is none.
-  void (*construct)(Pipeline& pipeline, Weights& weights, const ModuleConfig& config);
+  void (*construct)(Pipeline& pipeline, const std::string& module, Weights& weights,
+                    const ModuleConfig& config);
 
   static void prepare_blocks(Pipeline&, Weights& weights, const ModuleConfig&) {
     transpose_block_matrices(weights);
@@ -63,22 +66,27 @@ struct Pipeline::ModuleKind {
   }
 
   template <auto kModel, typename Config>
-  static void emplace(Pipeline& self, Weights& weights, const ModuleConfig& config) {
+  static void emplace(Pipeline& self, const std::string&, Weights& weights,
+                      const ModuleConfig& config) {
     (self.*kModel).emplace(std::get<Config>(config), weights);
   }
 
-  template <auto kModel>
-  static void emplace_vae(Pipeline& self, Weights& weights, const ModuleConfig& config) {
-    emplace<kModel, TinyVaeConfig>(self, weights, config);
-    self.latent_channels_ = std::get<TinyVaeConfig>(config).latent_channels;
+  // `Model` packs its weights, so that the file's are needed no more.
+  template <typename Model, typename Config, auto kModels>
+  static void emplace_vae(Pipeline& self, const std::string& module, Weights& weights,
+                          const ModuleConfig& config) {
+    auto model = std::make_unique<Model>(std::get<Config>(config), weights);
+    (self.*kModels)[module] = std::move(model);
+    weights.release();
   }
 
   static void prepare_text_encoder(Pipeline& self, Weights& weights, const ModuleConfig&) {
     if (!self.options_.keep_text_encoder) TextEncoder::stream(weights);
   }
 
-  static void emplace_text_encoder(Pipeline& self, Weights& weights, const ModuleConfig& config) {
-    emplace<&Pipeline::text_encoder_, TextEncoderConfig>(self, weights, config);
+  static void emplace_text_encoder(Pipeline& self, const std::string& module, Weights& weights,
+                                   const ModuleConfig& config) {
+    emplace<&Pipeline::text_encoder_, TextEncoderConfig>(self, module, weights, config);
     if (!self.options_.keep_text_encoder) weights.release();
   }
 
@@ -87,7 +95,8 @@ struct Pipeline::ModuleKind {
     transpose_block_matrices(weights);
   }
 
-  static void emplace_controlnet(Pipeline& self, Weights& weights, const ModuleConfig& config) {
+  static void emplace_controlnet(Pipeline& self, const std::string&, Weights& weights,
+                                 const ModuleConfig& config) {
     self.controlnet_.emplace(std::get<ControlNetConfig>(config), weights, *self.transformer_);
   }
 };
@@ -119,14 +128,28 @@ const std::map<std::string, Pipeline::ModuleKind>& Pipeline::module_kinds() {
        {.weights = "the decoder's weights",
         .patchable = false,
         .prepare = nullptr,
-        .construct = Kind::emplace_vae<&Pipeline::vae_decoder_>}},
+        .construct = Kind::emplace_vae<TinyVaeDecoder, TinyVaeConfig, &Pipeline::vae_decoders_>}},
       {"tiny_vae_encoder",
        {.weights = "the encoder's weights",
         .patchable = false,
         .prepare = nullptr,
-        .construct = Kind::emplace_vae<&Pipeline::vae_encoder_>}},
+        .construct = Kind::emplace_vae<TinyVaeEncoder, TinyVaeConfig, &Pipeline::vae_encoders_>}},
+      {"full_vae_decoder",
+       {.weights = "the decoder's weights",
+        .patchable = false,
+        .prepare = nullptr,
+        .construct = Kind::emplace_vae<FullVaeDecoder, FullVaeConfig, &Pipeline::vae_decoders_>}},
+      {"full_vae_encoder",
+       {.weights = "the encoder's weights",
+        .patchable = false,
+        .prepare = nullptr,
+        .construct = Kind::emplace_vae<FullVaeEncoder, FullVaeConfig, &Pipeline::vae_encoders_>}},
   };
   return kinds;
+}
+
+int Pipeline::module_index(const std::string& module) {
+  return static_cast<int>(std::distance(module_kinds().begin(), module_kinds().find(module)));
 }
 
 void Pipeline::load(const std::string& module, std::unique_ptr<Weights> weights,
@@ -149,7 +172,7 @@ void Pipeline::load(const std::string& module, std::unique_ptr<Weights> weights,
   // a module.
   std::map<std::string, std::unique_ptr<Weights>> loaded;
   Weights& uploaded = *loaded.emplace(module, std::move(weights)).first->second;
-  kind.construct(*this, uploaded, config);
+  kind.construct(*this, module, uploaded, config);
   weights_.merge(loaded);
 }
 

@@ -4,12 +4,14 @@
 #include <cstdint>
 #include <functional>
 #include <numeric>
+#include <string>
 #include <vector>
 
 #include "cpu/rng.h"
 #include "device/arena.h"
 #include "device/check.h"
 #include "device/device.h"
+#include "models/vae.h"
 #include "runtime/graph_cache.h"
 #include "runtime/pipeline_detail.h"
 
@@ -97,17 +99,17 @@ std::vector<float> Pipeline::time_text_encoder(int tokens, int repeats) {
   return times;
 }
 
-std::vector<float> Pipeline::time_decode(int latent_height, int latent_width, int repeats) {
+std::vector<float> Pipeline::time_decode(const std::string& module, int latent_height,
+                                         int latent_width, int repeats) {
   const PipelineLock lock(mutex_, options_.device);
-  const TinyVaeDecoder& decoder = need(vae_decoder_, "tiny_vae_decoder");
-  const std::size_t count =
-      static_cast<std::size_t>(latent_channels_) * latent_height * latent_width;
-  const std::size_t work = decoder.workspace_bytes(1, latent_height, latent_width);
-  const std::size_t out =
-      static_cast<std::size_t>(3) * latent_height * latent_width * area(decoder);
-  Arena size(nullptr);
-  size.take<float>(count), size.take<std::uint8_t>(out), size.take<int>(1), size.take(work);
-  Arena memory = arena(side_memory_, size.used(), "decoding");
+  const VaeDecoder& decoder = need(vae_decoders_, module);
+  const std::size_t size = static_cast<std::size_t>(latent_height) * latent_width;
+  const std::size_t count = size * decoder.latent_channels(), out = 3 * size * area(decoder);
+  const std::size_t work = decoder.workspace_bytes(latent_height, latent_width);
+  Arena measure(nullptr);
+  measure.take<float>(count), measure.take<std::uint8_t>(out), measure.take<int>(1);
+  measure.take(work);
+  Arena memory = arena(side_memory_, measure.used(), "decoding");
   float* const latents = memory.take<float>(count);
   auto* const pixels = memory.take<std::uint8_t>(out);
   int* const not_finite = memory.take<int>(1);
@@ -116,7 +118,29 @@ std::vector<float> Pipeline::time_decode(int latent_height, int latent_width, in
   upload_to(latents, x.data(), count, stream_.get());
   return time(repeats, [&] {
     decoder.decode_uint8(latents, pixels, not_finite, 1, latent_height, latent_width, workspace,
-                         stream_.get());
+                         ops());
+  });
+}
+
+std::vector<float> Pipeline::time_encode(const std::string& module, int latent_height,
+                                         int latent_width, int repeats) {
+  const PipelineLock lock(mutex_, options_.device);
+  const VaeEncoder& encoder = need(vae_encoders_, module);
+  const std::size_t size = static_cast<std::size_t>(latent_height) * latent_width;
+  const std::size_t count = 3 * size * area(encoder), out = size * encoder.latent_channels();
+  const std::size_t work = encoder.workspace_bytes(latent_height, latent_width);
+  Arena measure(nullptr);
+  measure.take<std::uint8_t>(count), measure.take<float>(out), measure.take(work);
+  Arena memory = arena(side_memory_, measure.used(), "encoding an image");
+  auto* const pixels = memory.take<std::uint8_t>(count);
+  float* const latents = memory.take<float>(out);
+  std::byte* const workspace = memory.take(work);
+  std::vector<std::uint8_t> x(count);
+  for (std::size_t i = 0; i < count; ++i) x[i] = static_cast<std::uint8_t>(i * 2654435761u >> 24);
+  upload_to(pixels, x.data(), count, stream_.get());
+  return time(repeats, [&] {
+    encoder.encode_uint8(pixels, latents, 1, latent_height * encoder.factor(),
+                         latent_width * encoder.factor(), workspace, ops());
   });
 }
 

@@ -58,7 +58,8 @@ std::size_t readers() {
 
 }  // namespace
 
-Weights::Weights(const std::string& path, std::vector<WeightEntry> entries) : path_(path) {
+Weights::Weights(const std::string& path, std::vector<WeightEntry> entries, bool takes_fp32)
+    : path_(path) {
   for (WeightEntry& entry : entries) {
     const std::size_t bytes = TensorView{.dtype = entry.dtype, .shape = entry.shape}.bytes();
     check_storage(entry);
@@ -68,7 +69,7 @@ Weights::Weights(const std::string& path, std::vector<WeightEntry> entries) : pa
     const std::string name = place.entry.name;
     entries_.emplace(name, std::move(place));
   }
-  if (storage_ == DType::kFloat32)
+  if (is_fp32() && !takes_fp32)
     throw WeightError(path +
                       ": expected matrices in fp16 or bf16, got fp32 alone; export the "
                       "bundle again with --precision bf16");
@@ -85,6 +86,11 @@ Weights::Weights(const std::string& path, std::vector<WeightEntry> entries) : pa
   if (!whole) throw WeightError(path + ": the file is shorter than its header says");
   if (map == MAP_FAILED) throw std::runtime_error(path + ": " + std::strerror(errno));
   map_ = static_cast<const std::byte*>(map);
+}
+
+DType Weights::storage() const {
+  if (is_fp32()) throw WeightError(path_ + ": expected matrices in fp16 or bf16, got fp32 alone");
+  return storage_;
 }
 
 // Kernels compute a module in one format, which all 16-bit tensors must share.
@@ -226,7 +232,7 @@ TensorView Weights::get(const std::string& name, std::initializer_list<std::int6
 Matrix Weights::matrix(const std::string& name, int in, int out) const {
   const auto found = entries_.find(name);
   const bool quantized = found != entries_.end() && is_8bit(found->second.entry.dtype);
-  const TensorView view = get(name, {in, out}, quantized ? found->second.entry.dtype : storage_);
+  const TensorView view = get(name, {in, out}, quantized ? found->second.entry.dtype : storage());
   return {.data = view.data,
           .dtype = view.dtype,
           .layout = entries_.at(name).layout,

@@ -57,10 +57,10 @@ struct RangeError : std::runtime_error {
 // Matrices of blocks may also be streamed while they are used: see StreamedBlocks.
 class Weights {
  public:
-  // Throws WeightError if the file is shorter than an entry says, or if its 16-bit tensors are not
-  // all fp16 or all bf16; std::runtime_error if it cannot be mapped. 8-bit matrices have scales:
-  // `NAME_scale`, fp32 [out].
-  Weights(const std::string& path, std::vector<WeightEntry> entries);
+  // Throws WeightError if the file is shorter than an entry says, if its 16-bit tensors are not all
+  // fp16 or all bf16, or, unless `takes_fp32`, if it has none; std::runtime_error if it cannot be
+  // mapped. 8-bit matrices have scales: `NAME_scale`, fp32 [out].
+  Weights(const std::string& path, std::vector<WeightEntry> entries, bool takes_fp32 = false);
   // Says that 8-bit matrices of a multiple of kRotationColumns inputs are rotated, as
   // export/modeling/quantized.py stores them.
   void set_rotated() { rotated_ = true; }
@@ -127,8 +127,10 @@ class Weights {
   Rotation rotation(std::int64_t in) const {
     return rotated_ && in % kRotationColumns == 0 ? Rotation::kConvRot : Rotation::kNone;
   }
-  // The format of all matrices that do not have 8 bits: fp16 or bf16.
-  DType storage() const { return storage_; }
+  // The format of all matrices that do not have 8 bits: fp16 or bf16. Throws WeightError if there
+  // is none, because all are fp32.
+  DType storage() const;
+  bool is_fp32() const { return storage_ == DType::kFloat32; }
 
  private:
   struct Place {

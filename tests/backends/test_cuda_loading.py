@@ -22,7 +22,7 @@ from zimage_rt.errors import BundleMismatch
 
 pytestmark = pytest.mark.gpu
 cuda = require_gpu()
-from zimage_rt.backends.cuda import CudaPipeline, _tensors  # noqa: E402  it needs what was just required
+from zimage_rt.backends.cuda import CudaPipeline, weight_entries  # noqa: E402  it needs what was just required
 
 MODULES = ("text_encoder", "context_refiner", "transformer", "tiny_vae_decoder", "tiny_vae_encoder")
 
@@ -38,7 +38,7 @@ def load(pipeline: CudaPipeline, bundle: Path, module: str, change: Callable[[En
     """Load a module as the backend does, with each tensor's entry as `change` makes it."""
     spec = read_manifest(bundle).module(module)
     path = bundle / spec.weights
-    pipeline.native.load(module, str(path), [change(entry) for entry in _tensors(path)], dict(spec.config))
+    pipeline.native.load(module, str(path), [change(entry) for entry in weight_entries(path)], dict(spec.config))
 
 
 def outputs(pipeline: CudaPipeline, module: str) -> bytes:
@@ -134,8 +134,8 @@ def test_a_module_is_loaded_once(cuda_bundles):
     before = pipeline.memory()["weights"]
     with pytest.raises(cuda.ArgumentError, match="tiny_vae_decoder is loaded already"):
         load(pipeline, bundle, "tiny_vae_decoder")
-    with pytest.raises(cuda.ArgumentError, match="no program runs the module full_vae_decoder"):
-        pipeline.native.load("full_vae_decoder", "nowhere", [], {})
+    with pytest.raises(cuda.ArgumentError, match="no program runs the module huge_vae_decoder"):
+        pipeline.native.load("huge_vae_decoder", "nowhere", [], {})
     assert pipeline.memory()["weights"] == before
     assert outputs(pipeline, "tiny_vae_decoder") == drawn
 

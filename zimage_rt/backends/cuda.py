@@ -13,6 +13,7 @@ import numpy as np
 
 from .. import _core, checks
 from ..bundle.manifest import Manifest, ModuleSpec
+from ..bundle.modules import VAES, vae_decoder, vae_encoder
 from ..bundle.safetensors_file import TensorFile
 from ..errors import BackendUnavailable, BundleMismatch, LoraError, NotFinite, OutOfMemory, RequestError, ZImageError
 from ..not_finite import check_finite
@@ -30,7 +31,11 @@ except ImportError as error:
         "build it in the source folder with: ZIMAGE_RT_CUDA=ON pip install '.[cuda]'"
     ) from error
 
-MODELS = ("text_encoder", "context_refiner", "transformer", "controlnet", "tiny_vae_decoder", "tiny_vae_encoder")
+VAE_DECODERS, VAE_ENCODERS = tuple(map(vae_decoder, VAES)), tuple(map(vae_encoder, VAES))
+MODELS = ("text_encoder", "context_refiner", "transformer", "controlnet", *VAE_DECODERS, *VAE_ENCODERS)
+
+# Stored in fp32 in an fp16 bundle, because other backends overflow; computed in fp16: csrc/models/full_vae.h.
+FP32_MODELS = (vae_decoder("full"), vae_encoder("full"))
 
 # Read on the host, row by row: see csrc/models/text_encoder.h.
 HOST_TENSORS = ("embed_tokens.weight",)
@@ -169,9 +174,9 @@ class CudaPipeline:
         if name not in MODELS:
             raise BundleMismatch(
                 f"the cuda backend has no model for {name}; it runs: {', '.join(MODELS)}. "
-                "Ask for vae='tiny', or load the bundle with backend='onnxruntime'"
+                "Load the bundle with backend='onnxruntime'"
             )
-        if spec.precision == "fp32":
+        if spec.precision == "fp32" and name not in FP32_MODELS:
             raise BundleMismatch(
                 f"{name}: the cuda backend runs bf16, fp16, int8 and fp8, got fp32; "
                 "export the bundle with --precision bf16"
@@ -185,7 +190,7 @@ class CudaPipeline:
         self._check(name)
         path = self._bundle / spec.weights
         with _errors(f"loading {name}", BundleMismatch):
-            self.native.load(name, str(path), _tensors(path), dict(spec.config))
+            self.native.load(name, str(path), weight_entries(path), dict(spec.config))
         self._loaded.add(name)
 
     def patch(self, changes: Mapping[str, Sequence[Change]]) -> None:
@@ -214,18 +219,18 @@ class CudaPipeline:
 
     def sample(self, job: SampleJob) -> bool:
         """See `Pipeline`."""
-        return self._run(job, decode=False) is not None
+        return self._run(job, None) is not None
 
     def generate(self, job: SampleJob, vae: str) -> tuple[np.ndarray, dict[str, float]] | None:
         """See `Pipeline`. Each step is one CUDA graph, and `on_step` is called while the next one runs."""
-        self.load([f"{vae}_vae_decoder"])
-        return self._run(job, decode=True)
+        self.load([vae_decoder(vae)])
+        return self._run(job, vae_decoder(vae))
 
-    def _run(self, job: SampleJob, decode: bool) -> tuple[np.ndarray, dict[str, float]] | None:
+    def _run(self, job: SampleJob, decoder: str | None) -> tuple[np.ndarray, dict[str, float]] | None:
         name = "transformer" if job.conditioning.control is None else "controlnet"
         self.load([name])
         with _errors("drawing"):
-            result = self.native.sample(job, decode=decode)
+            result = self.native.sample(job, decoder=decoder)
         if result is None:
             return None
         check_finite(job.latents, name)
@@ -235,18 +240,18 @@ class CudaPipeline:
 
     def encode_image(self, images: np.ndarray, vae: str) -> np.ndarray:
         """See `Pipeline`."""
-        name = f"{vae}_vae_encoder"
+        name = vae_encoder(vae)
         self.load([name])
         with _errors("encoding an image"):
-            latents = self.native.encode_pixels(images, **_encoder_sizes(self._manifest.module(name)))
+            latents = self.native.encode_pixels(images, name)
         check_finite(latents, name)
         return latents
 
     def decode(self, latents: np.ndarray, vae: str) -> np.ndarray:
         """See `Pipeline`."""
-        self.load([f"{vae}_vae_decoder"])
+        self.load([vae_decoder(vae)])
         with _errors("decoding"):
-            return self.native.decode_pixels(latents)
+            return self.native.decode_pixels(latents, vae_decoder(vae))
 
     def time_evaluation(
         self, height: int, width: int, context_tokens: int, batch: int = 1, repeats: int = 20
@@ -266,12 +271,19 @@ class CudaPipeline:
         with _errors("timing"):
             return self.native.time_text_encoder(tokens, repeats)
 
-    def time_decode(self, height: int, width: int, repeats: int = 20) -> list[float]:
-        """Milliseconds of the tiny VAE's decoder, latents to uint8, on the device."""
-        self.load(["tiny_vae_decoder"])
+    def time_decode(self, height: int, width: int, repeats: int = 20, vae: str = "tiny") -> list[float]:
+        """Milliseconds of a VAE's decoder, latents to uint8, on the device."""
+        self.load([vae_decoder(vae)])
         factor = self._manifest.pipeline.vae_scale_factor
         with _errors("timing"):
-            return self.native.time_decode(height // factor, width // factor, repeats)
+            return self.native.time_decode(vae_decoder(vae), height // factor, width // factor, repeats)
+
+    def time_encode(self, height: int, width: int, repeats: int = 20, vae: str = "tiny") -> list[float]:
+        """Milliseconds of a VAE's encoder, uint8 to latents, on the device."""
+        self.load([vae_encoder(vae)])
+        factor = self._manifest.pipeline.vae_scale_factor
+        with _errors("timing"):
+            return self.native.time_encode(vae_encoder(vae), height // factor, width // factor, repeats)
 
     def close(self) -> None:
         """See `Pipeline`: weights, workspace and graphs are freed with the native pipeline."""
@@ -302,23 +314,14 @@ class CudaModule:
                 value = native.refine(inputs["prompt_embeds"])
             elif self._name in ("transformer", "controlnet"):
                 value = native.evaluate(**inputs)
-            elif self._name == "tiny_vae_decoder":
-                value = native.decode(inputs["latents"])
+            elif self._name in VAE_DECODERS:
+                value = native.decode(inputs["latents"], self._name)
             else:
-                value = native.encode_image(inputs["image"], **_encoder_sizes(self._spec))
+                value = native.encode_image(inputs["image"], self._name)
         return {self._spec.outputs[0].name: value}
 
 
-def _encoder_sizes(spec: ModuleSpec) -> dict[str, int]:
-    """The sizes of a VAE's encoder: channels of its latents, and the pixels of one of them in each direction."""
-    config = spec.config
-    return {
-        "latent_channels": config["latent_channels"],
-        "factor": 2 ** (len(config["encoder_block_out_channels"]) - 1),
-    }
-
-
-def _tensors(path: Path) -> list[tuple[str, str, list[int], int, bool]]:
+def weight_entries(path: Path) -> list[tuple[str, str, list[int], int, bool]]:
     """The tensors of a weight file: name, dtype, shape, offset in the file, whether it stays on the host."""
     file = TensorFile(path)
     return [
@@ -334,7 +337,7 @@ def _errors(doing: str, argument: type[ZImageError] = RequestError) -> Iterator[
         yield
     except _cuda.OutOfMemoryError as error:
         raise OutOfMemory(
-            f"{doing}: {error}; ask for a smaller image or batch, "
+            f"{doing}: {error}; ask for a smaller image or batch, for tiles with vae_tile=1024, "
             "or load the engine with backend_options={'text_encoder': 'host'}"
         ) from error
     except _cuda.HostMemoryError as error:

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..errors import BundleMismatch, ManifestError
 from .json_codec import from_json, parse_json, to_json
-from .modules import MODULES
+from .modules import MODULES, VAES, vae_decoder
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -281,6 +281,18 @@ class Manifest:
         """Sixteen hex digits that identify the bundle's content; any changed file or setting changes them."""
         canonical = json.dumps(to_json(self), sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    @property
+    def default_vae(self) -> str:
+        """The VAE of a request that names none: the tiny one if the bundle has it.
+
+        A bundle for the `cuda` backend alone, whose full VAE has neither a graph nor plans, takes the full one: its
+        images are those of diffusers, for a few hundredths of a second.
+        """
+        full = self.modules.get(vae_decoder("full"))
+        if full is not None and full.graph is None and not full.engines:
+            return "full"
+        return next((vae for vae in VAES if vae_decoder(vae) in self.modules), "tiny")
 
     def module(self, name: str) -> ModuleSpec:
         """The named module. Raises BundleMismatch, with the known names, if there is none."""

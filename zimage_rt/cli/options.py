@@ -76,7 +76,10 @@ REQUEST: Mapping[str, Shared] = {
             typer.Option(help="How much guidance follows the prompt's length and the step, from 0, not at all, to 1."),
         ],
         "vae": Annotated[
-            str | None, typer.Option(help="tiny (fast) or full. By default tiny, if the bundle has it, else full.")
+            str | None,
+            typer.Option(
+                help="tiny (fast) or full. By default tiny, but full if the bundle was exported for cuda with it."
+            ),
         ],
         "sampler": Annotated[
             str,

@@ -193,9 +193,9 @@ def _prompts(request: GenerateRequest, manifest: Manifest) -> tuple[tuple[str, .
 
 
 def resolve_vae(vae: Any, manifest: Manifest) -> str:
-    """The VAE of that name, or for None the bundle's first. Raises RequestError if the bundle does not have it."""
+    """The VAE of that name, or for None the bundle's default. Raises RequestError if the bundle does not have it."""
     if vae is None:
-        vae = next((v for v in VAES if vae_decoder(v) in manifest.modules), "tiny")
+        vae = manifest.default_vae
     if not isinstance(vae, str) or vae not in VAES:
         raise RequestError(f"vae: expected tiny or full, got {checks.shown(vae)}")
     if vae_decoder(vae) not in manifest.modules:

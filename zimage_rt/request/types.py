@@ -86,7 +86,7 @@ class GenerateRequest:
             the formula.
         seed: the first image's (image i gets seed + i), or one per image; random if None, and reported in the result.
         num_images: images per prompt.
-        vae: `tiny` or `full`.
+        vae: `tiny` or `full`; the default is the bundle's (`Manifest.default_vae`).
         latents: start from these, float32 `[batch, 16, height / 8, width / 8]`, instead of the seed's noise.
         sampler: a name of `samplers.SAMPLERS`; plain ones give ComfyUI's numbers, `diffusers_…` diffusers'.
         schedule: a name of `schedules.SCHEDULES`, named likewise; the default is Z-Image's own.
