@@ -3,13 +3,13 @@
 # and the table of benchmarks/README.md. Needs the package built with ZIMAGE_RT_CUDA=ON (CONTRIBUTING.md), about 60 GB of
 # disk and a device with 60 GB or more. By default all parts run except for `profile`.
 #
-#   tests/hardware/cuda_gpu.sh [OUT] [PART...]     parts: kernels engine sanitizer parity latency features profile
+#   tests/hardware/cuda_gpu.sh [OUT] [PART...]     parts: kernels engine sanitizer parity latency vae features profile
 set -uo pipefail
 
 root=$(cd "$(dirname "$0")/../.." && pwd)
 out=${1:-gpu-results}
 shift || true
-parts=${*:-kernels engine sanitizer parity latency features}
+parts=${*:-kernels engine sanitizer parity latency vae features}
 python=${PYTHON:-python3}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
@@ -27,8 +27,8 @@ run() {
   [[ $status -eq 0 ]] || failed+=("$name")
 }
 
-kernels=(tests/backends/test_cuda_elementwise.py tests/backends/test_cuda_samplers.py tests/backends/test_cuda_gemm.py tests/backends/test_cuda_quantized.py tests/backends/test_cuda_attention.py tests/backends/test_cuda_conv.py)
-engine=(tests/backends/test_cuda_loading.py tests/backends/test_cuda_engine.py tests/backends/test_cuda_features.py tests/backends/test_cuda_controlnet.py tests/backends/test_cuda_streaming.py)
+kernels=(tests/backends/test_cuda_elementwise.py tests/backends/test_cuda_samplers.py tests/backends/test_cuda_gemm.py tests/backends/test_cuda_quantized.py tests/backends/test_cuda_attention.py tests/backends/test_cuda_conv.py tests/backends/test_cuda_full_vae_kernels.py)
+engine=(tests/backends/test_cuda_loading.py tests/backends/test_cuda_engine.py tests/backends/test_cuda_features.py tests/backends/test_cuda_controlnet.py tests/backends/test_cuda_full_vae.py tests/backends/test_cuda_streaming.py)
 pytest=("$python" -m pytest -q -p no:cacheprovider --tb=short)
 
 for part in $parts; do
@@ -50,6 +50,7 @@ for part in $parts; do
       ;;
     parity) run parity "$python" -m zimage_rt.benchmarks.full_size_parity --json "$out/parity.json" ;;
     latency) run latency "$python" -m zimage_rt.benchmarks.latency --device cuda --json "$out/h200.json" ;;
+    vae) run vae "$python" -m zimage_rt.benchmarks.full_vae --portable --json "$out/full-vae.json" ;;
     features)
       bundle=${BUNDLE:-/tmp/zimage-random-bundles/full-bf16}  # what `latency` wrote
       run features "$python" -m zimage_rt.benchmarks.feature_cost "$bundle" --backend cuda --size 1024 \
