@@ -101,6 +101,23 @@ def test_an_empty_prompt_goes_with_guidance_or_an_image(fields: dict) -> None:
 
 
 @pytest.mark.parametrize(
+    ("decoders", "graph", "drawn"),
+    [
+        (["tiny", "full"], "t.onnx", "tiny"),
+        (["tiny", "full"], None, "full"),  # exported for the cuda backend
+        (["tiny"], None, "tiny"),
+        (["full"], "t.onnx", "full"),
+    ],
+)
+def test_the_vae_of_a_request_that_names_none(decoders: list[str], graph: str | None, drawn: str) -> None:
+    base = manifest()
+    module = dataclasses.replace(base.modules["t"], graph=graph)
+    bundle = dataclasses.replace(base, modules={f"{vae}_vae_decoder": module for vae in decoders})
+    assert resolve(GenerateRequest("a"), bundle).vae == drawn
+    assert resolve(GenerateRequest("a", vae=decoders[0]), bundle).vae == decoders[0]
+
+
+@pytest.mark.parametrize(
     ("size", "taken"), [(250, 256), (247, 240), (248, 240), (256, 256), (66, 64), (60, 64), (513, 512)]
 )
 def test_the_nearest_size_is_taken_on_request(size: int, taken: int) -> None:
