@@ -164,6 +164,17 @@ def _quality(pipeline: _cuda.Pipeline, vae: diffusers.AutoencoderKL, half: diffu
     }
 
 
+def _kernels(pipeline: _cuda.Pipeline, size: int) -> list[str]:
+    """Our decoder's kernels in their order, each with its microseconds, launched one by one."""
+    latents = np.random.default_rng(0).standard_normal((1, 16, size // FACTOR, size // FACTOR), np.float32)
+    pipeline.decode_pixels(latents, DECODER)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        pipeline.decode_pixels(latents, DECODER)
+        torch.cuda.synchronize()
+    events = sorted((event for event in profile.events() or []), key=lambda event: event.time_range.start)
+    return [f"{event.time_range.elapsed_us():9.1f} {event.name[:120]}" for event in events]
+
+
 def measure(size: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """All numbers of one size."""
     side = size // FACTOR
@@ -193,6 +204,8 @@ def measure(size: int, arguments: argparse.Namespace) -> dict[str, Any]:
         },
         "weights_megabytes": {"ours": weights / 1e6},
     }
+    if arguments.kernels:
+        result["kernels"] = _kernels(ours, size)
     if not arguments.no_quality:
         del systems, runs
         result["decibels"] = _quality(ours, vae, half, size)
@@ -207,6 +220,7 @@ def main() -> None:
     parser.add_argument("--compile", default="max-autotune-no-cudagraphs", help="mode of torch.compile; '' for none")
     parser.add_argument("--portable", action="store_true", help="also time the kernels of other GPUs")
     parser.add_argument("--no-quality", action="store_true", help="leave out the comparison with fp32")
+    parser.add_argument("--kernels", action="store_true", help="also list our decoder's kernels with their times")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="also write the result here")
