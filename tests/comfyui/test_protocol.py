@@ -291,6 +291,12 @@ def test_messages_come_in_comfyuis_order(comfy: Comfy) -> None:
     assert entry["meta"]["10"]["real_node_id"] == "10"
 
 
+def test_messages_are_not_compressed(comfy: Comfy) -> None:
+    # Node inflates on a thread: on a busy machine HTTP answers overtake compressed messages (test_clients_node.py).
+    with websocket(comfy) as socket:
+        assert "Sec-WebSocket-Extensions" not in socket.headers
+
+
 def test_only_its_client_hears_of_a_workflow(comfy: Comfy) -> None:
     with websocket(comfy, "mine") as mine, websocket(comfy, "other") as other:
         prompt_id = comfy.queue(small(51), client_id="mine")

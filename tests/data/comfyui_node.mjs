@@ -10,8 +10,11 @@ const fetched = async (address) => Buffer.from(await (await fetch(address)).arra
 
 async function saintno() {
   const { ComfyApi, CallWrapper, PromptBuilder } = await import("@saintno/comfyui-sdk");
-  const api = new ComfyApi(url, "saintno-client").init();
-  await api.waitForReady();
+  const api = new ComfyApi(url, "saintno-client");
+  // Version 0.3.1 says that it is ready before its websocket is open. A workflow that has ended when the first message
+  // arrives leaves it waiting for ever: it looks into the history and forgets whom to tell.
+  const opened = new Promise((resolve) => api.on("status", resolve));
+  await Promise.all([api.init().waitForReady(), opened]);
   const run = async (graph, inputs) => {
     let builder = new PromptBuilder(graph, Object.keys(inputs), ["images"]).setOutputNode("images", "10");
     // Each call gives another builder.

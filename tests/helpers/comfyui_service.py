@@ -190,10 +190,12 @@ class Messages:
     Attributes:
         sid: the client's id, as the service says it.
         first: the message that the service sends at once.
+        headers: of the answer that opens it.
     """
 
     def __init__(self, connection: Any) -> None:
         self._connection = connection
+        self.headers = connection.response.headers
         self.first = self.read()
         assert isinstance(self.first, dict) and self.first["type"] == "status"
         self.sid = self.first["data"]["sid"]

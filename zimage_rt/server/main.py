@@ -73,6 +73,9 @@ def run(config: ServiceConfig, tell: Callable[[str], None]) -> None:
             log_level="warning",
             log_config=None,  # its warnings go where ours go, in their format
             access_log=False,
+            # Node's clients inflate every message on a thread, and hear of a workflow's end over HTTP before that: one
+            # of them then waits for ever for the messages that it no longer listens for.
+            ws_per_message_deflate=False,
             # Longer than the idle time of clients and proxies: who closes first is sure that nothing is on its way.
             timeout_keep_alive=75,
             # The service has drained before uvicorn ends: what is left are answers on their way.
