@@ -16,7 +16,7 @@ from ..sampling.samplers import SAMPLERS
 from ..sampling.schedules import SCHEDULES, denoise_sigmas, schedule_sigmas
 from .graph import WorkflowError
 from .resize import resize
-from .values import Guider, Latent, Noise
+from .values import Guider, Latent, Noise, repeated
 
 # The samplers and schedules that give ComfyUI's numbers.
 SAMPLER_NAMES = tuple(name for name, sampler in SAMPLERS.items() if sampler.source in ("ComfyUI", "both"))
@@ -139,7 +139,4 @@ def _latent_mask(latent: Latent, noise: np.ndarray, sampler: str, seed: int) -> 
         noise = randn((seed + 1) % 2**64, list(latent.samples.shape))
     batch, _, height, width = latent.samples.shape
     mask = resize(latent.mask[:, None], height, width, "bilinear")
-    if len(mask) not in (1, batch):
-        mask = mask[np.arange(batch) % len(mask)]
-    mask = np.ascontiguousarray(np.broadcast_to(mask, (batch, 1, height, width)))
-    return Inpaint(mask, latent.samples, noise)
+    return Inpaint(repeated(mask, batch), latent.samples, noise)

@@ -112,6 +112,11 @@ def with_vae_samples(latent: Latent, samples: np.ndarray) -> Latent:
     return dataclasses.replace(latent, samples=np.ascontiguousarray(found, np.float32))
 
 
+def repeated(array: np.ndarray, count: int) -> np.ndarray:
+    """The first `count` of a batch, begun again if it has fewer."""
+    return array if len(array) == count else array[np.arange(count) % len(array)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Noise:
     """NOISE: that of a seed, or none if `seed` is None."""

@@ -11,6 +11,7 @@ from ..inputs import Choice, Whole
 from ..registry import node
 from ..resize import check_numbers, resize, resize_images
 from ..run import Run
+from ..values import repeated
 from .dynamic import filled, growing_node
 from .images import MaybeImage
 from .latents import centre
@@ -246,11 +247,6 @@ def sized(array: np.ndarray, axis: int, height: int, width: int, method: str, cr
     if method == "lanczos" and array.shape[3] == 1:  # Pillow has no image of three axes with one channel
         return resize_images(np.repeat(array, 3, axis=3), height, width, method)[..., :1]
     return resize_images(array, height, width, method)
-
-
-def repeated(array: np.ndarray, count: int) -> np.ndarray:
-    """The first `count` of a batch, begun again if it has fewer."""
-    return array if len(array) == count else array[np.arange(count) % len(array)]
 
 
 def _distance(size: int, before: int, after: int) -> np.ndarray:

@@ -16,8 +16,8 @@ from ..inputs import Choice, Number, Whole
 from ..registry import node
 from ..resize import check_numbers
 from ..run import Run
-from ..values import Latent, in_vae_space, with_vae_samples
-from .compose import FLIPS, ROTATIONS, composite, repeated, sized
+from ..values import Latent, in_vae_space, repeated, with_vae_samples
+from .compose import FLIPS, ROTATIONS, composite, sized
 from .dynamic import filled, growing_node
 from .latents import FACTOR
 from .masks import MaybeMask

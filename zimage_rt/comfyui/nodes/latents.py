@@ -13,7 +13,7 @@ from ..inputs import Whole
 from ..registry import node
 from ..resize import check_numbers, resize
 from ..run import Run
-from ..values import Latent, Vae, in_vae_space, with_vae_samples
+from ..values import Latent, Vae, in_vae_space, repeated, with_vae_samples
 from .sockets import MAX_SIZE, Batch, Crop, Factor, ImageIn, LatentIn, LatentMethod, MaskIn, VaeIn
 
 # Pixels per latent, and channels of Z-Image's latents.
@@ -134,7 +134,7 @@ def from_batch(
     part = slice(first, first + min(length, count - first))
     mask = samples.mask
     if mask is not None and len(mask) > 1:
-        mask = mask[np.arange(count) % len(mask)][part]
+        mask = repeated(mask, count)[part]
     places = (samples.batch_index or tuple(range(count)))[part]
     return (Latent(samples.samples[part], mask, places),)
 
@@ -146,7 +146,7 @@ def repeat(run: Run, samples: LatentIn, amount: Annotated[int, Whole(1, 64)] = 1
     mask, places = samples.mask, samples.batch_index
     check_numbers("amount", amount, *samples.samples.shape)
     if mask is not None and len(mask) > 1:
-        mask = np.tile(mask[np.arange(len(samples.samples)) % len(mask)], (amount, 1, 1))
+        mask = np.tile(repeated(mask, len(samples.samples)), (amount, 1, 1))
     if places is not None:
         offset = max(places) - min(places) + 1
         places = tuple(place + round_ * offset for round_ in range(amount) for place in places)
