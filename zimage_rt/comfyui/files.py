@@ -11,6 +11,8 @@ from .inputs import InputError
 
 # Endings of the files that ComfyUI lists in its loaders, and that of ComfyUI-GGUF.
 EXTENSIONS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
+# ComfyUI's older names of folders.
+FORMER_FOLDERS: Mapping[str, str] = {"unet": "diffusion_models", "clip": "text_encoders"}
 # Names of files that a message lists.
 MAX_LISTED = 60
 

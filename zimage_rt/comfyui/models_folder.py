@@ -10,7 +10,7 @@ from typing import Any
 from ..bundle.manifest import Manifest
 from ..bundle.modules import vae_decoder
 from .articles import as_meant
-from .files import EXTENSIONS, FolderFiles, find_file, list_files, relative_name, there
+from .files import EXTENSIONS, FORMER_FOLDERS, FolderFiles, find_file, list_files, relative_name, there
 from .graph import Graph
 from .inputs import InputError
 from .kept_bundles import Ingredients, KeptBundles, Tell, state
@@ -39,7 +39,6 @@ FOLDERS: Mapping[str, Sequence[str]] = {
     "controlnet": ("controlnet", "t2i_adapter"),
     "upscale_models": ("upscale_models",),
 }
-OLD_NAMES = {"unet": "diffusion_models", "clip": "text_encoders"}
 # The VAE that ComfyUI lists if `vae_approx` has its two files.
 TAEF1, PAIR = "taef1", "taef1_encoder and taef1_decoder (.safetensors or .pth)"
 FULL, TINY = vae_decoder("full"), vae_decoder("tiny")
@@ -66,7 +65,7 @@ class ModelsFolder:
 
     def folders(self, name: str) -> tuple[Path, ...]:
         """Where the files of one of ComfyUI's folders lie."""
-        return tuple(self.folder / each for each in FOLDERS.get(OLD_NAMES.get(name, name), ()))
+        return tuple(self.folder / each for each in FOLDERS.get(FORMER_FOLDERS.get(name, name), ()))
 
     def list(self, name: str) -> Sequence[str]:
         """The files of one of ComfyUI's folders, relative to it and sorted, as its loaders offer them."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from ...bundle.manifest import Manifest
-from ...comfyui.files import find_file
+from ...comfyui.files import FORMER_FOLDERS, find_file
 from ...comfyui.graph import Graph
 from ...comfyui.inputs import File, InputError
 from ...comfyui.registry import NODES
@@ -24,8 +24,6 @@ TRANSFORMERS: Mapping[str, tuple[str, ...]] = {
 TEXT_ENCODERS = ("qwen_3_4b.safetensors", "qwen_3_4b_fp8_mixed.safetensors")
 VAES, TINY_VAES = ("ae.safetensors",), ("taef1", "taef1.safetensors")
 PATCHES = ("Z-Image-Turbo-Fun-Controlnet-Union.safetensors", "Z-Image-Turbo-Fun-Controlnet-Union-2.1.safetensors")
-# ComfyUI's older names of folders.
-FORMER_FOLDERS: Mapping[str, str] = {"unet": "diffusion_models", "clip": "text_encoders"}
 # What a text encoder that every model has stands for: that of the model that it meets.
 ANY_MODEL = "*"
 TRANSFORMER_FOLDERS = ("diffusion_models", "checkpoints")
