@@ -41,17 +41,14 @@ class FolderFiles:
 
     def bundle(self, folder: str, name: str) -> str:
         """See `Files`."""
-        path = PurePosixPath(name.replace("\\", "/"))
-        for key in (name, path.name, path.stem):
-            if key in self._bundles:
-                return self._bundles[key]
-        if self._default is None:
+        found = named(self._bundles, name) or self._default
+        if found is None:
             known = ", ".join(self._bundles) or "none"
             raise InputError(
                 "value_not_in_list",
                 f"no bundle stands for {name!r} of {folder}; there are: {known}. Add -b FILE=BUNDLE",
             )
-        return self._default
+        return found
 
     def lora(self, name: str) -> Path:
         """See `Files`."""
@@ -78,6 +75,12 @@ class FolderFiles:
             where = "name their folder with --upscalers" if self._upscalers is None else there(self._upscalers)
             raise InputError("value_not_in_list", f"there is no upscale model {shown(name)}: {where}")
         return found
+
+
+def named(bundles: Mapping[str, str], file: str) -> str | None:
+    """The bundle that stands for a file, by its name as it is, without folder, or without ending too; None if none."""
+    path = PurePosixPath(file.replace("\\", "/"))
+    return next((bundles[key] for key in (file, path.name, path.stem) if key in bundles), None)
 
 
 def plain_name(name: str) -> str:

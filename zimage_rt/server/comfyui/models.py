@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from ...bundle.manifest import Manifest
-from ...comfyui.files import FORMER_FOLDERS, find_file
+from ...comfyui.files import FORMER_FOLDERS, find_file, named
 from ...comfyui.graph import Graph
 from ...comfyui.inputs import File, InputError
 from ...comfyui.registry import NODES
@@ -76,12 +76,11 @@ class ModelFiles:
     def model(self, folder: str, name: str) -> str:
         """The model that a file stands for. Raises InputError."""
         names = self._names[folder]
-        path = PurePosixPath(name.replace("\\", "/"))
-        for key in (name, path.name, path.stem):
-            if key in names:
-                return names[key]
-        listed = ", ".join(list(names)[:20]) or "none"
-        raise InputError("value_not_in_list", f"there is no {name!r} here; there are: {listed} (comfyui.files)")
+        found = named(names, name)
+        if found is None:
+            listed = ", ".join(list(names)[:20]) or "none"
+            raise InputError("value_not_in_list", f"there is no {name!r} here; there are: {listed} (comfyui.files)")
+        return found
 
 
 class WorkflowFiles:
