@@ -12,14 +12,13 @@ from ..registry import node
 from ..resize import check_numbers, resize, resize_images
 from ..run import Run
 from ..values import repeated
-from .dynamic import filled, growing_node
+from .dynamic import MAX_BATCHES, filled, growing_node
 from .images import MaybeImage
 from .latents import centre
 from .masks import MaybeMask
 from .sockets import MAX_SIZE, Batch, ImageIn, Pixels, YesNo
 
 Side = Annotated[int, Whole(1, MAX_SIZE)]
-MAX_GROUP = 50
 COLOURS = {"white": (1, 1, 1), "black": (0, 0, 0), "red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1)}
 ROTATIONS = ("none", "90 degrees", "180 degrees", "270 degrees")
 FLIPS = ("x-axis: vertically", "y-axis: horizontally")
@@ -96,7 +95,7 @@ def repeat(run: Run, image: ImageIn, amount: Batch = 1) -> tuple[Any, ...]:
     return (np.tile(image, (amount, 1, 1, 1)),)
 
 
-@growing_node("BatchImagesNode", "IMAGE", category="image/batch", names=[f"image{at}" for at in range(MAX_GROUP)])
+@growing_node("BatchImagesNode", "IMAGE", category="image/batch", names=[f"image{at}" for at in range(MAX_BATCHES)])
 def batch_images(run: Run, **images: ImageIn) -> tuple[Any, ...]:
     """Batches as one; each gets the first one's size."""
     del run

@@ -10,6 +10,9 @@ from typing import Annotated, Any, TypeVar
 from ..inputs import Choice, InputError, Socket, Spec
 from ..registry import ANY, NODES, Input, node
 
+# Inputs of a node that joins batches.
+MAX_BATCHES = 50
+
 Function = TypeVar("Function", bound=Callable[..., tuple[Any, ...]])
 
 

@@ -18,12 +18,11 @@ from ..resize import check_numbers
 from ..run import Run
 from ..values import Latent, in_vae_space, repeated, with_vae_samples
 from .compose import FLIPS, ROTATIONS, composite, sized
-from .dynamic import filled, growing_node
+from .dynamic import MAX_BATCHES, filled, growing_node
 from .latents import FACTOR
 from .masks import MaybeMask
 from .sockets import MAX_SIZE, LatentIn, Pixels, Share, YesNo
 
-MAX_GROUP = 50
 LatentSide = Annotated[int, Whole(64, MAX_SIZE)]
 
 
@@ -145,7 +144,7 @@ def batch(run: Run, samples1: LatentIn, samples2: LatentIn) -> tuple[Any, ...]:
     return (_batched([samples1, samples2]),)
 
 
-@growing_node("BatchLatentsNode", "LATENT", category="latent/batch", names=[f"latent{at}" for at in range(MAX_GROUP)])
+@growing_node("BatchLatentsNode", "LATENT", category="latent/batch", names=[f"latent{at}" for at in range(MAX_BATCHES)])
 def batch_all(run: Run, **latents: LatentIn) -> tuple[Any, ...]:
     """Batches as one; see LatentBatch."""
     del run

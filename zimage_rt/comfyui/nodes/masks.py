@@ -11,7 +11,7 @@ from ..inputs import Choice, Socket, Whole
 from ..registry import node
 from ..resize import check_numbers, resize, to_8_bits
 from ..run import Made, Run
-from .dynamic import filled, growing_node
+from .dynamic import MAX_BATCHES, filled, growing_node
 from .latents import centre
 from .sockets import MAX_SIZE, ImageIn, MaskIn, Pixels, Share, YesNo
 
@@ -19,7 +19,6 @@ from .sockets import MAX_SIZE, ImageIn, MaskIn, Pixels, Share, YesNo
 TELL_STEPS = 64
 COLOURS = ("red", "green", "blue", "alpha")
 OPERATIONS = ("multiply", "add", "subtract", "and", "or", "xor")
-MAX_GROUP = 50
 MaybeMask = Annotated[np.ndarray | None, Socket("MASK")]
 Side = Annotated[int, Whole(1, MAX_SIZE)]
 
@@ -149,7 +148,7 @@ def of_colour(run: Run, image: ImageIn, color: Annotated[int, Whole(0, 0xFFFFFF)
     return ((pixels == wanted).all(axis=-1).astype(np.float32),)
 
 
-@growing_node("BatchMasksNode", "MASK", category="mask", names=[f"mask{at}" for at in range(MAX_GROUP)])
+@growing_node("BatchMasksNode", "MASK", category="mask", names=[f"mask{at}" for at in range(MAX_BATCHES)])
 def batch_masks(run: Run, **masks: MaskIn) -> tuple[Any, ...]:
     """Masks as one batch; each gets the first one's size."""
     del run
