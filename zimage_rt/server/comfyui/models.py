@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from ...bundle.manifest import Manifest
-from ...comfyui.files import FORMER_FOLDERS, find_file, named
+from ...comfyui.files import FORMER_FOLDERS, named
 from ...comfyui.graph import Graph
 from ...comfyui.inputs import File, InputError
 from ...comfyui.registry import NODES
 from ..config import ServiceConfig
 from .folders import OwnerFolder
 from .lora_files import find_lora, list_loras
+from .upscaler_files import find_upscaler, list_upscalers
 
 # The files that ComfyUI's templates and Comfy-Org's repositories have for Z-Image, by the role of the model.
 TRANSFORMERS: Mapping[str, tuple[str, ...]] = {
@@ -27,7 +28,6 @@ PATCHES = ("Z-Image-Turbo-Fun-Controlnet-Union.safetensors", "Z-Image-Turbo-Fun-
 # What a text encoder that every model has stands for: that of the model that it meets.
 ANY_MODEL = "*"
 TRANSFORMER_FOLDERS = ("diffusion_models", "checkpoints")
-UPSCALER_SUFFIXES = (".pth", ".pt", ".safetensors", ".sft")
 
 
 class ModelFiles:
@@ -65,7 +65,7 @@ class ModelFiles:
         if folder == "loras":
             return list_loras(self._config)
         if folder == "upscale_models":
-            return _upscalers(self._config)
+            return list_upscalers(self._config)
         return list(self._names.get(folder, ()))
 
     def has(self, folder: str, name: str, model: str) -> bool:
@@ -120,12 +120,7 @@ class WorkflowFiles:
 
     def upscaler(self, name: str) -> Path:
         """See `Files`."""
-        folder = self._config.comfyui.upscalers
-        found = find_file(name, () if folder is None else (Path(folder),))
-        if found is None:
-            listed = ", ".join(_upscalers(self._config)) or "none"
-            raise InputError("value_not_in_list", f"there is no upscale model {name!r}; there are: {listed}")
-        return found
+        return find_upscaler(self._config, name)
 
     def _main_model(self, graph: Graph) -> str | None:
         """The model of the workflow's first transformer."""
@@ -137,11 +132,3 @@ class WorkflowFiles:
                     with contextlib.suppress(InputError):
                         return self._files.model(spec.folder, value)
         return None
-
-
-def _upscalers(config: ServiceConfig) -> list[str]:
-    folder = config.comfyui.upscalers
-    if folder is None or not Path(folder).is_dir():
-        return []
-    found = (path for path in Path(folder).rglob("*") if path.suffix.lower() in UPSCALER_SUFFIXES)
-    return sorted(path.relative_to(folder).as_posix() for path in found)

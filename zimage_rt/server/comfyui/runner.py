@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ...comfyui.execute import Cache, execute
-from ...comfyui.files import find_file
 from ...comfyui.graph import WorkflowError
 from ...comfyui.inputs import File, InputError
 from ...comfyui.plan import Plan
@@ -28,6 +27,7 @@ from ..safety import SafetyFilter, severest
 from ..workflow_task import Bounds, Task
 from .lora_files import find_lora
 from .models import ANY_MODEL
+from .upscaler_files import find_upscaler
 
 # Keys whose results of nodes a worker keeps, each of its last workflow.
 MAX_OWNERS = 8
@@ -63,11 +63,7 @@ class SentFiles:
 
     def upscaler(self, name: str) -> Path:
         """See `Files`."""
-        folder = self._config.comfyui.upscalers
-        found = find_file(name, () if folder is None else (Path(folder),))
-        if found is None:
-            raise InputError("value_not_in_list", f"there is no upscale model {name!r} (comfyui.upscalers)")
-        return found
+        return find_upscaler(self._config, name)
 
 
 class Kept:
