@@ -44,7 +44,7 @@ class ExportFailed(ZImageError):
 
 @dataclasses.dataclass(frozen=True)
 class Ingredients:
-    """What a bundle is exported from.
+    """The files that a bundle is exported from, and its recipe.
 
     Attributes:
         recipe: `checkpoint` and `parts`.

@@ -64,7 +64,7 @@ class ModelsFolder:
         self._backend = backend
 
     def folders(self, name: str) -> tuple[Path, ...]:
-        """Where the files of one of ComfyUI's folders lie."""
+        """The folders of the files that ComfyUI lists under one name."""
         return tuple(self.folder / each for each in FOLDERS.get(FORMER_FOLDERS.get(name, name), ()))
 
     def list(self, name: str) -> Sequence[str]:
@@ -96,7 +96,7 @@ class ModelsFolder:
     def ingredients(
         self, parts: Parts, own_parts: Mapping[str, Any], is_enough: Callable[[Manifest], bool] = lambda manifest: True
     ) -> Ingredients:
-        """What a bundle is exported from; tokenizer and tiny VAE are to be made beside the bundles.
+        """The files that a bundle is exported from; tokenizer and tiny VAE are to be made beside the bundles.
 
         Args:
             parts: the bundle's files.

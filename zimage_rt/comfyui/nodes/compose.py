@@ -1,4 +1,4 @@
-"""Images cut, padded, turned, put together, and drawn over each other."""
+"""Images cut, padded, rotated, put together, and drawn over each other."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def flip(run: Run, image: ImageIn, flip_method: Annotated[str, Choice(FLIPS)]) -
 
 @node("ImageRotate", "IMAGE", category="image/transform")
 def rotate(run: Run, image: ImageIn, rotation: Annotated[str, Choice(ROTATIONS)]) -> tuple[Any, ...]:
-    """An image turned clockwise."""
+    """An image rotated clockwise."""
     del run
     return (np.ascontiguousarray(np.rot90(image, ROTATIONS.index(rotation), (2, 1))),)
 
@@ -249,7 +249,7 @@ def sized(array: np.ndarray, axis: int, height: int, width: int, method: str, cr
 
 
 def _distance(size: int, before: int, after: int) -> np.ndarray:
-    """Of each place the distance to the nearer end that has a border; `size` if none has."""
+    """The distance of each place to the nearer end that has a border; `size` if none has."""
     places = np.arange(size)
     return np.minimum(places if before else size, size - places if after else size) + np.zeros(size, int)
 

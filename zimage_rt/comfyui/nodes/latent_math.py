@@ -1,4 +1,4 @@
-"""Latents added, mixed, cut, turned and put together.
+"""Latents added, mixed, cut, rotated and put together.
 
 ComfyUI does it in the VAE's space, where a model's latent `x` is `x / SCALE + SHIFT`. Sums and products there are
 others than the model's, so latents are taken there and back. A latent of zeros is zeros in both; see `values.Latent`.
@@ -131,7 +131,7 @@ def flip(run: Run, samples: LatentIn, flip_method: Annotated[str, Choice(FLIPS)]
 
 @node("LatentRotate", "LATENT", category="latent/transform")
 def rotate(run: Run, samples: LatentIn, rotation: Annotated[str, Choice(ROTATIONS)]) -> tuple[Any, ...]:
-    """A latent turned clockwise."""
+    """A latent rotated clockwise."""
     del run
     found = np.rot90(samples.samples, ROTATIONS.index(rotation), (3, 2))
     return (dataclasses.replace(samples, samples=np.ascontiguousarray(found)),)

@@ -124,7 +124,7 @@ def regex_extract(
     dotall: YesNo = False,
     group_index: Annotated[int, Whole(0, 100)] = 1,
 ) -> tuple[Any, ...]:
-    """What a pattern or a group of it finds, once or each time in a line; empty if it finds nothing."""
+    """The finds of a pattern or of a group of it: the first, or all in lines of their own; empty if there are none."""
     del run
     task = {"First Match": "first", "All Matches": "all", "First Group": "first", "All Groups": "every"}[mode]
     group = 0 if mode == "First Match" else group_index
