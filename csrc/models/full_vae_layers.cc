@@ -19,7 +19,6 @@
 #include "device/tensor_view.h"
 #include "kernels/conv2d.h"
 #include "kernels/group_norm.h"
-#include "kernels/nchw_to_nhwc16.h"
 #include "kernels/softmax_rows.h"
 #include "models/full_vae.h"
 #include "ops/convolution.h"

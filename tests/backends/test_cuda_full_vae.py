@@ -13,7 +13,7 @@ from cuda_reference import relative_error, require_gpu
 from shared import ROOT
 
 import zimage_rt
-from zimage_rt.errors import NotFinite
+from zimage_rt.errors import NotFinite, OutOfMemory
 from zimage_rt.image.convert import to_uint8
 
 pytestmark = pytest.mark.gpu
@@ -135,3 +135,24 @@ def test_latents_that_are_not_finite_are_found(full):
     latents[0, 3, 4, 5] = np.inf
     with pytest.raises(NotFinite, match="full_vae_decoder"):
         full.decode(latents, "full")
+
+
+def test_what_does_not_fit_is_decoded_in_tiles(full, monkeypatch, caplog):
+    """The same tiles as with `vae_tile`, at the first limit that the loop and a tile fit into."""
+    from zimage_rt.backends import cuda
+
+    monkeypatch.setattr(cuda, "TILE", 256)
+    options = {"seed": 1, "num_inference_steps": 1, "height": 1024, "width": 1024}
+    expected = full.generate("a panda", vae_tile=256, **options).images
+    weights = full.pipeline.memory()["weights"]
+    for megabytes in range(40, 1000, 20):  # the whole decoder takes 280 with nano's widths
+        limit = {"memory_limit": weights + (megabytes << 20)}
+        caplog.clear()
+        with zimage_rt.Engine.load(full.pipeline._bundle, backend="cuda", backend_options=limit) as engine:
+            try:
+                images = engine.generate("a panda", **options).images
+            except OutOfMemory:
+                continue
+        break
+    assert "tiles of 256 pixels" in caplog.text
+    assert np.abs(images.astype(float) - expected).mean() < 0.5

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ from ..bundle.manifest import Manifest, ModuleSpec
 from ..bundle.modules import VAES, vae_decoder, vae_encoder
 from ..bundle.safetensors_file import TensorFile
 from ..errors import BackendUnavailable, BundleMismatch, LoraError, NotFinite, OutOfMemory, RequestError, ZImageError
+from ..image.tiled_decode import decode_tiled
 from ..not_finite import check_finite
 from .base import MAX_DEVICE, Change, CheckModule, Dense, Device, LowRank, Module, Probe, SampleJob
 from .cuda_libraries import SONAMES, find_library, has_code, library_version
@@ -31,6 +34,8 @@ except ImportError as error:
         "build it in the source folder with: ZIMAGE_RT_CUDA=ON pip install '.[cuda]'"
     ) from error
 
+log = logging.getLogger(__name__)
+
 VAE_DECODERS, VAE_ENCODERS = tuple(map(vae_decoder, VAES)), tuple(map(vae_encoder, VAES))
 MODELS = ("text_encoder", "context_refiner", "transformer", "controlnet", *VAE_DECODERS, *VAE_ENCODERS)
 
@@ -40,6 +45,9 @@ FP32_MODELS = (vae_decoder("full"), vae_encoder("full"))
 # Read on the host, row by row: see csrc/models/text_encoder.h.
 HOST_TENSORS = ("embed_tokens.weight",)
 
+
+# Pixels of a side of a tile of the full VAE, where the whole does not fit: 1.1 GB of activations.
+TILE = 1024
 
 # Bytes; more than any device has.
 MAX_MEMORY = 1 << 50
@@ -222,9 +230,32 @@ class CudaPipeline:
         return self._run(job, None) is not None
 
     def generate(self, job: SampleJob, vae: str) -> tuple[np.ndarray, dict[str, float]] | None:
-        """See `Pipeline`. Each step is one CUDA graph, and `on_step` is called while the next one runs."""
+        """See `Pipeline`. Each step is one CUDA graph, and `on_step` is called while the next one runs.
+
+        If there is too little memory for the full VAE beside the loop, its images are decoded in tiles, with a warning.
+        """
         self.load([vae_decoder(vae)])
-        return self._run(job, vae_decoder(vae))
+        try:
+            return self._run(job, vae_decoder(vae))
+        except OutOfMemory as error:  # before anything was drawn
+            if not self._tiles(job.latents, vae):
+                raise
+            log.warning("%s; decoding in tiles of %d pixels instead", error, TILE)
+        result = self._run(job, None)
+        if result is None:
+            return None
+        start = time.perf_counter()
+        images = self._decode_tiled(job.latents, vae)
+        return images, {**result[1], "decode": time.perf_counter() - start}
+
+    def _tiles(self, latents: np.ndarray, vae: str) -> bool:
+        """Whether latents that do not fit whole are decoded in tiles: the full VAE's, if they are larger than one."""
+        return vae == "full" and max(latents.shape[2:]) * self._manifest.pipeline.vae_scale_factor > TILE
+
+    def _decode_tiled(self, latents: np.ndarray, vae: str) -> np.ndarray:
+        return decode_tiled(
+            lambda part: self._decode_whole(part, vae), latents, TILE, self._manifest.pipeline.vae_scale_factor
+        )
 
     def _run(self, job: SampleJob, decoder: str | None) -> tuple[np.ndarray, dict[str, float]] | None:
         name = "transformer" if job.conditioning.control is None else "controlnet"
@@ -248,7 +279,16 @@ class CudaPipeline:
         return latents
 
     def decode(self, latents: np.ndarray, vae: str) -> np.ndarray:
-        """See `Pipeline`."""
+        """See `Pipeline`; in tiles where `generate` would."""
+        try:
+            return self._decode_whole(latents, vae)
+        except OutOfMemory as error:
+            if not self._tiles(latents, vae):
+                raise
+            log.warning("%s; decoding in tiles of %d pixels instead", error, TILE)
+        return self._decode_tiled(latents, vae)
+
+    def _decode_whole(self, latents: np.ndarray, vae: str) -> np.ndarray:
         self.load([vae_decoder(vae)])
         with _errors("decoding"):
             return self.native.decode_pixels(latents, vae_decoder(vae))
@@ -337,7 +377,7 @@ def _errors(doing: str, argument: type[ZImageError] = RequestError) -> Iterator[
         yield
     except _cuda.OutOfMemoryError as error:
         raise OutOfMemory(
-            f"{doing}: {error}; ask for a smaller image or batch, for tiles with vae_tile=1024, "
+            f"{doing}: {error}; ask for a smaller image or batch, "
             "or load the engine with backend_options={'text_encoder': 'host'}"
         ) from error
     except _cuda.HostMemoryError as error:
