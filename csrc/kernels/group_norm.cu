@@ -65,7 +65,7 @@ constexpr int kApplyThreads = 256;
 // Vectors of eight values that a thread loads at once.
 constexpr int kVectors = 4;
 
-__device__ inline float silu(float x) { return x / (1.0f + __expf(-x)); }
+__device__ inline float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 
 // A thread computes the same eight channels of several pixels.
 template <typename T, bool kSilu>
