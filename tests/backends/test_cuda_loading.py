@@ -109,7 +109,7 @@ def test_one_file_has_one_number_format(cuda_bundles, module):
     """Whichever matrix disagrees, the first or the last: both it and one that it disagrees with are named."""
     bundle = cuda_bundles["bf16"]
     pipeline = open_pipeline(bundle)
-    tensors = _tensors(bundle / read_manifest(bundle).module(module).weights)
+    tensors = weight_entries(bundle / read_manifest(bundle).module(module).weights)
     halves = [name for name, dtype, *_ in tensors if dtype != "F32"]
 
     def as_fp16(name: str) -> Callable[[Entry], Entry]:
