@@ -13,6 +13,7 @@
 
 #include "bindings/sample_job.h"
 #include "cpu/paste.h"
+#include "cpu/processor.h"
 #include "cpu/rng.h"
 #include "cpu/sampler.h"
 #include "cpu/step_noise.h"
@@ -127,6 +128,7 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "The CPU runtime of zimage_rt: noise, pasting and the sampler loop in C++.";
   // The reason why _cuda was not built; empty if it was.
   m.attr("cuda_skipped") = ZIMAGE_RT_CUDA_SKIPPED;
+  m.def("multiplies_bytes_exactly", &zrt::multiplies_bytes_exactly);
   m.def("randn", &randn, py::arg("seed"), py::arg("shape"));
   m.def("stream_noise", &stream_noise, py::arg("seeds"), py::arg("draws"), py::arg("shape"));
   m.def("brownian_noise", &brownian_noise, py::arg("seeds"), py::arg("low"), py::arg("high"),

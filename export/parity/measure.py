@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime
 import torch
 
+from zimage_rt.backends.onnxruntime import exact_products
 from zimage_rt.bundle.manifest import Parity, ParityCase, TensorSpec
 
 from ..errors import ParityError
@@ -62,7 +63,8 @@ def session(graph: Path) -> onnxruntime.InferenceSession:
     """An ONNX Runtime session on the CPU, as the bundle's default backend uses."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.add_session_config_entry("session.x64quantprecision", "1")  # as the backend has it
+    for key, value in exact_products().items():
+        options.add_session_config_entry(key, value)
     return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 

@@ -52,6 +52,7 @@ def test_every_backend_answers() -> None:
     assert cpu["runs"] is True
     assert cpu["problem"] is None
     assert cpu["devices"] == []
+    assert cpu["fastest_precision"] == ("int8" if _core.multiplies_bytes_exactly() else "fp32")
     assert ort.__version__ in cpu["versions"].values()
     for entry in found.values():
         assert entry["runs"] == (entry["problem"] is None)

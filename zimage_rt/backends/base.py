@@ -52,12 +52,14 @@ class Probe:
         problem: why it cannot run here, and what to do; None if it can.
         versions: versions of the libraries that were found, by name.
         devices: the devices that it can run on; empty for the CPU.
+        fastest: the precision that was measured to be the fastest on such a machine, or None.
     """
 
     name: str
     problem: str | None = None
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     devices: Sequence[Device] = ()
+    fastest: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

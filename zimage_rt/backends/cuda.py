@@ -131,7 +131,8 @@ def probe() -> list[Probe]:
         problems += [problem for problem in unfit if problem is not None]
     infos = [_cuda.device_info(device) for device in range(count)]
     devices = [Device(info["name"], info["compute_capability"], info["total_memory"]) for info in infos]
-    return [Probe("cuda", "; ".join(problems) or None, versions, devices)]
+    fastest = "int8" if any(info["compute_capability"] == (9, 0) for info in infos) else None
+    return [Probe("cuda", "; ".join(problems) or None, versions, devices, fastest)]
 
 
 def _device_problem(device: int) -> str | None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import onnxruntime as ort
 
+from .. import _core
 from ..checks import named, shown
 from ..errors import BackendUnavailable, BundleMismatch, RequestError
 from . import nvidia_driver
@@ -115,7 +116,10 @@ def probe_providers() -> list[Probe]:
         versions = {ort.package_name or "onnxruntime": ort.__version__}
         if provider.plugin and problem is None:
             versions[provider.plugin] = importlib.import_module(provider.plugin).__version__
-        probes.append(Probe(f"onnxruntime/{provider.name}", problem, versions, devices))
+        fastest = None
+        if provider.name == "cpu":
+            fastest = "int8" if _core.multiplies_bytes_exactly() else "fp32"
+        probes.append(Probe(f"onnxruntime/{provider.name}", problem, versions, devices, fastest))
     return probes
 
 

@@ -24,6 +24,7 @@ def as_json(probes: Sequence[Probe]) -> str:
                 "runs": probe.problem is None,
                 "problem": probe.problem,
                 "versions": dict(probe.versions),
+                "fastest_precision": probe.fastest,
                 "devices": [
                     {
                         "name": device.name,
@@ -43,14 +44,14 @@ def print_table(probes: Sequence[Probe]) -> None:
     """Print the report as a table, with the problems below it in unwrapped lines, which have commands to copy."""
     console = Console(highlight=False, markup=False)
     console.print(f"zimage_rt {__version__}, Python {platform.python_version()}, {platform.platform()}")
-    table = Table("backend", "runs here", "on", "versions")
+    table = Table("backend", "runs here", "on", "fastest", "versions")
     for column in table.columns:
         column.overflow = "fold"
     for probe in probes:
         runs = probe.problem is None
         devices = "\n".join(map(_describe, probe.devices)) or ("CPU" if runs else "")
         versions = "\n".join(f"{name} {version}" for name, version in probe.versions.items())
-        table.add_row(probe.name, "yes" if runs else "no", devices, versions)
+        table.add_row(probe.name, "yes" if runs else "no", devices, (runs and probe.fastest) or "", versions)
     console.print(table)
     for probe in probes:
         if probe.problem is not None:
