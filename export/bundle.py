@@ -9,9 +9,11 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from zimage_rt.bundle.manifest import (
+    MANIFEST_NAME,
     EngineSpec,
     FileEntry,
     Manifest,
@@ -25,6 +27,7 @@ from zimage_rt.bundle.verify import hash_file
 
 from . import weights
 from .builders import Builder, builder_for
+from .calibration import draw_latents
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import RecipeError, disk_error
 from .graph import cache
@@ -39,6 +42,7 @@ from .tokenizer import chat_template, tokenizer_file
 
 # With more weights than this, a module and its fp32 reference do not fit into 24 GB together.
 WHOLE_PARITY_ELEMENTS = 1_000_000_000
+TOKENIZER = "tokenizer.json"
 
 # (step, module, bytes done, bytes in all)
 Progress = Callable[[str, str, int, int], None]
@@ -79,29 +83,35 @@ def export(
     _check_shapes(recipe.shapes, TransformerConfig.from_dict(checkpoint.transformer.config), pipeline.size_multiple)
     with replacing(recipe.out) as folder:
         job = _Job(recipe, checkpoint, vaes, builder, folder, pipeline, ReferenceCache(), progress)
-        modules = {plan.name: _module(plan, job) for plan in plans}
-        shutil.copyfile(tokenizer, folder / "tokenizer.json")
-        names = sorted(path.name for path in folder.iterdir())
-        files: dict[str, FileEntry] = {}
-        for i, name in enumerate(names):
-            progress("hash", name, i, len(names))
-            files[name] = hash_file(folder / name)
-        manifest = Manifest(
-            name=recipe.name,
-            precision=recipe.precision,
-            producer={
-                package: importlib.metadata.version(package)
-                for package in ("zimage-rt", "torch", "onnx", "onnxscript", "onnxruntime")
-            },
-            source=_source(checkpoint),
-            pipeline=pipeline,
-            shapes=recipe.shapes,
-            tokenizer="tokenizer.json",
-            modules=modules,
-            files=files,
-        )
+        shutil.copyfile(tokenizer, folder / TOKENIZER)
+        for plan in plans:
+            job.modules[plan.name] = _module(plan, job)
+        manifest = _manifest(job)
         write_manifest(manifest, folder)
     return manifest
+
+
+def _manifest(job: _Job) -> Manifest:
+    """The manifest of the modules so far; hashes each file once."""
+    names = sorted(path.name for path in job.folder.iterdir() if path.is_file())
+    for i, name in enumerate(names):
+        if name not in job.files:
+            job.progress("hash", name, i, len(names))
+            job.files[name] = hash_file(job.folder / name)
+    return Manifest(
+        name=job.recipe.name,
+        precision=job.recipe.precision,
+        producer={
+            package: importlib.metadata.version(package)
+            for package in ("zimage-rt", "torch", "onnx", "onnxscript", "onnxruntime")
+        },
+        source=_source(job.checkpoint),
+        pipeline=job.pipeline,
+        shapes=job.recipe.shapes,
+        tokenizer=TOKENIZER,
+        modules=dict(job.modules),
+        files=dict(job.files),
+    )
 
 
 def _check_shapes(shapes: ShapeRanges, config: TransformerConfig, patch: int) -> None:
@@ -178,6 +188,8 @@ class _Job:
     pipeline: PipelineSpec
     references: ReferenceCache
     progress: Progress
+    modules: dict[str, ModuleSpec] = dataclasses.field(default_factory=dict)  # so far, like their files
+    files: dict[str, FileEntry] = dataclasses.field(default_factory=dict)
 
 
 def _module(plan: ModulePlan, job: _Job) -> ModuleSpec:
@@ -199,6 +211,9 @@ def _module(plan: ModulePlan, job: _Job) -> ModuleSpec:
     if simplify is not None:
         progress("trace", plan.name, total, total)
         graph = _write_graph(plan, folder, simplify)
+        if plan.calibrated and job.builder.quantize is not None and job.recipe.calibration:
+            progress("calibrate", plan.name, total, total)
+            job.builder.quantize(graph, folder / weight_file, _calibration_latents(job, plan))
         if job.recipe.parity:
             progress("parity", plan.name, total, total)
             parity = _parity(plan, graph, job, simplify)
@@ -218,6 +233,19 @@ def _module(plan: ModulePlan, job: _Job) -> ModuleSpec:
         engines=engines,
         base=None if plan.base is None else plan.base.name,
     )
+
+
+def _calibration_latents(job: _Job, plan: ModulePlan) -> np.ndarray:
+    """What the modules before `plan` draw of the recipe's prompts."""
+    manifest = _manifest(job)
+    for name in (f"{plan.name}.onnx", f"{plan.name}.safetensors"):
+        job.files.pop(name)  # about to change
+    path = job.folder / MANIFEST_NAME
+    write_manifest(manifest, job.folder)
+    try:
+        return draw_latents(job.folder, manifest, job.recipe.calibration)
+    finally:
+        path.unlink()
 
 
 def _write_graph(plan: ModulePlan, folder: Path, simplify: Simplify, suffix: str = ".onnx") -> Path:

@@ -56,6 +56,7 @@ class ModulePlan:
         config: architecture numbers for the manifest.
         blocks: the blocks between which it may be split; None if it may not be.
         base: a module whose weight file it reads as well; tensors of both have the same names.
+        calibrated: whether its convolutions become 8 bits, with ranges measured on drawn latents.
     """
 
     name: str
@@ -68,6 +69,7 @@ class ModulePlan:
     config: Mapping[str, Any]
     blocks: Blocks | None = None
     base: ModulePlan | None = None
+    calibrated: bool = False
 
     @property
     def elements(self) -> int:
@@ -253,6 +255,7 @@ def _plan_vae(kind: str, component: Component, precision: Precision, tensors: _T
     decoder, encoder = (TinyVAEDecoder, TinyVAEEncoder) if kind == "tiny" else (FullVAEDecoder, FullVAEEncoder)
     config = component.config
     settings = {**_plain(config), **layout_config(precision)}
+    quantized = kind == "tiny" and precision.quantization is not None and precision.quantization.convolutions
     factor = 2 ** (len(config["block_out_channels"]) - 1)
     return [
         ModulePlan(
@@ -264,6 +267,7 @@ def _plan_vae(kind: str, component: Component, precision: Precision, tensors: _T
             outputs=(tensors.image,),
             multiples={},
             config=settings,
+            calibrated=quantized,
         ),
         ModulePlan(
             f"{kind}_vae_encoder",

@@ -24,6 +24,7 @@ class Quantization:
         per_token: whether a row of an input has a scale of its own; otherwise the whole input has one.
         text_encoder: whether the text encoder has 8 bits, too. A few of its channels are a thousand times larger than
             the others, which a scale per input does not bear.
+        convolutions: whether the tiny VAE's decoder has 8 bits, too; see `graph.static_int8`.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Quantization:
     rotates: bool
     per_token: bool
     text_encoder: bool = True
+    convolutions: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +91,9 @@ INT8 = dataclasses.replace(
 INT8_CPU = dataclasses.replace(
     INT8,
     storage=torch.float32,
-    quantization=Quantization("int8", torch.int8, 127.0, rotates=False, per_token=False, text_encoder=False),
+    quantization=Quantization(
+        "int8", torch.int8, 127.0, rotates=False, per_token=False, text_encoder=False, convolutions=True
+    ),
 )
 # float8's three bits of mantissa are as coarse after a rotation. ONNX Runtime has no product in it.
 FP8 = dataclasses.replace(

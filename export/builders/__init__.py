@@ -21,6 +21,8 @@ class Builder(Protocol):
         simplify: rewrites a traced graph in place, given the module's name; None for a backend that runs no graph.
         build: (plan, graph's path, folder, recipe, pipeline, progress) -> the module's engines; None for a backend
             that compiles nothing.
+        quantize: (graph's path, weight file's path, samples) rewrites both in 8 bits, for a module whose plan is
+            `calibrated`; None for a backend that has none.
     """
 
     precisions: Mapping[str, Precision]
@@ -28,6 +30,7 @@ class Builder(Protocol):
     tables: tuple[str, ...]
     simplify: Callable[..., None] | None
     build: Callable[..., Any] | None
+    quantize: Callable[..., None] | None
 
     def check(self, recipe: ExportRecipe) -> None:
         """Raises RecipeError if the backend cannot serve the recipe, ExportError if it cannot be built for here."""

@@ -11,6 +11,7 @@ simplify = None
 build = None
 vaes = ("tiny", "full")
 tables = ()
+quantize = None
 precisions = PRECISIONS
 
 

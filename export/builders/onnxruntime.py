@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from ..errors import RecipeError
 from ..graph.optimize import simplify
+from ..graph.static_int8 import quantize_convolutions as quantize
 from ..precision import INT8_CPU, PRECISIONS
 from ..recipe import ExportRecipe
 
-__all__ = ["build", "check", "precisions", "simplify", "tables", "vaes"]
+__all__ = ["build", "check", "precisions", "quantize", "simplify", "tables", "vaes"]
 
 build = None
 vaes = ("tiny", "full")

@@ -18,6 +18,7 @@ from . import _tensorrt_common as common
 
 vaes = common.VAES
 tables = common.TABLES
+quantize = None
 precisions = common.PRECISIONS
 simplify = common.simplify
 

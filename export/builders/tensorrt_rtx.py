@@ -19,6 +19,7 @@ DEFAULT_SM = (86, 89, 120)
 
 vaes = common.VAES
 tables = common.TABLES
+quantize = None
 precisions = common.PRECISIONS
 simplify = common.simplify
 

@@ -15,6 +15,7 @@ pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
 from shared import ROOT  # noqa: E402
 from zimage_rt.export.bundle import export  # noqa: E402
+from zimage_rt.export.errors import RecipeError  # noqa: E402
 from zimage_rt.export.recipe import read_recipe  # noqa: E402
 
 from zimage_rt.bundle.manifest import Manifest  # noqa: E402
@@ -32,6 +33,16 @@ def export_by(name: str, root: Path) -> tuple[Manifest, Path]:
     if recipe.checkpoint.suffix == ".safetensors":
         recipe = dataclasses.replace(recipe, config=ROPE)
     return export(recipe), recipe.out
+
+
+def test_calibration_takes_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text('checkpoint = "c"\nprecision = "int8"\ncalibration = []\n', encoding="utf-8")
+    assert read_recipe(path).calibration == ()
+    for value, message in (("[1]", "expected prompts, got 1"), ('"a cat"', "expected list, got 'a cat'")):
+        path.write_text(f'checkpoint = "c"\ncalibration = {value}\n', encoding="utf-8")
+        with pytest.raises(RecipeError, match=f"calibration: {message}"):
+            read_recipe(path)
 
 
 @pytest.fixture(scope="module")
