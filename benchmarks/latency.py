@@ -23,6 +23,8 @@ from pathlib import Path
 
 from zimage_rt.benchmarks.systems.base import System, load_system
 
+from zimage_rt.bundle.manifest import read_manifest
+
 PROMPT = "a panda on a blue background"
 SYSTEMS = ("diffusers", "zimage_rt")
 
@@ -30,6 +32,8 @@ SYSTEMS = ("diffusers", "zimage_rt")
 COLD = """
 import sys
 from zimage_rt.benchmarks.systems.base import load_system
+
+from zimage_rt.bundle.manifest import read_manifest
 name, key, path, vae, prompt = sys.argv[1:]
 load_system(name, **{key: path}).generate([prompt], [1], vae=vae)
 """
@@ -99,9 +103,10 @@ def main(argv: list[str] | None = None) -> int:
     first_image = {name: cold(name, arguments) for name in SYSTEMS}
     systems = {name: load_system(name, **dict([source(name, arguments)])) for name in SYSTEMS}
     one_image = warm(systems, arguments)
+    precision = read_manifest(Path(arguments.bundle)).precision
     report = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "shape": f"{arguments.size}x{arguments.size}, {arguments.steps} evaluations, {arguments.vae} VAE, fp32",
+        "shape": f"{arguments.size}x{arguments.size}, {arguments.steps} evaluations, {arguments.vae} VAE, {precision}",
         "one_picture_s": one_image,
         "process_start_to_first_picture_s": first_image,
     }

@@ -34,6 +34,10 @@ log = logging.getLogger(__name__)
 BFLOAT16 = 16  # TensorProto.BFLOAT16 in onnx.proto3
 # ONNX Runtime has no limit of its own.
 MAX_THREADS = 1024
+# How long a thread of an operator waits for the next one before it sleeps. ONNX Runtime's own threads wait so long that
+# two requests, or other work on the machine, take a third of the time from each other; threads that sleep at once make
+# an image in int8 4 % slower on an idle machine (benchmarks/README.md).
+SPIN_MICROSECONDS = "20"
 # Entries of `allow_cpu`.
 MAX_NAMES = 1024
 
@@ -135,6 +139,7 @@ class OnnxRuntimeBackend:
     def _settings(self) -> ort.SessionOptions:
         settings = ort.SessionOptions()
         settings.log_severity_level = 3
+        settings.add_session_config_entry("session.intra_op.spin_duration_us", SPIN_MICROSECONDS)
         for key, value in exact_products().items():
             settings.add_session_config_entry(key, value)
         if self._num_threads is not None:
