@@ -11,7 +11,7 @@ from shared import ROOT
 FOLDER, PACKAGE = ROOT / "export", "zimage_rt.export"
 # From the lowest level up: a room, or a module of the top, imports from lower levels and from itself.
 ORDER = (
-    ("errors", "precision"),
+    ("errors", "precision", "calibration"),
     ("modeling", "graph", "replace_folder", "tensorrt_options"),
     ("checkpoint",),
     ("recipe", "plan", "weights", "tokenizer"),
