@@ -34,9 +34,9 @@ log = logging.getLogger(__name__)
 BFLOAT16 = 16  # TensorProto.BFLOAT16 in onnx.proto3
 # ONNX Runtime has no limit of its own.
 MAX_THREADS = 1024
-# How long a thread of an operator waits for the next one before it sleeps. ONNX Runtime's own threads wait so long that
-# two requests, or other work on the machine, take a third of the time from each other; threads that sleep at once make
-# an image in int8 4 % slower on an idle machine (benchmarks/README.md).
+# How long a thread of an operator waits for the next one before it sleeps. By ONNX Runtime's default it waits so long
+# that it takes the processor from other requests and programs: beside those an image takes two thirds of the time with
+# this, and on an idle machine no more than before (benchmarks/README.md).
 SPIN_MICROSECONDS = "20"
 # Entries of `allow_cpu`.
 MAX_NAMES = 1024
