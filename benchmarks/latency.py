@@ -32,8 +32,6 @@ SYSTEMS = ("diffusers", "zimage_rt")
 COLD = """
 import sys
 from zimage_rt.benchmarks.systems.base import load_system
-
-from zimage_rt.bundle.manifest import read_manifest
 name, key, path, vae, prompt = sys.argv[1:]
 load_system(name, **{key: path}).generate([prompt], [1], vae=vae)
 """
