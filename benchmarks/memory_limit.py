@@ -2,7 +2,7 @@
 
     python -m zimage_rt.benchmarks.memory_limit /tmp/random-int8 --limits 0,11.5e9,7.6e9,6e9,5e9 --size 1024
 
-All engines are loaded together, one after the other, and their images are drawn in turn, so that ratios are of one run.
+All engines are loaded together, and their images are interleaved, so that ratios are of one run.
 Every image has a new prompt. Each limit's first image is compared with the first limit's to the byte.
 """
 
@@ -120,7 +120,7 @@ class Bench:
         return case
 
     def measure(self) -> None:
-        """Times the engines in turn; the first round is dropped."""
+        """Interleaves the engines and times them; the first round is dropped."""
         running = [case for case in self.cases if case.engine is not None]
         for round_number in range(self.settings.rounds + 1):
             for case in running:

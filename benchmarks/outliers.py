@@ -30,7 +30,7 @@ _PLACES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 def channels(count: int) -> Tensor:
-    """Which of `count` channels are outliers: evenly spaced, none at an edge."""
+    """The outliers among `count` channels: evenly spaced, none at an edge."""
     outliers = max(1, round(count * SHARE))
     return (torch.arange(outliers) * 2 + 1) * count // (2 * outliers)
 

@@ -6,7 +6,7 @@ import dataclasses
 import importlib.metadata
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +82,8 @@ def export(
     pipeline = pipeline_spec(checkpoint, recipe)
     _check_shapes(recipe.shapes, TransformerConfig.from_dict(checkpoint.transformer.config), pipeline.size_multiple)
     with replacing(recipe.out) as folder:
-        job = _Job(recipe, checkpoint, vaes, builder, folder, pipeline, ReferenceCache(), progress)
+        source = _source(checkpoint)
+        job = _Job(recipe, checkpoint, source, vaes, builder, folder, pipeline, ReferenceCache(), progress)
         shutil.copyfile(tokenizer, folder / TOKENIZER)
         for plan in plans:
             job.modules[plan.name] = _module(plan, job)
@@ -105,7 +106,7 @@ def _manifest(job: _Job) -> Manifest:
             package: importlib.metadata.version(package)
             for package in ("zimage-rt", "torch", "onnx", "onnxscript", "onnxruntime")
         },
-        source=_source(job.checkpoint),
+        source=job.source,
         pipeline=job.pipeline,
         shapes=job.recipe.shapes,
         tokenizer=TOKENIZER,
@@ -182,6 +183,7 @@ class _Job:
 
     recipe: ExportRecipe
     checkpoint: Checkpoint
+    source: Mapping[str, object]  # of the manifest
     vaes: tuple[str, ...]
     builder: Builder
     folder: Path
@@ -236,7 +238,7 @@ def _module(plan: ModulePlan, job: _Job) -> ModuleSpec:
 
 
 def _calibration_latents(job: _Job, plan: ModulePlan) -> np.ndarray:
-    """What the modules before `plan` draw of the recipe's prompts."""
+    """Latents of the recipe's prompts, drawn by the modules before `plan`."""
     manifest = _manifest(job)
     for name in (f"{plan.name}.onnx", f"{plan.name}.safetensors"):
         job.files.pop(name)  # about to change

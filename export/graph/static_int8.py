@@ -6,11 +6,8 @@ unsigned weights the same graph is four times as slow (1.32).
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,8 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from safetensors.numpy import save
 
 from zimage_rt.bundle.safetensors_file import TensorFile
+
+from .trace import quiet
 
 # Besides convolutions: what stands between them, so that numbers stay in 8 bits from one to the next.
 OPERATORS = ("Conv", "Relu", "Add", "Resize")
@@ -39,17 +38,6 @@ class _Samples(CalibrationDataReader):
         return next(self.inputs, None)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences the tools, which recommend a step that dynamic sizes do not allow."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(level)
-
-
 def quantize_convolutions(graph: Path, weights: Path, samples: np.ndarray) -> None:
     """Rewrites a graph of one input and its weight file with convolutions in 8 bits.
 
@@ -66,7 +54,7 @@ def quantize_convolutions(graph: Path, weights: Path, samples: np.ndarray) -> No
         model = onnx.load(graph)
         onnx.save(model, plain)
         last = [node.name for node in model.graph.node if node.op_type == "Conv"][-1]
-        with _quiet():
+        with quiet():
             quantize_static(
                 plain,
                 quantized,

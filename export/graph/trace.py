@@ -44,8 +44,8 @@ def _dims(multiples: Mapping[str, int]) -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences the ONNX exporter, which prints progress to stdout and warns."""
+def quiet() -> Iterator[None]:
+    """Silences ONNX's tools, which print progress to stdout and warn."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -86,7 +86,7 @@ def trace(
         for spec in inputs
     )
     shapes = tuple({i: dims[dim] for i, dim in enumerate(spec.dims) if isinstance(dim, str)} for spec in inputs)
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         exported = torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
         program = torch.onnx.export(
             exported,
