@@ -24,6 +24,7 @@
 #include <cstdint>
 
 #include "kernels/conv3x3.h"
+#include "kernels/early_start.cuh"
 #include "kernels/numeric.cuh"
 #include "kernels/tensor_core.cuh"
 
@@ -358,10 +359,8 @@ __global__ void __launch_bounds__(C::threads) conv3x3_kernel(const Params p) {
   const std::uint32_t stages =
       shared_address(shared) + C::weight_units * 16 + static_cast<int>(kBiasBytes);
 
-#if __CUDA_ARCH__ >= 900
-  // Lets a dependent kernel with early_start launch on free multiprocessors; it waits below.
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
+  // A dependent kernel with early_start launches on free multiprocessors; it waits below.
+  allow_early_start();
   for (int unit = threadIdx.x; unit < C::weight_units; unit += C::threads) {
     constexpr int kRun = C::block_pairs * 32;
     const int source = (unit / kRun * kPairs + blockIdx.y * C::block_pairs) * 32 + unit % kRun;
@@ -374,10 +373,7 @@ __global__ void __launch_bounds__(C::threads) conv3x3_kernel(const Params p) {
     const bool inside = threadIdx.x * 4 < C::block_channels;
     cp_async_16(shared_address(bias + threadIdx.x * 4), source, inside);
   }
-#if __CUDA_ARCH__ >= 900
-  // Writes of the previous kernels are visible from here on.
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+  wait_for_previous_kernel();
 
   const Place place = place_of_warp<C>();
   Tile tile = tile_at<C>(p, blockIdx.x);

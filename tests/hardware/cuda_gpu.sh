@@ -14,18 +14,7 @@ python=${PYTHON:-python3}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 cd "${WORKDIR:-$root}" || exit 1
-failed=()
-
-run() {
-  local name=$1
-  shift
-  echo "== $name: $*"
-  local start=$SECONDS
-  "$@" 2>&1 | tee "$out/$name.log" | tail -n 40
-  local status=${PIPESTATUS[0]}
-  echo "== $name: exit status $status after $((SECONDS - start)) s"
-  [[ $status -eq 0 ]] || failed+=("$name")
-}
+source "$root/tests/hardware/run_parts.sh"
 
 kernels=(tests/backends/test_cuda_elementwise.py tests/backends/test_cuda_samplers.py tests/backends/test_cuda_gemm.py tests/backends/test_cuda_quantized.py tests/backends/test_cuda_attention.py tests/backends/test_cuda_conv.py tests/backends/test_cuda_full_vae_kernels.py)
 engine=(tests/backends/test_cuda_loading.py tests/backends/test_cuda_engine.py tests/backends/test_cuda_features.py tests/backends/test_cuda_controlnet.py tests/backends/test_cuda_full_vae.py tests/backends/test_cuda_streaming.py)
@@ -65,7 +54,4 @@ for part in $parts; do
   esac
 done
 
-if ((${#failed[@]})); then
-  echo "failed: ${failed[*]}"
-  exit 1
-fi
+end_parts

@@ -18,18 +18,7 @@ bundles=${BUNDLES:-/tmp/zimage-random-bundles}
 mkdir -p "$out" "$bundles"
 out=$(cd "$out" && pwd)
 cd "${WORKDIR:-$root}" || exit 1
-failed=()
-
-run() {
-  local name=$1
-  shift
-  echo "== $name: $*"
-  local start=$SECONDS
-  "$@" 2>&1 | tee "$out/$name.log" | tail -n 40
-  local status=${PIPESTATUS[0]}
-  echo "== $name: exit status $status after $((SECONDS - start)) s"
-  [[ $status -eq 0 ]] || failed+=("$name")
-}
+source "$root/tests/hardware/run_parts.sh"
 
 benchmark=("$python" -m)
 for part in $parts; do
@@ -72,7 +61,4 @@ for part in $parts; do
   esac
 done
 
-if ((${#failed[@]})); then
-  echo "failed: ${failed[*]}"
-  exit 1
-fi
+end_parts
